@@ -1,0 +1,9 @@
+"""phased-consistency: ComfyUI nodes and a trainer for few-step images with Phased Consistency Models."""
+
+import importlib.util
+
+WEB_DIRECTORY = "./nodes/web"
+
+# The host imports this folder as a package and has `comfy`; the trainer and test collectors do not.
+if __package__ and importlib.util.find_spec("comfy") is not None:
+    from .nodes import comfy_entrypoint as comfy_entrypoint

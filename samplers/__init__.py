@@ -1,0 +1,23 @@
+"""The mathematics of phased consistency: schedules, phases, samplers, recipes. torch and the standard library only."""
+
+from .phases import LevelPlan, PhaseGrid
+from .recipe import Recipe, recipe_for_file
+from .sampling import SAMPLERS, sample_consistency, sample_phased, seeded_noise
+from .schedule import FlowSchedule, Schedule, VPSchedule, jump, output_from_x0_eps, x0_eps_from_output
+
+__all__ = [
+    "SAMPLERS",
+    "FlowSchedule",
+    "LevelPlan",
+    "PhaseGrid",
+    "Recipe",
+    "Schedule",
+    "VPSchedule",
+    "jump",
+    "output_from_x0_eps",
+    "recipe_for_file",
+    "sample_consistency",
+    "sample_phased",
+    "seeded_noise",
+    "x0_eps_from_output",
+]

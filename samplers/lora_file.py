@@ -1,0 +1,238 @@
+"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha. No weights are touched.
+
+Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3 lora_transformer_*). The host
+maps those whole; of the PEFT and diffusers styles it drops all attention projections for SD1.5 and SDXL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from .recipe import FAMILIES, HEADER_KEY, Recipe
+
+# suffix of a tensor's name -> which part of the module it is, most specific first
+PARTS = (
+    (".lora_down.weight", "down"),
+    (".lora_up.weight", "up"),
+    (".lora_A.weight", "down"),
+    (".lora_B.weight", "up"),
+    (".lora_A.default.weight", "down"),
+    (".lora_B.default.weight", "up"),
+    (".lora.down.weight", "down"),
+    (".lora.up.weight", "up"),
+    (".lora_linear_layer.down.weight", "down"),
+    (".lora_linear_layer.up.weight", "up"),
+    ("_lora.down.weight", "down"),
+    ("_lora.up.weight", "up"),
+    (".alpha", "alpha"),
+)
+KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+TEXT_ENCODERS = (("text_encoder.", "lora_te_"), ("text_encoder_2.", "lora_te2_"), ("text_encoder_3.", "lora_te3_"))
+WRAPPERS = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
+SD3_ROOTS = ("transformer_blocks", "context_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out")
+ARCHITECTURES = (
+    ("stable-diffusion-v1", "sd15"),
+    ("stable-diffusion-v2", "sd2"),
+    ("stable-diffusion-xl", "sdxl"),
+    ("stable-diffusion-v3", "sd3"),
+    ("stable-diffusion-3", "sd3"),
+)
+CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
+SD3_WIDTHS = (1536, 2432)
+SD3_PROJECTION = re.compile(
+    r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$|joint_blocks_\d+_\w*attn_qkv$"
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class LoraModule:
+    """One adapted module: its tensors' names by part ("down", "up", "alpha"), and their shapes."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int | None:
+        return self.shapes["down"][0] if "down" in self.shapes else None
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether up @ down has the shape of this weight, (out, in, *kernel)."""
+        if not {"down", "up"} <= self.shapes.keys():
+            return False
+        down, up = self.shapes["down"], self.shapes["up"]
+        return up[0] == weight_shape[0] and prod(down[1:]) == prod(weight_shape[1:])
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """A LoRA file as its header describes it."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    @property
+    def modules(self) -> dict[str, LoraModule]:
+        """kohya module name -> module; raises ValueError when the file holds no LoRA."""
+        found: dict[str, LoraModule] = {}
+        for name, info in self.tensors.items():
+            if (split := split_key(name)) is not None:
+                module, part = split
+                entry = found.setdefault(module, LoraModule())
+                entry.keys[part], entry.shapes[part] = name, info.shape
+        found = {k: m for k, m in found.items() if "down" in m.keys or "up" in m.keys}
+        if not found:
+            some = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
+            raise ValueError(
+                f"{self.path.name} holds no LoRA: none of its {len(self.tensors)} tensor names is a LoRA's (they are "
+                f"like {some}). Use a LoRA file, not a checkpoint or an embedding."
+            )
+        return found
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Tensor names that belong to no LoRA style known here (LoHa, LoKr, biases, ...)."""
+        return [name for name in self.tensors if split_key(name) is None]
+
+    @property
+    def family(self) -> str | None:
+        """Model family by the width of its text conditioning, else by its metadata; None when neither tells."""
+        for name, module in self.modules.items():
+            down = module.shapes.get("down", ())
+            if name.endswith("attn2_to_k") and len(down) >= 2 and down[1] in CONTEXT_WIDTHS:
+                return CONTEXT_WIDTHS[down[1]]
+            if SD3_PROJECTION.search(name) and len(down) >= 2 and down[1] in SD3_WIDTHS:
+                return "sd3"
+        return family_from_metadata(self.metadata)
+
+    def scale_alphas(self) -> dict[str, float]:
+        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host ignores."""
+        text = self.metadata.get("lora_adapter_metadata")
+        if not text:
+            return {}
+        config = json.loads(text)
+        alpha = next((v for k, v in config.items() if k.split(".")[-1] == "lora_alpha"), None)
+        patterns = next((v for k, v in config.items() if k.split(".")[-1] == "alpha_pattern"), None) or {}
+        patterns = {k.replace(".", "_"): v for k, v in patterns.items()}
+        found = {}
+        for name, module in self.modules.items():
+            own = next((v for k, v in patterns.items() if name.endswith(k)), alpha)
+            if own is not None and "alpha" not in module.keys:
+                found[name] = float(own)
+        return found
+
+    def kohya_names(self) -> dict[str, str]:
+        """Present tensor name -> kohya name, for every LoRA tensor."""
+        suffix = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
+        return {key: module + suffix[part] for module, m in self.modules.items() for part, key in m.keys.items()}
+
+
+def split_key(name: str) -> tuple[str, str] | None:
+    """Tensor name -> (kohya module name, part), for every published key style; None for other tensors.
+
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight" -> ("lora_unet_mid_block_attentions_0_proj_in", "down").
+    """
+    for suffix, part in PARTS:
+        if name.endswith(suffix):
+            return _module_name(name[: -len(suffix)]), part
+    return None
+
+
+def _module_name(path: str) -> str:
+    if path.startswith(KOHYA_PREFIXES):
+        return path
+    for encoder, prefix in TEXT_ENCODERS:
+        if path.startswith(encoder):
+            return prefix + path.removeprefix(encoder).replace(".", "_")
+    path = path.removeprefix("lycoris_")
+    while path.startswith(WRAPPERS):
+        path = path.removeprefix(next(w for w in WRAPPERS if path.startswith(w)))
+    path = path.replace(".processor.", ".")
+    path = re.sub(r"\.to_out$", ".to_out.0", path)
+    return ("lora_transformer_" if path.startswith(SD3_ROOTS) else "lora_unet_") + path.replace(".", "_")
+
+
+def read_header(path: str | Path) -> LoraHeader:
+    """Read a safetensors header and check that the file is whole.
+
+    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if head[:2] in (b"PK", b"\x80\x02") or not 2 <= length <= 100_000_000:
+            raise ValueError(
+                f"{path.name} is not a .safetensors file, the only kind read (no .ckpt, .pt, .bin): convert it."
+            )
+        text = file.read(length)
+    if len(text) < length:
+        raise ValueError(f"{path.name} is cut short: {size} bytes, less than its header of {length}. Get it again.")
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: TensorInfo(v["dtype"], tuple(v["shape"])) for name, v in header.items()}
+        end = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} has a damaged safetensors header ({error}). Get it again.") from error
+    if size < end:
+        raise ValueError(f"{path.name} is cut short: {size} bytes of the {end} that its header promises. Get it again.")
+    return LoraHeader(path, tensors, metadata)
+
+
+def family_from_metadata(metadata: dict[str, str]) -> str | None:
+    """Family by `pcm.recipe`, `modelspec.architecture` or `ss_base_model_version`; None when none of them tells."""
+    if HEADER_KEY in metadata:
+        return Recipe.from_header(metadata[HEADER_KEY]).family
+    architecture = metadata.get("modelspec.architecture", "")
+    for prefix, family in ARCHITECTURES:
+        if architecture.startswith(prefix):
+            return family
+    version = metadata.get("ss_base_model_version", "").lower()
+    for mark, family in (("sdxl", "sdxl"), ("sd_1", "sd15"), ("sd_v1", "sd15"), ("sd_2", "sd2"), ("sd3", "sd3")):
+        if version.startswith(mark):
+            return family
+    return None
+
+
+def family_title(family: str | None) -> str:
+    """A family as people write it."""
+    return FAMILIES.get(family, "an unknown family") if family else "an unknown family"
+
+
+def tensor_hash(path: str | Path) -> str:
+    """SHA-256 (64 hex) of the bytes after the header: `modelspec.hash_sha256`, AutoV3 by its first 12."""
+    with Path(path).open("rb") as file:
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+        return _sha256(file)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 (64 hex) of the whole file; AutoV2 by its first 10."""
+    with Path(path).open("rb") as file:
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

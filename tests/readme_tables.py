@@ -1,0 +1,69 @@
+"""The README's tables, made from the code. `python tests/readme_tables.py` writes them; test_readme.py compares them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from phased_consistency.samplers import recipe_for_file
+from phased_consistency.samplers.recipe import FAMILIES
+from phased_consistency.trainer.presets import PRESETS
+
+README = Path(__file__).parent.parent / "README.md"
+PUBLISHED = (
+    *(f"pcm_{f}_smallcfg_{n}step_converted" for f in ("sd15", "sdxl") for n in (2, 4, 8, 16)),
+    *(f"pcm_{f}_normalcfg_{n}step_converted" for f in ("sd15", "sdxl") for n in (4, 8, 16)),
+    *(f"pcm_{f}_lcmlike_lora_converted" for f in ("sd15", "sdxl")),
+    "pcm_deterministic_2step_shift1",
+    "pcm_deterministic_4step_shift1",
+    "pcm_deterministic_4step_shift3",
+    "pcm_stochastic_shift3",
+)
+
+
+def settings_table() -> str:
+    """One row a published file (the same settings for SD1.5 and SDXL share one)."""
+    rows: dict[tuple, list[str]] = {}
+    for name in PUBLISHED:
+        r = recipe_for_file(f"{name}.safetensors", {})
+        cfg = f"{r.guidance:g} ({r.guidance_min:g} to {r.guidance_max:g})"
+        steps = f"{r.steps}" if r.mode == "deterministic" else f"{r.steps} (any)"
+        shift = "" if r.shift is None else f", shift {r.shift:g}"
+        key = (re.sub("sd15|sdxl", "*", name), steps, cfg, "yes" if r.negative_prompts else "no", r.mode + shift)
+        rows.setdefault(key, []).append(FAMILIES[r.family])
+    lines = ["| file | family | steps | CFG | negative prompt | mode |", "|---|---|---|---|---|---|"]
+    for (name, steps, cfg, negative, mode), families in rows.items():
+        lines.append(f"| `{name}` | {', '.join(families)} | {steps} | {cfg} | {negative} | {mode} |")
+    lines.append("| any LoRA made by this trainer | from its header | its phases | 1 (1 to 2) | no | from its header |")
+    return "\n".join(lines)
+
+
+def presets_table() -> str:
+    """One row a preset."""
+    lines = [
+        "| preset | phases | rank / alpha | lr, batch, updates | where the numbers come from | cost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, preset in PRESETS.items():
+        v = preset.values
+        lora, train = v["lora"], v["train"]
+        lines.append(
+            f"| `{name}` | {v['objective']['phases']} | {lora['rank']} / {lora['alpha']:g} | "
+            f"{train['lr']:g}, {train['batch_size']}, {train['steps']} | {preset.source} | {preset.cost} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"settings": settings_table, "presets": presets_table}
+
+
+def block(name: str) -> re.Pattern:
+    """Matches one generated block of the README; group 2 is its content."""
+    return re.compile(rf"(<!-- {name} -->\n)(.*?)(\n<!-- /{name} -->)", re.S)
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        text = block(name).sub(lambda m, table=make(): m[1] + table + m[3], text)
+    README.write_text(text, encoding="utf-8")

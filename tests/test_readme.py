@@ -1,0 +1,47 @@
+"""The README says what the code does: its tables, its commands, its files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from readme_tables import README, TABLES, block
+
+from phased_consistency.trainer.cli import app
+
+TEXT = README.read_text(encoding="utf-8")
+COMMANDS = [line for fence in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in fence.splitlines() if line.startswith("pcm ")]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_the_code_s(name):
+    assert block(name).search(TEXT)[2] == TABLES[name](), "run: python tests/readme_tables.py"
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_has_known_options(command):
+    import typer
+
+    _, verb, *words = shlex.split(command)
+    known = typer.main.get_command(app).commands[verb]
+    options = {o for p in known.params for o in p.opts}
+    assert {w for w in words if w.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
+def test_linked_file_exists(target):
+    assert (Path(README).parent / target).is_file()
+
+
+def test_toml_example_is_a_valid_configuration(tmp_path):
+    from phased_consistency.trainer.config import load_config
+
+    (example,) = re.findall(r"```toml\n(.*?)```", TEXT, re.S)
+    file = tmp_path / "run.toml"
+    file.write_text(example)
+    config = load_config(str(file), ["train.steps=2000"])
+    assert (config.name, config.train.steps, config.data.images) == ("my-pcm", 2000, "pictures")

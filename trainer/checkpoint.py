@@ -1,0 +1,81 @@
+"""Atomic files, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..samplers.lora_file import read_header
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all: to a temporary name, flushed to disk, renamed.
+
+    Raises OSError naming the file when the disk is full or read-only; what stood there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"Cannot write {path}: {error}. Free space or choose another folder; nothing that was there is lost.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
+    """Save the tensors of each group (adapter, average, optimizer) and JSON facts after `step`; keeps the last `keep`."""
+    tensors = {f"{group}/{name}": t.detach().cpu() for group, named in groups.items() for name, t in named.items()}
+    path = folder / f"step-{step:07d}.safetensors"
+    write_tensors(path, tensors, {"step": str(step), "facts": json.dumps(facts)})
+    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_latest_state(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """(step, tensors by group, facts) of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+    files = sorted(folder.glob("step-*.safetensors"))
+    if not files:
+        return None
+    read_header(files[-1])
+    groups: dict[str, dict[str, Tensor]] = {}
+    with safe_open(files[-1], "pt") as file:
+        facts = file.metadata()
+        for key in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = file.get_tensor(key)
+    return int(facts["step"]), groups, json.loads(facts["facts"])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: "<parameter>/<entry>"; numbers become 0-d tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{entry}": torch.as_tensor(value) for i, own in state.items() for entry, value in own.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
+    """Put `optimizer_tensors` back."""
+    number = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        state.setdefault(number[name], {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,195 @@
+"""`pcm`: the verbs, thin. Logs go to stderr, results to stdout; exit codes: 0 done, 1 failed, 2 bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil Phased Consistency LoRAs from your own checkpoint, sample with them, and look inside them.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Base = Annotated[str, typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15.")]
+Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.")]
+Tokenizer = Annotated[str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.")]
+Configs = Annotated[str, typer.Option(help="Folder of component configs, for an unusual single file.")]
+
+
+@app.command()
+def train(
+    settings: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")] = None,
+    preset: Annotated[str, typer.Option(help="Start from this preset; see below.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the plan and the memory it takes; load nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil a LoRA. The same command goes on where a stopped run left off.
+
+    Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
+
+    Presets: sd15-2step, sd15-4step, sd15-8step, demo. Every setting is section.key=value (base.path, data.images,
+    train.steps, ...); --dry-run prints them all. Without data.images the teacher makes the training latents from prompts.
+    """
+    from .config import load_config
+
+    settings = settings or []
+    file = settings[0] if settings and "=" not in settings[0] else None
+    config = load_config(file, settings[1:] if file else settings, preset)
+    if dry_run:
+        from .estimate import plan
+
+        details = plan(config)
+        _print(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
+        return
+    from .loop import train as run
+    from .progress import ProgressBar
+
+    with ProgressBar() as bar:
+        path = run(config, bar)
+    _print({"lora": str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
+
+
+@app.command()
+def sample(
+    base: Base,
+    prompt: Annotated[list[str], typer.Option(help="Repeat for several columns.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    lora: Annotated[Path, typer.Option(help="LoRA to sample with.")] = None,
+    steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
+    guidance: Annotated[float, typer.Option(help="CFG scale, 1 is none; default: what the LoRA wants, or 7.5.")] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt, for guidance above 1.")] = "",
+    strength: Annotated[float, typer.Option(help="LoRA strength.")] = 1.0,
+    gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: what the LoRA wants.")] = None,
+    seed: int = 0,
+    resolution: Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")] = None,
+    dtype: Dtype = "fp32",
+    tokenizer: Tokenizer = None,
+    config: Configs = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column for each prompt.
+
+    Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
+    --steps 1,2,4,8 --out grid.png
+    """
+    from .inspection import load_for_tools, sample_grid
+
+    loaded = load_for_tools(base, dtype, tokenizer, config)
+    details = sample_grid(
+        loaded, prompt, out, lora, _steps(steps), guidance, negative, strength, gamma, seed, resolution
+    )
+    for warning in details["warnings"]:
+        typer.echo(warning, err=True)
+    _print(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")], as_json: Json = False) -> None:
+    """Print what a LoRA's header says: recipe, family, rank, alpha, keys, hashes, metadata."""
+    from .inspection import describe, describe_text
+
+    details = describe(file)
+    _print(details, as_json, describe_text(details))
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")],
+    base: Base,
+    dtype: Dtype = "fp32",
+    tokenizer: Tokenizer = None,
+    config: Configs = None,
+    as_json: Json = False,
+) -> None:
+    """Load a LoRA through diffusers and by hand, and compare: unmatched keys, greatest output difference.
+
+    Exits with 1 when a key is unmatched or the outputs differ.
+    """
+    from .inspection import check_parity, load_for_tools
+
+    result = check_parity(file, load_for_tools(base, dtype, tokenizer, config))
+    _print(result, as_json, result["text"])
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    settings: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="Also say what this run would need.")] = None,
+    preset: Annotated[str, typer.Option(help="Also say what this preset would need.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do, what is missing, and what a given config will need."""
+    from .doctor import examine, report
+
+    settings = settings or []
+    details = examine()
+    if settings or preset:
+        from .config import load_config
+        from .estimate import plan
+
+        file = settings[0] if settings and "=" not in settings[0] else None
+        details["run"] = plan(load_config(file, settings[1:] if file else settings, preset))
+    _print(details, as_json, report(details))
+
+
+def _print(details: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--steps is {text!r}; write numbers with commas between them, such as 1,2,4,8.") from None
+
+
+def _quiet_libraries() -> None:
+    """Our own errors say what matters; the libraries' notices about other things would bury them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run a verb; errors a user can mend are one message without a traceback (PCM_DEBUG=1 shows it)."""
+    _quiet_libraries()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            app()
+    except KeyboardInterrupt:
+        sys.exit(_fail("Interrupted. What was cached or saved is kept; the same command goes on from there.", 1))
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if os.environ.get("PCM_DEBUG"):
+            raise
+        sys.exit(_fail(str(error), 2))
+    except (RuntimeError, OSError) as error:
+        if os.environ.get("PCM_DEBUG"):
+            raise
+        sys.exit(_fail(_advice(error), 1))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"Error: {message}", file=sys.stderr)
+    return code
+
+
+def _advice(error: Exception) -> str:
+    if "out of memory" in str(error).lower():
+        return (
+            f"{error}\nTry, in this order: train.gradient_checkpointing=true, a smaller train.batch_size with more "
+            "train.accumulation, a smaller data.resolution. pcm train --dry-run estimates the memory of each."
+        )
+    return str(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The run's configuration: TOML + overrides -> one validated, frozen model. Unknown keys are errors.
+
+`guidance` is always the ordinary CFG scale, uncond + g * (cond - uncond); the papers' w is g - 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..samplers import PhaseGrid
+from .presets import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """Frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseConfig(Section):
+    """The frozen base model."""
+
+    path: str = Field(description="diffusers folder, single .safetensors file, hub id, or the bundled tiny-sd15")
+    family: Literal["sd15"] = "sd15"
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(None, description="default: what the base says")
+    tokenizer: str | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
+    config: str | None = Field(None, description="folder of component configs, for an unusual single file")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the frozen weights and the forward pass")
+
+
+class DataConfig(Section):
+    """What the student learns on: a folder of pictures, or only prompts (the teacher then makes the latents)."""
+
+    images: str | None = Field(None, description="folder of pictures with .txt captions beside them; none: prompts only")
+    prompts: str | None = Field(None, description="text file, one prompt a line; default: the list that ships with the pack")
+    count: int = Field(1000, ge=1, description="prompts only: how many latents the teacher makes")
+    teacher_steps: int = Field(25, ge=1, le=1000, description="prompts only: DDIM steps for each")
+    teacher_guidance: float = Field(7.5, ge=1, description="prompts only: CFG scale for each")
+    resolution: int = Field(512, ge=8, description="side of the square pictures in pixels")
+    batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
+    cache: str | None = Field(None, description="folder of cached latents and embeddings; default: cache/ in the run folder")
+    skip_bad: bool = Field(False, description="leave out unreadable pictures and missing captions instead of stopping")
+
+
+class LoraConfig(Section):
+    """The adapter; its strength is alpha / rank, and both are stored in the file."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float = Field(8.0, gt=0)
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
+
+
+class ObjectiveConfig(Section):
+    """The distillation objective (arXiv 2405.18407, Sec. 3)."""
+
+    name: Literal["pcm"] = "pcm"
+    points: int = Field(40, description="solver points; must divide 1000")
+    phases: int = Field(4, description="phases, which is also the number of steps to sample with")
+    guidance: tuple[float, float] = Field((5.0, 6.0), description="CFG range of the teacher's step, drawn per sample")
+    huber_c: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self):
+        PhaseGrid(self.points, self.phases)
+        low, high = self.guidance
+        if not 1 <= low <= high:
+            raise ValueError(f"objective.guidance must be [low, high] with 1 <= low <= high; got [{low:g}, {high:g}]")
+        return self
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: int = Field(5000, ge=1, description="optimizer updates")
+    batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per update")
+    lr: float = Field(5e-6, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    weight_decay: float = Field(1e-3, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none")
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    save_every: int = Field(500, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = True
+
+
+class PreviewConfig(Section):
+    """Fixed-seed grids during the run."""
+
+    every: int = Field(500, ge=0, description="updates between grids; 0: none")
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    prompts: tuple[str, ...] = Field((), description="default: the first four of the training prompts")
+    guidance: float = Field(1.0, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Config(Section):
+    """Everything a run needs, and nothing else."""
+
+    name: str = Field("pcm-lora", pattern=r"^[\w.-]+$", description="file name of the LoRA, without .safetensors")
+    output: str | None = Field(None, description="run folder; default: runs/<name>")
+    base: BaseConfig
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.data.cache) if self.data.cache else self.run_folder / "cache"
+
+    def grid(self) -> PhaseGrid:
+        """The phase grid that is trained and sampled."""
+        return PhaseGrid(self.objective.points, self.objective.phases)
+
+    def what_decides_the_weights(self) -> dict[str, Any]:
+        """The settings without the places on this machine: for the LoRA's header and for `resume`'s check."""
+        values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})
+        values["base"]["path"] = Path(self.base.path).name
+        return values
+
+
+def load_config(file: str | None = None, overrides: list[str] = (), preset: str | None = None) -> Config:
+    """Preset, then TOML file, then `key=value` overrides, each over the one before.
+
+    Raises ValueError that lists every problem at once, with the nearest known key for each unknown one.
+    """
+    values: dict[str, Any] = {}
+    document = _read_toml(file) if file else {}
+    preset = preset or document.pop("preset", None)
+    document.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"Unknown preset {preset!r}; available: {', '.join(PRESETS)}.{_nearest(preset, PRESETS)}")
+        _merge(values, PRESETS[preset].values)
+    _merge(values, document)
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep:
+            raise ValueError(f"Cannot read the override {item!r}: write key=value, for example train.steps=2000.")
+        _set(values, key.strip(), _parse_value(text))
+    values.setdefault("base", {})
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _read_toml(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}.") from None
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it is one, else the text itself, so that paths need no quotes."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"Cannot set {dotted}: {section} is a value, not a section.")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(p) for p in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            lines.append(f"  {where}: unknown key.{_nearest(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"  {where}: is required; {_field_help(problem['loc'])}.")
+        elif problem["type"] == "value_error":
+            lines.append(f"  {problem['ctx']['error']}")
+        else:
+            lines.append(f"  {where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+    count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
+    return f"The configuration has {count}:\n" + "\n".join(lines)
+
+
+def _section(loc: tuple) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return model
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    return list(_section(loc).model_fields)
+
+
+def _field_help(loc: tuple) -> str:
+    field = _section(loc[:-1]).model_fields[loc[-1]]
+    if field.description:
+        return field.description
+    return f"a section with {', '.join(_known_keys(loc))}"
+
+
+def _nearest(given: str, known) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

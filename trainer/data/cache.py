@@ -1,0 +1,172 @@
+"""Cached latents and prompt encodings: made once, fingerprinted, packed in shards, read by row.
+
+A cache is a folder named by the fingerprint of everything that decides its content. Each shard is written whole or not
+at all, so an interrupted caching goes on where it stopped. Latents keep the VAE's mean and standard deviation, so each
+visit of a picture draws a fresh latent; the teacher's own latents have no spread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...samplers import PhaseGrid
+from ..checkpoint import write_tensors
+from ..config import Config
+from ..families.sd15 import SD15
+from ..generate import generate
+from . import Picture, content_hash, find_pictures, load_picture, read_prompts, stop_or_skip
+
+SHARD = 256
+Progress = Callable[[str, int, int], None]
+
+
+class LatentCache:
+    """The cached samples of one run: `captions`, `null`, and batches by index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shards = [safe_open(f, "pt") for f in sorted(folder.glob("latents-*.safetensors"))]
+        details = [s.metadata() for s in self.shards]
+        self.captions = [c for d in details for c in json.loads(d["captions"])]
+        self.skipped = [line for d in details for line in json.loads(d["skipped"])]
+        self._row = [(i, j) for i, d in enumerate(details) for j in range(len(json.loads(d["captions"])))]
+        self._prompts = safe_open(folder / "prompts.safetensors", "pt")
+        self._prompt_row = {p: i for i, p in enumerate(json.loads(self._prompts.metadata()["prompts"]))}
+        self._keys = list(self._prompts.keys())
+        self.null = self.encoding([""])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def latents(self, indices: Iterable[int], generator: torch.Generator) -> Tensor:
+        """(B, C, h, w) latents in fp32, drawn from their posteriors where they have one."""
+        rows = []
+        for index in indices:
+            shard, row = self._row[index]
+            mean = self.shards[shard].get_slice("mean")[row].float()
+            if "std" in self.shards[shard].keys():  # noqa: SIM118 (a safetensors file, not a dict)
+                spread = self.shards[shard].get_slice("std")[row].float()
+                mean = mean + spread * torch.randn(mean.shape, generator=generator)
+            rows.append(mean)
+        return torch.stack(rows)
+
+    def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Prompt encodings (B, ...) in fp32; the prompts must have been cached."""
+        rows = [self._prompt_row[p] for p in prompts]
+        return {k: torch.stack([self._prompts.get_slice(k)[r] for r in rows]).float() for k in self._keys}
+
+
+def build_cache(config: Config, base: SD15, progress: Progress) -> LatentCache:
+    """Make what is missing of the run's cache and open it.
+
+    progress(what, done, total) is called as it goes. Raises ValueError that lists every unreadable picture and missing
+    caption, unless `data.skip_bad`.
+    """
+    data = config.data
+    pictures, skipped = find_pictures(data.images, data.skip_bad) if data.images else (None, [])
+    prompts = read_prompts(data.prompts)[: data.count] if pictures is None else sorted({p.caption for p in pictures})
+    folder = config.cache_folder / _fingerprint(config, base, pictures, prompts)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    previews = list(config.preview.prompts)
+    _cache_prompts(folder, base, ["", *dict.fromkeys([*prompts, *previews])], data.batch_size, progress)
+    if pictures is not None:
+        _cache_pictures(folder, base, config, pictures, skipped, progress)
+    else:
+        _cache_teacher_latents(folder, base, config, prompts, progress)
+    return LatentCache(folder)
+
+
+def _fingerprint(config: Config, base: SD15, pictures: list[Picture] | None, prompts: list[str]) -> str:
+    data = config.data
+    content = {"base": base.base_hash, "resolution": data.resolution, "prompts": prompts, "previews": config.preview.prompts}
+    if pictures is None:
+        content |= {"count": data.count, "steps": data.teacher_steps, "guidance": data.teacher_guidance, "batch": data.batch_size}
+        content |= {"dtype": config.base.dtype}
+    else:
+        content["pictures"] = [(content_hash(p.path), p.caption) for p in pictures]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_prompts(folder: Path, base: SD15, prompts: list[str], batch: int, progress: Progress) -> None:
+    path = folder / "prompts.safetensors"
+    if path.is_file():
+        return
+    encodings: list[dict[str, Tensor]] = []
+    for at in range(0, len(prompts), batch):
+        encoded = base.encode_prompts(prompts[at : at + batch])
+        encodings.append({k: v.half().cpu() for k, v in encoded.items()})
+        progress("prompts", min(at + batch, len(prompts)), len(prompts))
+    packed = {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}
+    write_tensors(path, packed, {"prompts": json.dumps(prompts)})
+
+
+def _cache_pictures(
+    folder: Path, base: SD15, config: Config, pictures: list[Picture], skipped: list[str], progress: Progress
+) -> None:
+    data, bad = config.data, []
+    for path, start in _missing_shards(folder, len(pictures)):
+        means, stds, captions, bad_here = [], [], [], []
+        for at in range(start, min(start + SHARD, len(pictures)), data.batch_size):
+            pixels = []
+            for picture in pictures[at : min(at + data.batch_size, start + SHARD)]:
+                try:
+                    pixels.append(load_picture(picture.path, data.resolution))
+                    captions.append(picture.caption)
+                except ValueError as error:
+                    bad_here.append(f"{picture.path.name}: {error}")
+            if pixels:
+                mean, std = base.encode_images(torch.stack(pixels))
+                means.append(mean.half().cpu())
+                if std is not None:
+                    stds.append(std.half().cpu())
+            progress("pictures", min(at + data.batch_size, len(pictures)), len(pictures))
+        bad += bad_here
+        if bad_here and not data.skip_bad:
+            continue
+        tensors = {"mean": torch.cat(means)} if means else {}
+        if stds:
+            tensors["std"] = torch.cat(stds)
+        _write_shard(path, tensors, captions, [*(skipped if start == 0 else []), *bad_here])
+    stop_or_skip(bad, data.skip_bad, f"of the {len(pictures)} pictures in {data.images} cannot be used")
+
+
+def _cache_teacher_latents(folder: Path, base: SD15, config: Config, prompts: list[str], progress: Progress) -> None:
+    """The teacher's own pictures: DDIM with guidance from noise that depends only on the sample's number."""
+    data = config.data
+    null = base.encode_prompts([""])
+    ticks = PhaseGrid(points=1000, phases=1).plan(data.teacher_steps).ticks
+    shape = base.latent_shape(data.resolution)
+    for path, start in _missing_shards(folder, data.count):
+        end = min(start + SHARD, data.count)
+        captions = [prompts[i % len(prompts)] for i in range(start, end)]
+        latents = []
+        for at in range(start, end, data.batch_size):
+            numbers = range(at, min(at + data.batch_size, end))
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in numbers])
+            condition = base.encode_prompts([captions[i - start] for i in numbers])
+            x = generate(base, condition, null, noise, ticks, data.teacher_guidance)
+            if not x.isfinite().all():
+                raise RuntimeError(
+                    f"The teacher's latents for samples {at} to {numbers[-1]} are not finite. Set base.dtype=fp32, and check the base."
+                )
+            latents.append(x.half().cpu())
+            progress("teacher's latents", numbers[-1] + 1, data.count)
+        _write_shard(path, {"mean": torch.cat(latents)}, captions, [])
+
+
+def _missing_shards(folder: Path, count: int) -> Iterable[tuple[Path, int]]:
+    for start in range(0, count, SHARD):
+        path = folder / f"latents-{start // SHARD:05d}.safetensors"
+        if not path.is_file():
+            yield path, start
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], captions: list[str], skipped: list[str]) -> None:
+    write_tensors(path, tensors, {"captions": json.dumps(captions), "skipped": json.dumps(skipped)})

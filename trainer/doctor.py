@@ -1,0 +1,75 @@
+"""What this machine can do: versions, device, optional parts, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REQUIRED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pydantic", "typer", "rich", "pillow")
+OPTIONAL = {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"}
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine as JSON-ready values; touches no network."""
+    cuda = torch.cuda.is_available()
+    device = {"name": platform.processor() or platform.machine(), "kind": "cpu", "threads": torch.get_num_threads()}
+    if cuda:
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "name": properties.name,
+            "kind": "cuda",
+            "count": torch.cuda.device_count(),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "bf16": torch.cuda.is_bf16_supported(),
+        }
+    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("phased-consistency", *REQUIRED)},
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "device": device,
+        "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on",
+        "comfyui": str(host) if (host / "main.py").is_file() else None,
+        "missing": [name for name in REQUIRED if _version(name) is None],
+    }
+
+
+def report(d: dict[str, Any]) -> str:
+    """`examine` for people."""
+    device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
+    lines = [
+        f"python {d['python']}; " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in d["packages"].items()),
+        f"device: {device}",
+        f"disk: {d['free_disk_gib']} GiB free here; hub: {d['hub']}; ComfyUI: {d['comfyui'] or 'not found (COMFYUI_PATH, ~/comfy/ComfyUI)'}",
+        *(f"optional {k}: {v or 'not installed'} ({OPTIONAL[k]})" for k, v in d["optional"].items()),
+    ]
+    if d["missing"]:
+        lines.append(f'missing: {", ".join(d["missing"])}. Run: pip install "phased-consistency[train]"')
+    if d["device"]["kind"] == "cpu":
+        lines.append("No CUDA device: tiny-sd15 and make demo run here; a full-size base would take days.")
+    if "run" in d:
+        lines += ["", d["run"]["text"], _verdict(d)]
+    return "\n".join(lines)
+
+
+def _verdict(d: dict[str, Any]) -> str:
+    need = d["run"]["memory_gib"]["training in all, at least"]
+    if d["device"]["kind"] != "cuda":
+        return f"This run needs at least {need:.1f} GiB of memory."
+    have = d["device"]["memory_gib"]
+    fits = "fits" if need * 1.15 < have else "will not fit: lower train.batch_size, or set train.gradient_checkpointing=true"
+    return f"This run needs at least {need:.1f} GiB; the device has {have:.1f} GiB, so it {fits}."
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

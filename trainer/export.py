@@ -1,0 +1,203 @@
+"""The LoRA file: tensors under the names every loader maps, a header that says how to sample it, and a self-test.
+
+Nothing in the file tells the time, so the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save
+from torch import Tensor
+
+from ..samplers import Recipe
+from ..samplers.lora_file import read_header
+from ..samplers.recipe import HEADER_KEY
+from .adapter import NAME, Adapter
+from .checkpoint import write_tensors
+from .config import Config
+from .families.sd15 import SD15
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EMPTY_HASH = hashlib.sha256().hexdigest()
+
+
+def recipe_for(config: Config, base: SD15) -> Recipe:
+    """How a LoRA of this run must be sampled. The teacher's guidance is in the weights, so CFG stays near 1."""
+    return Recipe(
+        family=base.name,
+        objective=config.objective.name,
+        mode="deterministic" if config.objective.phases > 1 else "stochastic",
+        points=config.objective.points,
+        phases=config.objective.phases,
+        prediction=base.prediction,
+        zero_terminal_snr=base.zero_terminal_snr,
+        guidance=1.0,
+        guidance_max=2.0,
+        base_name=Path(base.path).name,
+        base_hash=base.base_hash,
+    )
+
+
+def lora_tensors(weights: dict[str, Tensor], alpha: float, key, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Adapter weights by module path -> kohya tensors with one `.alpha` a module. key: module path -> kohya name."""
+    tensors = {}
+    for name, weight in weights.items():
+        module, part = name.rsplit(".", 1)
+        tensors[f"{key(module)}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = weight.to(dtype).contiguous()
+        tensors[f"{key(module)}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    return tensors
+
+
+def export(path: Path, weights: dict[str, Tensor], config: Config, base: SD15, step: int, samples: int) -> None:
+    """Write a LoRA with its whole header, atomically. Raises OSError when it cannot be written."""
+    tensors = lora_tensors(weights, config.lora.alpha, base.lora_key, DTYPES[config.lora.dtype])
+    metadata = _kohya_metadata(config, base, step, samples)
+    metadata |= _hashes(tensors, metadata)
+    metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
+    metadata |= {
+        HEADER_KEY: recipe_for(config, base).to_header(),
+        "pcm.config": json.dumps(config.what_decides_the_weights()),
+        "pcm.step": str(step),
+        "pcm.version": package_version(),
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def package_version() -> str:
+    """The installed version, or "unknown" in a source tree."""
+    try:
+        return version("phased-consistency")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _kohya_metadata(config: Config, base: SD15, step: int, samples: int) -> dict[str, str]:
+    train, resolution = config.train, config.data.resolution
+    return {
+        "ss_base_model_version": base.base_version,
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.lora.rank),
+        "ss_network_alpha": str(config.lora.alpha),
+        "ss_network_args": json.dumps({"conv_dim": str(config.lora.rank), "conv_alpha": str(config.lora.alpha)}),
+        "ss_output_name": config.name,
+        "ss_sd_model_name": Path(base.path).name,
+        "ss_new_sd_model_hash": base.base_hash,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_num_train_images": str(samples),
+        "ss_tag_frequency": "{}",
+        "ss_steps": str(step),
+        "ss_learning_rate": str(train.lr),
+        "ss_unet_lr": str(train.lr),
+        "ss_lr_scheduler": train.lr_schedule,
+        "ss_optimizer": train.optimizer,
+        "ss_seed": str(train.seed),
+        "ss_mixed_precision": {"fp32": "no"}.get(config.base.dtype, config.base.dtype),
+        "ss_loss_type": "huber",
+        "ss_huber_c": str(config.objective.huber_c),
+        "ss_max_grad_norm": str(train.max_grad_norm),
+        "ss_gradient_accumulation_steps": str(train.accumulation),
+        "ss_total_batch_size": str(train.batch_size * train.accumulation),
+        "ss_training_comment": f"{config.objective.name}, {config.objective.phases} phases, phased-consistency",
+    }
+
+
+def _modelspec_metadata(config: Config, base: SD15, tensor_hash: str) -> dict[str, str]:
+    recipe = recipe_for(config, base)
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": config.name,
+        "modelspec.description": f"Phased Consistency LoRA for {recipe.steps} steps, distilled from {recipe.base_name}.",
+        "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction, base.prediction),
+        "modelspec.usage_hint": recipe.usage_hint(),
+        "modelspec.tags": "PCM, few-step, accelerator",
+        "modelspec.hash_sha256": f"0x{tensor_hash}",
+    }
+
+
+def _hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str, str]:
+    """kohya's two hashes: SHA-256 of the tensor bytes, and of 64 KiB at 1 MiB of the file with `ss_*` keys alone."""
+    data = save(tensors, ss_metadata)
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    hashes = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
+    if hashes["sshs_model_hash"] == EMPTY_HASH:
+        raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
+    if len(data) > 0x100000:
+        hashes["sshs_legacy_hash"] = hashlib.sha256(data[0x100000 : 0x110000]).hexdigest()[:8]
+    return hashes
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """modules: in the file; unmatched: how many of them diffusers did not take; the output of the reloaded file
+    against that of the weights meant to be in it: greatest and root-mean-square difference, and the LoRA's own effect
+    and the output's size as root mean squares, for scale."""
+
+    modules: int
+    unmatched: int
+    max_difference: float
+    rms_difference: float
+    rms_effect: float
+    rms_output: float
+
+    @property
+    def passed(self) -> bool:
+        return self.unmatched == 0 and self.rms_difference <= 0.02 * self.rms_effect + 2e-3 * self.rms_output
+
+    def sentence(self) -> str:
+        return (
+            f"{self.unmatched} keys unmatched of {self.modules} modules, max difference {self.max_difference:.2g} "
+            f"(output rms {self.rms_output:.2g}, LoRA's effect {self.rms_effect:.2g})"
+        )
+
+
+@torch.no_grad()
+def self_test(path: Path, base: SD15, adapter: Adapter, condition: dict[str, Tensor]) -> SelfTest:
+    """Reload a saved LoRA through diffusers beside the adapter, and compare their outputs on one noisy point."""
+    size = base.unet.config.sample_size
+    size = size if isinstance(size, int) else size[0]
+    x = torch.randn(1, base.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)).to(base.device)
+    tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
+    condition = {k: v[:1].to(base.device) for k, v in condition.items()}
+    meant = base.denoise(x, tick, condition)
+    with adapter.off():
+        bare = base.denoise(x, tick, condition)
+    modules, unmatched = install(path, base, "selftest")
+    try:
+        base.unet.set_adapters("selftest")
+        reloaded = base.denoise(x, tick, condition)
+    finally:
+        base.unet.delete_adapters("selftest")
+        base.unet.set_adapters(NAME)
+    difference = (reloaded - meant).abs()
+    return SelfTest(modules, unmatched, difference.max().item(), _rms(difference), _rms(meant - bare), _rms(meant))
+
+
+def install(path: Path, base: SD15, name: str) -> tuple[int, int]:
+    """Load a LoRA file into the base's UNet through diffusers as adapter `name`.
+
+    Returns (modules in the file, modules that diffusers did not install).
+    """
+    state, alphas = StableDiffusionPipeline.lora_state_dict(str(path))
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, base.unet, adapter_name=name)
+    modules = len(read_header(path).modules)
+    return modules, modules - _adapted(base, name)
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _adapted(base: SD15, name: str) -> int:
+    return sum(name in m.lora_A for m in base.unet.modules() if hasattr(m, "lora_A"))

@@ -1,0 +1,60 @@
+"""Sampling over a loaded base with the very functions that run inside ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..samplers import sample_phased, x0_eps_from_output
+from .families.sd15 import SD15
+
+Condition = dict[str, Tensor]
+
+
+def predict(base: SD15, x: Tensor, tick: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that the network sees in points x at ticks (B,)."""
+    schedule = base.schedule
+    output = base.denoise(x, tick, condition)
+    return x0_eps_from_output(output, x, schedule.alpha(tick), schedule.sigma(tick), base.prediction)
+
+
+def sampling_model(
+    base: SD15, condition: Condition, null: Condition | None = None, guidance: float = 1.0
+) -> Callable[..., Tensor]:
+    """The host's `model(x, sigma) -> x0` over a base, with its adapter as it stands, for the functions of `samplers`.
+
+    condition: prompts' encodings (B, ...); null: (1, ...), needed where guidance is not 1. x is in the host's
+    convention: x / alpha for VP. One batch holds both halves of the guidance.
+    """
+    schedule = base.schedule
+
+    def model(x: Tensor, sigma: Tensor, **_) -> Tensor:
+        tick = schedule.tick(sigma).round().long()
+        point = x * schedule.k_scale(sigma).view(-1, 1, 1, 1)
+        if guidance == 1:
+            return predict(base, point, tick, condition)[0]
+        both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in condition.items()}
+        cond, uncond = predict(base, point.repeat(2, 1, 1, 1), tick.repeat(2), both)[0].chunk(2)
+        return uncond + guidance * (cond - uncond)
+
+    return model
+
+
+def generate(
+    base: SD15,
+    condition: Condition,
+    null: Condition,
+    noise: Tensor,
+    ticks: tuple[int, ...],
+    guidance: float = 1.0,
+    gamma: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) sampled from unit noise like them at the levels `ticks`, with the adapter as it stands."""
+    schedule, device = base.schedule, base.device
+    sigmas = schedule.k_sigma(torch.tensor(ticks)).to(device)
+    x = noise.to(device) / schedule.k_scale(sigmas[0])
+    model = sampling_model(base, condition, null, guidance)
+    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, extra_args={} if seed is None else {"seed": seed})

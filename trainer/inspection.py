@@ -1,0 +1,196 @@
+"""Looking inside LoRA files and trying them: what `pcm inspect`, `pcm check` and `pcm sample` do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..samplers import PhaseGrid, Recipe, recipe_for_file
+from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, tensor_hash
+from .export import DTYPES, install
+from .families import load_base
+from .families.sd15 import SD15
+from .generate import generate
+from .previews import draw_grid, save_image
+
+ADAPTER = "file"
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Everything a LoRA's header says, as JSON-ready values. Raises ValueError or FileNotFoundError for a bad file."""
+    header = read_header(file)
+    modules = header.modules
+    recipe = recipe_for_file(file.name, header.metadata)
+    own = tensor_hash(file)
+    stored = header.metadata.get("sshs_model_hash")
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "family": header.family,
+        "recipe": asdict(recipe) if recipe else None,
+        "usage": recipe.usage_hint() if recipe else None,
+        "modules": len(modules),
+        "tensors": len(header.tensors),
+        "not_lora_tensors": header.unmatched,
+        "ranks": dict(Counter(m.rank for m in modules.values())),
+        "alphas": _alphas(file, header),
+        "dtypes": dict(Counter(t.dtype for t in header.tensors.values())),
+        "sha256": file_hash(file),
+        "autov3": own[:12],
+        "hash_matches_header": None if stored is None else stored == own,
+        "metadata": header.metadata,
+    }
+
+
+def describe_text(d: dict[str, Any]) -> str:
+    """`describe` for people."""
+    counts = lambda c: ", ".join(f"{k} ({n})" for k, n in c.items()) or "none"  # noqa: E731
+    hashes = {True: "matches", False: "DOES NOT MATCH", None: "is not in"}[d["hash_matches_header"]]
+    lines = [
+        d["file"],
+        f"  {family_title(d['family'])} LoRA, {d['modules']} modules, {d['bytes'] / 1e6:.1f} MB",
+        f"  rank   {counts(d['ranks'])}",
+        f"  alpha  {counts(d['alphas'])}",
+        f"  dtype  {counts(d['dtypes'])}",
+        f"  use    {d['usage'] or 'no recipe in the header, and not a known file: settings unknown'}",
+    ]
+    if d["recipe"]:
+        lines.append(f"  recipe from {d['recipe']['source']}: " + ", ".join(f"{k} {v}" for k, v in d["recipe"].items() if v not in (None, "", "source")))
+    if d["not_lora_tensors"]:
+        lines.append(f"  {len(d['not_lora_tensors'])} tensors are no LoRA's, such as {d['not_lora_tensors'][0]}")
+    lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
+    lines += [f"    {k}: {v if len(v) <= 100 else v[:97] + '...'}" for k, v in sorted(d["metadata"].items())]
+    return "\n".join(lines)
+
+
+def load_for_tools(base: str, dtype: str, tokenizer: str | None, config: str | None) -> SD15:
+    """A base on the best device for `pcm sample` and `pcm check`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_base(base, dtype=DTYPES[dtype], device=device, tokenizer=tokenizer, config=config)
+
+
+@torch.no_grad()
+def check_parity(file: Path, base: SD15) -> dict[str, Any]:
+    """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
+
+    By hand: W + strength * alpha / rank * up @ down for each module whose kohya name is one of the UNet's.
+    """
+    header = _of_family(file, base)
+    modules = {base.lora_key(n): m for n, m in base.unet.named_modules() if hasattr(m, "weight")}
+    unmatched = sorted(n for n, m in header.modules.items() if n not in modules or not m.fits(tuple(modules[n].weight.shape)))
+    x, tick, condition = _probe(base)
+    bare = base.denoise(x, tick, condition)
+    _, not_installed = install(file, base, ADAPTER)
+    by_diffusers = base.denoise(x, tick, condition)
+    base.unet.delete_adapters(ADAPTER)
+    weights, alphas = load_file(file), header.scale_alphas()
+    for name, entry in header.modules.items():
+        if name in unmatched:
+            continue
+        up, down = (weights[entry.keys[part]].float() for part in ("up", "down"))
+        alpha = weights[entry.keys["alpha"]].item() if "alpha" in entry.keys else alphas.get(name, entry.rank)
+        target = modules[name].get_base_layer() if hasattr(modules[name], "get_base_layer") else modules[name]
+        delta = (up.flatten(1) @ down.flatten(1)).view_as(target.weight) * (alpha / entry.rank)
+        target.weight += delta.to(target.weight)
+    by_hand = base.denoise(x, tick, condition)
+    difference = (by_diffusers - by_hand).abs().max().item()
+    effect = (by_hand - bare).abs().max().item()
+    passed = not unmatched and not not_installed and difference <= 1e-3 * by_hand.abs().max().item() + 0.01 * effect
+    return {
+        "passed": passed,
+        "modules": len(header.modules),
+        "unmatched": len(unmatched),
+        "unmatched_names": unmatched[:20],
+        "not_loaded_by_diffusers": not_installed,
+        "max_difference": difference,
+        "max_effect": effect,
+        "text": f"{'OK' if passed else 'FAILED'}: {len(unmatched)} keys unmatched of {len(header.modules)} modules, {not_installed} not "
+        f"loaded by diffusers, max output difference {difference:.2g} (the LoRA's effect is {effect:.2g})"
+        + (f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""),
+    }
+
+
+def sample_grid(
+    base: SD15,
+    prompts: list[str],
+    out: Path,
+    lora: Path | None,
+    steps: list[int],
+    guidance: float | None,
+    negative: str,
+    strength: float,
+    gamma: float | None,
+    seed: int,
+    resolution: int | None,
+) -> dict[str, Any]:
+    """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings."""
+    recipe = _install_for_sampling(lora, base, strength)
+    grid = recipe.grid() if recipe else PhaseGrid(points=1000, phases=1, from_noise=True)
+    if guidance is None:
+        guidance = recipe.guidance if recipe else 7.5
+    if gamma is None:
+        gamma = recipe.gamma if recipe else 0.0
+    shape = base.latent_shape(resolution or base.unet.config.sample_size * 8)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
+    condition, null = base.encode_prompts(prompts), base.encode_prompts([negative])
+    rows, pictures, warnings = [], [], []
+    for n in steps:
+        plan = grid.plan(n)
+        warnings += [*(recipe.warnings(n, guidance) if recipe and n != recipe.steps else []), *plan.notes]
+        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, seed)
+        pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
+        rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
+    save_image(draw_grid(pictures, prompts), out)
+    return {"out": str(out), "rows": rows, "recipe": recipe and asdict(recipe), "warnings": list(dict.fromkeys(warnings))}
+
+
+def _install_for_sampling(lora: Path | None, base: SD15, strength: float) -> Recipe | None:
+    if lora is None:
+        return None
+    header = _of_family(lora, base)
+    modules, missing = install(lora, base, ADAPTER)
+    if missing:
+        raise ValueError(f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. It was made for another model.")
+    base.unet.set_adapters(ADAPTER, weights=strength)
+    return recipe_for_file(lora.name, header.metadata)
+
+
+def _of_family(file: Path, base: SD15) -> LoraHeader:
+    header = read_header(file)
+    if header.family not in (None, base.name):
+        raise ValueError(
+            f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(base.name)}. Use a matching pair."
+        )
+    return header
+
+
+def _probe(base: SD15) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One noisy point halfway up the schedule, and the empty prompt's encoding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *base.latent_shape(base.unet.config.sample_size * 8), generator=generator).to(base.device)
+    tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
+    return x, tick, base.encode_prompts([""])
+
+
+def _alphas(file: Path, header: LoraHeader) -> dict[str, int]:
+    """How often each alpha occurs; modules without one count as "none (strength 1)"."""
+    keys = [m.keys["alpha"] for m in header.modules.values() if "alpha" in m.keys]
+    found: Counter[str] = Counter(f"{v:g}" for v in header.scale_alphas().values())
+    if keys:
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            found.update(f"{opened.get_tensor(k).item():g}" for k in keys)
+    without = len(header.modules) - sum(found.values())
+    if without:
+        found["none (strength 1)"] = without
+    return dict(found)

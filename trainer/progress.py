@@ -1,0 +1,50 @@
+"""The run's progress on stderr: what it says, a bar with samples/s and ETA, and the loss."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .loop import Reporter, Status
+
+
+class ProgressBar(Reporter):
+    """A `Reporter` over rich's progress bar; use as a context manager."""
+
+    def __init__(self):
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self.console,
+        )
+        self.tasks: dict[str, int] = {}
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def caching(self, what: str, done: int, total: int) -> None:
+        self._advance(f"caching {what}", done, total)
+
+    def update(self, status: Status) -> None:
+        facts = f"loss {status.loss:.4f}, {status.samples_per_second:.1f} samples/s"
+        if status.peak_memory:
+            facts += f", {status.peak_memory:.1f} GiB"
+        self._advance("training", status.step, status.steps, facts)
+
+    def _advance(self, name: str, done: int, total: int, facts: str = "") -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(name, total=total, completed=done, facts=facts)
+        self.bar.update(self.tasks[name], completed=done, total=total, facts=facts)

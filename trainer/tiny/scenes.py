@@ -1,0 +1,185 @@
+"""Captioned pictures that the tiny bases learn from: coloured shapes, drawn with Pillow.
+
+A `Scene` is one picture in words and in numbers; `caption(scene)` and `draw(scene, size)` are its two faces.
+What the caption leaves out (size, place, exact shade) is free, so a prompt has many right pictures, and what the
+caption says is visible, so a wrong picture is easy to tell.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (244, 132, 28),
+    "yellow": (250, 208, 44),
+    "green": (48, 160, 72),
+    "blue": (40, 84, 208),
+    "purple": (128, 60, 176),
+    "pink": (244, 130, 178),
+    "white": (244, 244, 240),
+    "black": (28, 28, 32),
+}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
+PATTERNS = ("", "striped ")
+PLACES = {
+    "on the left": (0.27, 0.5),
+    "on the right": (0.73, 0.5),
+    "at the top": (0.5, 0.27),
+    "at the bottom": (0.5, 0.73),
+    "in the middle": (0.5, 0.5),
+}
+SIZES = {"small ": 0.15, "large ": 0.27}
+RELATIONS = {"left of": ((0.27, 0.5), (0.73, 0.5)), "above": ((0.5, 0.27), (0.5, 0.73))}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape: centre and radius as fractions of the picture's side."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What to draw, and the caption that says part of it."""
+
+    shapes: tuple[Shape, ...]
+    background: str
+    pattern: str
+    caption: str
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Draw one scene from the language above; two fifths hold two shapes."""
+    background = rng.choice(tuple(COLOURS))
+    pattern = rng.choices(PATTERNS, (4, 1))[0]
+    colours = rng.sample([c for c in COLOURS if c != background], 2)
+    ground = f"on {_article(pattern + background)} background"
+    if rng.random() < 0.4:
+        relation, centres = rng.choice(tuple(RELATIONS.items()))
+        pair = tuple(_place(rng, c, rng.choice(SHAPES), xy, 0.19) for c, xy in zip(colours, centres, strict=True))
+        first, second = (_noun("", s) for s in pair)
+        return Scene(pair, background, pattern, f"{first} {relation} {second} {ground}")
+    size = rng.choice(("", *SIZES))
+    place = rng.choice(("", *PLACES))
+    shape = _place(
+        rng,
+        colours[0],
+        rng.choice(SHAPES),
+        PLACES.get(place) or (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+        SIZES.get(size) or rng.uniform(0.15, 0.27),
+    )
+    words = [_noun(size, shape), place, ground]
+    return Scene((shape,), background, pattern, " ".join(w for w in words if w))
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _noun(size: str, shape: Shape) -> str:
+    return _article(f"{size}{shape.colour} {shape.shape}")
+
+
+def _place(rng: random.Random, colour: str, shape: str, centre: tuple[float, float], radius: float) -> Shape:
+    x, y = (c + rng.uniform(-0.03, 0.03) for c in centre)
+    return Shape(colour, shape, x, y, radius * rng.uniform(0.93, 1.07))
+
+
+def draw(scene: Scene, size: int, oversample: int = 4) -> Image.Image:
+    """Draw a scene as an RGB picture of `size` pixels, anti-aliased by drawing it larger."""
+    side = size * oversample
+    image = Image.new("RGB", (side, side), COLOURS[scene.background])
+    canvas = ImageDraw.Draw(image)
+    if scene.pattern:
+        band = side // 8
+        for x in range(0, side, 2 * band):
+            canvas.rectangle((x, 0, x + band - 1, side), fill=_shade(COLOURS[scene.background], 0.72))
+    for shape in scene.shapes:
+        _draw_shape(image, shape, side)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _draw_shape(image: Image.Image, shape: Shape, side: int) -> None:
+    """Paste the shape through a mask, so that rings and moons leave the ground visible."""
+    mask = Image.new("L", image.size, 0)
+    pen = ImageDraw.Draw(mask)
+    x, y, r = shape.x * side, shape.y * side, shape.radius * side
+
+    def disc(cx: float, cy: float, radius: float, fill: int = 255) -> None:
+        pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=fill)
+
+    def polygon(points: list[tuple[float, float]]) -> None:
+        pen.polygon([(x + r * px, y + r * py) for px, py in points], fill=255)
+
+    if shape.shape == "circle":
+        disc(x, y, r)
+    elif shape.shape == "ring":
+        disc(x, y, r)
+        disc(x, y, 0.55 * r, fill=0)
+    elif shape.shape == "moon":
+        disc(x, y, r)
+        disc(x + 0.45 * r, y - 0.2 * r, 0.8 * r, fill=0)
+    elif shape.shape == "square":
+        polygon([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)])
+    elif shape.shape == "triangle":
+        polygon([(0, -1), (0.95, 0.8), (-0.95, 0.8)])
+    elif shape.shape == "cross":
+        polygon([(-0.32, -1), (0.32, -1), (0.32, 1), (-0.32, 1)])
+        polygon([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)])
+    elif shape.shape == "star":
+        polygon([_polar(1.1 if i % 2 == 0 else 0.45, i * 36 - 90) for i in range(10)])
+    elif shape.shape == "heart":
+        disc(x - 0.46 * r, y - 0.35 * r, 0.5 * r)
+        disc(x + 0.46 * r, y - 0.35 * r, 0.5 * r)
+        polygon([(-0.9, -0.12), (0.9, -0.12), (0, 0.98)])
+    else:
+        raise ValueError(f"unknown shape {shape.shape!r}; the language has {', '.join(SHAPES)}")
+    image.paste(COLOURS[shape.colour], mask=mask)
+
+
+def _polar(radius: float, degrees: float) -> tuple[float, float]:
+    return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
+
+
+def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+    """A darker band, or a lighter one where the colour is already dark."""
+    if sum(colour) < 150:
+        return tuple(min(255, round(c + 50)) for c in colour)
+    return tuple(round(c * factor) for c in colour)
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    """`count` different captions of random scenes; the same seed gives the same list."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[random_scene(rng).caption] = None
+    return list(found)
+
+
+def follows_prompt(scene: Scene, pixels: Tensor) -> bool:
+    """Whether a picture (3, H, W) in [0, 1] shows the colours its caption names: the ground's, and each shape's.
+
+    Each pixel counts as the palette colour nearest to it (stripes as their ground); the ground must hold the largest
+    part of the border, and each shape's colour at least 1 % of the picture.
+    """
+    names = list(COLOURS)
+    palette = torch.tensor([COLOURS[n] for n in names] + [_shade(COLOURS[n], 0.72) for n in names]) / 255
+    nearest = torch.cdist(pixels.flatten(1).T, palette).argmin(1) % len(names)
+    share = torch.bincount(nearest, minlength=len(names)) / len(nearest)
+    grid = nearest.view(pixels.shape[1:])
+    border = torch.cat([grid[:6].flatten(), grid[-6:].flatten(), grid[:, :6].flatten(), grid[:, -6:].flatten()])
+    ground = names[torch.bincount(border, minlength=len(names)).argmax()]
+    return ground == scene.background and all(share[names.index(s.colour)] >= 0.01 for s in scene.shapes)

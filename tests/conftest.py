@@ -1,0 +1,43 @@
+"""For every test: the repository root is not importable as bare folders, runs are repeatable, and skips are named."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+# With the root on sys.path (`python -m pytest`), our nodes/ folder would shadow the host's module `nodes`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Name every skipped test in the run's last lines; the very last one tells whether host tests are among them."""
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        reporter.write_line(f"not run: {report.nodeid}: {str(reason).removeprefix('Skipped: ')}")
+    host = sum(
+        report.nodeid.startswith("tests/host/") or "host" in getattr(report, "keywords", ()) for report in skipped
+    )
+    if host:
+        reporter.write_line(f"{host} host tests were NOT run: they need a ComfyUI (set COMFYUI_PATH).", yellow=True)
+    return result

@@ -1,0 +1,213 @@
+"""Recipes: through a header and back, and those of the published files against their authors' own settings."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from phased_consistency.samplers import Recipe, recipe_for_file
+from phased_consistency.samplers.recipe import HEADER_KEY
+
+TRAILING = {
+    2: [999, 499],
+    4: [999, 749, 499, 249],
+    8: [999, 874, 749, 624, 499, 374, 249, 124],
+    16: [999, 937, 874, 811, 749, 687, 624, 561, 499, 437, 374, 311, 249, 187, 124, 61],
+}
+FILES = [
+    *(("sd15", f"pcm_sd15_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
+    *(("sdxl", f"pcm_sdxl_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
+    *(
+        ("sd15", f"pcm_sd15_normalcfg_{n}step_converted", n, cfg)
+        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
+    ),
+    *(
+        ("sdxl", f"pcm_sdxl_normalcfg_{n}step_converted", n, cfg)
+        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
+    ),
+]
+SD3_FILES = [
+    ("pcm_deterministic_2step_shift1", 2, 1.0, [1, 0.5]),
+    ("pcm_deterministic_4step_shift1", 4, 1.0, [1, 0.76, 0.5, 0.26]),
+    ("pcm_deterministic_4step_shift3", 4, 3.0, [1, 0.76, 0.5, 0.26]),
+]
+
+
+def known(name: str) -> Recipe:
+    recipe = recipe_for_file(f"{name}.safetensors", {})
+    assert recipe is not None and recipe.source == "known file"
+    return recipe
+
+
+def timesteps(recipe: Recipe, trained: bool = False) -> list[int]:
+    return [tick - 1 for tick in recipe.grid(trained).plan(recipe.steps).ticks[:-1]]
+
+
+@pytest.mark.parametrize(("family", "name", "steps", "cfg"), FILES)
+def test_published_unet_files(family, name, steps, cfg):
+    recipe = known(name)
+    assert (recipe.family, recipe.mode, recipe.steps, recipe.phases) == (family, "deterministic", steps, steps)
+    assert (recipe.prediction, recipe.shift, recipe.gamma) == ("epsilon", None, 0)
+    assert (recipe.guidance_min, recipe.guidance_max) == cfg
+    assert recipe.negative_prompts == ("normalcfg" in name)
+    # 62.5 timesteps apart, the 16 levels are rounded up where diffusers rounds to even: at most one timestep off
+    off = 1 if steps == 16 else 0
+    assert all(abs(a - b) <= off for a, b in zip(timesteps(recipe), TRAILING[steps], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [
+        ("pcm_sd15_smallcfg_4step_converted", [999, 739, 499, 239]),
+        ("pcm_sd15_normalcfg_8step_converted", [999, 859, 739, 619, 499, 359, 239, 119]),
+        ("pcm_sdxl_smallcfg_4step_converted", [999, 749, 499, 249]),
+        ("pcm_deterministic_4step_shift3", [999, 749, 499, 249]),
+    ],
+)
+def test_trained_edges_are_an_option(name, edges):
+    assert timesteps(known(name), trained=True) == edges
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_published_lcmlike_files(family):
+    recipe = known(f"pcm_{family}_lcmlike_lora_converted")
+    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.gamma) == (family, "stochastic", 1, 4, 1)
+    assert timesteps(recipe) == [999, 759, 499, 259]
+    assert [t - 1 for t in recipe.grid().plan(8).ticks[:-1]] == [999, 879, 759, 639, 499, 379, 259, 139]
+
+
+@pytest.mark.parametrize(("name", "steps", "shift", "levels"), SD3_FILES)
+@pytest.mark.parametrize("prefix", ["", "half_"])
+def test_published_sd3_files(prefix, name, steps, shift, levels):
+    recipe = known(prefix + name)
+    assert (recipe.family, recipe.prediction, recipe.mode) == ("sd3", "flow", "deterministic")
+    assert (recipe.steps, recipe.shift, recipe.guidance) == (steps, shift, 1.2)
+    assert [tick / 1000 for tick in recipe.grid().plan().ticks[:-1]] == levels
+    sigmas = recipe.schedule().sigma(500)
+    assert sigmas.item() == pytest.approx({1.0: 0.5, 3.0: 0.75}[shift])
+
+
+@pytest.mark.parametrize("name", ["pcm_stochastic_shift3", "pdm_stochastic_shift3", "half_pcm_stochastic_shift3"])
+def test_published_stochastic_sd3_file(name):
+    recipe = known(name)
+    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.shift) == ("sd3", "stochastic", 1, 4, 3.0)
+    assert recipe.grid().plan(4).ticks == (1000, 760, 500, 260, 0)
+
+
+@pytest.mark.parametrize("folder", ["", "sd15/", "PCM\\SD15\\", "C:\\models\\loras\\", "/models/loras/"])
+def test_a_known_file_is_known_in_any_folder(folder):
+    recipe = recipe_for_file(folder + "PCM_SD15_smallcfg_4step_converted.safetensors", {})
+    assert recipe == known("pcm_sd15_smallcfg_4step_converted")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "my_style.safetensors", "pcm_sd15_smallcfg_3step.safetensors", "pcm_sd15_smallcfg_4step\\style.safetensors"],
+)
+def test_unknown_files_have_no_recipe(name):
+    assert recipe_for_file(name, {}) is None
+
+
+def test_the_header_wins_over_the_name():
+    own = Recipe(family="sdxl", phases=2)
+    got = recipe_for_file("pcm_sd15_smallcfg_4step_converted.safetensors", {HEADER_KEY: own.to_header()})
+    assert got == replace(own, source="header")
+
+
+def test_header_round_trip():
+    kinds = ({"prediction": "epsilon"}, {"prediction": "v_prediction", "zero_terminal_snr": True})
+    flow = {"prediction": "flow", "shift": 2.5, "points": 100}
+    for kind, mode, (phases, steps), family in itertools.product(
+        (*kinds, flow), ("deterministic", "stochastic"), ((1, None), (4, 6), (8, None)), ("sd15", "sd2", "sdxl", "sd3")
+    ):
+        recipe = Recipe(
+            family=family,
+            mode=mode,
+            phases=phases,
+            steps=steps,
+            objective="lcm",
+            guidance=1.5,
+            guidance_max=7.25,
+            negative_prompts=True,
+            strength=0.8,
+            sampling_points=50,
+            sampling_from_noise=True,
+            base_name="Künstler-Mix «v2»",
+            base_hash="ab" * 32,
+            **kind,
+        )
+        assert Recipe.from_header(recipe.to_header()) == replace(recipe, source="header")
+        assert "source" not in json.loads(recipe.to_header())
+
+
+def test_fields_of_later_versions_are_ignored():
+    header = json.loads(Recipe(family="sd15").to_header()) | {"version": 7, "solver_of_the_future": "x", "source": "me"}
+    assert Recipe.from_header(json.dumps(header)) == Recipe(family="sd15", source="header")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"sd15"', "{}", '{"family": "sd15", "points": "many"}'])
+def test_an_unreadable_header_is_an_error(text):
+    with pytest.raises(ValueError, match="pcm.recipe header cannot be read .* or set the steps and mode by hand"):
+        recipe_for_file("a.safetensors", {HEADER_KEY: text})
+
+
+def test_all_problems_are_told_at_once():
+    values = asdict(Recipe(family="sd15")) | {
+        "family": "sd9",
+        "mode": "random",
+        "prediction": "x0",
+        "shift": -1.0,
+        "guidance": 9.0,
+        "steps": 0,
+        "points": 48,
+    }
+    with pytest.raises(ValueError) as error:
+        Recipe(**values)
+    for problem in (
+        "family is 'sd9'",
+        "mode is 'random'",
+        "prediction is 'x0'",
+        "shift must be",
+        "guidance 9 is outside",
+    ):
+        assert problem in str(error.value)
+    for problem in ("flow models have a shift", "steps is 0", "points = 48 does not divide 1000"):
+        assert str(error.value).count(problem) == 1
+
+
+@pytest.mark.parametrize("kind", [{"prediction": "flow"}, {"prediction": "epsilon", "shift": 3.0}])
+def test_shift_belongs_to_flow(kind):
+    with pytest.raises(ValueError, match="flow models have a shift, others none"):
+        Recipe(family="sd3", **kind)
+
+
+def test_right_settings_have_no_warnings():
+    recipe = known("pcm_sd15_normalcfg_4step_converted")
+    assert recipe.warnings(steps=4, guidance=3.0, family="sd15") == []
+    assert known("pcm_sd15_lcmlike_lora_converted").warnings(steps=7, guidance=1.0) == []
+
+
+def test_wrong_settings_are_sentences():
+    recipe = known("pcm_sd15_normalcfg_4step_converted")
+    assert recipe.warnings(steps=20, guidance=8.0, family="sdxl") == [
+        "This LoRA is for SD1.5, the model is SDXL: load a matching one.",
+        "This LoRA was made for 4 steps, not 20: set steps to 4.",
+        "CFG 8 is above 3.5 and burns the image: set CFG to 3.",
+    ]
+    assert recipe.warnings(steps=4, guidance=1.0) == ["CFG 1 is below 2.5: set CFG to 3."]
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "diffusers"),
+    [
+        ("pcm_sd15_smallcfg_4step_converted", "euler + simple", "DDIM with trailing spacing"),
+        ("pcm_sd15_lcmlike_lora_converted", "lcm + simple", "diffusers LCM"),
+        ("pcm_deterministic_4step_shift3", "euler + simple", "FlowMatchEulerDiscrete"),
+        ("pcm_stochastic_shift3", "lcm + simple", "FlowMatchLCM"),
+    ],
+)
+def test_usage_hint_names_the_settings(name, host, diffusers):
+    recipe = known(name)
+    hint = recipe.usage_hint()
+    assert hint.startswith(f"{recipe.steps} steps") and host in hint and diffusers in hint
+    assert f"CFG {recipe.guidance:g} (" in hint and ("shift 3" in hint) == (recipe.family == "sd3")

@@ -26,6 +26,25 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def tiny_base():
+    """The bundled tiny SD1.5 in fp32. Shared: leave it as it is, and put no adapter on it."""
+    from phased_consistency.trainer.families import load_base
+    from runs import TINY
+
+    return load_base(TINY)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A small run on the tiny base, finished: its configuration and its LoRA. Leave its folder as it is."""
+    from phased_consistency.trainer.loop import train
+    from runs import small_config
+
+    config = small_config(tmp_path_factory.mktemp("trained") / "run")
+    return config, train(config)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
     """Name every skipped test in the run's last lines; the very last one tells whether host tests are among them."""

@@ -1,4 +1,4 @@
-"""The README's tables, made from the code. `python tests/readme_tables.py` writes them; test_readme.py compares them."""
+"""The README's tables, made from the code: `python tests/readme_tables.py` writes them, test_readme.py compares."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def block(name: str) -> re.Pattern:
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        text = block(name).sub(lambda m, table=make(): m[1] + table + m[3], text)
+        text = text.replace(block(name).search(text)[2], make())
     README.write_text(text, encoding="utf-8")

@@ -11,10 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
+
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import family_title, file_hash, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
-from safetensors.torch import save_file
 
 ATTENTION = {
     "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k": (8, 768),

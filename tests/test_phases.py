@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from phased_consistency.samplers import PhaseGrid
 
 GRIDS = [

@@ -5,12 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from readme_tables import README, TABLES, block
 
 from phased_consistency.trainer.cli import app
+from readme_tables import README, TABLES, block
 
 TEXT = README.read_text(encoding="utf-8")
-COMMANDS = [line for fence in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in fence.splitlines() if line.startswith("pcm ")]
+COMMANDS = [
+    line for fence in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in fence.splitlines() if line.startswith("pcm ")
+]
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+
 from phased_consistency.samplers import Recipe, recipe_for_file
 from phased_consistency.samplers.recipe import HEADER_KEY
 

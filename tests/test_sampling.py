@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from phased_consistency.samplers import (
     SAMPLERS,
     FlowSchedule,

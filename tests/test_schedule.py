@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
 from phased_consistency.samplers import FlowSchedule, VPSchedule, jump, output_from_x0_eps, x0_eps_from_output
 
 TICKS = torch.arange(1, 1001)

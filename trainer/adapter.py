@@ -16,10 +16,20 @@ from torch import Tensor, nn
 NAME = "default"
 
 
+@contextmanager
+def bare(network: nn.Module) -> Iterator[None]:
+    """Every adapter of a diffusers model is off inside this block, whatever happens in it."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
 class Adapter:
     """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
 
-    Starts as the identity: B is zero. `generator_seed` fixes A. Raises ValueError when no module matches.
+    Starts as the identity: B is zero. `seed` fixes A. Raises ValueError when no module matches.
     """
 
     def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
@@ -38,11 +48,8 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The bare base inside this block: the teacher."""
-        self.network.disable_adapters()
-        try:
+        with bare(self.network):
             yield
-        finally:
-            self.network.enable_adapters()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
@@ -63,7 +70,8 @@ class Adapter:
     def load(self, state: dict[str, Tensor]) -> None:
         """Overwrite the weights; raises ValueError unless the names and shapes are exactly the adapter's own."""
         own = self.named_parameters()
-        wrong = sorted(n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape != state[n].shape)
+        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (own, state))
+        wrong = sorted(n for n in own.keys() | state.keys() if shapes.get(n) != given.get(n))
         if wrong:
             raise ValueError(f"These weights are for another adapter: {len(wrong)} tensors differ, such as {wrong[0]}.")
         for name, parameter in own.items():
@@ -81,7 +89,7 @@ class Adapter:
 
 
 class Average:
-    """Exponential moving average of an adapter's weights, in fp32: m <- d * m + (1 - d) * w, d rising from 0 to `decay`."""
+    """Moving average of an adapter's weights, in fp32: m <- d * m + (1 - d) * w, with d rising from 0 to `decay`."""
 
     def __init__(self, adapter: Adapter, decay: float):
         self.adapter, self.decay = adapter, decay

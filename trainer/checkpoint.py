@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +26,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
         with part.open("rb+") as file:
+            _sort_metadata(file)
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"Cannot write {path}: {error}. Free space or choose another folder; nothing that was there is lost.") from error
+        advice = "Free space or choose another folder; nothing that was there is lost."
+        raise OSError(f"Cannot write {path}: {error}. {advice}") from error
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """Put the header's metadata in order: safetensors writes them in a new one each time, and equal runs must give
+    equal bytes."""
+    length = struct.unpack("<Q", file.read(8))[0]
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+    if len(text) != length:
+        raise OSError("its header cannot be put in order")
+    file.seek(8)
+    file.write(text)
+    file.flush()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
-    """Save the tensors of each group (adapter, average, optimizer) and JSON facts after `step`; keeps the last `keep`."""
+    """Save tensors by group (adapter, average, optimizer) and JSON facts after `step`; the last `keep` files stay."""
     tensors = {f"{group}/{name}": t.detach().cpu() for group, named in groups.items() for name, t in named.items()}
     path = folder / f"step-{step:07d}.safetensors"
     write_tensors(path, tensors, {"step": str(step), "facts": json.dumps(facts)})
@@ -55,7 +72,13 @@ def load_latest_state(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]], 
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         return None
-    read_header(files[-1])
+    try:
+        read_header(files[-1])
+    except ValueError as error:
+        raise ValueError(
+            f"The checkpoint {files[-1]} is damaged ({str(error).removesuffix(' Get it again.')}) "
+            "Delete it: the run then goes on from the one before it, or from the start."
+        ) from error
     groups: dict[str, dict[str, Tensor]] = {}
     with safe_open(files[-1], "pt") as file:
         facts = file.metadata()

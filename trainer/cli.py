@@ -21,14 +21,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Base = Annotated[str, typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.")]
 Tokenizer = Annotated[str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.")]
+Settings = Annotated[
+    list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
+]
 Configs = Annotated[str, typer.Option(help="Folder of component configs, for an unusual single file.")]
 
 
 @app.command()
 def train(
-    settings: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")] = None,
+    settings: Settings = None,
     preset: Annotated[str, typer.Option(help="Start from this preset; see below.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the plan and the memory it takes; load nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the config, the plan, the memory it takes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Distil a LoRA. The same command goes on where a stopped run left off.
@@ -36,7 +41,7 @@ def train(
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
     Presets: sd15-2step, sd15-4step, sd15-8step, demo. Every setting is section.key=value (base.path, data.images,
-    train.steps, ...); --dry-run prints them all. Without data.images the teacher makes the training latents from prompts.
+    train.steps, ...); --dry-run prints them all. Without data.images the teacher makes the latents from prompts.
     """
     from .config import load_config
 
@@ -52,8 +57,11 @@ def train(
     from .loop import train as run
     from .progress import ProgressBar
 
-    with ProgressBar() as bar:
-        path = run(config, bar)
+    try:
+        with ProgressBar() as bar:
+            path = run(config, bar)
+    except KeyboardInterrupt:  # before the first update; later ones are the run's own to handle
+        raise RuntimeError("Interrupted. What was cached is kept; the same command goes on from there.") from None
     _print({"lora": str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
 
 
@@ -67,7 +75,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="CFG scale, 1 is none; default: what the LoRA wants, or 7.5.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt, for guidance above 1.")] = "",
     strength: Annotated[float, typer.Option(help="LoRA strength.")] = 1.0,
-    gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: what the LoRA wants.")] = None,
+    gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.")] = None,
     seed: int = 0,
     resolution: Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")] = None,
     dtype: Dtype = "fp32",
@@ -75,17 +83,16 @@ def sample(
     config: Configs = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column for each prompt.
+    """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
 
     Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
     from .inspection import load_for_tools, sample_grid
 
+    numbers = _steps(steps)
     loaded = load_for_tools(base, dtype, tokenizer, config)
-    details = sample_grid(
-        loaded, prompt, out, lora, _steps(steps), guidance, negative, strength, gamma, seed, resolution
-    )
+    details = sample_grid(loaded, prompt, out, lora, numbers, guidance, negative, strength, gamma, seed, resolution)
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
     _print(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
@@ -123,7 +130,7 @@ def check(
 
 @app.command()
 def doctor(
-    settings: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="Also say what this run would need.")] = None,
+    settings: Settings = None,
     preset: Annotated[str, typer.Option(help="Also say what this preset would need.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -165,13 +172,11 @@ def main() -> None:
     try:
         with contextlib.suppress(BrokenPipeError):
             app()
-    except KeyboardInterrupt:
-        sys.exit(_fail("Interrupted. What was cached or saved is kept; the same command goes on from there.", 1))
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("PCM_DEBUG"):
             raise
         sys.exit(_fail(str(error), 2))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         if os.environ.get("PCM_DEBUG"):
             raise
         sys.exit(_fail(_advice(error), 1))
@@ -183,9 +188,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _advice(error: Exception) -> str:
-    if "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "allocate memory")):
         return (
-            f"{error}\nTry, in this order: train.gradient_checkpointing=true, a smaller train.batch_size with more "
+            f"{str(error) or 'Out of memory.'}\n"
+            "Try, in this order: train.gradient_checkpointing=true, a smaller train.batch_size with more "
             "train.accumulation, a smaller data.resolution. pcm train --dry-run estimates the memory of each."
         )
     return str(error)

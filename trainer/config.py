@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import difflib
-import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ else:
 class Section(BaseModel):
     """Frozen, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseConfig(Section):
@@ -36,20 +36,28 @@ class BaseConfig(Section):
     prediction: Literal["epsilon", "v_prediction"] | None = Field(None, description="default: what the base says")
     tokenizer: str | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
     config: str | None = Field(None, description="folder of component configs, for an unusual single file")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the frozen weights and the forward pass")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="precision of the frozen weights and the forward pass"
+    )
 
 
 class DataConfig(Section):
     """What the student learns on: a folder of pictures, or only prompts (the teacher then makes the latents)."""
 
-    images: str | None = Field(None, description="folder of pictures with .txt captions beside them; none: prompts only")
-    prompts: str | None = Field(None, description="text file, one prompt a line; default: the list that ships with the pack")
+    images: str | None = Field(
+        None, description="folder of pictures with .txt captions beside them; none: prompts only"
+    )
+    prompts: str | None = Field(
+        None, description="text file, one prompt a line; default: the list that ships with the pack"
+    )
     count: int = Field(1000, ge=1, description="prompts only: how many latents the teacher makes")
     teacher_steps: int = Field(25, ge=1, le=1000, description="prompts only: DDIM steps for each")
     teacher_guidance: float = Field(7.5, ge=1, description="prompts only: CFG scale for each")
     resolution: int = Field(512, ge=8, description="side of the square pictures in pixels")
     batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
-    cache: str | None = Field(None, description="folder of cached latents and embeddings; default: cache/ in the run folder")
+    cache: str | None = Field(
+        None, description="folder of cached latents and embeddings; default: cache/ in the run folder"
+    )
     skip_bad: bool = Field(False, description="leave out unreadable pictures and missing captions instead of stopping")
 
 
@@ -91,7 +99,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-3, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none"
+    )
     gradient_checkpointing: bool = False
     seed: int = Field(0, ge=0)
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
@@ -107,6 +117,9 @@ class PreviewConfig(Section):
     prompts: tuple[str, ...] = Field((), description="default: the first four of the training prompts")
     guidance: float = Field(1.0, ge=1)
     seed: int = Field(0, ge=0)
+
+
+PLACES = (("base", "path"), ("base", "tokenizer"), ("base", "config"), ("data", "images"), ("data", "prompts"))
 
 
 class Config(Section):
@@ -134,9 +147,13 @@ class Config(Section):
         return PhaseGrid(self.objective.points, self.objective.phases)
 
     def what_decides_the_weights(self) -> dict[str, Any]:
-        """The settings without the places on this machine: for the LoRA's header and for `resume`'s check."""
-        values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})
-        values["base"]["path"] = Path(self.base.path).name
+        """The settings for the LoRA's header and for `resume`'s check: places on this machine by their last name, and
+        without what a run only shows or keeps, which may change between two starts."""
+        shown = {"train": {"tensorboard", "save_every", "keep_checkpoints"}, "preview": True}
+        values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache"}, **shown})
+        for section, key in PLACES:
+            if values[section][key] is not None:
+                values[section][key] = Path(values[section][key]).name
         return values
 
 
@@ -150,15 +167,16 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
     preset = preset or document.pop("preset", None)
     document.pop("preset", None)
     if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"Unknown preset {preset!r}; available: {', '.join(PRESETS)}.{_nearest(preset, PRESETS)}")
+        if str(preset) not in PRESETS:
+            near = _nearest(str(preset), PRESETS)
+            raise ValueError(f"Unknown preset {preset!r}; available: {', '.join(PRESETS)}.{near}")
         _merge(values, PRESETS[preset].values)
     _merge(values, document)
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep:
             raise ValueError(f"Cannot read the override {item!r}: write key=value, for example train.steps=2000.")
-        _set(values, key.strip(), _parse_value(text))
+        _set(values, key.strip(), _parse_value(text.strip()))
     values.setdefault("base", {})
     try:
         return Config.model_validate(values)
@@ -171,17 +189,18 @@ def _read_toml(file: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid TOML: {error}.") from None
 
 
 def _parse_value(text: str) -> Any:
     """A TOML value where it is one, else the text itself, so that paths need no quotes."""
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is a name here
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -189,7 +208,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+            into[key] = deepcopy(value)
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -207,7 +226,8 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(str(p) for p in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
-            lines.append(f"  {where}: unknown key.{_nearest(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}.")
+            near = _nearest(str(problem["loc"][-1]), known)
+            lines.append(f"  {where}: unknown key.{near} Known here: {', '.join(known)}.")
         elif problem["type"] == "missing":
             lines.append(f"  {where}: is required; {_field_help(problem['loc'])}.")
         elif problem["type"] == "value_error":
@@ -230,6 +250,8 @@ def _known_keys(loc: tuple) -> list[str]:
 
 
 def _field_help(loc: tuple) -> str:
+    if isinstance(loc[-1], int):
+        return f"{'.'.join(map(str, loc[:-1]))} has more entries"
     field = _section(loc[:-1]).model_fields[loc[-1]]
     if field.description:
         return field.description

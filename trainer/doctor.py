@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-REQUIRED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pydantic", "typer", "rich", "pillow")
+REQUIRED = (
+    *("torch", "diffusers", "transformers", "peft", "accelerate"),
+    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow"),
+)
 OPTIONAL = {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"}
 
 
@@ -44,10 +47,11 @@ def examine() -> dict[str, Any]:
 def report(d: dict[str, Any]) -> str:
     """`examine` for people."""
     device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
+    host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
     lines = [
         f"python {d['python']}; " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in d["packages"].items()),
         f"device: {device}",
-        f"disk: {d['free_disk_gib']} GiB free here; hub: {d['hub']}; ComfyUI: {d['comfyui'] or 'not found (COMFYUI_PATH, ~/comfy/ComfyUI)'}",
+        f"disk: {d['free_disk_gib']} GiB free here; hub: {d['hub']}; ComfyUI: {host}",
         *(f"optional {k}: {v or 'not installed'} ({OPTIONAL[k]})" for k, v in d["optional"].items()),
     ]
     if d["missing"]:
@@ -64,8 +68,10 @@ def _verdict(d: dict[str, Any]) -> str:
     if d["device"]["kind"] != "cuda":
         return f"This run needs at least {need:.1f} GiB of memory."
     have = d["device"]["memory_gib"]
-    fits = "fits" if need * 1.15 < have else "will not fit: lower train.batch_size, or set train.gradient_checkpointing=true"
-    return f"This run needs at least {need:.1f} GiB; the device has {have:.1f} GiB, so it {fits}."
+    compared = f"This run needs at least {need:.1f} GiB; the device has {have:.1f} GiB, so it"
+    if need * 1.15 < have:
+        return f"{compared} fits."
+    return f"{compared} will not fit: lower train.batch_size, or set train.gradient_checkpointing=true."
 
 
 def _version(name: str) -> str | None:

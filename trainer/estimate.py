@@ -14,9 +14,10 @@ from ..samplers.lora_file import read_header
 from .adapter import Adapter
 from .config import Config
 from .data import find_pictures, read_prompts
+from .data.cache import own_prompts
 from .export import recipe_for
 from .families import bundled_folder
-from .families.sd15 import CONFIGS, LORA_TARGETS, SD15, diffusers_folder, is_hub_id
+from .families.sd15 import CONFIGS, LORA_TARGETS, SD15, diffusers_folder, is_hub_id, latent_shape
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -36,8 +37,9 @@ def plan(config: Config) -> dict[str, Any]:
         source = f"{samples} pictures with captions from {data.images}, {len(skipped)} left out"
     else:
         samples = data.count
+        prompts = min(samples, len(read_prompts(data.prompts or own_prompts(config.base.path))))
         source = (
-            f"{samples} latents that the teacher makes from {min(samples, len(read_prompts(data.prompts)))} prompts "
+            f"{samples} latents that the teacher makes from {prompts} prompts "
             f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
         )
     seen = train.steps * train.batch_size * train.accumulation
@@ -63,12 +65,17 @@ def plan(config: Config) -> dict[str, Any]:
         "Plan",
         f"  base      {facts['base']}",
         f"  data      {source}",
-        f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, {seen} in all ({facts['passes_over_the_data']} passes)",
-        f"  a sample  teacher conditional and unconditional in one batch (CFG {low:g} to {high:g}), target, student: 4 forward passes and 1 backward",
-        f"  phases    {config.objective.phases}, starting at timesteps {edges}; {config.objective.points} solver points",
+        f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, {seen} in all "
+        f"({facts['passes_over_the_data']} passes)",
+        f"  a sample  teacher conditional and unconditional in one batch (CFG {low:g} to {high:g}), target, student: "
+        "4 forward passes and 1 backward",
+        f"  phases    {config.objective.phases}, starting at timesteps {edges}; "
+        f"{config.objective.points} solver points",
         f"  LoRA      rank {config.lora.rank}, alpha {config.lora.alpha:g}, {facts['lora_modules']} modules, "
-        f"{facts['lora_parameters'] / 1e6:.1f} M parameters, {facts['lora_file_bytes'] / 1e6:.0f} MB in {config.lora.dtype}",
-        f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every {config.preview.every} updates",
+        f"{facts['lora_parameters'] / 1e6:.1f} M parameters, {facts['lora_file_bytes'] / 1e6:.0f} MB "
+        f"in {config.lora.dtype}",
+        f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
+        f"{config.preview.every} updates",
         f"  use       {memory['usage']}",
         "Memory estimate (GiB)",
         *(f"  {name:28} {value:6.2f}" for name, value in memory["gib"].items()),
@@ -92,6 +99,7 @@ def estimate_memory(config: Config) -> dict[str, Any]:
     """
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(_unet_config(config))
+    latent_shape(network.config, config.data.resolution)
     parameters = sum(p.numel() for p in network.parameters())
     with torch.device("meta"):
         adapter = Adapter(network, LORA_TARGETS, config.lora.rank, config.lora.alpha, seed=0)
@@ -137,7 +145,8 @@ def _activation_bytes(network: UNet2DConditionModel, config: Config) -> float:
 
     make = lambda *shape: torch.empty(*shape, device="meta")  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        network(make(1, network.config.in_channels, side, side), make(1), make(1, 77, network.config.cross_attention_dim))
+        prompt = make(1, 77, network.config.cross_attention_dim)
+        network(make(1, network.config.in_channels, side, side), make(1), prompt)
     if config.train.gradient_checkpointing:
         return kept["outside"] + 2 * max(kept[str(n)] for n in range(len(blocks)))
     return sum(kept.values())

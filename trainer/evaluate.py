@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..samplers import PhaseGrid
+from .adapter import bare
 from .families.sd15 import SD15
 from .generate import Condition, generate
 
@@ -49,11 +50,11 @@ class Row:
 
 
 def latents_for(
-    setting: Setting, base: SD15, adapter, grid: PhaseGrid, condition: Condition, null: Condition, noise: Tensor
+    setting: Setting, base: SD15, grid: PhaseGrid, condition: Condition, null: Condition, noise: Tensor
 ) -> Tensor:
-    """Latents (B, C, h, w) made from this noise with this setting. adapter: what `off()` switches the LoRA off with."""
+    """Latents (B, C, h, w) made from this noise with this setting. The LoRA must be installed in the base."""
     if setting.name == "teacher":
-        grid, using = PhaseGrid(points=1000, phases=1, from_noise=True), adapter.off()
+        grid, using = PhaseGrid(points=1000, phases=1, from_noise=True), bare(base.unet)
     else:
         using = nullcontext()
     ticks = grid.plan(setting.steps).ticks
@@ -83,13 +84,13 @@ def sliced_wasserstein(made: Tensor, reference: Tensor, directions: int = 512) -
 
 
 def compare(
-    settings: list[Setting], base: SD15, adapter, grid: PhaseGrid, prompts: list[str], seed: int
+    settings: list[Setting], base: SD15, grid: PhaseGrid, prompts: list[str], seed: int
 ) -> tuple[list[Row], list[Tensor]]:
     """Rows of figures for each setting, and their latents. The first setting is the reference."""
     condition, null = base.encode_prompts(prompts), base.encode_prompts([""])
     shape = (base.unet.config.in_channels, *(2 * (base.unet.config.sample_size,)))
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
-    made = [latents_for(s, base, adapter, grid, condition, null, noise) for s in settings]
+    made = [latents_for(s, base, grid, condition, null, noise) for s in settings]
     rows = [
         Row(s.name, s.steps, s.guidance, s.evaluations, paired_error(x, made[0]), sliced_wasserstein(x, made[0]))
         for s, x in zip(settings, made, strict=True)

@@ -51,7 +51,8 @@ def lora_tensors(weights: dict[str, Tensor], alpha: float, key, dtype: torch.dty
     tensors = {}
     for name, weight in weights.items():
         module, part = name.rsplit(".", 1)
-        tensors[f"{key(module)}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = weight.to(dtype).contiguous()
+        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
+        tensors[f"{key(module)}.{side}.weight"] = weight.to(dtype).contiguous()
         tensors[f"{key(module)}.alpha"] = torch.tensor(alpha, dtype=dtype)
     return tensors
 
@@ -117,7 +118,7 @@ def _modelspec_metadata(config: Config, base: SD15, tensor_hash: str) -> dict[st
         "modelspec.architecture": base.architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
-        "modelspec.description": f"Phased Consistency LoRA for {recipe.steps} steps, distilled from {recipe.base_name}.",
+        "modelspec.description": f"Phased Consistency LoRA for {recipe.steps} steps, made from {recipe.base_name}.",
         "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction, base.prediction),
         "modelspec.usage_hint": recipe.usage_hint(),
@@ -134,7 +135,7 @@ def _hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str
     if hashes["sshs_model_hash"] == EMPTY_HASH:
         raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
     if len(data) > 0x100000:
-        hashes["sshs_legacy_hash"] = hashlib.sha256(data[0x100000 : 0x110000]).hexdigest()[:8]
+        hashes["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     return hashes
 
 
@@ -167,7 +168,8 @@ def self_test(path: Path, base: SD15, adapter: Adapter, condition: dict[str, Ten
     """Reload a saved LoRA through diffusers beside the adapter, and compare their outputs on one noisy point."""
     size = base.unet.config.sample_size
     size = size if isinstance(size, int) else size[0]
-    x = torch.randn(1, base.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)).to(base.device)
+    shape = (1, base.unet.config.in_channels, size, size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(base.device)
     tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
     condition = {k: v[:1].to(base.device) for k, v in condition.items()}
     meant = base.denoise(x, tick, condition)
@@ -187,10 +189,14 @@ def self_test(path: Path, base: SD15, adapter: Adapter, condition: dict[str, Ten
 def install(path: Path, base: SD15, name: str) -> tuple[int, int]:
     """Load a LoRA file into the base's UNet through diffusers as adapter `name`.
 
-    Returns (modules in the file, modules that diffusers did not install).
+    Returns (modules in the file, modules that diffusers did not install). Raises ValueError when it takes none of it.
     """
-    state, alphas = StableDiffusionPipeline.lora_state_dict(str(path))
-    StableDiffusionPipeline.load_lora_into_unet(state, alphas, base.unet, adapter_name=name)
+    try:
+        state, alphas = StableDiffusionPipeline.lora_state_dict(str(path))
+        StableDiffusionPipeline.load_lora_into_unet(state, alphas, base.unet, adapter_name=name)
+    except (RuntimeError, ValueError, LookupError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {reason}") from error
     modules = len(read_header(path).modules)
     return modules, modules - _adapted(base, name)
 

@@ -57,4 +57,5 @@ def generate(
     sigmas = schedule.k_sigma(torch.tensor(ticks)).to(device)
     x = noise.to(device) / schedule.k_scale(sigmas[0])
     model = sampling_model(base, condition, null, guidance)
-    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, extra_args={} if seed is None else {"seed": seed})
+    extra = {} if seed is None else {"seed": seed}
+    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, extra_args=extra)

@@ -62,7 +62,8 @@ def describe_text(d: dict[str, Any]) -> str:
         f"  use    {d['usage'] or 'no recipe in the header, and not a known file: settings unknown'}",
     ]
     if d["recipe"]:
-        lines.append(f"  recipe from {d['recipe']['source']}: " + ", ".join(f"{k} {v}" for k, v in d["recipe"].items() if v not in (None, "", "source")))
+        told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
+        lines.append(f"  recipe from {d['recipe']['source']}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
     if d["not_lora_tensors"]:
         lines.append(f"  {len(d['not_lora_tensors'])} tensors are no LoRA's, such as {d['not_lora_tensors'][0]}")
     lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
@@ -86,10 +87,15 @@ def check_parity(file: Path, base: SD15) -> dict[str, Any]:
     """
     header = _of_family(file, base)
     modules = {base.lora_key(n): m for n, m in base.unet.named_modules() if hasattr(m, "weight")}
-    unmatched = sorted(n for n, m in header.modules.items() if n not in modules or not m.fits(tuple(modules[n].weight.shape)))
+    fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
+    unmatched = sorted(n for n, m in header.modules.items() if not fits(n, m))
+    found = {"modules": len(header.modules), "unmatched": len(unmatched), "unmatched_names": unmatched[:20]}
     x, tick, condition = _probe(base)
     bare = base.denoise(x, tick, condition)
-    _, not_installed = install(file, base, ADAPTER)
+    try:
+        _, not_installed = install(file, base, ADAPTER)
+    except ValueError as error:
+        return found | {"passed": False, "not_loaded_by_diffusers": len(header.modules), "text": f"FAILED: {error}"}
     by_diffusers = base.denoise(x, tick, condition)
     base.unet.delete_adapters(ADAPTER)
     weights, alphas = load_file(file), header.scale_alphas()
@@ -105,17 +111,14 @@ def check_parity(file: Path, base: SD15) -> dict[str, Any]:
     difference = (by_diffusers - by_hand).abs().max().item()
     effect = (by_hand - bare).abs().max().item()
     passed = not unmatched and not not_installed and difference <= 1e-3 * by_hand.abs().max().item() + 0.01 * effect
-    return {
+    return found | {
         "passed": passed,
-        "modules": len(header.modules),
-        "unmatched": len(unmatched),
-        "unmatched_names": unmatched[:20],
         "not_loaded_by_diffusers": not_installed,
         "max_difference": difference,
         "max_effect": effect,
-        "text": f"{'OK' if passed else 'FAILED'}: {len(unmatched)} keys unmatched of {len(header.modules)} modules, {not_installed} not "
-        f"loaded by diffusers, max output difference {difference:.2g} (the LoRA's effect is {effect:.2g})"
-        + (f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""),
+        "text": f"{'OK' if passed else 'FAILED'}: {len(unmatched)} keys unmatched of {len(header.modules)} modules, "
+        f"{not_installed} not loaded by diffusers, max output difference {difference:.2g} "
+        f"(the LoRA's effect is {effect:.2g})" + (f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""),
     }
 
 
@@ -133,6 +136,8 @@ def sample_grid(
     resolution: int | None,
 ) -> dict[str, Any]:
     """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
     recipe = _install_for_sampling(lora, base, strength)
     grid = recipe.grid() if recipe else PhaseGrid(points=1000, phases=1, from_noise=True)
     if guidance is None:
@@ -145,12 +150,13 @@ def sample_grid(
     rows, pictures, warnings = [], [], []
     for n in steps:
         plan = grid.plan(n)
-        warnings += [*(recipe.warnings(n, guidance) if recipe and n != recipe.steps else []), *plan.notes]
+        warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
         latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, seed)
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
-    return {"out": str(out), "rows": rows, "recipe": recipe and asdict(recipe), "warnings": list(dict.fromkeys(warnings))}
+    told = recipe and asdict(recipe)
+    return {"out": str(out), "rows": rows, "recipe": told, "warnings": list(dict.fromkeys(warnings))}
 
 
 def _install_for_sampling(lora: Path | None, base: SD15, strength: float) -> Recipe | None:
@@ -159,7 +165,8 @@ def _install_for_sampling(lora: Path | None, base: SD15, strength: float) -> Rec
     header = _of_family(lora, base)
     modules, missing = install(lora, base, ADAPTER)
     if missing:
-        raise ValueError(f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. It was made for another model.")
+        which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
+        raise ValueError(f"{lora.name}: {which}. It was made for another model.")
     base.unet.set_adapters(ADAPTER, weights=strength)
     return recipe_for_file(lora.name, header.metadata)
 
@@ -168,7 +175,8 @@ def _of_family(file: Path, base: SD15) -> LoraHeader:
     header = read_header(file)
     if header.family not in (None, base.name):
         raise ValueError(
-            f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(base.name)}. Use a matching pair."
+            f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(base.name)}. "
+            "Use a matching pair."
         )
     return header
 
@@ -186,8 +194,6 @@ def _alphas(file: Path, header: LoraHeader) -> dict[str, int]:
     keys = [m.keys["alpha"] for m in header.modules.values() if "alpha" in m.keys]
     found: Counter[str] = Counter(f"{v:g}" for v in header.scale_alphas().values())
     if keys:
-        from safetensors import safe_open
-
         with safe_open(file, "pt") as opened:
             found.update(f"{opened.get_tensor(k).item():g}" for k in keys)
     without = len(header.modules) - sum(found.values())

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from .checkpoint import (
 from .config import Config
 from .data.cache import LatentCache, build_cache
 from .engine import Batch, Engine
-from .export import DTYPES, export, self_test
+from .export import DTYPES, export, recipe_for, self_test
 from .families import load_base
 from .families.sd15 import SD15
 from .generate import generate
@@ -82,7 +81,8 @@ class Run:
         self.adapter = Adapter(
             self.base.unet, self.base.lora_targets, config.lora.rank, config.lora.alpha, config.train.seed
         )
-        reporter.say(f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g} on {len(self.adapter.layers)} modules.")
+        modules = len(self.adapter.layers)
+        reporter.say(f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g} on {modules} modules.")
         if config.train.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
             self.base.unet.train()
@@ -113,7 +113,8 @@ class Run:
                 memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
                 self.reporter.update(Status(self.step, self.config.train.steps, seen_loss, rate, memory))
                 if writer:
-                    for tag, value in (("loss", loss), ("gradient norm", norm), ("lr", self._lr()), ("samples per second", rate)):
+                    shown = {"loss": loss, "gradient norm": norm, "lr": self._lr(), "samples per second": rate}
+                    for tag, value in shown.items():
                         writer.add_scalar(tag, value, self.step)
                 self._between_updates()
         finally:
@@ -133,9 +134,10 @@ class Run:
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
-        total = 0.0
+        total, seen = 0.0, []
         for part in range(train.accumulation):
             numbers, batch = self._batch(part)
+            seen += numbers
             with self.accelerator.autocast():
                 losses = self.engine.step(batch)
             self._check_finite(losses, numbers)
@@ -144,7 +146,7 @@ class Run:
         self._share_gradients()
         norm = self.accelerator.clip_grad_norm_(self.adapter.parameters(), train.max_grad_norm).item()
         if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise RunFailed(self._not_finite("The gradient", numbers))
+            raise RunFailed(self._not_finite("The gradient", seen))
         self.optimizer.step()
         self.step += 1
         if self.average:
@@ -164,7 +166,8 @@ class Run:
         guidance = objective.draw_guidance(size, generator)
         condition = self.cache.encoding([self.cache.captions[i] for i in numbers])
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return numbers, Batch(move(x0), move(noise), move(start), move(guidance), {k: move(v) for k, v in condition.items()})
+        condition = {k: move(v) for k, v in condition.items()}
+        return numbers, Batch(move(x0), move(noise), move(start), move(guidance), condition)
 
     def _shuffled(self, position: int) -> int:
         """Sample number at a position of the endless, epoch-wise shuffled stream."""
@@ -193,9 +196,11 @@ class Run:
 
     def _not_finite(self, what: str, numbers: list[int]) -> str:
         captions = "; ".join(f"{n}: {self.cache.captions[n]!r}" for n in numbers[:4])
+        folder = self.folder / "checkpoints"
+        kept = f"The last checkpoint is kept in {folder}" if folder.is_dir() else "No checkpoint was due yet"
         return (
-            f"{what} is not finite at update {self.step + 1}, samples {captions}. The last checkpoint is kept in "
-            f"{self.folder / 'checkpoints'}. Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
+            f"{what} is not finite at update {self.step + 1}, samples {captions}. {kept}. "
+            "Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
         )
 
     def _between_updates(self) -> None:
@@ -206,7 +211,8 @@ class Run:
             self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
         if self.stop_asked and not last:
             self._save(export_too=False)
-            raise RunFailed(f"Stopped at update {self.step} of {config.train.steps}; all is saved. The same command goes on from here.")
+            where = f"Stopped at update {self.step} of {config.train.steps}"
+            raise RunFailed(f"{where}; all is saved. The same command goes on from here.")
 
     def _finish(self) -> Path:
         self._save(export_too=True)
@@ -229,7 +235,11 @@ class Run:
             "average": self.average.weights if self.average else {},
         }
         scaler = self.accelerator.scaler
-        facts = {"scaler": scaler.state_dict() if scaler else None, "processes": self.accelerator.num_processes}
+        facts = {
+            "scaler": scaler.state_dict() if scaler else None,
+            "processes": self.accelerator.num_processes,
+            "cache": self.cache.folder.name,
+        }
         save_state(self.folder / "checkpoints", self.step, groups, facts, self.config.train.keep_checkpoints)
         if not export_too:
             return
@@ -242,7 +252,8 @@ class Run:
         if not result.passed:
             raise RunFailed(
                 f"The saved LoRA does not give the trained output when diffusers loads it ({result.sentence()}). "
-                f"The checkpoint in {self.folder / 'checkpoints'} is good; please report this with the versions that pcm doctor prints."
+                f"The checkpoint in {self.folder / 'checkpoints'} is good; please report this with the versions that "
+                "pcm doctor prints."
             )
 
     def _resume(self) -> int:
@@ -250,6 +261,11 @@ class Run:
         if found is None:
             return 0
         step, groups, facts = found
+        if facts["cache"] != self.cache.folder.name:
+            raise ValueError(
+                f"{self.folder} holds a run on other data: the base, the pictures or the captions have changed since. "
+                "Restore them to go on, use another output folder to start anew, or delete the folder."
+            )
         self.adapter.load(groups["adapter"])
         load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self.names)
         if self.average:
@@ -267,10 +283,11 @@ class Run:
         noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
         condition = {k: v.to(self.base.device) for k, v in self.cache.encoding(prompts).items()}
         rows = []
+        null, guidance, gamma = self.engine.null, settings.guidance, recipe_for(self.config, self.base).gamma
         with self.adapter.using(self.weights()), self.accelerator.autocast():
             for steps in settings.steps:
                 ticks = self.config.grid().plan(steps).ticks
-                latents = generate(self.base, condition, self.engine.null, noise, ticks, settings.guidance, seed=settings.seed)
+                latents = generate(self.base, condition, null, noise, ticks, guidance, gamma, settings.seed)
                 rows.append((f"{steps} step{'s' * (steps > 1)}", self.base.decode(latents)))
         save_image(draw_grid(rows, prompts if captions else [""] * len(prompts)), path)
 
@@ -290,7 +307,7 @@ class Run:
         return base
 
     def _fill_cache(self) -> LatentCache:
-        with self.accelerator.main_process_first(), self.accelerator.autocast():
+        with self.accelerator.main_process_first():
             cache = build_cache(self.config, self.base, self.reporter.caching)
         for line in cache.skipped:
             self.reporter.say(f"Left out {line}.")
@@ -300,8 +317,11 @@ class Run:
     def _tensorboard(self):
         if not (self.config.train.tensorboard and self.accelerator.is_main_process):
             return None
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.reporter.say("No TensorBoard logs: pip install tensorboard, or set train.tensorboard=false.")
+            return None
         return SummaryWriter(self.folder / "logs", purge_step=self.step + 1)
 
     def _ask_to_stop(self, *_) -> None:
@@ -341,7 +361,8 @@ def _make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> tor
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ValueError("train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw.") from error
+            wanted = "train.optimizer=adamw8bit needs bitsandbytes"
+            raise ValueError(f"{wanted}: pip install bitsandbytes, or use adamw.") from error
         return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
 

@@ -26,7 +26,8 @@ def draw_grid(rows: list[tuple[str, Tensor]], captions: list[str], cell: int | N
     for j, caption in enumerate(captions):
         lines = textwrap.wrap(caption, letters)
         text = "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
-        pen.multiline_text((LABEL_WIDTH + j * (side + GAP), 2), text, fill="black", font=ImageFont.load_default(10), spacing=1)
+        place, small = (LABEL_WIDTH + j * (side + GAP), 2), ImageFont.load_default(10)
+        pen.multiline_text(place, text, fill="black", font=small, spacing=1)
     for i, (label, pixels) in enumerate(rows):
         top = CAPTION_HEIGHT + i * (side + GAP)
         pen.multiline_text((6, top + side // 2 - 14), label, fill="black", font=font)

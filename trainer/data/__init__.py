@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -31,7 +31,7 @@ def read_prompts(file: str | None) -> list[str]:
     path = Path(file) if file else PROMPTS
     if not path.is_file():
         raise ValueError(f"No prompt file at {path}. Set data.prompts to a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts. Write one a line.")
@@ -45,18 +45,24 @@ def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"No folder at {folder}. Set data.images to a folder of pictures with .txt captions beside them.")
+        raise ValueError(f"No folder at {folder}. Set data.images to a folder of pictures with .txt captions.")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES)
     if not files:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)}).")
     pictures, bad = [], []
     for file in files:
         text = file.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        try:
+            caption = text.read_text(encoding="utf-8-sig").strip()
+            problem = "empty caption"
+        except OSError:
+            caption, problem = "", "no caption"
+        except UnicodeDecodeError:
+            caption, problem = "", "not UTF-8:"
         if caption:
             pictures.append(Picture(file, caption))
         else:
-            bad.append(f"{file.relative_to(root)}: {'empty' if text.is_file() else 'no'} caption {text.name}")
+            bad.append(f"{file.relative_to(root)}: {problem} {text.name}")
     stop_or_skip(bad, skip_bad, f"of the {len(files)} pictures in {folder} have no caption")
     if not pictures:
         raise ValueError(f"None of the {len(files)} pictures in {folder} has a caption (same name, .txt).")
@@ -66,23 +72,26 @@ def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]
 def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
     """Raise ValueError that names the bad items, unless they may be skipped."""
     if bad and not skip_bad:
-        shown = "\n".join(f"  {line}" for line in bad[:10]) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise ValueError(f"{len(bad)} {what}:\n{shown}\nMend or remove them, or set data.skip_bad=true to leave them out.")
+        more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
+        shown = "".join(f"  {line}\n" for line in bad[:10] + more)
+        raise ValueError(
+            f"{len(bad)} {what}:\n{shown}Mend or remove them, or set data.skip_bad=true to leave them out."
+        )
 
 
 def load_picture(path: Path, resolution: int) -> Tensor:
-    """A picture as (3, R, R) in [-1, 1]: short side resized (Lanczos), centre cropped, transparency on white.
+    """A picture as (3, R, R) in [-1, 1]: upright, short side resized (Lanczos), centre cropped, on white.
 
     Raises ValueError when it cannot be read.
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "P"):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except Exception as error:  # each of Pillow's decoders fails in its own way
         raise ValueError(f"cannot be read ({error})") from error
     scale = resolution / min(image.size)
     image = image.resize([max(resolution, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...samplers import PhaseGrid
 from ..checkpoint import write_tensors
 from ..config import Config
+from ..families import bundled_folder
 from ..families.sd15 import SD15
 from ..generate import generate
 from . import Picture, content_hash, find_pictures, load_picture, read_prompts, stop_or_skip
@@ -28,18 +29,19 @@ Progress = Callable[[str, int, int], None]
 
 
 class LatentCache:
-    """The cached samples of one run: `captions`, `null`, and batches by index."""
+    """The cached samples of one run: `captions`, `skipped`, `null`, and batches by index."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, skipped: Iterable[str] = ()):
         self.folder = folder
         self.shards = [safe_open(f, "pt") for f in sorted(folder.glob("latents-*.safetensors"))]
         details = [s.metadata() for s in self.shards]
         self.captions = [c for d in details for c in json.loads(d["captions"])]
-        self.skipped = [line for d in details for line in json.loads(d["skipped"])]
+        self.skipped = [*skipped, *(line for d in details for line in json.loads(d["skipped"]))]
         self._row = [(i, j) for i, d in enumerate(details) for j in range(len(json.loads(d["captions"])))]
         self._prompts = safe_open(folder / "prompts.safetensors", "pt")
         self._prompt_row = {p: i for i, p in enumerate(json.loads(self._prompts.metadata()["prompts"]))}
         self._keys = list(self._prompts.keys())
+        self._more: dict[str, dict[str, Tensor]] = {}
         self.null = self.encoding([""])
 
     def __len__(self) -> int:
@@ -58,9 +60,17 @@ class LatentCache:
         return torch.stack(rows)
 
     def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
-        """Prompt encodings (B, ...) in fp32; the prompts must have been cached."""
-        rows = [self._prompt_row[p] for p in prompts]
-        return {k: torch.stack([self._prompts.get_slice(k)[r] for r in rows]).float() for k in self._keys}
+        """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
+        return {k: torch.stack([self._encoded(k, p) for p in prompts]).float() for k in self._keys}
+
+    def add_prompts(self, prompts: list[str], encoded: dict[str, Tensor]) -> None:
+        """Know the encodings of prompts that are no sample's (a preview's) too, without writing them down."""
+        self._more |= {p: {k: v[i] for k, v in encoded.items()} for i, p in enumerate(prompts)}
+
+    def _encoded(self, key: str, prompt: str) -> Tensor:
+        if prompt in self._prompt_row:
+            return self._prompts.get_slice(key)[self._prompt_row[prompt]]
+        return self._more[prompt][key]
 
 
 def build_cache(config: Config, base: SD15, progress: Progress) -> LatentCache:
@@ -71,24 +81,39 @@ def build_cache(config: Config, base: SD15, progress: Progress) -> LatentCache:
     """
     data = config.data
     pictures, skipped = find_pictures(data.images, data.skip_bad) if data.images else (None, [])
-    prompts = read_prompts(data.prompts)[: data.count] if pictures is None else sorted({p.caption for p in pictures})
+    prompts = (
+        read_prompts(data.prompts or own_prompts(config.base.path))[: data.count]
+        if pictures is None
+        else sorted({p.caption for p in pictures})
+    )
     folder = config.cache_folder / _fingerprint(config, base, pictures, prompts)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    previews = list(config.preview.prompts)
-    _cache_prompts(folder, base, ["", *dict.fromkeys([*prompts, *previews])], data.batch_size, progress)
+    _cache_prompts(folder, base, ["", *dict.fromkeys(prompts)], data.batch_size, progress)
     if pictures is not None:
-        _cache_pictures(folder, base, config, pictures, skipped, progress)
+        _cache_pictures(folder, base, config, pictures, progress)
     else:
         _cache_teacher_latents(folder, base, config, prompts, progress)
-    return LatentCache(folder)
+    cache = LatentCache(folder, skipped)
+    if not len(cache):
+        some = "; ".join(cache.skipped[:10])
+        raise ValueError(f"None of the {len(pictures)} pictures in {data.images} can be used: {some}.")
+    if previews := list(config.preview.prompts):
+        cache.add_prompts(previews, _encode(base, previews))
+    return cache
+
+
+def own_prompts(base: str) -> str | None:
+    """The prompt file that comes with a bundled tiny base, whose language is not that of the default list."""
+    folder = bundled_folder(base)
+    return str(folder / "prompts.txt") if folder else None
 
 
 def _fingerprint(config: Config, base: SD15, pictures: list[Picture] | None, prompts: list[str]) -> str:
     data = config.data
-    content = {"base": base.base_hash, "resolution": data.resolution, "prompts": prompts, "previews": config.preview.prompts}
+    content = {"base": base.base_hash, "resolution": data.resolution, "prompts": prompts}
     if pictures is None:
-        content |= {"count": data.count, "steps": data.teacher_steps, "guidance": data.teacher_guidance, "batch": data.batch_size}
-        content |= {"dtype": config.base.dtype}
+        content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "prediction": base.prediction}
+        content |= {"count": data.count, "batch": data.batch_size, "dtype": config.base.dtype}
     else:
         content["pictures"] = [(content_hash(p.path), p.caption) for p in pictures]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -100,16 +125,17 @@ def _cache_prompts(folder: Path, base: SD15, prompts: list[str], batch: int, pro
         return
     encodings: list[dict[str, Tensor]] = []
     for at in range(0, len(prompts), batch):
-        encoded = base.encode_prompts(prompts[at : at + batch])
-        encodings.append({k: v.half().cpu() for k, v in encoded.items()})
+        encodings.append(_encode(base, prompts[at : at + batch]))
         progress("prompts", min(at + batch, len(prompts)), len(prompts))
     packed = {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}
     write_tensors(path, packed, {"prompts": json.dumps(prompts)})
 
 
-def _cache_pictures(
-    folder: Path, base: SD15, config: Config, pictures: list[Picture], skipped: list[str], progress: Progress
-) -> None:
+def _encode(base: SD15, prompts: list[str]) -> dict[str, Tensor]:
+    return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}
+
+
+def _cache_pictures(folder: Path, base: SD15, config: Config, pictures: list[Picture], progress: Progress) -> None:
     data, bad = config.data, []
     for path, start in _missing_shards(folder, len(pictures)):
         means, stds, captions, bad_here = [], [], [], []
@@ -133,7 +159,7 @@ def _cache_pictures(
         tensors = {"mean": torch.cat(means)} if means else {}
         if stds:
             tensors["std"] = torch.cat(stds)
-        _write_shard(path, tensors, captions, [*(skipped if start == 0 else []), *bad_here])
+        _write_shard(path, tensors, captions, bad_here)
     stop_or_skip(bad, data.skip_bad, f"of the {len(pictures)} pictures in {data.images} cannot be used")
 
 
@@ -153,9 +179,8 @@ def _cache_teacher_latents(folder: Path, base: SD15, config: Config, prompts: li
             condition = base.encode_prompts([captions[i - start] for i in numbers])
             x = generate(base, condition, null, noise, ticks, data.teacher_guidance)
             if not x.isfinite().all():
-                raise RuntimeError(
-                    f"The teacher's latents for samples {at} to {numbers[-1]} are not finite. Set base.dtype=fp32, and check the base."
-                )
+                which = f"The teacher's latents for samples {at} to {numbers[-1]}"
+                raise RuntimeError(f"{which} are not finite. Set base.dtype=fp32, and check the base.")
             latents.append(x.half().cpu())
             progress("teacher's latents", numbers[-1] + 1, data.count)
         _write_shard(path, {"mean": torch.cat(latents)}, captions, [])

@@ -17,7 +17,9 @@ def load_base(path: str, *, family: str = "sd15", **options) -> SD15:
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
-    return FAMILIES[family](str(bundled_folder(path) or path), **options)
+    base = FAMILIES[family](str(bundled_folder(path) or path), **options)
+    base.path = path
+    return base
 
 
 def bundled_folder(path: str) -> Path | None:

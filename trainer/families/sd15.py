@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -77,7 +77,8 @@ class SD15:
     ) -> SD15:
         """Load from a diffusers folder, a single .safetensors file as shared on Civitai, or a hub id.
 
-        dtype: of the frozen UNet; the encoders stay in fp32, where they cannot overflow. tokenizer: folder with vocab.json and merges.txt, where the base has none.
+        dtype: of the frozen UNet; the encoders stay in fp32, where they cannot overflow.
+        tokenizer: folder with vocab.json and merges.txt, where the base has none.
         config: folder of diffusers component configs for an unusual single file (default: SD1.5's own, shipped here).
         prediction: override what the base's scheduler config says.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
@@ -154,19 +155,22 @@ class SD15:
         ).sample.float()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of one latent; raises ValueError for a side that is not a multiple of 8 at the UNet's depth."""
-        multiple = 8 * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if resolution % multiple:
-            down = resolution // multiple * multiple
-            raise ValueError(
-                f"data.resolution {resolution} is not a multiple of {multiple}: use {max(multiple, down)} or {down + multiple}."
-            )
-        return self.unet.config.in_channels, resolution // 8, resolution // 8
+        """(C, h, w) of one latent of a square picture; see `latent_shape`."""
+        return latent_shape(self.unet.config, resolution)
 
     @staticmethod
     def lora_key(module: str) -> str:
         """UNet module path -> kohya's module name."""
         return "lora_unet_" + module.replace(".", "_")
+
+
+def latent_shape(unet_config, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of one latent; raises ValueError for a side that is not a multiple of 8 at the UNet's depth."""
+    multiple = 8 * 2 ** (len(unet_config.block_out_channels) - 1)
+    if resolution % multiple:
+        near = max(1, resolution // multiple) * multiple
+        raise ValueError(f"resolution {resolution} is not a multiple of {multiple}: use {near} or {near + multiple}.")
+    return unet_config.in_channels, resolution // 8, resolution // 8
 
 
 def _load_single_file(path: Path, config: Path, dtype: torch.dtype):
@@ -189,13 +193,15 @@ def _load_single_file(path: Path, config: Path, dtype: torch.dtype):
         )
     except SingleFileComponentError as error:
         raise ValueError(
-            f"{path.name} lacks a part of a full checkpoint ({error}). Give one that holds the UNet, the VAE and the text encoder."
+            f"{path.name} lacks a part of a full checkpoint ({error}). "
+            "Give one that holds the UNet, the VAE and the text encoder."
         ) from error
     text_encoder = _text_encoder_from(text, CLIPTextConfig.from_pretrained(config / "text_encoder"), path)
     for part, module in (("unet", unet), ("vae", vae)):
         missing = [n for n, p in module.named_parameters() if p.is_meta]
         if missing:
-            raise ValueError(f"{path.name} lacks {len(missing)} {part} weights (such as {missing[0]}). Get the file again.")
+            some = f"{len(missing)} {part} weights (such as {missing[0]})"
+            raise ValueError(f"{path.name} lacks {some}. Get the file again.")
     return unet, vae, text_encoder
 
 
@@ -206,8 +212,9 @@ def _check_context_width(path: Path, names: dict, config: Path) -> None:
     if width != wanted:
         families = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
         raise ValueError(
-            f"{path.name} has text conditioning {width} wide, which is {families.get(width, 'an unknown family')}; base.family "
-            f"sd15 needs {wanted}. Choose an SD1.5 checkpoint, or set base.config to a folder with this model's configs."
+            f"{path.name} has text conditioning {width} wide, which is {families.get(width, 'an unknown family')}; "
+            f"base.family sd15 needs {wanted}. Choose an SD1.5 checkpoint, or set base.config to a folder with this "
+            "model's configs."
         )
 
 
@@ -222,7 +229,8 @@ def _text_encoder_from(weights: dict[str, Tensor], config: CLIPTextConfig, path:
     state = {own[k]: v for k, v in found.items() if k in own}
     missing = [k for k in own if k not in found and not k.endswith("position_ids")]
     if missing:
-        raise ValueError(f"{path.name} lacks {len(missing)} text encoder weights (such as {missing[0]}). Get the file again.")
+        some = f"{len(missing)} text encoder weights (such as {missing[0]})"
+        raise ValueError(f"{path.name} lacks {some}. Get the file again.")
     model.load_state_dict(state, strict=False)
     return model
 
@@ -245,7 +253,8 @@ def diffusers_folder(path: str) -> Path:
         return folder
     if not is_hub_id(path):
         raise FileNotFoundError(
-            f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, or tiny-sd15."
+            f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, "
+            "or tiny-sd15."
         )
     weights = [f"{c}/*.safetensors" for c in ("unet", "vae", "text_encoder")]
     patterns = [*(f"{c}/*.json" for c in COMPONENTS), "tokenizer/merges.txt", *weights]
@@ -268,9 +277,9 @@ def _load_folder(root: Path, dtype: torch.dtype):
         return (
             UNet2DConditionModel.from_pretrained(root, subfolder="unet", torch_dtype=dtype, **options),
             vaes[kind].from_pretrained(root, subfolder="vae", torch_dtype=torch.float32, **options),
-            CLIPTextModel.from_pretrained(root, subfolder="text_encoder", dtype=torch.float32, **options),
+            CLIPTextModel.from_pretrained(root, subfolder="text_encoder", **options).float(),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {error} Only .safetensors weights are read.") from error
 
 

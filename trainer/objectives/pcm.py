@@ -1,4 +1,4 @@
-"""Phased consistency (PCM, arXiv 2405.18407, Sec. 3.1 and 3.2): every point of a phase is mapped to the phase's clean edge."""
+"""Phased consistency (PCM, arXiv 2405.18407, Sec. 3.1, 3.2): every point of a phase is mapped to its clean edge."""
 
 from __future__ import annotations
 

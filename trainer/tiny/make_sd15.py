@@ -24,7 +24,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .scenes import draw, random_scene
+from .scenes import draw, prompts, random_scene
 
 SIDE = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -74,7 +74,9 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     vocab = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[0]
     for token in (*(a + "</w>" for a in alphabet), START, END):
         vocab.setdefault(token, len(vocab))
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
+    merges = [
+        tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")
+    ]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
@@ -117,7 +119,10 @@ def train_vae(pixels: torch.Tensor, steps: int) -> AutoencoderTiny:
         loss = F.l1_loss(seen, image) + F.mse_loss(seen, image) + edges + 1e-2 * latents.float().square().mean()
         update(loss, vae, optimizer, schedule)
         if step % 250 == 249:
-            print(f"autoencoder: step {step + 1}, loss {loss.item():.4f}, latent std {latents.std().item():.3f}", flush=True)
+            print(
+                f"autoencoder: step {step + 1}, loss {loss.item():.4f}, latent std {latents.std().item():.3f}",
+                flush=True,
+            )
     return vae.eval().requires_grad_(False)
 
 
@@ -232,6 +237,8 @@ def save(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    words = "# Captions of random scenes, the language of this base (scenes.prompts(512, seed=1)).\n"
+    (out / "prompts.txt").write_text(words + "\n".join(prompts(512, seed=1)) + "\n")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 

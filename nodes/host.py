@@ -1,0 +1,57 @@
+"""What differs between host versions, and what every node needs from the host."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import comfy.model_sampling
+import comfy.sample
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+import nodes as core  # the host's own: packs are imported by path, so this name is not this folder's
+
+from ..samplers import FlowSchedule, Schedule, VPSchedule
+
+T = TypeVar("T")
+RecipeType = io.Custom("PCM_RECIPE")
+
+
+def supported(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
+    """Call `make` without the keywords this host does not know (0.3.64: no search aliases, no advanced inputs)."""
+    known = inspect.signature(make).parameters
+    return make(*args, **{name: value for name, value in keywords.items() if name in known})
+
+
+def menu_of(core_node: str) -> str:
+    """The menu that a core node is in; newer hosts have moved them."""
+    return core.NODE_CLASS_MAPPINGS[core_node].CATEGORY
+
+
+def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:
+    """Write the lines on the node as it stands in the graph; what is returned puts them into the history too.
+
+    The most important line first and short: a node of ordinary size shows two lines of about 40 characters. Every
+    line is a sentence, since some frontends run them together.
+    """
+    text = "\n".join(lines)
+    PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return ui.PreviewText(text)
+
+
+def schedule_of(model_sampling: Any) -> Schedule:
+    """The noise schedule of the model that is running, from the host's `model_sampling`."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return FlowSchedule(model_sampling.shift)
+    return VPSchedule.from_k_sigmas(model_sampling.sigmas)
+
+
+def fit_to_model(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the latent whose samples, where empty, have the channels and size that this model works on."""
+    latent = latent.copy()
+    ratios = [latent.pop(f"downscale_ratio_{axis}", None) for axis in ("spacial", "temporal")]
+    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[:known])
+    return latent

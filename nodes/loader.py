@@ -1,0 +1,117 @@
+"""The node that loads a PCM LoRA and says how it must be sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..samplers.lora_file import read_header
+from ..samplers.recipe import MODES, recipe_for_file
+from . import lora as files
+from .host import RecipeType, menu_of, show, supported
+
+
+class PCMLoadLora(io.ComfyNode):
+    """Load PCM LoRA: patch the model, and read the recipe from the file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMLoadLora",
+            display_name="Load PCM LoRA",
+            category=menu_of("LoraLoaderModelOnly"),
+            description="Loads a few-step LoRA whatever its key names, checks that it fits the model, and reads from "
+            "the file how it must be sampled: steps, CFG, mode.",
+            search_aliases=["pcm", "phased consistency", "few-step lora", "4 step lora", "lora recipe"],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # what it says is repeated when the node is cached
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint to speed up: of the family the LoRA was made for."),
+                io.Combo.Input(
+                    "lora",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A .safetensors file in models/loras. Its name matters only if it carries no recipe.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much of the LoRA is applied. Keep 1, as made. 0 leaves the model as it is.",
+                ),
+                *_recipe_widgets(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The model with the LoRA. More LoRAs may be added after it."
+                ),
+                RecipeType.Output(display_name="recipe", tooltip="How to sample this LoRA. For the other PCM nodes."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **others) -> str:
+        path = folder_paths.get_full_path("loras", lora)
+        return f"{Path(path).stat().st_mtime_ns}" if path else "absent"
+
+    @classmethod
+    def execute(
+        cls, model, lora: str, strength: float, recipe: str, phases: int, mode: str, cfg: float
+    ) -> io.NodeOutput:
+        header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
+        read = recipe_for_file(lora, header.metadata) if recipe == "auto" else None
+        family = header.family or (read.family if read else None)
+        found = files.match(header, model)
+        files.check(header, found, model, family)
+        if read is None:
+            read = files.recipe_from_settings(model, phases, mode, cfg)
+        read = files.on_schedule_of(model, read)
+        patched = files.apply(header, found, model, strength) if strength else model
+        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, model)))
+
+
+def _recipe_widgets() -> list[io.Input]:
+    """Only for files that do not say it themselves."""
+    return [
+        supported(
+            io.Combo.Input,
+            "recipe",
+            options=["auto", "widgets"],
+            default="auto",
+            advanced=True,
+            tooltip="auto: from the file's header, else from the table of known files, else from the widgets below. "
+            "widgets: always from the widgets below.",
+        ),
+        supported(
+            io.Int.Input,
+            "phases",
+            default=4,
+            min=1,
+            max=40,
+            advanced=True,
+            tooltip="Steps that the LoRA was made for. Used only for a file without a recipe.",
+        ),
+        supported(
+            io.Combo.Input,
+            "mode",
+            options=list(MODES),
+            default=MODES[0],
+            advanced=True,
+            tooltip="deterministic for PCM, Hyper and Lightning LoRAs, stochastic for LCM-like ones. "
+            "Used only for a file without a recipe.",
+        ),
+        supported(
+            io.Float.Input,
+            "cfg",
+            default=1.0,
+            min=1.0,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+            tooltip="CFG that the LoRA was made for; 1 is no guidance. Used only for a file without a recipe.",
+        ),
+    ]

@@ -1,0 +1,179 @@
+"""A LoRA file against the model it is to patch: family, which modules fit, and loading under names the host knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.lora
+import comfy.model_sampling
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+
+from ..samplers import Recipe
+from ..samplers.lora_file import LoraHeader, LoraModule
+from ..samplers.recipe import FAMILIES
+
+CONFIGS = {
+    "sd15": comfy.supported_models.SD15,
+    "sd2": comfy.supported_models.SD20,
+    "sdxl": comfy.supported_models.SDXL,
+    "sd3": comfy.supported_models.SD3,
+}
+SOURCES = {"header": "the file's header", "known file": "the table of known files", "settings": "the widgets"}
+ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
+
+
+@dataclass(frozen=True)
+class LoraMatch:
+    """Which of a LoRA's modules have a weight of the right shape in a model.
+
+    names: kohya module name -> the name this host maps, for the modules that fit. misfits: those that do not.
+    text_modules: how many belong to a text encoder, which is not patched here.
+    """
+
+    names: dict[str, str]
+    misfits: list[str]
+    text_modules: int
+
+    @property
+    def total(self) -> int:
+        return len(self.names) + len(self.misfits)
+
+
+def model_family(model: Any) -> str | None:
+    """Family of a host MODEL, a key of `FAMILIES`; None for others."""
+    config = model.model.model_config
+    return next((family for family, kind in CONFIGS.items() if isinstance(config, kind)), None)
+
+
+def model_title(model: Any) -> str:
+    """The family of a host MODEL as people write it, or the host's own name for it."""
+    family = model_family(model)
+    return FAMILIES[family] if family else type(model.model.model_config).__name__
+
+
+def match(header: LoraHeader, model: Any) -> LoraMatch:
+    """Match by name and by shape, since a LoRA of another family shares names, and some shapes, with this model."""
+    targets = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = model.model.state_dict()
+    names, misfits, text_modules = {}, [], 0
+    for module, tensors in header.modules.items():
+        if module.startswith("lora_te"):
+            text_modules += 1
+            continue
+        # SD3's modules have no lora_unet_ names in the host, but lora_transformer_ ones
+        name = next((n for n in (module, module.replace("lora_unet_", "lora_transformer_", 1)) if n in targets), None)
+        if name is not None and tensors.fits(_shape(targets[name], weights)):
+            names[module] = name
+        else:
+            misfits.append(module)
+    return LoraMatch(names, misfits, text_modules)
+
+
+def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Shape of the weight, or of the slice of a fused one (key, (dim, start, length)), that a LoRA name stands for."""
+    if isinstance(target, str):
+        return tuple(weights[target].shape)
+    shape = list(weights[target[0]].shape)
+    if target[1] is not None:
+        dim, _, length = target[1]
+        shape[dim] = length
+    return tuple(shape)
+
+
+def check(header: LoraHeader, found: LoraMatch, model: Any, family: str | None) -> None:
+    """Raise ValueError for a LoRA that is of another family (as far as known), or fits nothing in this model."""
+    file, title = header.path.name, model_title(model)
+    if family is not None and family != model_family(model):
+        raise ValueError(
+            f"{file} is a LoRA for {FAMILIES[family]}, but the model is {title}. "
+            f"Load a {FAMILIES[family]} checkpoint, or a LoRA made for {title}."
+        )
+    if not found.names:
+        raise ValueError(
+            f"{file} fits nothing in this {title} model: 0 of its {found.total} modules match by name and shape. "
+            f"Use a LoRA made for {title}; its names here are like {(found.misfits or ['(none for the model)'])[0]}."
+        )
+
+
+def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> Any:
+    """A clone of the model with the matching modules patched, under the host's names and with every alpha in place."""
+    tensors = comfy.utils.load_torch_file(str(header.path), safe_load=True)
+    modules, alphas = header.modules, header.scale_alphas()
+    lora = {name: tensors[name] for name in header.unmatched}
+    for module, name in found.names.items():
+        lora |= _host_tensors(modules[module], name, tensors)
+        if module in alphas:
+            lora[f"{name}.alpha"] = torch.tensor(alphas[module])
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def _host_tensors(module: LoraModule, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    suffix = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    return {f"{name}.{suffix[part]}": tensors[key] for part, key in module.keys.items()}
+
+
+def prediction_of(model_sampling: Any) -> str:
+    """What the network behind a host `model_sampling` predicts, one of `PREDICTIONS`."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return "flow"
+    return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+
+
+def recipe_from_settings(model: Any, phases: int, mode: str, cfg: float) -> Recipe:
+    """A recipe for a file that carries none, on the schedule of the model it is used with.
+
+    Raises ValueError when the model is of no family known here, or phases is out of range.
+    """
+    family = model_family(model)
+    if family is None:
+        raise ValueError(
+            f"No recipe can be made for a {model_title(model)} model; known: {', '.join(FAMILIES.values())}."
+        )
+    sampling = model.get_model_object("model_sampling")
+    prediction = prediction_of(sampling)
+    recipe = Recipe(
+        family=family,
+        mode=mode,
+        points=100 if prediction == "flow" else 40,
+        phases=phases if mode == "deterministic" else 1,
+        steps=phases,
+        prediction=prediction,
+        shift=sampling.shift if prediction == "flow" else None,
+        guidance=cfg,
+        guidance_min=min(cfg, 1.0),
+        guidance_max=cfg + 1,
+    )
+    return on_schedule_of(model, recipe)
+
+
+def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
+    """The recipe with its last level where this model's schedule ends: with zero terminal SNR, or without."""
+    if recipe.prediction == "flow":
+        return recipe
+    last = float(model.get_model_object("model_sampling").sigma_max)
+    return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
+
+
+def report(header: LoraHeader, found: LoraMatch, recipe: Recipe, model: Any) -> list[str]:
+    """What was loaded, and how it wants to be sampled, in a few lines for the node."""
+    predicted = prediction_of(model.get_model_object("model_sampling"))
+    lines = []
+    if predicted != recipe.prediction:
+        lines.append(f"Made for models that predict {recipe.prediction}; this one predicts {predicted}: expect mush.")
+    if found.misfits:
+        lines.append(f"{len(found.misfits)} modules have no place in this model, such as {found.misfits[0]}.")
+    cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
+    lines += [
+        f"{recipe.steps} steps, {cfg}, {recipe.mode}.",
+        f"{FAMILIES[recipe.family]} {recipe.objective.upper()}, {len(found.names)} of {found.total} modules matched.",
+        f"Recipe from {SOURCES[recipe.source]}.",
+    ]
+    if found.text_modules:
+        lines.append(f"{found.text_modules} text encoder modules are not used.")
+    if header.unmatched:
+        lines.append(f"{len(header.unmatched)} tensors of other kinds left to the host, such as {header.unmatched[0]}.")
+    return lines

@@ -1,0 +1,55 @@
+"""The graphs that several host tests begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from host.server import Graph, out
+
+
+def loaded(
+    lora: str = "kohya.safetensors", checkpoint: str = "tiny.safetensors", text_width: int = 768, **widgets: Any
+) -> tuple[Graph, dict[str, list]]:
+    """A graph with the checkpoint and a LoRA loaded, and its links by name: model, recipe, positive, negative, vae."""
+    graph = Graph()
+    base = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    settings = {"strength": 1.0, "recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0} | widgets
+    loader = graph.add("PCMLoadLora", model=out(base), lora=lora, **settings)
+    links = {
+        "base": out(base),
+        "vae": out(base, 2),
+        "model": out(loader),
+        "recipe": out(loader, 1),
+        "positive": out(graph.add("TestConditioning", seed=1, width=text_width)),
+        "negative": out(graph.add("TestConditioning", seed=2, width=text_width)),
+        "latent": out(graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)),
+    }
+    return graph, links
+
+
+def sample(graph: Graph, links: dict[str, list], **settings: Any) -> str:
+    """Add Sample PCM; returns its id."""
+    inputs = {k: links[k] for k in ("model", "recipe", "positive", "negative")} | {"latent_image": links["latent"]}
+    return graph.add("PCMSample", **inputs | {"seed": 7, "steps": 0, "cfg": 0.0, "denoise": 1.0} | settings)
+
+
+def scheduler(graph: Graph, links: dict[str, list], **settings: Any) -> str:
+    """Add PCM Scheduler; returns its id."""
+    return graph.add(
+        "PCMScheduler", recipe=links["recipe"], **{"steps": 0, "denoise": 1.0, "edges": "authors'"} | settings
+    )
+
+
+def custom(graph: Graph, links: dict[str, list], sampler: str, sigmas: list, **settings: Any) -> str:
+    """Add core's SamplerCustom with a sampler node; returns its id."""
+    inputs = {k: links[k] for k in ("model", "positive", "negative")} | {"latent_image": links["latent"]}
+    inputs |= {"sampler": out(sampler), "sigmas": sigmas}
+    return graph.add("SamplerCustom", **inputs | {"add_noise": True, "noise_seed": 7, "cfg": 1.0} | settings)
+
+
+def core_sampler(graph: Graph, name: str) -> str:
+    return graph.add("KSamplerSelect", sampler_name=name)
+
+
+def pcm_sampler(graph: Graph, mode: str, gamma: float = 0.3, **inputs: Any) -> str:
+    return graph.add("PCMSampler", mode=mode, gamma=gamma, **inputs)

@@ -1,0 +1,101 @@
+"""Load PCM LoRA: every key style whole, other files refused, recipes from where they are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from host.graphs import loaded, sample
+from host.server import Run
+
+
+def report(server, lora: str, **widgets) -> str:
+    """What the loader writes on itself."""
+    graph, links = loaded(lora, **widgets)
+    loader = links["model"][0]
+    run, _ = server.latents(graph, sample(graph, links))
+    return run.text(loader)
+
+
+def refusal(server, lora: str, **widgets) -> Run:
+    graph, links = loaded(lora, **widgets)
+    graph.add("SaveLatent", samples=[sample(graph, links), 0], filename_prefix="test")
+    run = server.run(graph)
+    assert run.error is not None
+    assert run.error["node_type"] == "PCMLoadLora"
+    return run.error["exception_message"].splitlines()[0]
+
+
+@pytest.mark.parametrize("style", ["peft.safetensors", "raw.safetensors"])
+def test_key_styles_give_the_same_picture(server, style):
+    latents = []
+    for name in ("kohya.safetensors", style):
+        graph, links = loaded(name)
+        latents += server.latents(graph, sample(graph, links))[1]
+    assert torch.equal(*latents)
+
+
+def test_the_host_alone_drops_half_of_a_peft_file(server):
+    """Why this loader exists; when it fails, the host has learned the names and the loader may become simpler."""
+    graph, links = loaded()
+    core = graph.add("LoraLoaderModelOnly", model=links["base"], lora_name="peft.safetensors", strength_model=1.0)
+    ours, other = sample(graph, links), sample(graph, {**links, "model": [core, 0]})
+    latents = server.latents(graph, ours, other)[1]
+    assert (latents[0] - latents[1]).abs().max() > 0.1
+
+
+def test_the_report_counts_modules_and_names_the_source(server, models):
+    text = report(server, "kohya.safetensors")
+    assert text == (
+        "4 steps, CFG 1 (1 to 2), deterministic.\n"
+        f"SD1.5 PCM, {len(models.lora)} of {len(models.lora)} modules matched.\n"
+        "Recipe from the file's header."
+    )
+
+
+def test_a_known_file_needs_no_header(server):
+    text = report(server, "pcm_sd15_smallcfg_8step_converted.safetensors")
+    assert "8 steps" in text and "Recipe from the table of known files" in text
+
+
+def test_an_unknown_file_takes_the_widgets(server):
+    text = report(server, "unnamed.safetensors", phases=2, cfg=3.0)
+    assert "2 steps, CFG 3 (1 to 4), deterministic" in text and "Recipe from the widgets" in text
+
+
+def test_the_widgets_can_override_a_header(server):
+    assert "Recipe from the widgets" in report(server, "kohya.safetensors", recipe="widgets", mode="stochastic")
+
+
+def test_partial_matches_are_reported(server, models):
+    lost = sum("mid_block" in name for name in models.lora)
+    text = report(server, "partly.safetensors")
+    assert f"{len(models.lora) - lost} of {len(models.lora)} modules matched" in text
+    assert f"{lost} modules have no place in this model, such as lora_unet_far_block" in text
+
+
+def test_another_family_is_refused_by_both_names(server):
+    assert re.match(
+        r"sdxl\.safetensors is a LoRA for SDXL, but the model is SD1\.5\. ", refusal(server, "sdxl.safetensors")
+    )
+
+
+def test_a_file_that_fits_nothing_is_refused(server):
+    message = refusal(server, "nowhere.safetensors")
+    assert re.search(r"fits nothing in this SD1\.5 model: 0 of its \d+ modules match", message)
+
+
+def test_a_truncated_file_is_refused(server):
+    assert re.match(
+        r"truncated\.safetensors is cut short: \d+ bytes of the \d+ ", refusal(server, "truncated.safetensors")
+    )
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_strength_scales_the_patch(server, strength):
+    graph, links = loaded(strength=strength)
+    core = graph.add("LoraLoaderModelOnly", model=links["base"], lora_name="kohya.safetensors", strength_model=strength)
+    latents = server.latents(graph, sample(graph, links), sample(graph, {**links, "model": [core, 0]}))[1]
+    assert torch.equal(*latents)

@@ -1,0 +1,176 @@
+"""Small random weights for the host tests: an SD1.5 checkpoint that the host detects, and LoRAs in every key style."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_checkpoint import ldm_unet, save_single_file
+from phased_consistency.samplers import Recipe
+from phased_consistency.samplers.recipe import HEADER_KEY
+
+RANK, ALPHA = 8, 4.0
+TARGETS = re.compile(
+    r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv1|conv2|time_emb_proj|conv_in)$"
+)
+SD3_EMBEDDERS = (("t_embedder", 0, 256), ("t_embedder", 2, 128), ("y_embedder", 0, 2048), ("y_embedder", 2, 128))
+SD3_TARGETS = (
+    *((f"attn.{name}", 128) for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")),
+    ("ff.net.0.proj", 512),
+    ("ff_context.net.0.proj", 512),
+)
+RECIPE = Recipe(family="sd15", phases=4)
+
+
+def make_unet() -> UNet2DConditionModel:
+    """The smallest kind that has attention, a downsampler, a middle and an upsampler: SD1.5's width at two levels."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(320, 320),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        sample_size=8,
+    ).eval()
+
+
+def make_checkpoint(path: Path) -> UNet2DConditionModel:
+    """Write the checkpoint with TAESD's autoencoder and no text encoder; returns its UNet."""
+    unet = make_unet()
+    save_single_file(path, unet, AutoencoderTiny())
+    return unet
+
+
+def make_lora(unet: UNet2DConditionModel, seed: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path -> (down, up), random, on everything that PCM adapts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(weight: Tensor) -> tuple[Tensor, Tensor]:
+        down = torch.randn(RANK, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+        up = torch.randn(weight.shape[0], RANK, *(1,) * (weight.ndim - 2), generator=generator) / RANK**0.5
+        return down, 0.5 * up
+
+    names = [k.removesuffix(".weight") for k in unet.state_dict() if k.endswith(".weight")]
+    return {name: pair(unet.get_submodule(name).weight) for name in names if TARGETS.search(name)}
+
+
+def merge(unet: UNet2DConditionModel, lora: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Add the LoRA to the weights, by definition: W + alpha / rank * up @ down."""
+    with torch.no_grad():
+        for name, (down, up) in lora.items():
+            weight = unet.get_submodule(name).weight
+            weight += (ALPHA / RANK) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+
+
+def kohya(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (down, up) in lora.items():
+        module = "lora_unet_" + name.replace(".", "_")
+        tensors |= {
+            f"{module}.lora_down.weight": down,
+            f"{module}.lora_up.weight": up,
+            f"{module}.alpha": torch.tensor(ALPHA),
+        }
+    return tensors
+
+
+def peft(lora: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
+    a = {f"{prefix}.{name}.lora_A.weight": down for name, (down, _) in lora.items()}
+    return a | {f"{prefix}.{name}.lora_B.weight": up for name, (_, up) in lora.items()}
+
+
+def make_loras(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Write every LoRA file of the tests; returns the LoRA that the three key styles share."""
+    lora = make_lora(unet)
+    recipe = {HEADER_KEY: RECIPE.to_header()}
+    adapter = json.dumps({"unet.lora_alpha": ALPHA, "unet.r": RANK})
+    save_file(kohya(lora), folder / "kohya.safetensors", recipe)
+    save_file(peft(lora, "unet"), folder / "peft.safetensors", {**recipe, "lora_adapter_metadata": adapter})
+    raw = json.dumps({"lora_alpha": ALPHA, "r": RANK})
+    save_file(peft(lora, "base_model.model"), folder / "raw.safetensors", {**recipe, "lora_adapter_metadata": raw})
+    stochastic = Recipe(family="sd15", mode="stochastic", phases=1).to_header()
+    save_file(kohya(lora), folder / "stochastic.safetensors", {HEADER_KEY: stochastic})
+    save_file(kohya(lora), folder / "unnamed.safetensors")
+    save_file(kohya(lora), folder / "pcm_sd15_smallcfg_8step_converted.safetensors")
+    save_file(kohya(make_lora(unet, seed=2)), folder / "style.safetensors")
+    partly = {k.replace("mid_block", "far_block"): v for k, v in kohya(lora).items()}
+    save_file(partly, folder / "partly.safetensors", recipe)
+    save_file(_of_another_family(lora), folder / "sdxl.safetensors")
+    nowhere = {
+        k.replace("blocks", "towers").replace("conv_in", "gate"): v for k, v in kohya(lora).items() if "mid" not in k
+    }
+    save_file(nowhere, folder / "nowhere.safetensors")
+    whole = (folder / "kohya.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    return lora
+
+
+def _of_another_family(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The same names with SDXL's text width: a file that the host would patch in part without a word."""
+    wide = {}
+    for name, (down, up) in lora.items():
+        wide[name] = (torch.zeros(RANK, 2048) if re.search(r"attn2\.to_[kv]", name) else down, up)
+    return kohya(wide)
+
+
+def make_controlnet(path: Path, unet: UNet2DConditionModel) -> None:
+    """Write a ControlNet: the UNet's first half, a picture encoder, and outputs that are not zero as in training."""
+    generator = torch.Generator().manual_seed(3)
+    half = {k: v for k, v in ldm_unet(unet).items() if k.startswith(("input_blocks", "middle_block", "time_embed"))}
+    blocks = 1 + max(int(k.split(".")[1]) for k in half if k.startswith("input_blocks"))
+    convolutions = {f"zero_convs.{i}.0": (320, 320, 1, 1) for i in range(blocks)} | {
+        "middle_block_out.0": (320, 320, 1, 1)
+    }
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, 320)
+    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        convolutions[f"input_hint_block.{2 * i}"] = (after, before, 3, 3)
+    for name, shape in convolutions.items():
+        half[f"{name}.weight"] = torch.randn(shape, generator=generator) / torch.Size(shape[1:]).numel() ** 0.5
+        half[f"{name}.bias"] = torch.zeros(shape[0])
+    save_file({f"control_model.{k}": v.detach().clone().contiguous() for k, v in half.items()}, path)
+
+
+def make_sd3_checkpoint(path: Path) -> None:
+    """Write an SD3 of two blocks, 128 wide, which is as small as the host takes one for an SD3."""
+    generator, width = torch.Generator().manual_seed(0), 128
+    shapes = {
+        "x_embedder.proj": (width, 16, 2, 2),
+        "context_embedder": (width, 4096),
+        "final_layer.linear": (64, width),
+    }
+    shapes |= {f"{kind}.mlp.{layer}": (width, size) for kind, layer, size in SD3_EMBEDDERS}
+    for block in range(2):
+        for side in ("x", "context"):
+            whole = block == 0 or side == "x"  # the last block drops its context after attention
+            parts = {"attn.qkv": 3, "adaLN_modulation.1": 6 if whole else 2}
+            parts |= {"attn.proj": 1, "mlp.fc1": 4} if whole else {}
+            shapes |= {f"joint_blocks.{block}.{side}_block.{part}": (n * width, width) for part, n in parts.items()}
+            if whole:
+                shapes[f"joint_blocks.{block}.{side}_block.mlp.fc2"] = (width, 4 * width)
+    tensors = {"pos_embed": torch.randn(1, 16 * 16, width, generator=generator)}
+    for name, shape in shapes.items():
+        fan_in = torch.Size(shape[1:]).numel()
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / fan_in**0.5
+        tensors[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
+    save_file({f"model.diffusion_model.{k}": v for k, v in tensors.items()}, path)
+
+
+def make_sd3_lora(path: Path) -> int:
+    """Write a LoRA on SD3's attention and feed-forward under diffusers' names; returns its number of modules."""
+    generator, width, tensors = torch.Generator().manual_seed(1), 128, {}
+    for module, size in SD3_TARGETS:
+        name = f"transformer.transformer_blocks.0.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, width, generator=generator) / width**0.5
+        tensors[f"{name}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) / RANK**0.5
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    recipe = Recipe(family="sd3", prediction="flow", shift=3.0, points=100, phases=4)
+    save_file(tensors, path, {HEADER_KEY: recipe.to_header()})
+    return len(SD3_TARGETS)

@@ -1,0 +1,213 @@
+"""The configuration: what overrides what, and that every mistake is named at once with what would be right."""
+
+import json
+
+import pytest
+
+from phased_consistency.trainer.config import Config, load_config
+from phased_consistency.trainer.presets import PRESETS
+
+BASE = "base.path=a-base"
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Write a TOML file and return its path."""
+
+    def write(text):
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def problems(*overrides, file=None, preset=None):
+    with pytest.raises(ValueError) as raised:
+        load_config(file, list(overrides), preset)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("train.step=5", "train.step: unknown key. Did you mean 'steps'?"),
+        ("lora.rnak=8", "lora.rnak: unknown key. Did you mean 'rank'?"),
+        ("trian.steps=5", "trian: unknown key. Did you mean 'train'?"),
+        ("nmae=x", "nmae: unknown key. Did you mean 'name'?"),
+        ("data.zebra=1", "data.zebra: unknown key. Known here: images, prompts, count"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, near):
+    assert near in problems(BASE, key)
+
+
+def test_every_problem_is_listed_at_once():
+    text = problems("train.stpes=1", "train.lr=-1", "lora.rank=0", "objective.points=30", "base.dtype=int4")
+    assert text.startswith("The configuration has 6 problems:")
+    for part in (
+        "base.path: is required; diffusers folder",
+        "base.dtype = 'int4': input should be 'fp32', 'bf16' or 'fp16'",
+        "train.stpes: unknown key",
+        "train.lr = -1: input should be greater than 0",
+        "lora.rank = 0: input should be greater than or equal to 1",
+        "points = 30 does not divide 1000",
+    ):
+        assert part in text
+    assert len(text.splitlines()) == 7
+
+
+def test_a_base_is_required():
+    assert "1 problem:\n  base.path: is required" in problems()
+
+
+@pytest.mark.parametrize(
+    ("guidance", "complaint"),
+    [
+        ("[6, 5]", r"1 <= low <= high; got [6, 5]"),
+        ("[0.5, 2]", r"1 <= low <= high; got [0.5, 2]"),
+        ("[5]", "objective.guidance.1: is required; objective.guidance has more entries"),
+        ("5", "objective.guidance = 5: input should be a valid tuple"),
+        ("[5, inf]", "objective.guidance.1 = inf: input should be a finite number"),
+    ],
+)
+def test_guidance_is_a_range(guidance, complaint):
+    assert complaint in problems(BASE, f"objective.guidance={guidance}")
+
+
+def test_points_must_divide_the_ticks():
+    assert "points = 30 does not divide 1000" in problems(BASE, "objective.points=30")
+    assert "Nearest that do: 20, 25, 40" in problems(BASE, "objective.points=30")
+    assert "phases must be between 1 and points = 40; got 41" in problems(BASE, "objective.phases=41")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.lr=1e-4", 1e-4),
+        ("train.steps=20", 20),
+        ("train.gradient_checkpointing=true", True),
+        ("preview.steps=[1, 2]", (1, 2)),
+        ('preview.prompts=["a cat", "a dog"]', ("a cat", "a dog")),
+        ("objective.guidance=[2, 3.5]", (2.0, 3.5)),
+        ("data.images=/some where/with spaces", "/some where/with spaces"),
+        (r"data.images=C:\pictures\new", r"C:\pictures\new"),
+        ("base.path='quoted'", "quoted"),
+        ("output=runs/a=b", "runs/a=b"),
+        ("output=2026-01-31", "2026-01-31"),
+        ("name=plain", "plain"),
+        (" name = spaced", "spaced"),
+        ("data.prompts=", ""),
+    ],
+)
+def test_overrides_need_no_quotes(override, value):
+    config = load_config(overrides=[BASE, override])
+    for key in override.partition("=")[0].strip().split("."):
+        config = getattr(config, key)
+    assert config == value and type(config) is type(value)
+
+
+def test_overrides_that_cannot_be_read():
+    assert "Cannot read the override 'train.steps': write key=value, for example" in problems(BASE, "train.steps")
+    assert "Cannot set train.lr.fast: lr is a value" in problems(BASE, "train.lr=1", "train.lr.fast=2")
+    assert "base = 'a-base': input should be a valid dictionary" in problems("base=a-base")
+
+
+def test_preset_then_file_then_override(toml):
+    file = toml("[train]\nsteps = 7\nlr = 3e-3\n[base]\npath = 'mine'")
+    preset = PRESETS["sd15-4step"].values
+    config = load_config(file, ["train.lr=4e-3"], "sd15-4step")
+    assert (config.train.lr, config.train.steps, config.base.path) == (4e-3, 7, "mine")
+    assert config.train.batch_size == preset["train"]["batch_size"] and config.base.dtype == preset["base"]["dtype"]
+    assert config.train.accumulation == 1
+
+
+def test_a_file_may_name_its_preset(toml):
+    file = toml("preset = 'sd15-2step'\n[lora]\nrank = 8")
+    config = load_config(file)
+    assert (config.objective.phases, config.lora.rank) == (2, 8)
+    assert load_config(file, preset="sd15-8step").objective.phases == 8, "the command line's preset goes before it"
+
+
+def test_presets_are_not_changed_by_use():
+    before = json.dumps({name: p.values for name, p in PRESETS.items()})
+    load_config(overrides=["train.lr=1", "base.path=b", "objective.phases=1"], preset="sd15-4step")
+    assert json.dumps({name: p.values for name, p in PRESETS.items()}) == before
+
+
+def test_unknown_presets_name_the_nearest(toml):
+    assert "Unknown preset 'sd15-4steps'; available: sd15-2step" in problems(preset="sd15-4steps")
+    assert "Did you mean 'sd15-4step'?" in problems(preset="sd15-4steps")
+    assert "Unknown preset 4;" in problems(file=toml("preset = 4"))
+
+
+def test_files_that_cannot_be_read(toml, tmp_path):
+    assert "is not valid TOML: " in problems(file=toml("[train\nsteps = 1"))
+    assert "No config file at gone.toml. Write one, or use --preset (sd15-2step" in problems(file="gone.toml")
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes("name = 'färg'".encode("latin-1"))
+    assert "is not valid TOML: " in problems(file=str(latin))
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    path = tmp_path / "notepad.toml"
+    path.write_bytes(b"\xef\xbb\xbf[base]\r\npath = 'x'\r\n")
+    assert load_config(str(path)).base.path == "x"
+
+
+def test_a_date_in_a_file_is_a_problem_like_any_other(toml):
+    assert "train.seed = datetime.date(2026, 1, 31): " in problems(BASE, file=toml("[train]\nseed = 2026-01-31"))
+
+
+def test_names_that_are_no_file_names():
+    assert "name = '../up': string should match pattern" in problems(BASE, "name=../up")
+
+
+def test_a_configuration_does_not_change():
+    config = load_config(overrides=[BASE])
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 1
+
+
+def test_what_decides_the_weights_holds_no_place_on_this_machine():
+    places = ("base.path", "base.tokenizer", "base.config", "data.images", "data.prompts", "data.cache", "output")
+    config = load_config(overrides=[f"{key}=/home/someone/{key}" for key in places])
+    text = json.dumps(config.what_decides_the_weights())
+    assert "someone" not in text
+    assert config.what_decides_the_weights()["base"]["path"] == "base.path"
+
+
+def test_what_a_run_only_shows_does_not_decide_the_weights():
+    def decided(*overrides):
+        return load_config(overrides=[BASE, *overrides]).what_decides_the_weights()
+
+    for shown in (
+        "preview.every=3",
+        "train.save_every=3",
+        "train.tensorboard=false",
+        "train.keep_checkpoints=5",
+        "output=o",
+    ):
+        assert decided(shown) == decided(), shown
+    for decides in ("train.seed=1", "train.steps=9", "lora.rank=2", "data.count=4", "train.ema=0.5", "base.dtype=fp32"):
+        assert decided(decides) != decided(), decides
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_says_where_it_comes_from(name):
+    config = load_config(preset=name)
+    assert config.grid().plan().steps == config.objective.phases
+    assert PRESETS[name].source and PRESETS[name].cost
+    assert config.data.resolution % 64 == 0
+
+
+def test_the_step_presets_are_named_after_their_phases():
+    for name, preset in PRESETS.items():
+        if name.startswith("sd15-"):
+            assert name == f"sd15-{preset.values['objective']['phases']}step"
+            assert preset.values["name"] == f"pcm-{name}"
+
+
+def test_every_setting_that_needs_one_has_a_description():
+    for section in (Config.model_fields[name].annotation for name in ("base", "data")):
+        assert all(f.description for key, f in section.model_fields.items() if key not in ("family", "prediction"))

@@ -11,10 +11,10 @@ from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.loop import Reporter, RunFailed, train
 from runs import metadata, settings, sha256, small_config, start_pcm
 
-STEPS = 30
+STEPS = 12
 CHANGES = {
     "train__steps": STEPS,
-    "train__save_every": 5,
+    "train__save_every": 3,
     "train__accumulation": 2,
     "train__ema": 0.9,
     "train__batch_size": 2,
@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def partly(whole, tmp_path):
-    """A copy of the run as it stood after 10 updates."""
+    """A copy of the run as it stood after 6 updates."""
     config = small_config(tmp_path / "run", **ACROSS)
     shutil.copytree(whole[0].run_folder, config.run_folder)
     (config.run_folder / whole[1].name).unlink()
@@ -73,10 +73,10 @@ def test_a_killed_run_ends_in_the_same_bytes(whole, tmp_path):
     config, notes = small_config(tmp_path / "run", **ACROSS), Notes()
     code, errors = stop_in_the_middle(config, signal.SIGKILL)
     assert code == -signal.SIGKILL, errors
-    assert 1 <= len(checkpoints(config)) < STEPS // 5, "killed in the middle"
+    assert 1 <= len(checkpoints(config)) < STEPS // 3, "killed in the middle"
     assert sha256(train(config, notes)) == sha256(whole[1])
     first = notes.steps[0]
-    assert first % 5 == 1 and notes.steps == list(range(first, STEPS + 1))
+    assert first % 3 == 1 and notes.steps == list(range(first, STEPS + 1))
     assert f"Going on from update {first - 1} of {STEPS}." in notes.said
 
 
@@ -99,7 +99,7 @@ def test_saving_and_testing_on_the_way_change_nothing(whole, tmp_path):
     path = train(small_config(tmp_path / "run", **ACROSS | rare))
     assert sha256(path) == sha256(whole[1])
     grids = sorted(p.name for p in (tmp_path / "run" / "previews").iterdir())
-    assert grids == [f"step-{n:07d}.png" for n in (7, 14, 21, 28, 30)]
+    assert grids == [f"step-{n:07d}.png" for n in (7, 12)]
     assert path.with_suffix(".preview.png").is_file()
 
 
@@ -121,7 +121,7 @@ def test_the_average_is_what_is_saved(whole, tmp_path):
 def test_intermediate_files_are_whole_loras(whole):
     config, _ = whole
     files = sorted(config.run_folder.glob("pcm-lora-*.safetensors"))
-    assert [metadata(f)["pcm.step"] for f in files] == [str(n) for n in range(5, STEPS, 5)]
+    assert [metadata(f)["pcm.step"] for f in files] == [str(n) for n in range(3, STEPS, 3)]
 
 
 def test_only_the_last_checkpoints_are_kept(trained):
@@ -139,7 +139,7 @@ def test_another_configuration_is_refused_by_name(partly, whole):
 
 
 def test_what_a_run_only_shows_may_change(partly, whole):
-    shown = {"train__save_every": 7, "train__keep_checkpoints": 1, "preview__prompts": '["a red star"]'}
+    shown = {"train__save_every": 5, "train__keep_checkpoints": 1, "preview__prompts": '["a red star"]'}
     assert sha256(train(small_config(partly.run_folder, **ACROSS | shown))) == sha256(whole[1])
 
 

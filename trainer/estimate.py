@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
 from ..samplers.lora_file import read_header
 from .adapter import Adapter
@@ -23,6 +25,9 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # CLIP-L and SD1.5's VAE, in parameters; both stay in fp32.
 ENCODER_PARAMETERS = 123_060_480 + 83_653_863
+# What diffusers recomputes with gradient checkpointing, keeping only its input.
+CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
+OUTSIDE = 0
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
 
 
@@ -125,12 +130,18 @@ def estimate_memory(config: Config) -> dict[str, Any]:
 
 def _activation_bytes(network: UNet2DConditionModel, config: Config) -> float:
     """fp32 bytes that autograd keeps for one sample of the student's forward pass."""
-    kept: dict[str, int] = defaultdict(int)
-    inside = ["outside"]
-    blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
-    for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda *_, n=number: inside.append(str(n)))
-        block.register_forward_hook(lambda *_: inside.pop() and None)
+    kept: dict[int, int] = defaultdict(int)
+    inside, inputs = [OUTSIDE], 0
+
+    def enter(block, given) -> None:
+        nonlocal inputs
+        inside.append(id(block))
+        inputs += given[0].numel() * given[0].element_size()
+
+    for block in network.modules():
+        if isinstance(block, CHECKPOINTED):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(lambda *_: inside.pop() and None)
 
     side = config.data.resolution // 8
     keys = {77, *((side >> level) ** 2 for level in range(len(network.down_blocks)))}
@@ -148,7 +159,7 @@ def _activation_bytes(network: UNet2DConditionModel, config: Config) -> float:
         prompt = make(1, 77, network.config.cross_attention_dim)
         network(make(1, network.config.in_channels, side, side), make(1), prompt)
     if config.train.gradient_checkpointing:
-        return kept["outside"] + 2 * max(kept[str(n)] for n in range(len(blocks)))
+        return inputs + kept.pop(OUTSIDE) + max(kept.values())
     return sum(kept.values())
 
 

@@ -56,5 +56,6 @@ PRESETS: dict[str, Preset] = {
             "preview": {"every": 300},
         },
         source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
+        cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -12,7 +14,7 @@ class ProgressBar(Reporter):
     """A `Reporter` over rich's progress bar; use as a context manager."""
 
     def __init__(self):
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

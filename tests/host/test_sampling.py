@@ -14,7 +14,8 @@ LATENT_SCALE = 0.18215  # SD1.5 latents are stored unscaled and sampled scaled
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
+    """Between two saved latents, in the units that the model works in; a random network's reach 49 there."""
+    return LATENT_SCALE * (a - b).abs().max().item()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -40,7 +41,7 @@ def test_deterministic_is_the_hosts_euler(server, steps, cfg):
 
 
 def test_deterministic_is_diffusers_ddim_on_merged_weights(server, models):
-    """The same weights, noise and steps in another library; the bound allows for its other kernels, in float32."""
+    """The same weights, noise and steps in another library; float32, so other kernels may differ by 1e-6."""
     graph, links = loaded()
     (latent,) = server.latents(graph, sample(graph, links))[1]
     unet = make_unet()
@@ -59,7 +60,7 @@ def test_deterministic_is_diffusers_ddim_on_merged_weights(server, models):
     with torch.no_grad():
         for t in ddim.timesteps:
             x = ddim.step(unet(x, t, encoder_hidden_states=text).sample, t, x).prev_sample
-    assert largest_difference(LATENT_SCALE * latent, x) < 1e-3 * x.abs().max().item()
+    assert (LATENT_SCALE * latent - x).abs().max() < 1e-5 * x.abs().max()
 
 
 def test_stochastic_follows_the_seed(server):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,6 +195,8 @@ def _load_single_file(path: Path, config: Path, dtype: torch.dtype):
             f"{path.name} lacks a part of a full checkpoint ({error}). "
             "Give one that holds the UNet, the VAE and the text encoder."
         ) from error
+    except NotImplementedError as error:  # torch's, for weights that were never filled in
+        raise ValueError(f"{path.name} lacks some of the weights of its UNet or VAE. Get the file again.") from error
     text_encoder = _text_encoder_from(text, CLIPTextConfig.from_pretrained(config / "text_encoder"), path)
     for part, module in (("unet", unet), ("vae", vae)):
         missing = [n for n, p in module.named_parameters() if p.is_meta]
@@ -305,8 +306,9 @@ def _load_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() or (folder / "tokenizer.json").is_file():
         return CLIPTokenizer.from_pretrained(folder)
     try:
-        return CLIPTokenizer.from_pretrained(TOKENIZER_REPO, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE")))
-    except Exception as error:
+        words = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+        return CLIPTokenizer.from_pretrained(snapshot_download(TOKENIZER_REPO, allow_patterns=words))
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"{Path(base).name} brings no CLIP tokenizer, and {TOKENIZER_REPO} is neither cached nor reachable. "
             "Put its vocab.json and merges.txt (from the tokenizer folder of any SD1.5 diffusers model) in a folder "

@@ -111,18 +111,17 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")
 def check(
     file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")],
     base: Base,
-    dtype: Dtype = "fp32",
     tokenizer: Tokenizer = None,
     config: Configs = None,
     as_json: Json = False,
 ) -> None:
-    """Load a LoRA through diffusers and by hand, and compare: unmatched keys, greatest output difference.
+    """Load a LoRA through diffusers and by hand, in fp32, and compare: unmatched keys, greatest output difference.
 
     Exits with 1 when a key is unmatched or the outputs differ.
     """
     from .inspection import check_parity, load_for_tools
 
-    result = check_parity(file, load_for_tools(base, dtype, tokenizer, config))
+    result = check_parity(file, load_for_tools(base, "fp32", tokenizer, config))
     _print(result, as_json, result["text"])
     if not result["passed"]:
         raise typer.Exit(1)

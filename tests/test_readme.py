@@ -10,9 +10,8 @@ from phased_consistency.trainer.cli import app
 from readme_tables import README, TABLES, block
 
 TEXT = README.read_text(encoding="utf-8")
-COMMANDS = [
-    line for fence in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in fence.splitlines() if line.startswith("pcm ")
-]
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.S | re.M)
+COMMANDS = [line for _, fence in FENCES for line in fence.splitlines() if line.startswith("pcm ")]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -42,7 +41,7 @@ def test_linked_file_exists(target):
 def test_toml_example_is_a_valid_configuration(tmp_path):
     from phased_consistency.trainer.config import load_config
 
-    (example,) = re.findall(r"```toml\n(.*?)```", TEXT, re.S)
+    (example,) = [fence for kind, fence in FENCES if kind == "toml"]
     file = tmp_path / "run.toml"
     file.write_text(example)
     config = load_config(str(file), ["train.steps=2000"])

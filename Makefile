@@ -16,6 +16,7 @@ demo: export MALLOC_TOP_PAD_ = 1073741824
 # as pcm does: the libraries' notices about other things would bury the run's own lines
 demo: export TRANSFORMERS_VERBOSITY = error
 demo: export DIFFUSERS_VERBOSITY = error
+demo: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo: venv
 	$(BIN)/python -m phased_consistency.trainer.demo
 

@@ -179,11 +179,12 @@ def read_header(path: str | Path) -> LoraHeader:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if head[:2] in (b"PK", b"\x80\x02") or not 2 <= length <= 100_000_000:
+        text = file.read(length) if 2 <= length <= 100_000_000 else b""
+        # a header's length may begin with the same two bytes as a zip or a pickle, but then "{" follows
+        if not text or (head[:2] in (b"PK", b"\x80\x02") and text[:1] != b"{"):
             raise ValueError(
                 f"{path.name} is not a .safetensors file, the only kind read (no .ckpt, .pt, .bin): convert it."
             )
-        text = file.read(length)
     if len(text) < length:
         raise ValueError(f"{path.name} is cut short: {size} bytes, less than its header of {length}. Get it again.")
     try:

@@ -257,6 +257,17 @@ def test_pickles_are_refused_unopened(tmp_path):
             read_header(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x4B50])
+def test_header_lengths_that_look_like_a_pickle_or_a_zip_are_read(write, length):
+    """640 and 19280 are multiples of 8, as header lengths are; their low bytes begin a pickle and a zip file."""
+    path = write(lora())
+    data = path.read_bytes()
+    old = struct.unpack("<Q", data[:8])[0]
+    length += 0x10000 * (old // 0x10000 + 1)
+    path.write_bytes(struct.pack("<Q", length) + data[8 : 8 + old].ljust(length) + data[8 + old :])
+    assert read_header(path).modules.keys() == read_header(write(lora())).modules.keys()
+
+
 def test_truncated_files_are_told_apart_from_whole_ones(write):
     path = write(lora())
     data = path.read_bytes()

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from host.tiny import make_unet
 from ldm_checkpoint import save_single_file
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sd15 import CONFIGS, SD15
@@ -19,16 +20,7 @@ from runs import settings, start_pcm
 @pytest.fixture(scope="module")
 def parts(tiny_base):
     """A small SD1.5: its width and its text conditioning at two levels, with the tiny base's words."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(320, 320),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        sample_size=8,
-    )
+    unet = make_unet()
     two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(32, 32), **two)
     text = CLIPTextConfig(
@@ -40,7 +32,7 @@ def parts(tiny_base):
         bos_token_id=tiny_base.tokenizer.bos_token_id,
         eos_token_id=tiny_base.tokenizer.eos_token_id,
     )
-    return SimpleNamespace(unet=unet.eval(), vae=vae.eval(), text_encoder=CLIPTextModel(text).eval())
+    return SimpleNamespace(unet=unet, vae=vae.eval(), text_encoder=CLIPTextModel(text).eval())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from phased_consistency.trainer.adapter import Adapter, Average
-from phased_consistency.trainer.families.sd15 import CONFIGS, LORA_TARGETS, SD15
+from phased_consistency.trainer.families.sd15 import SD15
 
 
 def small_unet(dtype=torch.float32):
@@ -32,7 +32,7 @@ def output(unet):
 
 
 def adapt(unet, rank=4, alpha=2.0, seed=0):
-    return Adapter(unet, LORA_TARGETS, rank, alpha, seed)
+    return Adapter(unet, SD15.lora_targets, rank, alpha, seed)
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def test_alpha_over_rank_is_the_strength():
 
 def test_full_size_sd15_has_278_modules_with_names_of_their_own():
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads((CONFIGS / "unet" / "config.json").read_text()))
+        unet = UNet2DConditionModel.from_config(json.loads((SD15.configs / "unet" / "config.json").read_text()))
         adapter = adapt(unet)
     names = {SD15.lora_key(module) for module in adapter.layers}
     assert len(adapter.layers) == len(names) == 278

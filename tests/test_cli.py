@@ -225,7 +225,7 @@ def test_check_fails_a_lora_of_other_shapes(pcm, lora, tmp_path):
 
 def test_doctor(pcm):
     text = pcm("doctor")
-    assert text.code == 0 and f"torch {torch.__version__}" in text.out and "GiB free here" in text.out
+    assert text.code == 0 and f"torch {torch.__version__.split('+')[0]}" in text.out and "GiB free here" in text.out
     details = json.loads(pcm("doctor", "--json").out)
     assert (
         details["missing"] == [] and details["packages"]["diffusers"] and details["device"]["kind"] in ("cpu", "cuda")

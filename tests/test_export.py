@@ -15,6 +15,7 @@ from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.adapter import Adapter
 from phased_consistency.trainer.export import export, install, lora_tensors, recipe_for, self_test
 from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.loop import train
 from runs import TINY, metadata, sha256, small_config
 
@@ -34,7 +35,7 @@ MODELSPEC = {
 def strong():
     """A base with an adapter that matters: every weight random, alpha unlike rank."""
     base = load_base(TINY)
-    adapter = Adapter(base.unet, base.lora_targets, rank=4, alpha=2.0, seed=0)
+    adapter = Adapter(base.network, base.lora_targets, rank=4, alpha=2.0, seed=0)
     generator = torch.Generator().manual_seed(1)
     adapter.load({n: 0.2 * torch.randn(w.shape, generator=generator) for n, w in adapter.state().items()})
     return base, adapter, base.encode_prompts([""])
@@ -122,7 +123,7 @@ def test_every_module_holds_its_alpha(trained):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tensors_have_kohyas_names_and_the_files_precision(dtype):
     weights = {"mid_block.proj_in.lora_A": torch.ones(2, 3), "mid_block.proj_in.lora_B": torch.ones(3, 2)}
-    tensors = lora_tensors(weights, 8.0, lambda module: "lora_unet_" + module.replace(".", "_"), dtype)
+    tensors = lora_tensors(weights, 8.0, SD15, dtype)
     name = "lora_unet_mid_block_proj_in"
     assert {k: tuple(v.shape) for k, v in tensors.items()} == {
         f"{name}.lora_down.weight": (2, 3), f"{name}.lora_up.weight": (3, 2), f"{name}.alpha": (),
@@ -164,7 +165,7 @@ def test_the_self_test_leaves_the_adapter_as_it_was(strong, saved):
     before = adapter.state()
     self_test(saved, base, adapter, condition)
     assert all(torch.equal(before[n], w) for n, w in adapter.state().items())
-    assert list(base.unet.peft_config) == ["default"] and base.unet.active_adapters() == ["default"]
+    assert list(base.network.peft_config) == ["default"] and base.network.active_adapters() == ["default"]
     assert all(p.requires_grad for p in adapter.parameters())
 
 
@@ -175,4 +176,4 @@ def test_a_file_of_wrong_shapes_is_refused_whole(strong, tmp_path):
     export(path, wide, small_config(tmp_path), base, 1, 1)
     with pytest.raises(ValueError, match=f"diffusers cannot load wide.safetensors into {TINY}: .*size mismatch"):
         install(path, base, "wide")
-    assert list(base.unet.peft_config) == ["default"]
+    assert list(base.network.peft_config) == ["default"]

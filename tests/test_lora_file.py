@@ -188,6 +188,22 @@ def test_flux_is_not_sd3(write):
 
 
 @pytest.mark.parametrize(
+    ("name", "width"),
+    [("transformer.transformer_blocks.0.attn2.to_k", 2048), ("transformer.blocks.0.attn2.to_k", 1024)],
+)
+def test_other_transformers_are_no_unet(write, name, width):
+    """LTX-Video and HunyuanDiT have cross-attention as wide as SDXL's and SD2's."""
+    assert read_header(write(lora({name: (8, width)}, "{m}.lora_A.weight", "{m}.lora_B.weight"))).family is None
+
+
+def test_sd35_medium_has_a_second_attention(write):
+    modules = {"transformer_blocks.0.attn2.to_k": (1536, 1536), "transformer_blocks.0.attn.to_k": (1536, 1536)}
+    header = read_header(write(lora(modules, "transformer.{m}.lora_A.weight", "transformer.{m}.lora_B.weight")))
+    assert set(header.modules) == {"lora_transformer_" + name.replace(".", "_") for name in modules}
+    assert header.family == "sd3"
+
+
+@pytest.mark.parametrize(
     ("metadata", "family"),
     [
         ({HEADER_KEY: Recipe(family="sdxl").to_header()}, "sdxl"),

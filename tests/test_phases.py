@@ -43,6 +43,22 @@ def test_published_edges(points, phases, timesteps):
     assert sorted(set(grid.target(grid.start_ticks()).tolist()), reverse=True) == [*(t + 1 for t in timesteps), 0]
 
 
+@pytest.mark.parametrize(("points", "phases"), [(n, m) for n in (40, 100) for m in (1, 2, 4, 8, 16)])
+def test_edges_are_floored_to_points(points, phases):
+    """Edge j is point floor(j * N / M). 16 phases divide neither 40 nor 100: they are 2 or 3, 6 or 7 points wide."""
+    grid, width = PhaseGrid(points, phases), 1000 // points
+    edges = [width * (j * points // phases) for j in range(phases + 1)]
+    assert grid.edges == tuple(edges) and grid.plan().ticks == tuple(edges[::-1])
+    assert grid.plan().notes == ()
+    widths = {(b - a) // width for a, b in itertools.pairwise(edges)}
+    assert widths == ({points // phases} if points % phases == 0 else {points // phases, points // phases + 1})
+
+
+def test_sixteen_edges_of_flow():
+    ticks = (1000, 930, 870, 810, 750, 680, 620, 560, 500, 430, 370, 310, 250, 180, 120, 60, 0)
+    assert PhaseGrid(100, 16).plan().ticks == ticks
+
+
 @pytest.mark.parametrize("steps", range(1, 51))
 def test_counted_from_noise_it_is_the_lcm_grid(steps):
     """LCM, TCD and the published SD3 scheduler take the points floor(50 * i / n) from the noisy end."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from phased_consistency.samplers import Recipe, recipe_for_file
+from phased_consistency.samplers import Recipe, normalcfg_guidance, recipe_for_file
 from phased_consistency.samplers.recipe import HEADER_KEY
 
 TRAILING = {
@@ -51,6 +51,7 @@ def test_published_unet_files(family, name, steps, cfg):
     assert (recipe.prediction, recipe.shift, recipe.gamma) == ("epsilon", None, 0)
     assert (recipe.guidance_min, recipe.guidance_max) == cfg
     assert recipe.negative_prompts == ("normalcfg" in name)
+    assert recipe.guidance_mode == ("normalcfg" if "normalcfg" in name else "smallcfg")
     # 62.5 timesteps apart, the 16 levels are rounded up where diffusers rounds to even: at most one timestep off
     off = 1 if steps == 16 else 0
     assert all(abs(a - b) <= off for a, b in zip(timesteps(recipe), TRAILING[steps], strict=True))
@@ -127,6 +128,8 @@ def test_header_round_trip():
             phases=phases,
             steps=steps,
             objective="lcm",
+            min_alpha=0.5 if kind["prediction"] == "epsilon" and phases == 1 else 0.0,
+            guidance_mode="normalcfg",
             guidance=1.5,
             guidance_max=7.25,
             negative_prompts=True,
@@ -146,6 +149,12 @@ def test_fields_of_later_versions_are_ignored():
     assert Recipe.from_header(json.dumps(header)) == Recipe(family="sd15", source="header")
 
 
+def test_headers_without_the_newer_fields_are_read():
+    header = json.loads(Recipe(family="sd15").to_header())
+    del header["min_alpha"], header["guidance_mode"]
+    assert Recipe.from_header(json.dumps(header)) == Recipe(family="sd15", source="header")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"sd15"', "{}", '{"family": "sd15", "points": "many"}'])
 def test_an_unreadable_header_is_an_error(text):
     with pytest.raises(ValueError, match="pcm.recipe header cannot be read .* or set the steps and mode by hand"):
@@ -157,6 +166,7 @@ def test_all_problems_are_told_at_once():
         "family": "sd9",
         "mode": "random",
         "prediction": "x0",
+        "guidance_mode": "largecfg",
         "shift": -1.0,
         "guidance": 9.0,
         "steps": 0,
@@ -168,6 +178,7 @@ def test_all_problems_are_told_at_once():
         "family is 'sd9'",
         "mode is 'random'",
         "prediction is 'x0'",
+        "guidance_mode is 'largecfg'; available: smallcfg, normalcfg",
         "shift must be",
         "guidance 9 is outside",
     ):
@@ -195,7 +206,52 @@ def test_wrong_settings_are_sentences():
         "This LoRA was made for 4 steps, not 20: set steps to 4.",
         "CFG 8 is above 3.5 and burns the image: set CFG to 3.",
     ]
-    assert recipe.warnings(steps=4, guidance=1.0) == ["CFG 1 is below 2.5: set CFG to 3."]
+    assert recipe.warnings(steps=4, guidance=2.0) == ["CFG 2 is below 2.5: set CFG to 3."]
+    assert recipe.warnings(steps=4, guidance=1.0) == [
+        "CFG 1 is below 2.5 and leaves the negative prompt unused: set CFG to 3."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phases", "cfg"),
+    [
+        (1, (3, 2.5, 3.5)),
+        (4, (3, 2.5, 3.5)),
+        (7, (3, 2.5, 3.5)),
+        (8, (4.5, 3, 6)),
+        (10, (4.5, 3, 6)),
+        (16, (5, 2, 9)),
+        (40, (5, 2, 9)),
+    ],
+)
+def test_normalcfg_guidance_is_the_published_row_at_or_below(phases, cfg):
+    assert normalcfg_guidance(phases) == cfg
+
+
+def test_one_phase_is_one_deterministic_step():
+    recipe = Recipe(family="sd15", phases=1, min_alpha=0.5)
+    assert (recipe.steps, recipe.grid().plan(recipe.steps).ticks) == (1, (1000, 0))
+    assert recipe.warnings(steps=1, guidance=1.0) == []
+    assert recipe.warnings(steps=4, guidance=1.0) == ["This LoRA was made for 1 step, not 4: set steps to 1."]
+    assert recipe.usage_hint() == (
+        "1 step, CFG 1 (1 to 2), LoRA strength 1; only with the PCM nodes, which divide by at least 0.5 "
+        "where others do by alpha. SD1.5 only."
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"phases": 4}, {"phases": 1, "prediction": "v_prediction"}, {"phases": 1, "prediction": "flow", "shift": 3.0}],
+)
+def test_a_clamp_belongs_to_one_phase_of_epsilon(kind):
+    with pytest.raises(ValueError, match="min_alpha is 0.5 with .* it is for 'epsilon' and 1 phase, else 0"):
+        Recipe(family="sdxl", min_alpha=0.5, **kind)
+
+
+@pytest.mark.parametrize("min_alpha", [-0.1, 1.0, float("nan")])
+def test_a_clamp_outside_its_range_is_an_error(min_alpha):
+    with pytest.raises(ValueError, match=r"min_alpha is \S+; at least 0 \(no clamp\) and below 1"):
+        Recipe(family="sd15", phases=1, min_alpha=min_alpha)
 
 
 @pytest.mark.parametrize(

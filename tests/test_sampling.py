@@ -12,15 +12,18 @@ from phased_consistency.samplers import (
     FlowSchedule,
     PhaseGrid,
     VPSchedule,
+    jump,
     sample_consistency,
     sample_phased,
     seeded_noise,
+    x0_eps_from_output,
 )
 
 VP, FLOW = VPSchedule.from_betas(), FlowSchedule(3.0)
 SCHEDULES = pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
 MEAN, STD = 0.7, 0.4  # of the Gaussian that the data come from
 SHAPE = (2, 4, 8, 8)
+SEED = {"extra_args": {"seed": 1}}
 
 
 class Gaussian:
@@ -135,6 +138,33 @@ def test_gamma_1_is_lcm():
         draws = iter(noise)
         ours = sample(model, x, sigmas, schedule=VP, noise_sampler=lambda *_, d=draws: next(d), **options)
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1000, 0), (1000, 500), (750, 250), (521, 20), (400, 0)])
+@pytest.mark.parametrize("min_alpha", [0.0, 0.5])
+def test_the_clamp_is_the_same_in_training_and_sampling(start, end, min_alpha):
+    """Training reads the network's output itself; sampling is given the unclamped x0, in the host's convention."""
+    alpha, sigma, output = VP.alpha(start), VP.sigma(start), torch.randn(SHAPE)
+    x = torch.randn(SHAPE)
+    trained = jump(
+        *x0_eps_from_output(output, x, alpha, sigma, "epsilon", min_alpha=min_alpha), VP.alpha(end), VP.sigma(end)
+    )
+    sigmas, seen = VP.k_sigma(torch.tensor([start, end])), []
+    options = {"schedule": VP, "min_alpha": min_alpha, "callback": seen.append}
+    host_x = x / VP.k_scale(sigmas[0])
+    got = sample_phased(lambda x, sigma: x - sigma[0] * output, host_x, sigmas, **options)
+    torch.testing.assert_close(got * VP.k_scale(sigmas[1]), trained, atol=2e-5, rtol=1e-5)
+    if end == 0:
+        assert torch.equal(seen[0]["denoised"], got)
+        torch.testing.assert_close(
+            sample_consistency(lambda x, sigma, seed: x - sigma[0] * output, host_x, sigmas, **options | SEED), got
+        )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_clamp_on_flow_is_an_error(name):
+    with pytest.raises(ValueError, match="min_alpha 0.5 is for eps-prediction; a flow model divides by no alpha"):
+        SAMPLERS[name](None, torch.zeros(SHAPE), torch.tensor([1.0, 0.0]), schedule=FLOW, min_alpha=0.5)
 
 
 @SCHEDULES

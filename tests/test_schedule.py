@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from phased_consistency.samplers import FlowSchedule, VPSchedule, jump, output_from_x0_eps, x0_eps_from_output
+from phased_consistency.samplers import FlowSchedule, VPSchedule, jump, output_from_x0_eps, renoise, x0_eps_from_output
 
 TICKS = torch.arange(1, 1001)
 SCHEDULES = {
@@ -118,6 +118,68 @@ def test_a_jump_is_the_same_in_every_convention():
     s_start, s_end = k_start / (1 + k_start), k_end / (1 + k_end)
     flow = (1 - s_start) * x0 + s_start * eps + (s_end - s_start) * (eps - x0)
     torch.testing.assert_close((flow * (1 + k_end) * vp.k_scale(k_end)).float(), reached, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 1000), (250, 251), (249, 750), (500, 1000), (999, 1000)])
+def test_renoise_reaches_the_marginal_of_the_higher_level(schedule, low, high):
+    """For x0 ~ N(0, 0.3^2): Var[x_to] = (alpha_to * 0.3)^2 + sigma_to^2, and x_to keeps alpha_to of x0."""
+    alpha, sigma, alpha_to, sigma_to = levels = [f(n) for n in (low, high) for f in (schedule.alpha, schedule.sigma)]
+    unit, none = torch.ones(1), torch.zeros(1)
+    kept, added = renoise(unit, none, *levels).double(), renoise(none, unit, *levels).double()
+    got = kept**2 * ((0.3 * alpha) ** 2 + sigma**2) + added**2
+    torch.testing.assert_close(got, ((0.3 * alpha_to) ** 2 + sigma_to**2).double()[None], atol=2e-6, rtol=0)
+    torch.testing.assert_close(kept * alpha, alpha_to.double()[None], atol=1e-6, rtol=0)
+
+
+def test_renoise_in_two_goes_is_one(schedule):
+    unit, none = torch.ones(1), torch.zeros(1)
+    low, middle, high = ((schedule.alpha(n), schedule.sigma(n)) for n in (100, 400, 900))
+    kept = renoise(renoise(unit, none, *low, *middle), none, *middle, *high)
+    noises = [renoise(renoise(none, unit, *low, *middle), none, *middle, *high), renoise(none, unit, *middle, *high)]
+    torch.testing.assert_close(kept, renoise(unit, none, *low, *high))
+    torch.testing.assert_close(sum(n**2 for n in noises), renoise(none, unit, *low, *high) ** 2)
+
+
+def test_renoise_is_not_the_published_sd3_kernel():
+    """That one adds (r - s) / (1 - s) of noise, 0.5 here, and so falls short of its level: 0.3125 for 0.5625."""
+    s, r = torch.tensor(0.5), torch.tensor(0.75)
+    added = renoise(torch.zeros(1), torch.ones(1), 1 - s, s, 1 - r, r)
+    assert added.item() == pytest.approx(0.5**0.5, abs=1e-6)
+    kept = renoise(torch.ones(1), torch.zeros(1), 1 - s, s, 1 - r, r)
+    assert (kept * s) ** 2 + added**2 == pytest.approx(0.5625)
+    assert (kept * s) ** 2 + ((r - s) / (1 - s)) ** 2 == pytest.approx(0.3125)
+
+
+def test_renoise_takes_a_level_per_sample_and_ends_in_pure_noise():
+    schedule, low, high = SCHEDULES["vp-zero-snr"], torch.tensor([0, 500, 1000]), torch.tensor([1000, 500, 1000])
+    x, noise = torch.randn(2, 3, 4, 8, 8).unbind()
+    levels = (schedule.alpha(low), schedule.sigma(low), schedule.alpha(high), schedule.sigma(high))
+    got = renoise(x.half(), noise, *levels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.stack([noise[0], x[1].half().float(), noise[2]]), atol=1e-6, rtol=0)
+
+
+def test_renoise_down_is_an_error(schedule):
+    levels = [f(n) for n in (500, 250) for f in (schedule.alpha, schedule.sigma)]
+    with pytest.raises(ValueError, match="goes up in noise only; got sigma / alpha from .* Use jump to go down"):
+        renoise(torch.zeros(1), torch.zeros(1), *levels)
+
+
+@pytest.mark.parametrize("tick", [1, 250, 521, 522, 1000])
+def test_the_clamp_divides_by_at_least_min_alpha(tick):
+    vp, (output, x) = SCHEDULES["vp"], torch.randn(2, 1, 4, 8, 8).unbind()
+    alpha, sigma = vp.alpha(tick), vp.sigma(tick)
+    x0, eps = x0_eps_from_output(output, x, alpha, sigma, "epsilon", min_alpha=0.5)
+    torch.testing.assert_close(x0, (x - sigma * output) / max(alpha.item(), 0.5))
+    assert torch.equal(eps, output)
+    assert (tick <= 521) == torch.equal(x0, x0_eps_from_output(output, x, alpha, sigma, "epsilon")[0])
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+def test_a_clamp_without_a_division_is_an_error(prediction):
+    x = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ValueError, match=f"min_alpha 0.5 .* only eps-prediction has one; got '{prediction}'"):
+        x0_eps_from_output(x, x, torch.tensor(0.5), torch.tensor(0.5), prediction, min_alpha=0.5)
 
 
 def test_algebra_is_fp32_for_half_inputs():

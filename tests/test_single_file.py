@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from host.tiny import make_unet
 from ldm_checkpoint import save_single_file
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.families.sd15 import CONFIGS, SD15
+from phased_consistency.trainer.families.sd15 import SD15
 from runs import settings, start_pcm
 
 
@@ -24,13 +24,13 @@ def parts(tiny_base):
     two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(32, 32), **two)
     text = CLIPTextConfig(
-        vocab_size=len(tiny_base.tokenizer),
+        vocab_size=len(tiny_base.tokenizers[0]),
         hidden_size=768,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
-        bos_token_id=tiny_base.tokenizer.bos_token_id,
-        eos_token_id=tiny_base.tokenizer.eos_token_id,
+        bos_token_id=tiny_base.tokenizers[0].bos_token_id,
+        eos_token_id=tiny_base.tokenizers[0].eos_token_id,
     )
     return SimpleNamespace(unet=unet, vae=vae.eval(), text_encoder=CLIPTextModel(text).eval())
 
@@ -42,8 +42,8 @@ def configs(parts, tiny_base, tmp_path_factory):
     parts.unet.save_config(folder / "unet")
     parts.vae.save_config(folder / "vae")
     parts.text_encoder.config.save_pretrained(folder / "text_encoder")
-    shutil.copytree(CONFIGS / "scheduler", folder / "scheduler")
-    tiny_base.tokenizer.save_pretrained(folder / "words")
+    shutil.copytree(SD15.configs / "scheduler", folder / "scheduler")
+    tiny_base.tokenizers[0].save_pretrained(folder / "words")
     return folder
 
 
@@ -70,8 +70,9 @@ def load(path, configs, **options):
 
 def test_every_weight_comes_back_to_the_bit(parts, configs, checkpoint):
     base = load(checkpoint, configs)
+    found = {"unet": base.network, "vae": base.vae, "text_encoder": base.text_encoders[0]}
     for name, module in vars(parts).items():
-        loaded = {k.removeprefix("text_model."): v for k, v in getattr(base, name).state_dict().items()}
+        loaded = {k.removeprefix("text_model."): v for k, v in found[name].state_dict().items()}
         own = {k.removeprefix("text_model."): v for k, v in module.state_dict().items()}
         assert loaded.keys() == own.keys(), name
         assert all(torch.equal(loaded[k], own[k]) for k in own), name
@@ -91,15 +92,19 @@ def test_the_loaded_base_computes_the_same(parts, configs, checkpoint):
 
 def test_the_unet_takes_the_asked_precision_and_the_encoders_stay_in_fp32(configs, checkpoint):
     base = load(checkpoint, configs, dtype=torch.bfloat16)
-    assert [m.dtype for m in (base.unet, base.vae, base.text_encoder)] == [torch.bfloat16, torch.float32, torch.float32]
-    assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
+    assert [m.dtype for m in (base.network, base.vae, base.text_encoders[0])] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    assert not any(p.requires_grad for m in (base.network, base.vae, base.text_encoders[0]) for p in m.parameters())
 
 
 def test_a_half_precision_file_is_read_into_fp32(parts, configs, tmp_path):
     path = save_single_file(tmp_path / "half.safetensors", **vars(parts), dtype=torch.float16)
     base = load(path, configs)
-    assert base.unet.dtype == base.text_encoder.dtype == torch.float32
-    assert torch.equal(base.unet.conv_in.weight, parts.unet.conv_in.weight.half().float())
+    assert base.network.dtype == base.text_encoders[0].dtype == torch.float32
+    assert torch.equal(base.network.conv_in.weight, parts.unet.conv_in.weight.half().float())
 
 
 def test_prediction_can_be_told(configs, checkpoint):
@@ -153,7 +158,7 @@ def test_a_file_cut_short_is_refused(checkpoint, configs, tmp_path):
 
 def full_size(kind, part: str):
     """One of SD1.5's networks in fp16 with cheap random weights; the norms stay what they are."""
-    config = json.loads((CONFIGS / part / "config.json").read_text())
+    config = json.loads((SD15.configs / part / "config.json").read_text())
     with torch.device("meta"):
         module = CLIPTextModel(CLIPTextConfig(**config)) if kind is CLIPTextModel else kind.from_config(config)
     module.half().to_empty(device="cpu")
@@ -180,8 +185,8 @@ def full_checkpoint(tmp_path):
 def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_base, tmp_path):
     """Two updates on 64-pixel latents in bf16; then all of PCM's 278 modules match."""
     tokenizer = tmp_path / "words"
-    tiny_base.tokenizer.save_pretrained(tokenizer)
-    shutil.copytree(CONFIGS, tmp_path / "configs")
+    tiny_base.tokenizers[0].save_pretrained(tokenizer)
+    shutil.copytree(SD15.configs, tmp_path / "configs")
     unet = tmp_path / "configs" / "unet" / "config.json"
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": 8}))  # what self-test and check look at
     base = {"base__path": full_checkpoint, "base__tokenizer": tokenizer, "base__config": tmp_path / "configs"}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..samplers import jump
 from .adapter import Adapter
-from .families.sd15 import SD15
-from .generate import Condition, predict
+from .families import Base, Condition
+from .generate import predict
 from .objectives.pcm import PCM
 
 
@@ -39,7 +39,7 @@ class Batch:
 class Engine:
     """The networks of one run: a frozen base, its adapter, and the encoding of the empty prompt."""
 
-    def __init__(self, base: SD15, adapter: Adapter, objective: PCM, null: Condition):
+    def __init__(self, base: Base, adapter: Adapter, objective: PCM, null: Condition):
         self.base, self.adapter, self.objective, self.null = base, adapter, objective, null
 
     def step(self, batch: Batch) -> Tensor:

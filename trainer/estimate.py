@@ -19,7 +19,8 @@ from .data import find_pictures, read_prompts
 from .data.cache import own_prompts
 from .export import recipe_for
 from .families import bundled_folder
-from .families.sd15 import CONFIGS, LORA_TARGETS, SD15, diffusers_folder, is_hub_id, latent_shape
+from .families.loading import diffusers_folder, is_hub_id
+from .families.sd15 import SD15
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -93,7 +94,7 @@ def _check_base(path: str) -> None:
     if path.endswith(".safetensors"):
         read_header(path)
     elif bundled_folder(path) is None and not is_hub_id(path):
-        diffusers_folder(path)
+        diffusers_folder(path, SD15.components, "SD1.5")
 
 
 def estimate_memory(config: Config) -> dict[str, Any]:
@@ -104,10 +105,10 @@ def estimate_memory(config: Config) -> dict[str, Any]:
     """
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(_unet_config(config))
-    latent_shape(network.config, config.data.resolution)
+    SD15.latent_shape_of(network.config, config.data.resolution)
     parameters = sum(p.numel() for p in network.parameters())
     with torch.device("meta"):
-        adapter = Adapter(network, LORA_TARGETS, config.lora.rank, config.lora.alpha, seed=0)
+        adapter = Adapter(network, SD15.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
     lora = sum(p.numel() for p in adapter.parameters())
     width = BYTES[config.base.dtype]
     activations = _activation_bytes(network, config) * config.train.batch_size * width / 4
@@ -167,11 +168,11 @@ def _unet_config(config: Config) -> dict[str, Any]:
     """The base's UNet config where it can be read here; SD1.5's own for single files and hub ids."""
     folder = Path(config.base.config or bundled_folder(config.base.path) or config.base.path)
     path = folder / "unet" / "config.json"
-    return json.loads((path if path.is_file() else CONFIGS / "unet" / "config.json").read_text())
+    return json.loads((path if path.is_file() else SD15.configs / "unet" / "config.json").read_text())
 
 
 def _usage(config: Config) -> str:
-    stand_in = SD15(None, None, None, None, None, config.base.prediction or "epsilon", False, config.base.path, "")
+    stand_in = SD15(None, None, [], [], None, config.base.prediction or "epsilon", False, "empty", config.base.path, "")
     return recipe_for(config, stand_in).usage_hint()
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..samplers import PhaseGrid
 from .adapter import bare
-from .families.sd15 import SD15
-from .generate import Condition, generate
+from .families import Base, Condition
+from .generate import generate
 
 BATCH = 64
 
@@ -50,11 +50,11 @@ class Row:
 
 
 def latents_for(
-    setting: Setting, base: SD15, grid: PhaseGrid, condition: Condition, null: Condition, noise: Tensor
+    setting: Setting, base: Base, grid: PhaseGrid, condition: Condition, null: Condition, noise: Tensor
 ) -> Tensor:
     """Latents (B, C, h, w) made from this noise with this setting. The LoRA must be installed in the base."""
     if setting.name == "teacher":
-        grid, using = PhaseGrid(points=1000, phases=1, from_noise=True), bare(base.unet)
+        grid, using = PhaseGrid(points=1000, phases=1, from_noise=True), bare(base.network)
     else:
         using = nullcontext()
     ticks = grid.plan(setting.steps).ticks
@@ -84,11 +84,11 @@ def sliced_wasserstein(made: Tensor, reference: Tensor, directions: int = 512) -
 
 
 def compare(
-    settings: list[Setting], base: SD15, grid: PhaseGrid, prompts: list[str], seed: int
+    settings: list[Setting], base: Base, grid: PhaseGrid, prompts: list[str], seed: int
 ) -> tuple[list[Row], list[Tensor]]:
     """Rows of figures for each setting, and their latents. The first setting is the reference."""
     condition, null = base.encode_prompts(prompts), base.encode_prompts([""])
-    shape = (base.unet.config.in_channels, *(2 * (base.unet.config.sample_size,)))
+    shape = base.latent_shape(base.default_resolution)
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
     made = [latents_for(s, base, grid, condition, null, noise) for s in settings]
     rows = [

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,13 +23,13 @@ from ..samplers.recipe import HEADER_KEY
 from .adapter import NAME, Adapter
 from .checkpoint import write_tensors
 from .config import Config
-from .families.sd15 import SD15
+from .families import Base
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EMPTY_HASH = hashlib.sha256().hexdigest()
 
 
-def recipe_for(config: Config, base: SD15) -> Recipe:
+def recipe_for(config: Config, base: Base) -> Recipe:
     """How a LoRA of this run must be sampled. The teacher's guidance is in the weights, so CFG stays near 1."""
     return Recipe(
         family=base.name,
@@ -47,20 +46,20 @@ def recipe_for(config: Config, base: SD15) -> Recipe:
     )
 
 
-def lora_tensors(weights: dict[str, Tensor], alpha: float, key, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Adapter weights by module path -> kohya tensors with one `.alpha` a module. key: module path -> kohya name."""
+def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Adapter weights by module path -> the file's tensors, under the family's names and with one `.alpha` a module."""
     tensors = {}
     for name, weight in weights.items():
         module, part = name.rsplit(".", 1)
-        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
-        tensors[f"{key(module)}.{side}.weight"] = weight.to(dtype).contiguous()
-        tensors[f"{key(module)}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        key = family.lora_key(module)
+        tensors[f"{key}.{family.lora_parts[part]}.weight"] = weight.to(dtype).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
     return tensors
 
 
-def export(path: Path, weights: dict[str, Tensor], config: Config, base: SD15, step: int, samples: int) -> None:
+def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, step: int, samples: int) -> None:
     """Write a LoRA with its whole header, atomically. Raises OSError when it cannot be written."""
-    tensors = lora_tensors(weights, config.lora.alpha, base.lora_key, DTYPES[config.lora.dtype])
+    tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= _hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
@@ -81,7 +80,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def _kohya_metadata(config: Config, base: SD15, step: int, samples: int) -> dict[str, str]:
+def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict[str, str]:
     train, resolution = config.train, config.data.resolution
     return {
         "ss_base_model_version": base.base_version,
@@ -112,7 +111,7 @@ def _kohya_metadata(config: Config, base: SD15, step: int, samples: int) -> dict
     }
 
 
-def _modelspec_metadata(config: Config, base: SD15, tensor_hash: str) -> dict[str, str]:
+def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[str, str]:
     recipe = recipe_for(config, base)
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -165,12 +164,10 @@ class SelfTest:
 
 
 @torch.no_grad()
-def self_test(path: Path, base: SD15, adapter: Adapter, condition: dict[str, Tensor]) -> SelfTest:
+def self_test(path: Path, base: Base, adapter: Adapter, condition: dict[str, Tensor]) -> SelfTest:
     """Reload a saved LoRA through diffusers beside the adapter, and compare their outputs on one noisy point."""
-    size = base.unet.config.sample_size
-    size = size if isinstance(size, int) else size[0]
-    shape = (1, base.unet.config.in_channels, size, size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(base.device)
+    shape = base.latent_shape(base.default_resolution)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
     tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
     condition = {k: v[:1].to(base.device) for k, v in condition.items()}
     meant = base.denoise(x, tick, condition)
@@ -178,26 +175,25 @@ def self_test(path: Path, base: SD15, adapter: Adapter, condition: dict[str, Ten
         bare = base.denoise(x, tick, condition)
     modules, unmatched = install(path, base, "selftest")
     try:
-        base.unet.set_adapters("selftest")
+        base.network.set_adapters("selftest")
         reloaded = base.denoise(x, tick, condition)
     finally:
-        base.unet.set_adapters(NAME)
-        base.unet.delete_adapters("selftest")
+        base.network.set_adapters(NAME)
+        base.network.delete_adapters("selftest")
     difference = (reloaded - meant).abs()
     return SelfTest(modules, unmatched, difference.max().item(), _rms(difference), _rms(meant - bare), _rms(meant))
 
 
-def install(path: Path, base: SD15, name: str) -> tuple[int, int]:
+def install(path: Path, base: Base, name: str) -> tuple[int, int]:
     """Load a LoRA file into the base's UNet through diffusers as adapter `name`.
 
     Returns (modules in the file, modules that diffusers did not install). Raises ValueError when it takes none of it.
     """
     try:
-        state, alphas = StableDiffusionPipeline.lora_state_dict(str(path))
         with warnings.catch_warnings():
             # a second adapter is what the self-test wants
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            StableDiffusionPipeline.load_lora_into_unet(state, alphas, base.unet, adapter_name=name)
+            base.load_lora(path, name)
     except (RuntimeError, ValueError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {reason}") from error
@@ -209,5 +205,5 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def _adapted(base: SD15, name: str) -> int:
-    return sum(name in m.lora_A for m in base.unet.modules() if hasattr(m, "lora_A"))
+def _adapted(base: Base, name: str) -> int:
+    return sum(name in m.lora_A for m in base.network.modules() if hasattr(m, "lora_A"))

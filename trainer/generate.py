@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from ..samplers import sample_phased, x0_eps_from_output
-from .families.sd15 import SD15
-
-Condition = dict[str, Tensor]
+from .families import Base, Condition
 
 
-def predict(base: SD15, x: Tensor, tick: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+def predict(base: Base, x: Tensor, tick: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     """(x0, eps) that the network sees in points x at ticks (B,)."""
     schedule = base.schedule
     output = base.denoise(x, tick, condition)
@@ -21,7 +19,7 @@ def predict(base: SD15, x: Tensor, tick: Tensor, condition: Condition) -> tuple[
 
 
 def sampling_model(
-    base: SD15, condition: Condition, null: Condition | None = None, guidance: float = 1.0
+    base: Base, condition: Condition, null: Condition | None = None, guidance: float = 1.0
 ) -> Callable[..., Tensor]:
     """The host's `model(x, sigma) -> x0` over a base, with its adapter as it stands, for the functions of `samplers`.
 
@@ -43,7 +41,7 @@ def sampling_model(
 
 
 def generate(
-    base: SD15,
+    base: Base,
     condition: Condition,
     null: Condition,
     noise: Tensor,

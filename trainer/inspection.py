@@ -15,8 +15,7 @@ from torch import Tensor
 from ..samplers import PhaseGrid, Recipe, recipe_for_file
 from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, tensor_hash
 from .export import DTYPES, install
-from .families import load_base
-from .families.sd15 import SD15
+from .families import Base, load_base
 from .generate import generate
 from .previews import draw_grid, save_image
 
@@ -71,7 +70,7 @@ def describe_text(d: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_for_tools(base: str, dtype: str, tokenizer: str | None, config: str | None) -> SD15:
+def load_for_tools(base: str, dtype: str, tokenizer: str | None, config: str | None) -> Base:
     """A base on the best device for `pcm sample` and `pcm check`."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
@@ -80,13 +79,13 @@ def load_for_tools(base: str, dtype: str, tokenizer: str | None, config: str | N
 
 
 @torch.no_grad()
-def check_parity(file: Path, base: SD15) -> dict[str, Any]:
+def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
     By hand: W + strength * alpha / rank * up @ down for each module whose kohya name is one of the UNet's.
     """
     header = _of_family(file, base)
-    modules = {base.lora_key(n): m for n, m in base.unet.named_modules() if hasattr(m, "weight")}
+    modules = {base.lora_key(n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
     unmatched = sorted(n for n, m in header.modules.items() if not fits(n, m))
     found = {"modules": len(header.modules), "unmatched": len(unmatched), "unmatched_names": unmatched[:20]}
@@ -97,7 +96,7 @@ def check_parity(file: Path, base: SD15) -> dict[str, Any]:
     except ValueError as error:
         return found | {"passed": False, "not_loaded_by_diffusers": len(header.modules), "text": f"FAILED: {error}"}
     by_diffusers = base.denoise(x, tick, condition)
-    base.unet.delete_adapters(ADAPTER)
+    base.network.delete_adapters(ADAPTER)
     weights, alphas = load_file(file), header.scale_alphas()
     for name, entry in header.modules.items():
         if name in unmatched:
@@ -123,7 +122,7 @@ def check_parity(file: Path, base: SD15) -> dict[str, Any]:
 
 
 def sample_grid(
-    base: SD15,
+    base: Base,
     prompts: list[str],
     out: Path,
     lora: Path | None,
@@ -144,7 +143,7 @@ def sample_grid(
         guidance = recipe.guidance if recipe else 7.5
     if gamma is None:
         gamma = recipe.gamma if recipe else 0.0
-    shape = base.latent_shape(resolution or base.unet.config.sample_size * 8)
+    shape = base.latent_shape(resolution or base.default_resolution)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
     condition, null = base.encode_prompts(prompts), base.encode_prompts([negative])
     rows, pictures, warnings = [], [], []
@@ -159,7 +158,7 @@ def sample_grid(
     return {"out": str(out), "rows": rows, "recipe": told, "warnings": list(dict.fromkeys(warnings))}
 
 
-def _install_for_sampling(lora: Path | None, base: SD15, strength: float) -> Recipe | None:
+def _install_for_sampling(lora: Path | None, base: Base, strength: float) -> Recipe | None:
     if lora is None:
         return None
     header = _of_family(lora, base)
@@ -167,11 +166,11 @@ def _install_for_sampling(lora: Path | None, base: SD15, strength: float) -> Rec
     if missing:
         which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
         raise ValueError(f"{lora.name}: {which}. It was made for another model.")
-    base.unet.set_adapters(ADAPTER, weights=strength)
+    base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_for_file(lora.name, header.metadata)
 
 
-def _of_family(file: Path, base: SD15) -> LoraHeader:
+def _of_family(file: Path, base: Base) -> LoraHeader:
     header = read_header(file)
     if header.family not in (None, base.name):
         raise ValueError(
@@ -181,10 +180,10 @@ def _of_family(file: Path, base: SD15) -> LoraHeader:
     return header
 
 
-def _probe(base: SD15) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _probe(base: Base) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One noisy point halfway up the schedule, and the empty prompt's encoding."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *base.latent_shape(base.unet.config.sample_size * 8), generator=generator).to(base.device)
+    x = torch.randn(1, *base.latent_shape(base.default_resolution), generator=generator).to(base.device)
     tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
     return x, tick, base.encode_prompts([""])
 

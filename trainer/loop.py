@@ -26,8 +26,7 @@ from .config import Config
 from .data.cache import LatentCache, build_cache
 from .engine import Batch, Engine
 from .export import DTYPES, export, recipe_for, self_test
-from .families import load_base
-from .families.sd15 import SD15
+from .families import Base, load_base
 from .generate import generate
 from .objectives import OBJECTIVES
 from .previews import draw_grid, save_image
@@ -79,13 +78,13 @@ class Run:
         self.cache = self._fill_cache()
         self.base.drop_encoders()
         self.adapter = Adapter(
-            self.base.unet, self.base.lora_targets, config.lora.rank, config.lora.alpha, config.train.seed
+            self.base.network, self.base.lora_targets, config.lora.rank, config.lora.alpha, config.train.seed
         )
         modules = len(self.adapter.layers)
         reporter.say(f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g} on {modules} modules.")
         if config.train.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-            self.base.unet.train()
+            self.base.network.enable_gradient_checkpointing()
+            self.base.network.train()
         self.names = list(self.adapter.named_parameters())
         self.optimizer = self.accelerator.prepare(_make_optimizer(config, self.adapter.parameters()))
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
@@ -291,7 +290,7 @@ class Run:
                 rows.append((f"{steps} step{'s' * (steps > 1)}", self.base.decode(latents)))
         save_image(draw_grid(rows, prompts if captions else [""] * len(prompts)), path)
 
-    def _load_base(self) -> SD15:
+    def _load_base(self) -> Base:
         b = self.config.base
         self.reporter.say(f"Loading {b.path}.")
         base = load_base(

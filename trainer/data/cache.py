@@ -19,8 +19,7 @@ from torch import Tensor
 from ...samplers import PhaseGrid
 from ..checkpoint import write_tensors
 from ..config import Config
-from ..families import bundled_folder
-from ..families.sd15 import SD15
+from ..families import Base, bundled_folder
 from ..generate import generate
 from . import Picture, content_hash, find_pictures, load_picture, read_prompts, stop_or_skip
 
@@ -73,7 +72,7 @@ class LatentCache:
         return self._more[prompt][key]
 
 
-def build_cache(config: Config, base: SD15, progress: Progress) -> LatentCache:
+def build_cache(config: Config, base: Base, progress: Progress) -> LatentCache:
     """Make what is missing of the run's cache and open it.
 
     progress(what, done, total) is called as it goes. Raises ValueError that lists every unreadable picture and missing
@@ -108,7 +107,7 @@ def own_prompts(base: str) -> str | None:
     return str(folder / "prompts.txt") if folder else None
 
 
-def _fingerprint(config: Config, base: SD15, pictures: list[Picture] | None, prompts: list[str]) -> str:
+def _fingerprint(config: Config, base: Base, pictures: list[Picture] | None, prompts: list[str]) -> str:
     data = config.data
     content = {"base": base.base_hash, "resolution": data.resolution, "prompts": prompts}
     if pictures is None:
@@ -119,7 +118,7 @@ def _fingerprint(config: Config, base: SD15, pictures: list[Picture] | None, pro
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_prompts(folder: Path, base: SD15, prompts: list[str], batch: int, progress: Progress) -> None:
+def _cache_prompts(folder: Path, base: Base, prompts: list[str], batch: int, progress: Progress) -> None:
     path = folder / "prompts.safetensors"
     if path.is_file():
         return
@@ -131,11 +130,11 @@ def _cache_prompts(folder: Path, base: SD15, prompts: list[str], batch: int, pro
     write_tensors(path, packed, {"prompts": json.dumps(prompts)})
 
 
-def _encode(base: SD15, prompts: list[str]) -> dict[str, Tensor]:
+def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
     return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}
 
 
-def _cache_pictures(folder: Path, base: SD15, config: Config, pictures: list[Picture], progress: Progress) -> None:
+def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Picture], progress: Progress) -> None:
     data, bad = config.data, []
     for path, start in _missing_shards(folder, len(pictures)):
         means, stds, captions, bad_here = [], [], [], []
@@ -163,7 +162,7 @@ def _cache_pictures(folder: Path, base: SD15, config: Config, pictures: list[Pic
     stop_or_skip(bad, data.skip_bad, f"of the {len(pictures)} pictures in {data.images} cannot be used")
 
 
-def _cache_teacher_latents(folder: Path, base: SD15, config: Config, prompts: list[str], progress: Progress) -> None:
+def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: list[str], progress: Progress) -> None:
     """The teacher's own pictures: DDIM with guidance from noise that depends only on the sample's number."""
     data = config.data
     null = base.encode_prompts([""])

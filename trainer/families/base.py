@@ -1,0 +1,177 @@
+"""What every model family gives the trainer: one frozen network, its encoders, its schedule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ...samplers import Schedule
+
+# A prompt's encoding by name, each (B, ...): what `Base.encode_prompts` returns and `Base.denoise` takes.
+Condition = dict[str, Tensor]
+NULLS = ("zeros", "empty")
+
+
+@dataclass
+class Base(ABC):
+    """One loaded base. The network is frozen; encoders can be dropped with `drop_encoders` once inputs are cached.
+
+    network: the UNet or transformer, a diffusers model. schedule, prediction: what it was trained on.
+    null: what stands for "no prompt" in guidance: "zeros" or the encoding of the "empty" prompt.
+    path, base_hash: where it came from; SHA-256 of the file, or of the folder's weight files together.
+    """
+
+    network: ModelMixin
+    vae: AutoencoderKL | AutoencoderTiny | None
+    text_encoders: list[nn.Module]
+    tokenizers: list
+    schedule: Schedule
+    prediction: str
+    zero_terminal_snr: bool
+    null: str
+    path: str
+    base_hash: str
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    base_version: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    # PEFT's names of the two factors -> the file's.
+    lora_parts: ClassVar[dict[str, str]]
+    # Whether the network is told each picture's true size and crop ("time_ids" in a condition).
+    knows_sizes: ClassVar[bool] = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels that the network was made for."""
+        return self.network.config.sample_size * 8
+
+    def drop_encoders(self) -> None:
+        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU."""
+        self.text_encoders = []
+        self.vae.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Prompts -> their encodings in fp32, every tensor (B, ...)."""
+
+    def null_condition(self, empty: Condition) -> Condition:
+        """What guidance subtracts, from the encoding of the empty prompt."""
+        return {k: torch.zeros_like(v) for k, v in empty.items()} if self.null == "zeros" else empty
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> scaled latent mean and standard deviation (None for a VAE without one).
+
+        A latent is (encoded - shift_factor) * scaling_factor of the VAE's config.
+        """
+        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        scale, shift = _scale_shift(self.vae)
+        if isinstance(self.vae, AutoencoderTiny):
+            return (encoded.latents.float() - shift) * scale, None
+        posterior = encoded.latent_dist
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w) in [0, 1], on the CPU.
+
+        The VAE runs in fp32, where SDXL's cannot overflow as it does in fp16.
+        """
+        home = self.vae.device
+        self.vae.to(self.device)
+        scale, shift = _scale_shift(self.vae)
+        x = (latents / scale + shift).to(self.device, self.vae.dtype)
+        pixels = torch.cat([self.vae.decode(row).sample.float().cpu() for row in x.split(1)])
+        self.vae.to(home)
+        return pixels.add(1).div(2).clamp(0, 1)
+
+    @abstractmethod
+    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
+        """The network's raw output in fp32 for points x (B, C, h, w) at ticks (B,)."""
+
+    @abstractmethod
+    def feature_blocks(self) -> list[nn.Module]:
+        """The network's blocks whose outputs a discriminator judges, in the order in which they run."""
+
+    @abstractmethod
+    def feature_map(self, output, x: Tensor) -> Tensor:
+        """What one of `feature_blocks` returned for points x -> a feature map (B, C, h, w)."""
+
+    def features(self, x: Tensor, tick: Tensor, condition: Condition) -> list[Tensor]:
+        """Feature maps (B, C, h, w) of points x at ticks (B,), differentiable in x; later blocks are not run."""
+        outputs = _outputs_of(self.feature_blocks(), lambda: self.denoise(x, tick, condition))
+        return [self.feature_map(output, x).float() for output in outputs]
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of one latent of a square picture; ValueError for a side that the network cannot take."""
+        return self.latent_shape_of(self.network.config, resolution)
+
+    @staticmethod
+    @abstractmethod
+    def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:
+        """`latent_shape` from the network's config alone."""
+
+    @staticmethod
+    @abstractmethod
+    def lora_key(module: str) -> str:
+        """Network module path -> what the LoRA file calls the module."""
+
+    @abstractmethod
+    def load_lora(self, path: Path, name: str) -> None:
+        """Install a LoRA file in the network as adapter `name`, by diffusers' own loader."""
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+def _outputs_of(blocks: list[nn.Module], run: Callable[[], object]) -> list:
+    """What each block returns during `run`, which ends with the last of them."""
+    outputs: list = []
+
+    def take(_, __, output) -> None:
+        outputs.append(output)
+        if len(outputs) == len(blocks):
+            raise _AllSeen
+
+    handles = [block.register_forward_hook(take) for block in blocks]
+    try:
+        run()
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _scale_shift(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:
+    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def side_multiple(resolution: int, multiple: int) -> None:
+    """Raise ValueError for a side that is not a multiple of what the network's depth or patches ask for."""
+    if resolution % multiple:
+        near = max(1, resolution // multiple) * multiple
+        raise ValueError(f"resolution {resolution} is not a multiple of {multiple}: use {near} or {near + multiple}.")
+
+
+def bundled_folder(path: str) -> Path | None:
+    """The folder of a tiny base that ships with the pack ("tiny-sd15"), or None for any other path."""
+    folder = Path(__file__).parent.parent / "tiny" / path.removeprefix("tiny-")
+    return folder if path.startswith("tiny-") and folder.is_dir() else None

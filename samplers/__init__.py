@@ -1,9 +1,9 @@
 """The mathematics of phased consistency: schedules, phases, samplers, recipes. torch and the standard library only."""
 
 from .phases import LevelPlan, PhaseGrid
-from .recipe import Recipe, recipe_for_file
+from .recipe import Recipe, normalcfg_guidance, recipe_for_file
 from .sampling import SAMPLERS, sample_consistency, sample_phased, seeded_noise
-from .schedule import FlowSchedule, Schedule, VPSchedule, jump, output_from_x0_eps, x0_eps_from_output
+from .schedule import FlowSchedule, Schedule, VPSchedule, jump, output_from_x0_eps, renoise, x0_eps_from_output
 
 __all__ = [
     "SAMPLERS",
@@ -14,8 +14,10 @@ __all__ = [
     "Schedule",
     "VPSchedule",
     "jump",
+    "normalcfg_guidance",
     "output_from_x0_eps",
     "recipe_for_file",
+    "renoise",
     "sample_consistency",
     "sample_phased",
     "seeded_noise",

@@ -45,6 +45,7 @@ ARCHITECTURES = (
     ("stable-diffusion-3", "sd3"),
 )
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
+UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 SD3_WIDTHS = (1536, 2432)
 SD3_PROJECTION = re.compile(
     r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$|joint_blocks_\d+_\w*attn_qkv$"
@@ -114,7 +115,7 @@ class LoraHeader:
         """Model family by the width of its text conditioning, else by its metadata; None when neither tells."""
         for name, module in self.modules.items():
             down = module.shapes.get("down", ())
-            if name.endswith("attn2_to_k") and len(down) >= 2 and down[1] in CONTEXT_WIDTHS:
+            if UNET_CONTEXT.search(name) and len(down) >= 2 and down[1] in CONTEXT_WIDTHS:
                 return CONTEXT_WIDTHS[down[1]]
             if SD3_PROJECTION.search(name) and len(down) >= 2 and down[1] in SD3_WIDTHS:
                 return "sd3"

@@ -98,7 +98,7 @@ class PhaseGrid:
         if steps < self.phases:
             levels = [self.edges[-(-j * self.phases // steps)] for j in range(steps + 1)]
             notes.append(
-                f"{steps} steps merge the {self.phases} phases this LoRA was trained in: "
+                f"{count_steps(steps)} merge{'s' * (steps == 1)} the {self.phases} phases this LoRA was trained in: "
                 f"expect less detail than at {self.phases} steps."
             )
         elif self.phases == 1:
@@ -126,3 +126,8 @@ class PhaseGrid:
             parts = each + (j in longer)
             levels += [low + (high - low) * i // parts for i in range(1, parts + 1)]
         return levels
+
+
+def count_steps(steps: int) -> str:
+    """A number of steps in words for the user: "1 step", "4 steps"."""
+    return "1 step" if steps == 1 else f"{steps} steps"

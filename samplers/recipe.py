@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 
-from .phases import PhaseGrid
+from .phases import PhaseGrid, count_steps
 from .schedule import PREDICTIONS, FlowSchedule, Schedule, VPSchedule
 
 HEADER_KEY = "pcm.recipe"
 FAMILIES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
 MODES = ("deterministic", "stochastic")
+GUIDANCE_MODES = ("smallcfg", "normalcfg")
+# phases of a normalcfg LoRA -> CFG (best, low, high), after the model card of wangfuyun/PCM_Weights
+NORMALCFG = {4: (3.0, 2.5, 3.5), 8: (4.5, 3.0, 6.0), 16: (5.0, 2.0, 9.0)}
 DIFFUSERS_SCHEDULERS = {
     ("deterministic", False): "DDIM with trailing spacing",
     ("deterministic", True): "FlowMatchEulerDiscrete",
@@ -34,6 +37,8 @@ class Recipe:
     prediction: what the base predicts: "epsilon", "v_prediction" or "flow".
     zero_terminal_snr: whether the base's schedule ends in pure noise.
     shift: flow time shift; None for VP.
+    min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0 = alpha.
+    guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (none distilled; trained with prompt dropout).
     guidance: recommended CFG scale (1 = none); guidance_min, guidance_max: the range it was made for.
     negative_prompts: whether a negative prompt has the usual effect within that range.
     strength: recommended LoRA strength.
@@ -51,6 +56,8 @@ class Recipe:
     prediction: str = "epsilon"
     zero_terminal_snr: bool = False
     shift: float | None = None
+    min_alpha: float = 0.0
+    guidance_mode: str = "smallcfg"
     guidance: float = 1.0
     guidance_min: float = 1.0
     guidance_max: float = 2.0
@@ -69,12 +76,20 @@ class Recipe:
                 ("family", self.family, FAMILIES),
                 ("mode", self.mode, MODES),
                 ("prediction", self.prediction, PREDICTIONS),
+                ("guidance_mode", self.guidance_mode, GUIDANCE_MODES),
             )
             if value not in allowed
         ]
         if (self.prediction == "flow") != (self.shift is not None):
             problems.append(
                 f"shift is {self.shift!r} with prediction {self.prediction!r}: flow models have a shift, others none"
+            )
+        if not 0 <= self.min_alpha < 1:
+            problems.append(f"min_alpha is {self.min_alpha:g}; at least 0 (no clamp) and below 1, 0.5 in the paper")
+        if self.min_alpha and (self.prediction != "epsilon" or self.phases != 1):
+            problems.append(
+                f"min_alpha is {self.min_alpha:g} with prediction {self.prediction!r} and {self.phases} phases: "
+                "it is for 'epsilon' and 1 phase, else 0"
             )
         if not self.guidance_min <= self.guidance <= self.guidance_max:
             problems.append(
@@ -110,22 +125,31 @@ class Recipe:
         """What `sample_phased` takes for this mode."""
         return 0.0 if self.mode == "deterministic" else 1.0
 
-    def warnings(self, steps: int, guidance: float, family: str | None = None) -> list[str]:
-        """What is wrong with these settings, each as one sentence that says what to change."""
+    def warnings(self, steps: int, guidance: float, family: str | None = None, shift: float | None = None) -> list[str]:
+        """What is wrong with these settings, each as one sentence that says what to change.
+
+        family, shift: those of the model that is to be sampled, where they are known.
+        """
         found = []
         if family is not None and family != self.family:
             found.append(
                 f"This LoRA is for {FAMILIES[self.family]}, the model is {FAMILIES.get(family, family)}: "
                 "load a matching one."
             )
+        if shift is not None and self.shift is not None and shift != self.shift:
+            found.append(
+                f"The model's shift {shift:g} is not used, the levels are those of the LoRA's shift {self.shift:g}: "
+                "remove the node that sets it."
+            )
         if self.mode == "deterministic" and steps != self.phases:
-            found.append(f"This LoRA was made for {self.phases} steps, not {steps}: set steps to {self.phases}.")
+            found.append(f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}.")
         if guidance > self.guidance_max:
             found.append(
                 f"CFG {guidance:g} is above {self.guidance_max:g} and burns the image: set CFG to {self.guidance:g}."
             )
         elif guidance < self.guidance_min:
-            found.append(f"CFG {guidance:g} is below {self.guidance_min:g}: set CFG to {self.guidance:g}.")
+            unused = " and leaves the negative prompt unused" if guidance == 1 and self.negative_prompts else ""
+            found.append(f"CFG {guidance:g} is below {self.guidance_min:g}{unused}: set CFG to {self.guidance:g}.")
         return found
 
     def usage_hint(self) -> str:
@@ -133,11 +157,15 @@ class Recipe:
         any_number = "" if self.mode == "deterministic" else " (any small number works)"
         sampler = "euler + simple" if self.mode == "deterministic" else "lcm + simple"
         scheduler = DIFFUSERS_SCHEDULERS[self.mode, self.prediction == "flow"]
+        if self.zero_terminal_snr:
+            scheduler += " (rescale_betas_zero_snr)"
+        software = f"ComfyUI sampler and scheduler {sampler}, diffusers {scheduler}, or the PCM nodes"
+        if self.min_alpha:
+            software = f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"
         shift = "" if self.shift is None else f", shift {self.shift:g}"
         return (
-            f"{self.steps} steps{any_number}, CFG {self.guidance:g} ({self.guidance_min:g} to {self.guidance_max:g}), "
-            f"LoRA strength {self.strength:g}{shift}; ComfyUI sampler and scheduler {sampler}, diffusers {scheduler}, "
-            f"or the PCM nodes. {FAMILIES[self.family]} only."
+            f"{count_steps(self.steps)}{any_number}, CFG {self.guidance:g} ({self.guidance_min:g} to "
+            f"{self.guidance_max:g}), LoRA strength {self.strength:g}{shift}; {software}. {FAMILIES[self.family]} only."
         )
 
     def to_header(self) -> str:
@@ -160,6 +188,11 @@ class Recipe:
             ) from error
 
 
+def normalcfg_guidance(phases: int) -> tuple[float, float, float]:
+    """CFG scale (best, low, high) for a normalcfg LoRA of so many phases: the row of `NORMALCFG` at or below."""
+    return NORMALCFG[max((row for row in NORMALCFG if row <= phases), default=min(NORMALCFG))]
+
+
 def _smallcfg(family: str, points: int) -> Callable[[re.Match], Recipe]:
     def recipe(m: re.Match) -> Recipe:
         steps = int(m[1])
@@ -170,12 +203,15 @@ def _smallcfg(family: str, points: int) -> Callable[[re.Match], Recipe]:
 
 
 def _normalcfg(family: str, points: int) -> Callable[[re.Match], Recipe]:
-    guidance = {4: (3.0, 2.5, 3.5), 8: (4.5, 3.0, 6.0), 16: (5.0, 2.0, 9.0)}
-
     def recipe(m: re.Match) -> Recipe:
-        best, low, high = guidance[int(m[1])]
+        best, low, high = normalcfg_guidance(int(m[1]))
         return replace(
-            _smallcfg(family, points)(m), guidance=best, guidance_min=low, guidance_max=high, negative_prompts=True
+            _smallcfg(family, points)(m),
+            guidance_mode="normalcfg",
+            guidance=best,
+            guidance_min=low,
+            guidance_max=high,
+            negative_prompts=True,
         )
 
     return recipe

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
+from .schedule import Schedule, VPSchedule, renoise
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,34 +37,43 @@ def sample_phased(
     disable: bool | None = None,
     schedule: Schedule,
     gamma: float = 0.0,
+    min_alpha: float = 0.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Phase jumps from edge to edge (PCM, arXiv 2405.18407, Sec. 3.1), with TCD's noise (arXiv 2402.19159, Alg. 4).
 
     Each step jumps to level p between the next level n and the clean end, then re-noises from p to n:
     tick_p = (1 - gamma) * tick_n. gamma 0 lands on n with no noise (DDIM, PCM's deterministic mode); gamma 1 takes all
-    noise fresh (LCM's). `disable` is the host's progress-bar switch and is not used here.
-    Raises ValueError for gamma outside [0, 1], and for gamma > 0 without a `noise_sampler` or a seed in `extra_args`.
+    noise fresh (LCM's). min_alpha: the clamp that `x0_eps_from_output` has, for a model that hands back the unclamped
+    x0 as the host's do. `disable` is the host's progress-bar switch and is not used here.
+    Raises ValueError for gamma outside [0, 1], for gamma > 0 without a `noise_sampler` or a seed in `extra_args`, and
+    for a min_alpha on a flow schedule.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be between 0 (deterministic) and 1 (all noise fresh); got {gamma}.")
+    if min_alpha and not isinstance(schedule, VPSchedule):
+        raise ValueError(
+            f"min_alpha {min_alpha:g} is for eps-prediction; a flow model divides by no alpha. Set it to 0."
+        )
     extra_args = extra_args or {}
     if gamma > 0 and noise_sampler is None:
         noise_sampler = _noise_from_seed(x, extra_args)
     x = x.float()
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x0 = model(x, sigma * x.new_ones(x.shape[0]), **extra_args).float()
+        eps = (x - schedule.k_alpha(sigma) * x0) / sigma
+        x0 = x0 * clamp_factor(schedule, sigma, min_alpha)
         _report(callback, x, i, sigma, x0)
         if sigma_next == 0:
             x = x0
             continue
-        eps = (x - schedule.k_alpha(sigma) * x0) / sigma
         sigma_p = (
             sigma_next if gamma == 0 else schedule.k_sigma((1 - gamma) * schedule.tick(sigma_next.cpu())).to(sigma)
         )
         x = schedule.k_alpha(sigma_p) * x0 + sigma_p * eps
         if gamma > 0:
-            x = _renoise(x, sigma_p, sigma_next, schedule, noise_sampler)
+            levels = (schedule.k_alpha(sigma_p), sigma_p, schedule.k_alpha(sigma_next), sigma_next)
+            x = renoise(x, noise_sampler(sigma_p, sigma_next), *levels)
     return x
 
 
@@ -78,6 +87,7 @@ def sample_consistency(
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
     schedule: Schedule,
+    min_alpha: float = 0.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Multistep consistency sampling (CM, arXiv 2303.01469, Alg. 1): to x0, then fresh noise at the next level.
@@ -93,6 +103,7 @@ def sample_consistency(
         disable=disable,
         schedule=schedule,
         gamma=1.0,
+        min_alpha=min_alpha,
         noise_sampler=noise_sampler,
     )
 
@@ -100,11 +111,10 @@ def sample_consistency(
 SAMPLERS = {"phased": sample_phased, "consistency": sample_consistency}
 
 
-def _renoise(x: Tensor, sigma: Tensor, sigma_next: Tensor, schedule: Schedule, noise_sampler: NoiseSampler) -> Tensor:
-    """The forward kernel from level sigma up to sigma_next, exact for VP and for flow."""
-    ratio = schedule.k_alpha(sigma_next) / schedule.k_alpha(sigma)
-    variance = (sigma_next**2 - (ratio * sigma) ** 2).clamp(min=0)
-    return ratio * x + variance.sqrt() * noise_sampler(sigma, sigma_next)
+def clamp_factor(schedule: Schedule, k_sigma: Tensor, min_alpha: float) -> Tensor:
+    """What the clamp of arXiv 2405.18407, Eq. 39, multiplies an unclamped x0 by: alpha / max(alpha, min_alpha)."""
+    alpha = schedule.k_scale(k_sigma)  # of a VP point in the network's convention; flow has no clamp
+    return alpha / alpha.clamp(min=min_alpha)
 
 
 def _noise_from_seed(x: Tensor, extra_args: dict[str, Any]) -> NoiseSampler:

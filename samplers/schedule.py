@@ -204,21 +204,47 @@ def jump(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return _columns(alpha, x0) * x0.float() + _columns(sigma, x0) * eps.float()
 
 
+def renoise(x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, alpha_to: Tensor, sigma_to: Tensor) -> Tensor:
+    """A point at level (alpha, sigma) taken up to a noisier level (alpha_to, sigma_to) by the forward process, in fp32.
+
+    q(x_to | x) is normal with mean alpha_to / alpha * x and variance sigma_to^2 - (alpha_to / alpha * sigma)^2: exact
+    for VP and for flow, so that x at its level's marginal gives x_to at its own (arXiv 2107.00630, App. A.1).
+    x, noise: (B, ...), noise standard normal. The levels: () or (B,), in any one convention; alpha_to may be 0.
+    Raises ValueError when a target level is the cleaner one: noise cannot be taken out this way.
+    """
+    a, s, a_to, s_to = (_columns(torch.as_tensor(c), x) for c in (alpha, sigma, alpha_to, sigma_to))
+    ratio = a_to / a.clamp(min=torch.finfo(torch.float32).tiny)  # from pure noise to pure noise: all of it fresh
+    kept = ratio * s
+    if (kept > s_to * (1 + 1e-4)).any():
+        raise ValueError(
+            f"renoise goes up in noise only; got sigma / alpha from {(s / a).flatten().tolist()} "
+            f"to {(s_to / a_to).flatten().tolist()}. Use jump to go down."
+        )
+    added = ((s_to - kept) * (s_to + kept)).clamp(min=0).sqrt()
+    return ratio * x.float() + added * noise.float()
+
+
 def x0_eps_from_output(
-    output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction: str
+    output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction: str, min_alpha: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """What a network output says about (x0, eps) at the point x = alpha * x0 + sigma * eps, in fp32.
 
     output, x: (B, ...). alpha, sigma: () or (B,). prediction: "epsilon", "v_prediction" (v = alpha * eps - sigma * x0,
-    arXiv 2202.00512) or "flow" (v = eps - x0). Raises ValueError for another prediction, and for "epsilon" where alpha
-    is 0: the output of an eps-network holds no x0 there.
+    arXiv 2202.00512) or "flow" (v = eps - x0). min_alpha: eps-prediction divides by max(alpha, min_alpha), PCM's clamp
+    for one-step models (arXiv 2405.18407, Eq. 39); 0 for none. Raises ValueError for another prediction, for
+    "epsilon" where alpha is 0 (the output of an eps-network holds no x0 there), and for a clamp without "epsilon".
     """
     a, s = _columns(alpha, x), _columns(sigma, x)
     output, x = output.float(), x.float()
+    if min_alpha and prediction != "epsilon":
+        raise ValueError(
+            f"min_alpha {min_alpha:g} clamps a division by alpha, and only eps-prediction has one; got {prediction!r}. "
+            "Set min_alpha to 0."
+        )
     if prediction == "epsilon":
         if (a == 0).any():
             raise ValueError("eps-prediction has no x0 where alpha is 0: a zero-terminal-SNR model must predict v.")
-        return (x - s * output) / a, output
+        return (x - s * output) / a.clamp(min=min_alpha), output
     if prediction == "v_prediction":
         return a * x - s * output, s * x + a * output
     if prediction == "flow":

@@ -109,6 +109,7 @@ def test_fewer_steps_merge_the_cleanest_phases_and_say_so():
     plan = PhaseGrid(40, 4).plan(3)
     assert plan.ticks == (1000, 750, 500, 0)
     assert plan.notes == ("3 steps merge the 4 phases this LoRA was trained in: expect less detail than at 4 steps.",)
+    assert PhaseGrid(40, 4).plan(1).notes[0].startswith("1 step merges the 4 phases")
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,21 @@ def test_wrong_settings_are_sentences():
     ]
 
 
+def test_zero_terminal_snr_is_in_the_hint():
+    kind = {"prediction": "v_prediction", "zero_terminal_snr": True}
+    assert "DDIM with trailing spacing (rescale_betas_zero_snr)," in Recipe(family="sdxl", **kind).usage_hint()
+    assert "rescale" not in Recipe(family="sdxl").usage_hint()
+
+
+def test_another_shift_than_the_recipes_is_a_sentence():
+    recipe = known("pcm_deterministic_4step_shift1")
+    assert recipe.warnings(steps=4, guidance=1.2, shift=1.0) == []
+    assert recipe.warnings(steps=4, guidance=1.2, shift=3.0) == [
+        "The model's shift 3 is not used, the levels are those of the LoRA's shift 1: remove the node that sets it."
+    ]
+    assert known("pcm_sd15_smallcfg_4step_converted").warnings(steps=4, guidance=1.0, shift=3.0) == []
+
+
 @pytest.mark.parametrize(
     ("phases", "cfg"),
     [

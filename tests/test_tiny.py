@@ -1,0 +1,140 @@
+"""The bundled tiny bases are what they say; their makers train on what diffusers' pipelines feed."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from phased_consistency.trainer.tiny import make_sd3, make_sdxl, making
+from phased_consistency.trainer.tiny.scenes import prompts
+
+FOLDER = making.SD15.parent
+MEGABYTES = {"sd15": 11.0, "sdxl": 6.3, "sd3": 12.5}
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+@pytest.fixture(scope="module")
+def bases():
+    absent = {"sdxl": {}, "sd3": WITHOUT_T5}
+    return {name: DiffusionPipeline.from_pretrained(FOLDER / name, **absent[name]).to(torch.float32) for name in absent}
+
+
+def files(name):
+    return [path for path in (FOLDER / name).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_bases_are_small_and_hold_no_pickles(name):
+    assert {path.suffix for path in files(name)} <= {".json", ".txt", ".safetensors"}
+    assert sum(path.stat().st_size for path in files(name)) <= MEGABYTES[name] * 1e6
+
+
+def test_all_bases_together_are_small():
+    assert sum(path.stat().st_size for name in MEGABYTES for path in files(name)) <= 29.8e6
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_bases_share_prompts_and_vocabulary(name):
+    for file in ("prompts.txt", "tokenizer/tokenizer.json"):
+        assert (FOLDER / name / file).read_text() == (making.SD15 / file).read_text()
+
+
+def test_schedules_are_those_of_their_families(bases):
+    assert bases["sdxl"].scheduler.config.prediction_type == "v_prediction"
+    assert bases["sdxl"].scheduler.alphas_cumprod[-1] == 0
+    assert bases["sd3"].scheduler.config.shift == 3.0
+
+
+def test_no_caption_is_longer_than_is_trained_on():
+    ids = making.token_ids(making.sd15_tokenizer(), prompts(2000, seed=5))
+    assert (ids[:, making.CAPTION_TOKENS - 1] == ids[0, -1]).all()
+    assert [making.caption_length(step, 10) for step in (0, 7, 8, 9)] == [24, 24, 77, 77]
+
+
+def test_some_captions_are_replaced_by_the_empty_prompt():
+    ids = making.token_ids(making.sd15_tokenizer(), prompts(50, seed=0))
+    index = torch.arange(50)
+    assert torch.equal(making.some_empty(ids, index, 0.0), ids[:-1])
+    assert torch.equal(making.some_empty(ids, index, 1.0), ids[-1:].expand(50, -1))
+
+
+def test_micro_conditioning_says_where_a_picture_was_cropped():
+    scenes = making.random_scenes(12)
+    pixels, time_ids = make_sdxl.draw_crops(scenes)
+    assert {row[0] for row in time_ids.tolist()} == {128, 160}
+    for scene, picture, row in zip(scenes, pixels, time_ids.int().tolist(), strict=True):
+        height, width, top, left, *target = row
+        assert height == width and target == [128, 128]
+        assert torch.equal(picture, making.pixels_of(scene, height)[:, top : top + 128, left : left + 128])
+
+
+class Oracle:
+    """Stands for a network: keeps what it was fed, and answers with the exact target for the one picture there is."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, noisy, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+        return SimpleNamespace(sample=self.answer(noisy, *args))
+
+
+CAPTIONS = prompts(6, seed=2)
+INDEX = torch.arange(len(CAPTIONS))
+X0 = torch.randn(1, 16, 16, 16)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Full precision, and draws that keep every caption."""
+    for maker in (make_sdxl, make_sd3):
+        monkeypatch.setattr(maker, "bf16", nullcontext)
+    monkeypatch.setattr(torch, "rand", torch.ones)
+
+
+@torch.no_grad()
+def sdxl_step(pipeline):
+    """One training loss, and what the UNet was fed: embeddings, added conditions."""
+    alphas_bar, x0 = make_sdxl.sdxl_scheduler().alphas_cumprod, X0[:, :4]
+
+    def answer(noisy, t, _):
+        a = alphas_bar[t].view(-1, 1, 1, 1)
+        return (a.sqrt() * noisy - x0) / (1 - a).sqrt()
+
+    unet, ids = Oracle(answer), making.token_ids(pipeline.tokenizer, CAPTIONS)
+    latents, time_ids = x0.repeat(len(INDEX), 1, 1, 1), torch.full((len(INDEX), 6), 128.0)
+    encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    loss = make_sdxl.v_loss(unet, *encoders, latents, time_ids, ids, 1)(INDEX, 1)
+    return loss, unet.args[1], unet.kwargs["added_cond_kwargs"]
+
+
+def test_sdxl_trains_on_what_its_pipeline_feeds(bases, exact):
+    loss, context, added = sdxl_step(bases["sdxl"])
+    embeddings, _, pooled, _ = bases["sdxl"].encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    assert loss < 1e-6
+    torch.testing.assert_close(context, embeddings)
+    torch.testing.assert_close(added["text_embeds"], pooled)
+
+
+def test_sdxl_knows_the_zero_embeddings(bases, exact, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    _, context, added = sdxl_step(bases["sdxl"])
+    assert not context.any() and not added["text_embeds"].any()
+
+
+@torch.no_grad()
+def test_sd3_trains_on_what_its_pipeline_feeds_without_t5(bases, exact, monkeypatch):
+    pipeline = bases["sd3"]
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.4))
+    transformer = Oracle(lambda noisy, context, pooled, t: (noisy - X0) / (t / 1000).view(-1, 1, 1, 1))
+    encoders, ids = [pipeline.text_encoder, pipeline.text_encoder_2], making.token_ids(pipeline.tokenizer, CAPTIONS)
+    loss = make_sd3.flow_loss(transformer, encoders, X0.repeat(len(INDEX), 1, 1, 1), ids, 1)(INDEX, 1)
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    assert loss < 1e-6 and embeddings.shape == (len(CAPTIONS), 77, 4096)
+    torch.testing.assert_close(transformer.args[0], embeddings)
+    torch.testing.assert_close(transformer.args[1], pooled)
+    torch.testing.assert_close(transformer.args[2], torch.full((len(CAPTIONS),), 1000 * 1.2 / 1.8))

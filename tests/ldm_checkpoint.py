@@ -27,6 +27,18 @@ UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+OPEN_CLIP = (
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+    ("final_layer_norm", "ln_final"),
+    ("text_projection.weight", "text_projection"),
+)
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -35,15 +47,25 @@ def save_single_file(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL | AutoencoderTiny | None = None,
     text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    markers: tuple[str, ...] = (),
+    metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Write the models as one LDM checkpoint, cast to `dtype` (default: as they are). Returns the path."""
+    """Write the models as one LDM checkpoint, cast to `dtype` (default: as they are). Returns the path.
+
+    With a second text encoder they go where SDXL has them. markers: names of empty tensors beside them.
+    """
     tensors = {f"model.diffusion_model.{k}": v for k, v in ldm_unet(unet).items()}
     if vae is not None:
         tensors |= {f"first_stage_model.{k}": v for k, v in ldm_vae(vae).items()}
     if text_encoder is not None:
-        tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in ldm_text_encoder(text_encoder).items()}
-    save_file({k: v.detach().to(dtype or v.dtype).clone().contiguous() for k, v in tensors.items()}, path)
+        first = "cond_stage_model.transformer." if text_encoder_2 is None else "conditioner.embedders.0.transformer."
+        tensors |= {f"{first}{k}": v for k, v in ldm_text_encoder(text_encoder).items()}
+    if text_encoder_2 is not None:
+        tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(text_encoder_2).items()}
+    tensors |= {name: torch.zeros(0) for name in markers}
+    save_file({k: v.detach().to(dtype or v.dtype).clone().contiguous() for k, v in tensors.items()}, path, metadata)
     return Path(path)
 
 
@@ -105,3 +127,20 @@ def _vae_entry(name: str, weight: Tensor, top: int) -> tuple[str, Tensor]:
 def ldm_text_encoder(text_encoder: nn.Module) -> dict[str, Tensor]:
     """A `CLIPTextModel`'s weights as `text_model.*`, whatever this version of transformers calls them."""
     return {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text_encoder.state_dict().items()}
+
+
+def open_clip(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """A `CLIPTextModelWithProjection`'s weights as OpenCLIP has them: q, k and v in one, the projection transposed."""
+    own = {k.removeprefix("text_model."): v for k, v in text_encoder.state_dict().items()}
+    fused = {}
+    for name in [k for k in own if ".self_attn.q_proj." in k]:
+        whole = torch.cat([own.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"])
+        fused[name.replace("self_attn.q_proj.", "attn.in_proj_")] = whole
+    named = {_renamed(k): v for k, v in (own | fused).items()}
+    return named | {"text_projection": named["text_projection"].T, "logit_scale": torch.tensor(4.6)}
+
+
+def _renamed(name: str) -> str:
+    for own, theirs in OPEN_CLIP:
+        name = name.replace(own, theirs)
+    return name

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from phased_consistency.trainer.adapter import Adapter, Average
+from phased_consistency.trainer.families import FAMILIES
 from phased_consistency.trainer.families.sd15 import SD15
 
 
@@ -94,12 +95,16 @@ def test_alpha_over_rank_is_the_strength():
     assert {layer.scaling["default"] for layer in adapter.layers.values()} == {0.5}
 
 
-def test_full_size_sd15_has_278_modules_with_names_of_their_own():
+@pytest.mark.parametrize(("family", "modules", "parameters"), [("sd15", 278, 67_252_224), ("sdxl", 788, 196_751_360)])
+def test_full_size_unets_have_the_published_modules_with_names_of_their_own(family, modules, parameters):
+    """As many weights at rank 64 as PCM's published LoRAs."""
+    kind = FAMILIES[family]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads((SD15.configs / "unet" / "config.json").read_text()))
-        adapter = adapt(unet)
-    names = {SD15.lora_key(module) for module in adapter.layers}
-    assert len(adapter.layers) == len(names) == 278
+        unet = UNet2DConditionModel.from_config(json.loads((kind.configs / "unet" / "config.json").read_text()))
+        adapter = Adapter(unet, kind.lora_targets, rank=64, alpha=8.0, seed=0)
+    names = {kind.lora_key(module) for module in adapter.layers}
+    assert len(adapter.layers) == len(names) == modules
+    assert sum(p.numel() for p in adapter.parameters()) == parameters
     assert all(name.startswith("lora_unet_") and "." not in name for name in names)
 
 

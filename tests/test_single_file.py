@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -14,7 +14,7 @@ from host.tiny import make_unet
 from ldm_checkpoint import save_single_file
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sd15 import SD15
-from runs import settings, start_pcm
+from runs import TINY, settings, start_pcm
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,25 @@ def test_a_half_precision_file_is_read_into_fp32(parts, configs, tmp_path):
     assert torch.equal(base.network.conv_in.weight, parts.unet.conv_in.weight.half().float())
 
 
-def test_prediction_can_be_told(configs, checkpoint):
-    assert load(checkpoint, configs).prediction == "epsilon"
-    assert load(checkpoint, configs, prediction="v_prediction").prediction == "v_prediction"
+def test_parts_supply_what_the_file_lacks(without, configs):
+    """Another base's VAE, text encoder and words, which a cache must tell from the file's own."""
+    base = load(without("first_stage_model."), configs, parts=TINY)
+    tiny = load_base(TINY)
+    assert isinstance(base.vae, AutoencoderTiny) and base.vae.dtype == torch.float32
+    assert all(torch.equal(w, tiny.vae.state_dict()[name]) for name, w in base.vae.state_dict().items())
+    whole = load(without("nothing"), configs, parts=TINY, tokenizer=None)
+    assert whole.tokenizers[0].get_vocab() == tiny.tokenizers[0].get_vocab()
+    assert whole.encoder_settings == "" != base.encoder_settings
+    text = load(without("cond_stage_model."), configs, parts=TINY).text_encoders[0]
+    assert all(torch.equal(w, tiny.text_encoders[0].state_dict()[name]) for name, w in text.state_dict().items())
+
+
+def test_parts_that_cannot_supply_it_are_refused(without, configs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no diffusers folder of SD1.5: it lacks vae/"):
+        load(without("first_stage_model."), configs, parts=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="No folder at /gone. Set base.parts to a diffusers folder of SD1.5"):
+        load(without("nothing"), configs, parts="/gone")
 
 
 def test_a_missing_tokenizer_says_where_to_put_one(configs, checkpoint, tmp_path, monkeypatch):
@@ -120,23 +136,83 @@ def test_a_missing_tokenizer_says_where_to_put_one(configs, checkpoint, tmp_path
     assert "Put its vocab.json and merges.txt" in str(raised.value) and "set base.tokenizer" in str(raised.value)
 
 
-@pytest.mark.parametrize(("width", "family"), [(2048, "SDXL"), (1024, "SD2"), (512, "an unknown family")])
-def test_other_families_are_refused_by_name(tmp_path, width, family):
-    path = tmp_path / "other.safetensors"
-    name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({name: torch.zeros(8, width)}, path)
-    with pytest.raises(
-        ValueError, match=f"text conditioning {width} wide, which is {family}; base.family sd15 needs 768"
+@pytest.fixture
+def stub(tmp_path):
+    """A file with nothing but what tells families apart: the width of text conditioning, the UNet's input channels."""
+
+    def stub(width=768, inputs=4, more=(), metadata=None):
+        tensors = {
+            "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, inputs, 3, 3),
+            "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, width),
+            **{name: torch.zeros(0) for name in more},
+        }
+        save_file(tensors, tmp_path / "other.safetensors", metadata)
+        return str(tmp_path / "other.safetensors")
+
+    return stub
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape", "message"),
+    [
+        ("sd15", {"width": 2048}, "other.safetensors is SDXL, base.family is sd15. Set base.family=sdxl with a preset"),
+        ("sdxl", {"width": 768}, "is SD1.5, base.family is sdxl. Set base.family=sd15 .*sd15-4step.*, or .* of SDXL"),
+        ("sdxl", {"width": 1024}, "is SD2, of which no LoRA can be trained. Choose a base of SDXL"),
+        (None, {"width": 1280}, "is an SDXL refiner, .*Choose a base of SD1.5, SDXL, SD3"),
+        (None, {"inputs": 9}, "is an SD1.5 inpainting model"),
+        ("sdxl", {"width": 2048, "inputs": 9}, "is an SDXL inpainting model"),
+        ("sd15", {"inputs": 8}, "is an SD1.5 editing model"),
+        (None, {"width": 512}, "Nothing in other.safetensors tells which family it is of. Set base.family"),
+        ("sd15", {"width": 512}, "text conditioning 512 wide, base.family sd15 needs 768"),
+        ("sd3", {}, "is SD1.5, base.family is sd3"),
+        ("sd16", {}, "Unknown base.family 'sd16'; available: sd15, sdxl, sd3"),
+    ],
+)
+def test_bases_of_another_family_are_refused_by_name(stub, asked, shape, message):
+    with pytest.raises(ValueError, match=message):
+        load_base(stub(**shape), family=asked)
+
+
+def test_an_sd3_file_is_not_sdxl(tmp_path):
+    save_file(
+        {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(2)}, tmp_path / "3.safetensors"
+    )
+    with pytest.raises(ValueError, match="3.safetensors is SD3, base.family is sdxl. Set base.family=sd3"):
+        load_base(str(tmp_path / "3.safetensors"), family="sdxl")
+
+
+def test_folders_of_another_family_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="tiny-sd15 is SD1.5, base.family is sdxl"):
+        load_base("tiny-sd15", family="sdxl")
+    (tmp_path / "unet").mkdir()
+    for config, message in (
+        ({"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "is SDXL, base.family is sd15"),
+        ({"cross_attention_dim": 1280, "addition_embed_type": "text_time"}, "is an SDXL refiner"),
+        ({"cross_attention_dim": 768, "in_channels": 9}, "is an SD1.5 inpainting model"),
+        ({"cross_attention_dim": 1024}, "is SD2, of which no LoRA"),
     ):
-        load_base(str(path))
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"} | config))
+        with pytest.raises(ValueError, match=message):
+            load_base(str(tmp_path), family="sd15")
+
+
+def test_settings_of_another_family_are_refused():
+    with pytest.raises(ValueError, match="base.shift is not for SD1.5. Leave it out"):
+        load_base(TINY, shift=3.0, t5=None)
 
 
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ("cond_stage_model.", "partly.safetensors holds no text encoder"),
-        ("first_stage_model.", "partly.safetensors lacks a part of a full checkpoint|lacks .* vae weights"),
-        ("cond_stage_model.transformer.text_model.final", "lacks 2 text encoder weights .such as .*final_layer_norm"),
+        (
+            "cond_stage_model.",
+            "partly.safetensors holds no CLIP-L text encoder .cond_stage_model.transformer.*set base.parts",
+        ),
+        ("first_stage_model.", "partly.safetensors holds no VAE .first_stage_model.*that has vae/"),
+        (
+            "cond_stage_model.transformer.text_model.final",
+            "lacks 2 CLIP-L text encoder weights .such as .*final_layer_norm",
+        ),
         (
             "model.diffusion_model.middle_block.0.in_layers.2.weight",
             "lacks 1 unet weights|lacks some of the weights",

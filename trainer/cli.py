@@ -18,13 +18,18 @@ app = typer.Typer(
     help="Distil Phased Consistency LoRAs from your own checkpoint, sample with them, and look inside them.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Base = Annotated[str, typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15.")]
+Base = Annotated[
+    str,
+    typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3."),
+]
 Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.")]
 Tokenizer = Annotated[str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.")]
 Settings = Annotated[
     list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
 ]
 Configs = Annotated[str, typer.Option(help="Folder of component configs, for an unusual single file.")]
+Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.")]
+Parts = Annotated[str, typer.Option(help="Diffusers folder that supplies what a single file lacks.")]
 
 
 @app.command()
@@ -40,7 +45,8 @@ def train(
 
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
-    Presets: sd15-2step, sd15-4step, sd15-8step, demo. Every setting is section.key=value (base.path, data.images,
+    Presets: sd15, sdxl or sd3, then -1step, -2step, -4step, -8step (each also -adv), -4step-normalcfg,
+    -8step-normalcfg, -stochastic (also -adv); and demo. Every setting is section.key=value (base.path, data.images,
     train.steps, ...); --dry-run prints them all. Without data.images the teacher makes the latents from prompts.
     """
     from .config import load_config
@@ -73,14 +79,17 @@ def sample(
     lora: Annotated[Path, typer.Option(help="LoRA to sample with.")] = None,
     steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
     guidance: Annotated[float, typer.Option(help="CFG scale, 1 is none; default: what the LoRA wants, or 7.5.")] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt, for guidance above 1.")] = "",
+    negative: Annotated[str, typer.Option(help="For guidance above 1; default: what the base has for none.")] = None,
     strength: Annotated[float, typer.Option(help="LoRA strength.")] = 1.0,
     gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.")] = None,
     seed: int = 0,
     resolution: Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")] = None,
     dtype: Dtype = "fp32",
+    family: Family = None,
     tokenizer: Tokenizer = None,
     config: Configs = None,
+    parts: Parts = None,
+    t5: Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
@@ -88,10 +97,11 @@ def sample(
     Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
-    from .inspection import load_for_tools, sample_grid
+    from .inspection import load_for_sample, sample_grid
 
     numbers = _steps(steps)
-    loaded = load_for_tools(base, dtype, tokenizer, config)
+    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts, "t5": t5}
+    loaded = load_for_sample(base, dtype, lora, **how)
     details = sample_grid(loaded, prompt, out, lora, numbers, guidance, negative, strength, gamma, seed, resolution)
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
@@ -111,17 +121,20 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")
 def check(
     file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")],
     base: Base,
+    family: Family = None,
     tokenizer: Tokenizer = None,
     config: Configs = None,
+    parts: Parts = None,
     as_json: Json = False,
 ) -> None:
     """Load a LoRA through diffusers and by hand, in fp32, and compare: unmatched keys, greatest output difference.
 
     Exits with 1 when a key is unmatched or the outputs differ.
     """
-    from .inspection import check_parity, load_for_tools
+    from .inspection import check_parity, load_for_check
 
-    result = check_parity(file, load_for_tools(base, "fp32", tokenizer, config))
+    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts}
+    result = check_parity(file, load_for_check(base, **how))
     _print(result, as_json, result["text"])
     if not result["passed"]:
         raise typer.Exit(1)

@@ -57,10 +57,18 @@ def report(d: dict[str, Any]) -> str:
     if d["missing"]:
         lines.append(f'missing: {", ".join(d["missing"])}. Run: pip install "phased-consistency[train]"')
     if d["device"]["kind"] == "cpu":
-        lines.append("No CUDA device: tiny-sd15 and make demo run here; a full-size base would take days.")
+        lines.append(
+            f"No CUDA device: {', '.join(_bundled())} and make demo run here; a full-size base would take days."
+        )
     if "run" in d:
         lines += ["", d["run"]["text"], _verdict(d)]
     return "\n".join(lines)
+
+
+def _bundled() -> list[str]:
+    """The tiny bases that ship with the pack, as base.path names them."""
+    folders = (Path(__file__).parent / "tiny").glob("*/model_index.json")
+    return sorted(f"tiny-{file.parent.name}" for file in folders)
 
 
 def _verdict(d: dict[str, Any]) -> str:

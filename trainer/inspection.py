@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..samplers import PhaseGrid, Recipe, recipe_for_file
-from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, tensor_hash
+from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, split_key, tensor_hash
 from .export import DTYPES, install
-from .families import Base, load_base
+from .families import Base, family_of, load_base
 from .generate import generate
 from .previews import draw_grid, save_image
 
@@ -70,22 +70,44 @@ def describe_text(d: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_for_tools(base: str, dtype: str, tokenizer: str | None, config: str | None) -> Base:
-    """A base on the best device for `pcm sample` and `pcm check`."""
+def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
+    """A base on the best device, with the shift that the LoRA's recipe tells of.
+
+    A single file, which may not say what it predicts, is taken to be what the recipe says the LoRA's base was.
+    options: of `load_base`; those that are None are left to the recipe, else to the base.
+    """
+    options["family"] = family = options.get("family") or family_of(base)
+    recipe = recipe_for_file(lora.name, read_header(lora).metadata) if lora else None
+    if recipe and recipe.family == family:
+        told = {"shift": recipe.shift}
+        if recipe.source == "header" and base.endswith(".safetensors"):
+            told |= {"prediction": recipe.prediction, "zero_terminal_snr": recipe.zero_terminal_snr or None}
+        options = told | {k: v for k, v in options.items() if v is not None}
+    return _load(base, dtype, **options)
+
+
+def load_for_check(base: str, **options) -> Base:
+    """A base in fp32 on the best device; SD3 without T5, 19 GB of which parity needs nothing."""
+    options["family"] = options.get("family") or family_of(base)
+    return _load(base, "fp32", **options | ({"t5": False} if options["family"] == "sd3" else {}))
+
+
+def _load(base: str, dtype: str, **options) -> Base:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_base(base, dtype=DTYPES[dtype], device=device, tokenizer=tokenizer, config=config)
+    options = {k: v for k, v in options.items() if v is not None}
+    return load_base(base, dtype=DTYPES[dtype], device=device, **options)
 
 
 @torch.no_grad()
 def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
-    By hand: W + strength * alpha / rank * up @ down for each module whose kohya name is one of the UNet's.
+    By hand: W + alpha / rank * up @ down for each module that is, by its name, one of the network's.
     """
     header = _of_family(file, base)
-    modules = {base.lora_key(n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
+    modules = {_name_in_header(base, n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
     unmatched = sorted(n for n, m in header.modules.items() if not fits(n, m))
     found = {"modules": len(header.modules), "unmatched": len(unmatched), "unmatched_names": unmatched[:20]}
@@ -128,7 +150,7 @@ def sample_grid(
     lora: Path | None,
     steps: list[int],
     guidance: float | None,
-    negative: str,
+    negative: str | None,
     strength: float,
     gamma: float | None,
     seed: int,
@@ -145,12 +167,14 @@ def sample_grid(
         gamma = recipe.gamma if recipe else 0.0
     shape = base.latent_shape(resolution or base.default_resolution)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
-    condition, null = base.encode_prompts(prompts), base.encode_prompts([negative])
+    condition = base.encode_prompts(prompts)
+    null = base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
+    min_alpha = recipe.min_alpha if recipe else 0.0
     rows, pictures, warnings = [], [], []
     for n in steps:
         plan = grid.plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
-        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, seed)
+        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, min_alpha, seed)
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
@@ -168,6 +192,11 @@ def _install_for_sampling(lora: Path | None, base: Base, strength: float) -> Rec
         raise ValueError(f"{lora.name}: {which}. It was made for another model.")
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_for_file(lora.name, header.metadata)
+
+
+def _name_in_header(base: Base, module: str) -> str:
+    """What `LoraHeader.modules` calls one of the network's modules, whatever key style the file has."""
+    return split_key(base.lora_key(module) + ".alpha")[0]
 
 
 def _of_family(file: Path, base: Base) -> LoraHeader:

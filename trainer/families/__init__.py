@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+
 from .base import Base, Condition, bundled_folder
+from .detection import family_of
+from .sd3 import SD3
 from .sd15 import SD15
+from .sdxl import SDXL
 
-FAMILIES: dict[str, type[Base]] = {"sd15": SD15}
+FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3}
 
-__all__ = ["FAMILIES", "Base", "Condition", "bundled_folder", "load_base"]
+__all__ = ["FAMILIES", "Base", "Condition", "bundled_folder", "family_class", "family_of", "load_base"]
 
 
-def load_base(path: str, *, family: str = "sd15", **options) -> Base:
-    """Load a base of this family from a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
+def load_base(path: str, *, family: str | None = None, **options) -> Base:
+    """Load a base from a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
 
-    Raises ValueError for an unknown family, and the family's own errors.
+    family: default: found from the base. options: see the family's `load`.
+    Raises ValueError for an unknown family, one that the base is not of, or options that it has not, and the family's
+    own errors.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
-    base = FAMILIES[family].load(str(bundled_folder(path) or path), **options)
+    kind = family_class(path, family)
+    known = inspect.signature(kind.load).parameters
+    options = {name: value for name, value in options.items() if value is not None}
+    if strange := [name for name in options if name not in known]:
+        raise ValueError(f"base.{strange[0]} is not for {kind.title}. Leave it out.")
+    base = kind.load(str(bundled_folder(path) or path), **options)
     base.path = path
     return base
+
+
+def family_class(path: str, family: str | None = None) -> type[Base]:
+    """The class of the base's family, which `family` must agree with where it says one. Raises ValueError."""
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
+    return FAMILIES[family_of(path, family)]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -27,6 +27,7 @@ class Base(ABC):
     network: the UNet or transformer, a diffusers model. schedule, prediction: what it was trained on.
     null: what stands for "no prompt" in guidance: "zeros" or the encoding of the "empty" prompt.
     path, base_hash: where it came from; SHA-256 of the file, or of the folder's weight files together.
+    supplied: SHA-256 of the weights that `base.parts` supplied to a single file, or nothing.
     """
 
     network: ModelMixin
@@ -39,13 +40,22 @@ class Base(ABC):
     null: str
     path: str
     base_hash: str
+    supplied: str = ""
 
     name: ClassVar[str]
+    # Its name for people.
+    title: ClassVar[str]
+    # The network's class, and its name in a diffusers folder; folder of the family's component configs.
+    network_class: ClassVar[type[ModelMixin]]
+    component: ClassVar[str]
+    configs: ClassVar[Path]
     architecture: ClassVar[str]
     base_version: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     # PEFT's names of the two factors -> the file's.
     lora_parts: ClassVar[dict[str, str]]
+    # Whether every loader reads an `.alpha` tensor beside them.
+    stores_alpha: ClassVar[bool] = True
     # Whether the network is told each picture's true size and crop ("time_ids" in a condition).
     knows_sizes: ClassVar[bool] = False
 
@@ -65,6 +75,20 @@ class Base(ABC):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @property
+    def encoder_settings(self) -> str:
+        """What, besides the weights, decides the encodings: a cache is good for one such setting."""
+        return f"parts {self.supplied}" if self.supplied else ""
+
+    @property
+    def schedule_settings(self) -> list:
+        """What decides the noise levels: zero terminal SNR for VP, the shift for flow."""
+        return [self.zero_terminal_snr, getattr(self.schedule, "shift", None)]
+
+    def check_prediction(self, x0: Tensor, condition: Condition) -> None:
+        """Raise ValueError where the output for noised latents x0 (B, C, h, w) is no `prediction` of theirs."""
+        return
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> their encodings in fp32, every tensor (B, ...)."""
@@ -73,18 +97,28 @@ class Base(ABC):
         """What guidance subtracts, from the encoding of the empty prompt."""
         return {k: torch.zeros_like(v) for k, v in empty.items()} if self.null == "zeros" else empty
 
+    @staticmethod
+    def with_null(condition: Condition, null: Condition) -> Condition:
+        """Both halves of guidance as one batch (2B, ...); what no prompt decides (sizes) is the same in both."""
+        return {k: torch.cat([v, null[k].expand_as(v) if k in null else v]) for k, v in condition.items()}
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pixels (B, 3, H, W) in [-1, 1] -> scaled latent mean and standard deviation (None for a VAE without one).
 
-        A latent is (encoded - shift_factor) * scaling_factor of the VAE's config.
+        A latent is (encoded - shift_factor) * scaling_factor of the VAE's config. Raises ValueError for a VAE whose
+        latents are not finite.
         """
         encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         scale, shift = _scale_shift(self.vae)
-        if isinstance(self.vae, AutoencoderTiny):
-            return (encoded.latents.float() - shift) * scale, None
-        posterior = encoded.latent_dist
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        tiny = isinstance(self.vae, AutoencoderTiny)
+        latents = encoded.latents if tiny else encoded.latent_dist.mean
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"The VAE of {self.path} turns pictures into numbers that are not finite, in fp32: its weights are "
+                "broken. Use another copy of the base."
+            )
+        return (latents.float() - shift) * scale, None if tiny else encoded.latent_dist.std.float() * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -114,7 +148,7 @@ class Base(ABC):
 
     def features(self, x: Tensor, tick: Tensor, condition: Condition) -> list[Tensor]:
         """Feature maps (B, C, h, w) of points x at ticks (B,), differentiable in x; later blocks are not run."""
-        outputs = _outputs_of(self.feature_blocks(), lambda: self.denoise(x, tick, condition))
+        outputs = outputs_of(self.feature_blocks(), lambda: self.denoise(x, tick, condition))
         return [self.feature_map(output, x).float() for output in outputs]
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -125,6 +159,17 @@ class Base(ABC):
     @abstractmethod
     def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:
         """`latent_shape` from the network's config alone."""
+
+    @staticmethod
+    @abstractmethod
+    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`."""
+
+    @classmethod
+    def config_folder(cls, path: str, config: str | None) -> Path:
+        """Folder of the network's config for a base that is not loaded: its own if it is here, else the family's."""
+        folder = Path(config or bundled_folder(path) or path)
+        return folder if (folder / cls.component / "config.json").is_file() else cls.configs
 
     @staticmethod
     @abstractmethod
@@ -140,7 +185,7 @@ class _AllSeen(Exception):
     """Ends a forward pass whose remaining blocks nobody needs."""
 
 
-def _outputs_of(blocks: list[nn.Module], run: Callable[[], object]) -> list:
+def outputs_of(blocks: list[nn.Module], run: Callable[[], object]) -> list:
     """What each block returns during `run`, which ends with the last of them."""
     outputs: list = []
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from .loading import load_clip_tokenizer
 
 
 def text_states(encoder: nn.Module, tokenizer, prompts: list[str], layer: int) -> tuple[Tensor, Tensor]:
@@ -13,3 +18,23 @@ def text_states(encoder: nn.Module, tokenizer, prompts: list[str], layer: int) -
         output = encoder(ids.to(encoder.device), output_hidden_states=True)
     hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     return hidden.float(), output[0].float()
+
+
+def clip_tokenizers(places: list[str | Path | None], base: str) -> list[CLIPTokenizer]:
+    """CLIP-L's and CLIP-bigG's tokenizers, from the first of these folders that has words, else from the hub's cache.
+
+    A place is a diffusers folder, or a folder with CLIP's own files; bigG's words are CLIP-L's.
+    """
+    folders = [Path(p) for p in places if p]
+    place = next((f for f in folders if has_clip_words(f)), folders[-1])
+    first = place / "tokenizer" if (place / "tokenizer").is_dir() else place
+    own = (place / "tokenizer_2").is_dir()
+    second = load_clip_tokenizer(place / "tokenizer_2" if own else first, base)
+    if not own:
+        second.pad_token = "!"  # token 0, with which bigG was trained
+    return [load_clip_tokenizer(first, base), second]
+
+
+def has_clip_words(folder: Path) -> bool:
+    """Whether there is a CLIP tokenizer in the folder or in its tokenizer/."""
+    return (folder / "tokenizer").is_dir() or any((folder / n).is_file() for n in ("vocab.json", "tokenizer.json"))

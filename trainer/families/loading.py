@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ...samplers import VPSchedule
 from ...samplers.lora_file import LoraHeader, file_hash, read_header
+from .base import bundled_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"
 NETWORK_PREFIX = "model.diffusion_model."
+GET_IT = "Get the file again, or set base.config to a folder with this model's component configs."
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -30,8 +31,10 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).parent.is_dir()
 
 
-def diffusers_folder(path: str, components: Iterable[str], title: str) -> Path:
+def diffusers_folder(path: str, components: Iterable[str], title: str, optional: Iterable[str] = ()) -> Path:
     """The folder of a diffusers base that has these components, brought from the hub where the path is a hub id.
+
+    optional: components to bring along that need not be there.
 
     Raises ValueError when a component is missing, FileNotFoundError when there is no such folder or hub id.
     """
@@ -46,14 +49,36 @@ def diffusers_folder(path: str, components: Iterable[str], title: str) -> Path:
             f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, "
             "or a bundled tiny-sd15, tiny-sdxl, tiny-sd3."
         )
-    patterns = [f"{c}/*.{kind}" for c in components for kind in ("json", "txt", "model", "safetensors")]
+    patterns = ["model_index.json", "*/config.json"]
+    patterns += [f"{c}/*.{kind}" for c in (*components, *optional) for kind in ("json", "txt", "model", "safetensors")]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*non_ema*"]))
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*non_ema*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"No base at {path}: no such folder or file here, and the hub did not give it ({type(error).__name__}). "
             "Set base.path to a diffusers folder, a .safetensors checkpoint, or a hub id that you can reach."
         ) from error
+
+
+def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: str) -> Path | None:
+    """The folder that supplies what a single file has not, and its tokenizers if it has any; None where none is set.
+
+    parts: diffusers folder, bundled base or hub id. lacking: component -> what it is, for people.
+    Raises ValueError where something is lacking and `parts` has it not either.
+    """
+    if parts is None:
+        if lacking:
+            raise ValueError(
+                f"{path.name} holds no {', no '.join(lacking.values())}. Give a full checkpoint, or set base.parts to "
+                f"a diffusers folder of {title} that has {', '.join(f'{c}/' for c in lacking)}."
+            )
+        return None
+    where = str(bundled_folder(parts) or parts)
+    if not Path(where).is_dir() and not is_hub_id(where):
+        raise FileNotFoundError(
+            f"No folder at {parts}. Set base.parts to a diffusers folder of {title}, or leave it out."
+        )
+    return diffusers_folder(where, lacking, title, ("tokenizer", "tokenizer_2", "tokenizer_3"))
 
 
 def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -112,18 +137,19 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
             f"{path.name} lacks a part of a full checkpoint ({error}). "
             "Give one that holds the network, the VAE and the text encoders."
         ) from error
-    except NotImplementedError as error:  # torch's, for weights that were never filled in
-        raise ValueError(f"{path.name} lacks some of the weights of its {part}. Get the file again.") from error
+    except (NotImplementedError, KeyError) as error:  # torch's, for weights never filled in; the conversion's
+        raise ValueError(f"{path.name} lacks some of the weights of its {part}. {GET_IT}") from error
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
         some = f"{len(missing)} {part} weights (such as {missing[0]})"
-        raise ValueError(f"{path.name} lacks {some}. Get the file again.")
+        raise ValueError(f"{path.name} lacks {some}. {GET_IT}")
     return model
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -> nn.Module:
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, assign: bool = False) -> nn.Module:
     """Load a text encoder's weights, whatever this version of transformers puts before their names.
 
+    assign: make them the model's own, which may be on the meta device, instead of copying them.
     Raises ValueError when any is missing.
     """
     bare = lambda name: name.removeprefix("text_model.")  # noqa: E731
@@ -133,20 +159,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str) ->
     if missing:
         some = f"{len(missing)} {what} weights (such as {missing[0]})"
         raise ValueError(f"{path.name} lacks {some}. Get the file again.")
-    model.load_state_dict({own[k]: v for k, v in found.items() if k in own}, strict=False)
+    model.load_state_dict({own[k]: v for k, v in found.items() if k in own}, strict=False, assign=assign)
     return model
-
-
-def read_vp_scheduler(path: Path) -> tuple[dict, str, bool]:
-    """A scheduler config's betas (for `VPSchedule.from_betas`), its prediction, whether it has zero terminal SNR."""
-    config = json.loads(path.read_text())
-    betas = {"beta_start": config["beta_start"], "beta_end": config["beta_end"], "kind": config["beta_schedule"]}
-    zero_snr = bool(config.get("rescale_betas_zero_snr", False))
-    return betas | {"ticks": config["num_train_timesteps"]}, config.get("prediction_type", "epsilon"), zero_snr
-
-
-def vp_schedule(betas: dict, zero_terminal_snr: bool) -> VPSchedule:
-    return VPSchedule.from_betas(**betas, zero_terminal_snr=zero_terminal_snr)
 
 
 def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:

@@ -1,13 +1,19 @@
-"""What the two UNet families, SD1.5 and SDXL, share: the targets of their LoRAs, their features, their latents."""
+"""What the two UNet families, SD1.5 and SDXL, share: loading, schedule, LoRA targets, features, latents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ...samplers import VPSchedule
+from . import prediction as predictions
 from .base import Base, Condition, side_multiple
+from .unet_parts import TextEncoder, folder_parts, single_file_parts
 
 # PCM's published targets (the set of LCM-LoRA): 278 modules on SD1.5, 788 on SDXL.
 LORA_TARGETS = (
@@ -29,13 +35,67 @@ LORA_TARGETS = (
 
 
 class UNetBase(Base):
-    """A base whose network is a `UNet2DConditionModel` on the VP schedule."""
+    """A base whose network is a `UNet2DConditionModel` on the VP schedule, with eps- or v-prediction."""
 
     network: UNet2DConditionModel
     network_class = UNet2DConditionModel
     component = "unet"
     lora_targets = LORA_TARGETS
     lora_parts = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
+    pipeline: ClassVar[type[DiffusionPipeline]]
+    encoders: ClassVar[tuple[TextEncoder, ...]]
+    # What the published training subtracts in guidance.
+    usual_null: ClassVar[str]
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tokenizer: str | None = None,
+        config: str | None = None,
+        parts: str | None = None,
+        prediction: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        null: str | None = None,
+    ) -> UNetBase:
+        """Load from a diffusers folder, a single .safetensors file as shared on Civitai, or a hub id.
+
+        dtype: of the frozen UNet; the encoders stay in fp32, where they cannot overflow.
+        tokenizer: folder with CLIP's vocab.json and merges.txt, where the base has none.
+        config: folder of diffusers component configs for an unusual single file (default: the family's, shipped here).
+        parts: diffusers folder, bundled base or hub id that supplies the VAE and the text encoders that a file lacks.
+        prediction, zero_terminal_snr: where the base does not say; they may not contradict it. null: see `Base`.
+        Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
+        """
+        if path.endswith(".safetensors"):
+            found = single_file_parts(cls, Path(path), config, parts, tokenizer, dtype)
+        else:
+            found = folder_parts(cls, path, tokenizer, dtype)
+        betas, default = predictions.found_in_scheduler(found.scheduler)
+        kind, zero_snr = predictions.settle(found.told or default, default, prediction, zero_terminal_snr)
+        found.unet.to(memory_format=torch.channels_last)
+        for module in (found.unet, found.vae, *found.text_encoders):
+            module.to(device).requires_grad_(False).eval()
+        return cls(
+            network=found.unet,
+            vae=found.vae,
+            text_encoders=found.text_encoders,
+            tokenizers=found.tokenizers,
+            schedule=VPSchedule.from_betas(**betas, zero_terminal_snr=zero_snr),
+            prediction=kind,
+            zero_terminal_snr=zero_snr,
+            null=null or cls.usual_null,
+            path=path,
+            base_hash=found.base_hash,
+            supplied=found.supplied,
+        )
+
+    def check_prediction(self, x0: Tensor, condition: Condition) -> None:
+        predictions.check(self, x0, condition)
 
     def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         dtype = self.network.dtype
@@ -61,6 +121,14 @@ class UNetBase(Base):
     def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:
         side_multiple(resolution, 8 * 2 ** (len(network_config.block_out_channels) - 1))
         return network_config.in_channels, resolution // 8, resolution // 8
+
+    @staticmethod
+    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        return {
+            "sample": make(1, *UNetBase.latent_shape_of(network_config, resolution)),
+            "timestep": make(1),
+            "encoder_hidden_states": make(1, 77, network_config.cross_attention_dim),
+        }
 
     @staticmethod
     def lora_key(module: str) -> str:

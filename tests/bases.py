@@ -1,0 +1,87 @@
+"""Small random bases for tests, written as diffusers folders; they are trained and sampled in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
+
+
+def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:
+    """A random SDXL by its pipeline's names, no weight left at zero: SDXL's kinds of block, and 64 pixels its size."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=WIDTH_L + WIDTH_G,
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=POOLED + 6 * 16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        scaling_factor=0.13025,
+    )
+    parts = SimpleNamespace(
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(clip_config(words, WIDTH_L)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(words, WIDTH_G, POOLED, hidden_act="gelu")),
+    )
+    with torch.no_grad():
+        for weight in (p for module in vars(parts).values() for p in module.parameters()):
+            weight.add_(0.02 * torch.randn(weight.shape))
+    for module in vars(parts).values():
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def clip_config(words: CLIPTokenizer, width: int, pooled: int = 512, **changes) -> CLIPTextConfig:
+    """A small CLIP's config for the words of this tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=pooled,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        **changes,
+    )
+
+
+def make_sdxl_folder(path: Path, words: CLIPTokenizer, **scheduler) -> SimpleNamespace:
+    """Write the diffusers folder; `scheduler` changes the scheduler's config. Returns the parts."""
+    parts = make_sdxl_parts(words)
+    make_sdxl_pipeline(parts, words, **scheduler).save_pretrained(path)
+    return parts
+
+
+def make_sdxl_pipeline(parts: SimpleNamespace, words: CLIPTokenizer, **scheduler) -> StableDiffusionXLPipeline:
+    """The parts as diffusers puts them together; the second CLIP pads with token 0."""
+    second = CLIPTokenizer.from_pretrained(words.name_or_path)
+    second.pad_token = "!"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return StableDiffusionXLPipeline(
+        **vars(parts),
+        scheduler=DDIMScheduler(**betas, **scheduler),
+        tokenizer=words,
+        tokenizer_2=second,
+        add_watermarker=False,
+    )

@@ -1,0 +1,103 @@
+"""Checking SD3 LoRAs and sampling with them, as `pcm check` and `pcm sample` do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm_checkpoint import save_single_file
+from phased_consistency.samplers import Recipe
+from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.families import bundled_folder
+from phased_consistency.trainer.families.sd3 import SD3
+from phased_consistency.trainer.inspection import check_parity, load_for_check, load_for_sample, sample_grid
+from runs import TINY
+from sd3_base import make_sd3_folder
+
+RECIPE = Recipe(family="sd3", points=100, phases=4, prediction="flow", shift=1.0)
+TINY_FOLDER = str(bundled_folder(TINY))
+MODULES = ("transformer_blocks.0.attn.add_k_proj", "transformer_blocks.3.norm1_context.linear", "pos_embed.proj")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd3")
+    make_sd3_folder(path, tiny_base.tokenizers[0])
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora(folder):
+    """A LoRA on three kinds of module whose header says shift 1, which is not the base's."""
+    network, tensors = SD3.load(str(folder), t5=False).network, {}
+    torch.manual_seed(1)
+    for module in MODULES:
+        weight = network.get_submodule(module).weight
+        tensors[f"transformer.{module}.lora_A.weight"] = 0.3 * torch.randn(2, *weight.shape[1:])
+        up = (weight.shape[0], 2, *(1,) * (weight.ndim - 2))
+        tensors[f"transformer.{module}.lora_B.weight"] = 0.3 * torch.randn(up)
+    save_file(tensors, folder / "lora.safetensors", {HEADER_KEY: RECIPE.to_header()})
+    return folder / "lora.safetensors"
+
+
+def grid(base, lora, out, **changes):
+    usual = {"guidance": None, "negative": None, "strength": 1.0, "gamma": None, "seed": 0, "resolution": 32}
+    return sample_grid(base, ["a red star"], out, lora, [4], **usual | changes)
+
+
+def test_an_sd3_lora_is_the_same_by_diffusers_and_by_hand(lora, folder):
+    base = load_for_check(str(folder))
+    assert len(base.text_encoders) == 2, "T5 is not needed"
+    result = check_parity(lora, base)
+    assert result["passed"] and result["text"].startswith("OK: 0 keys unmatched of 3 modules, 0 not loaded")
+    assert result["max_difference"] < 1e-3 * result["max_effect"]
+
+
+def test_a_module_that_this_sd3_has_not_is_named(lora, folder, tmp_path):
+    tensors = {k.replace("blocks.3", "blocks.7"): v for k, v in load_file(lora).items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    result = check_parity(tmp_path / "other.safetensors", load_for_check(str(folder)))
+    assert not result["passed"] and result["unmatched_names"] == [
+        "lora_transformer_transformer_blocks_7_norm1_context_linear"
+    ]
+
+
+def test_sampling_follows_the_recipe(lora, folder, tmp_path):
+    base = load_for_sample(str(folder), "fp32", lora)
+    assert base.schedule.shift == 1.0 and len(base.text_encoders) == 3
+    details = grid(base, lora, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000 and not details["warnings"]
+    assert details["rows"] == [{"steps": 4, "guidance": 1.0, "gamma": 0.0, "ticks": (1000, 750, 500, 250, 0)}]
+
+
+def test_a_shift_without_a_recipe_is_the_bases(folder):
+    assert load_for_sample(str(folder), "fp32", None, t5=False).schedule.shift == 3.0
+
+
+def test_a_recipe_of_another_family_tells_the_base_nothing(folder, lora, tmp_path):
+    other = replace(RECIPE, family="sd15", prediction="v_prediction", shift=None).to_header()
+    save_file(load_file(lora), tmp_path / "other.safetensors", {HEADER_KEY: other})
+    assert load_for_sample(str(folder), "fp32", tmp_path / "other.safetensors", t5=False).schedule.shift == 3.0
+
+
+def test_no_negative_prompt_is_what_the_base_has_for_none(folder, tmp_path):
+    base = SD3.load(str(folder), t5=False, null="zeros")
+    pictures = {}
+    for name, negative in (("default", None), ("empty", ""), ("words", "a blue square")):
+        grid(base, None, tmp_path / f"{name}.png", guidance=4.0, negative=negative)
+        pictures[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert len(set(pictures.values())) == 3
+
+
+def test_a_single_file_is_taken_to_be_what_the_loras_base_was(tiny_base, tmp_path):
+    recipe = Recipe(family="sd15", prediction="v_prediction", zero_terminal_snr=True)
+    lora = tmp_path / "v.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, lora, {HEADER_KEY: recipe.to_header()})
+    parts = {"unet": tiny_base.network, "text_encoder": tiny_base.text_encoders[0]}
+    file = save_single_file(tmp_path / "base.safetensors", **parts)
+    options = {"config": TINY_FOLDER, "parts": TINY, "family": "sd15"}
+    base = load_for_sample(str(file), "fp32", lora, **options)
+    assert base.prediction == "v_prediction" and base.zero_terminal_snr
+    assert load_for_sample(str(file), "fp32", None, **options).prediction == "epsilon"
+    assert load_for_sample(TINY, "fp32", lora).prediction == "epsilon", "the folder says so itself"

@@ -1,0 +1,253 @@
+"""SD3-medium, SD3.5-medium, SD3.5-large and their fine-tunes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from ...samplers import FlowSchedule
+from . import loading
+from .base import Base, Condition, outputs_of, side_multiple
+from .clip import text_states
+from .sd3_parts import T5_LENGTH, folder_parts, single_file_parts, variant
+
+# PCM's adversarial SD3 list without its slip, which left add_q_proj, add_k_proj and add_v_proj out: 340 modules on
+# SD3-medium, 392 on SD3.5-medium (its attn2 too), 536 on SD3.5-large. ComfyUI maps every one of them, with scale and
+# shift of the last block's norm1_context swapped as its own layout has them.
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "norm1.linear",
+    "norm1_context.linear",
+    "timestep_embedder.linear_1",
+    "timestep_embedder.linear_2",
+    "text_embedder.linear_1",
+    "text_embedder.linear_2",
+    "context_embedder",
+    "pos_embed.proj",
+    "proj_out",
+)
+FEATURES = 4  # maps for a discriminator
+
+
+@dataclass
+class SD3(Base):
+    """CLIP-L, CLIP-bigG and perhaps T5-XXL; a transformer that predicts the flow.
+
+    Without T5 its tokens are left out, as in ComfyUI; diffusers puts zeros in their place, which the transformer
+    attends to, so that its pictures without T5 are others.
+
+    t5_length: tokens of T5 in a prompt, cut or padded: 77 as in PCM's training and as ComfyUI pads short prompts (it
+    lets long ones be longer); diffusers' pipeline takes 256 unless told otherwise.
+    """
+
+    network: SD3Transformer2DModel
+    t5_length: int = T5_LENGTH
+
+    name = "sd3"
+    title = "SD3"
+    network_class = SD3Transformer2DModel
+    component = "transformer"
+    configs = loading.CONFIGS / "sd3"
+    lora_targets = LORA_TARGETS
+    lora_parts = {"lora_A": "lora_A", "lora_B": "lora_B"}
+    stores_alpha = False
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name of the architecture, which differs between SD3 and SD3.5."""
+        return f"stable-diffusion-v{self._version}/lora"
+
+    @property
+    def base_version(self) -> str:
+        return f"sd{self._version}".replace("-", "_")
+
+    @property
+    def _version(self) -> str:
+        if not self.network.config.qk_norm:
+            return "3-medium"
+        return "3.5-medium" if self.network.config.dual_attention_layers else "3.5-large"
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tokenizer: str | None = None,
+        config: str | None = None,
+        parts: str | None = None,
+        prediction: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        null: str | None = None,
+        shift: float | None = None,
+        t5: bool | None = None,
+        t5_length: int | None = None,
+    ) -> SD3:
+        """Load from a diffusers folder, a single .safetensors file as shared on Civitai, or a hub id.
+
+        dtype: of the frozen transformer. VAE and CLIP stay in fp32; T5, 19 GB so, is in bf16 on a GPU, where it was
+        trained (fp16 overflows).
+        tokenizer: folder with CLIP's vocab.json and merges.txt, and T5's tokenizer in its tokenizer_3 folder.
+        config: folder of component configs for an unusual single file; default: SD3's or SD3.5's, shipped here.
+        parts: diffusers folder, bundled base or hub id that supplies what a single file lacks.
+        shift: instead of the scheduler's. t5: whether to use T5; default: where the base has it. null: see `Base`.
+        Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
+        """
+        _check_flow(prediction, zero_terminal_snr)
+        t5_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        if path.endswith(".safetensors"):
+            found = single_file_parts(Path(path), config, parts, tokenizer, t5, dtype, t5_dtype)
+        else:
+            found = folder_parts(path, tokenizer, t5, dtype, t5_dtype)
+        for module in (found.transformer, found.vae, *found.text_encoders):
+            module.to(device).requires_grad_(False).eval()
+        return cls(
+            network=found.transformer,
+            vae=found.vae,
+            text_encoders=found.text_encoders,
+            tokenizers=found.tokenizers,
+            schedule=FlowSchedule(shift or _read_shift(found.scheduler)),
+            prediction="flow",
+            zero_terminal_snr=False,
+            null=null or "empty",
+            path=path,
+            base_hash=found.base_hash,
+            supplied=found.supplied,
+            t5_length=t5_length or T5_LENGTH,
+        )
+
+    @property
+    def encoder_settings(self) -> str:
+        t5 = f"T5 of {self.t5_length} tokens" if len(self.tokenizers) > 2 else "no T5"
+        return f"{t5}, {super().encoder_settings}" if self.supplied else t5
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.
+
+        hidden: both CLIPs' last but one hidden states side by side and zeros beyond, then T5's states. Longer prompts
+        are cut at 77 tokens, T5's at t5_length.
+        """
+        clips = zip(self.text_encoders[:2], self.tokenizers[:2], strict=True)
+        (first, pooled), (second, pooled_2) = (text_states(*clip, prompts, -2) for clip in clips)
+        hidden = torch.cat([first, second], -1)
+        hidden = F.pad(hidden, (0, self.network.config.joint_attention_dim - hidden.shape[-1]))
+        if len(self.text_encoders) > 2:
+            hidden = torch.cat([hidden, self._t5_states(prompts)], 1)
+        return {"hidden": hidden, "pooled": torch.cat([pooled, pooled_2], -1)}
+
+    @torch.no_grad()
+    def _t5_states(self, prompts: list[str]) -> Tensor:
+        encoder, tokenizer = self.text_encoders[2], self.tokenizers[2]
+        padded = {"padding": "max_length", "max_length": self.t5_length, "truncation": True}
+        ids = tokenizer(prompts, **padded, return_tensors="pt").input_ids
+        return encoder(ids.to(encoder.device))[0].float()
+
+    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
+        return self._run(x, tick, condition)
+
+    def _run(self, x: Tensor, tick: Tensor, condition: Condition, without: list[int] | None = None) -> Tensor:
+        dtype = self.network.dtype
+        return self.network(
+            x.to(dtype),
+            condition["hidden"].to(dtype),
+            condition["pooled"].to(dtype),
+            self.schedule.network_time(tick).to(x.device),
+            skip_layers=without,
+        ).sample.float()
+
+    def feature_blocks(self) -> list[nn.Module]:
+        """Four blocks, evenly spaced up to two thirds of the depth: 4, 8, 12 and 16 of SD3-medium's 24."""
+        return [self.network.transformer_blocks[i] for i in self._feature_layers()]
+
+    def _feature_layers(self) -> list[int]:
+        last = max(1, round(self.network.config.num_layers * 2 / 3))
+        return sorted({max(1, round(last * k / FEATURES)) - 1 for k in range(1, FEATURES + 1)})
+
+    def feature_map(self, output, x: Tensor) -> Tensor:
+        patch = self.network.config.patch_size
+        return output[1].transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+
+    def features(self, x: Tensor, tick: Tensor, condition: Condition) -> list[Tensor]:
+        later = range(self._feature_layers()[-1] + 1, self.network.config.num_layers)
+        # the pass ends at norm_out: an exception from within a block would leave torch's checkpoint around it open
+        stops = [*self.feature_blocks(), self.network.norm_out]
+        outputs = outputs_of(stops, lambda: self._run(x, tick, condition, without=[*later]))
+        return [self.feature_map(output, x).float() for output in outputs[:-1]]
+
+    @staticmethod
+    def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:
+        multiple = network_config.patch_size * 8
+        side_multiple(resolution, multiple)
+        largest = network_config.pos_embed_max_size * multiple
+        if resolution > largest:
+            raise ValueError(
+                f"resolution {resolution} is beyond this SD3's position embeddings: use at most {largest}."
+            )
+        return network_config.in_channels, resolution // 8, resolution // 8
+
+    @staticmethod
+    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        tokens = 77 + T5_LENGTH
+        return {
+            "hidden_states": make(1, *SD3.latent_shape_of(network_config, resolution)),
+            "encoder_hidden_states": make(1, tokens, network_config.joint_attention_dim),
+            "pooled_projections": make(1, network_config.pooled_projection_dim),
+            "timestep": make(1),
+        }
+
+    @classmethod
+    def config_folder(cls, path: str, config: str | None) -> Path:
+        if config is None and path.endswith(".safetensors"):
+            return loading.CONFIGS / variant(loading.checkpoint_header(Path(path)).tensors)
+        return super().config_folder(path, config)
+
+    @staticmethod
+    def lora_key(module: str) -> str:
+        """Transformer module path -> diffusers' module name."""
+        return "transformer." + module
+
+    def load_lora(self, path: Path, name: str) -> None:
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(str(path), return_lora_metadata=True)
+        # as the pipeline's load_lora_weights does: what comes after would pass over other tensors, alphas above all
+        strange = next((key for key in state if "lora" not in key), None)
+        if strange is not None:
+            raise ValueError(f"diffusers refuses SD3 LoRAs with tensors such as {strange}.")
+        StableDiffusion3Pipeline.load_lora_into_transformer(state, self.network, adapter_name=name, metadata=metadata)
+
+
+def _check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
+    if prediction not in (None, "flow"):
+        raise ValueError(f"base.prediction is {prediction!r}, but SD3 predicts the flow: leave it out, or say 'flow'.")
+    if zero_terminal_snr:
+        raise ValueError("base.zero_terminal_snr is for SD1.5 and SDXL: a flow model always ends in pure noise.")
+
+
+def _read_shift(path: Path) -> float:
+    """A scheduler config's time shift; ValueError for a scheduler that is no plain flow matching."""
+    config = json.loads(path.read_text())
+    if not config.get("_class_name", "").startswith("FlowMatch") or config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{path} is a {config.get('_class_name')} with dynamic shifting {bool(config.get('use_dynamic_shifting'))};"
+            " SD3 has FlowMatchEulerDiscreteScheduler without. Set base.shift (3 for SD3), or mend the file."
+        )
+    return config.get("shift", 1.0)

@@ -1,0 +1,119 @@
+"""Where the parts of SD1.5 and SDXL are and how each is read: UNet, VAE, text encoders, their tokenizers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from torch import nn
+from transformers import CLIPTextConfig
+
+from ...samplers.lora_file import file_hash
+from . import loading
+from .clip import clip_tokenizers
+from .prediction import Found, found_in_header
+
+VAE_PREFIX = "first_stage_model."
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder: its component in a diffusers folder, its name for people, its class, where single files have it.
+
+    open_clip: single files have it under OpenCLIP's names, with q, k and v in one.
+    """
+
+    component: str
+    title: str
+    kind: type[nn.Module]
+    prefix: str
+    open_clip: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One base, read. scheduler: a scheduler config. told: what a single file says of its own prediction, if it is one.
+    supplied: SHA-256 of the weights that `base.parts` supplied, or nothing.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoders: list[nn.Module]
+    tokenizers: list
+    scheduler: Path
+    base_hash: str
+    told: Found | None = None
+    supplied: str = ""
+
+
+def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -> Parts:
+    """Everything from a diffusers folder or hub id, for a class of `UNetBase`."""
+    encoders = [e.component for e in family.encoders]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    weights = ["unet", "vae", *encoders]
+    root = loading.diffusers_folder(path, (*weights, *tokenizers, "scheduler"), family.title)
+    return Parts(
+        unet=loading.load_part(root, "unet", UNet2DConditionModel, dtype),
+        vae=loading.load_vae(root),
+        text_encoders=[loading.load_part(root, e.component, e.kind, torch.float32) for e in family.encoders],
+        tokenizers=clip_tokenizers([tokenizer, root], path)[: len(encoders)],
+        scheduler=root / "scheduler" / "scheduler_config.json",
+        base_hash=loading.folder_hash(root, weights),
+    )
+
+
+def single_file_parts(
+    family, path: Path, config: str | None, parts: str | None, tokenizer: str | None, dtype: torch.dtype
+) -> Parts:
+    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+    header = loading.checkpoint_header(path)
+    configs = Path(config) if config else family.configs
+    _check_context_width(path, header.tensors, configs, family.name)
+    told = found_in_header(header)
+    prefixes = {"vae": VAE_PREFIX} | {e.component: e.prefix for e in family.encoders}
+    titles = {"vae": "VAE"} | {e.component: e.title for e in family.encoders}
+    missing = [c for c, prefix in prefixes.items() if not any(n.startswith(prefix) for n in header.tensors)]
+    lacking = {c: f"{titles[c]} ({prefixes[c]}*)" for c in missing}
+    other = loading.parts_folder(path, parts, lacking, family.title)
+    return Parts(
+        unet=loading.convert_part(path, configs, "unet", UNet2DConditionModel, dtype),
+        vae=loading.load_vae(other) if "vae" in missing else _file_vae(path, configs),
+        text_encoders=[
+            loading.load_part(other, e.component, e.kind, torch.float32)
+            if e.component in missing
+            else _file_encoder(path, header.tensors, e, configs)
+            for e in family.encoders
+        ],
+        tokenizers=clip_tokenizers([tokenizer, other, configs], str(path))[: len(family.encoders)],
+        scheduler=configs / "scheduler" / "scheduler_config.json",
+        base_hash=file_hash(path),
+        told=told,
+        supplied=loading.folder_hash(other, missing) if missing else "",
+    )
+
+
+def _file_vae(path: Path, configs: Path) -> AutoencoderKL:
+    return loading.convert_part(path, configs, "vae", AutoencoderKL, torch.float32)
+
+
+def _file_encoder(path: Path, names: dict, encoder: TextEncoder, configs: Path) -> nn.Module:
+    model = encoder.kind(CLIPTextConfig.from_pretrained(configs / encoder.component))
+    weights = loading.read_tensors(path, names, encoder.prefix)
+    if encoder.open_clip:
+        weights = convert_open_clip_checkpoint(model, weights, prefix="")
+    return loading.fill(model, weights, path, encoder.title)
+
+
+def _check_context_width(path: Path, names: dict, config: Path, family: str) -> None:
+    """Another kind of UNet would fail deep inside the conversion; say it here in words."""
+    wanted = json.loads((config / "unet" / "config.json").read_text())["cross_attention_dim"]
+    width = next((i.shape[-1] for n, i in names.items() if n.endswith("attn2.to_k.weight")), None)
+    if width != wanted:
+        raise ValueError(
+            f"{path.name} has text conditioning {width} wide, base.family {family} needs {wanted}. Set base.family and "
+            "start from a preset of that family, or set base.config to a folder with this model's configs."
+        )

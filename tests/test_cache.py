@@ -19,7 +19,8 @@ SIDE = 32
 class StubBase:
     """Encodes a picture as its mean colours and a prompt as its length; knows no network."""
 
-    base_hash, prediction = "0" * 64, "epsilon"
+    base_hash, prediction, encoder_settings, null = "0" * 64, "epsilon", "", "empty"
+    schedule_settings = [False, None]
     spread = None
 
     def encode_prompts(self, prompts):
@@ -77,7 +78,7 @@ def test_pictures_and_captions_are_paired(folder):
     ],
 )
 def test_every_kind_of_picture_is_read(folder, name, colour):
-    pixels = load_picture(folder / name, SIDE)
+    pixels = load_picture(folder / name, SIDE)[0]
     assert pixels.shape == (3, SIDE, SIDE) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels.mean((1, 2)), torch.tensor(colour, dtype=torch.float32), atol=0.02, rtol=0)
 
@@ -86,7 +87,9 @@ def test_pictures_are_cut_in_their_middle(tmp_path):
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("white", (30, 0, 60, 30))
     wide.save(tmp_path / "wide.png")
-    assert load_picture(tmp_path / "wide.png", 30).min() == 1
+    pixels, sizes = load_picture(tmp_path / "wide.png", 15)
+    assert pixels[..., 1:-1].min() > 0.9
+    assert sizes.tolist() == [30, 90, 0, 15, 15, 15]  # the file's own size, the crop after resizing
 
 
 def test_photographs_are_turned_upright(tmp_path):
@@ -95,7 +98,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 3  # taken upside down
     photo.save(tmp_path / "photo.png", exif=exif)
-    pixels = load_picture(tmp_path / "photo.png", 32)
+    pixels = load_picture(tmp_path / "photo.png", 32)[0]
     assert pixels[:, 20:].min() == 1 and pixels[:, :12].max() == -1
 
 
@@ -160,10 +163,11 @@ def test_a_folder_of_broken_pictures_is_refused(folder, build):
 def test_a_cached_sample_is_its_picture(folder, build):
     made = build()
     latent = made.latents([0], torch.Generator())[0]
-    expected = StubBase().encode_images(load_picture(folder / "a.png", SIDE)[None])[0][0]
+    expected = StubBase().encode_images(load_picture(folder / "a.png", SIDE)[0][None])[0][0]
     torch.testing.assert_close(latent, expected, atol=1e-3, rtol=1e-3)
     assert made.encoding([made.captions[0]])["hidden"].item() == len("a picture called a.png")
-    assert made.null["hidden"].item() == 0
+    assert made.encoding([""])["hidden"].item() == 0
+    assert made.sizes([1]).tolist() == [[64, 33, 15, 0, SIDE, SIDE]]
 
 
 CHANGES = {
@@ -259,7 +263,7 @@ def test_an_autoencoders_own_mean_and_spread_are_cached(tiny_base, build, folder
     base = replace(tiny_base, vae=vae)
     made, generator = build(base), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        posterior = vae.encode(load_picture(folder / "a.png", SIDE)[None]).latent_dist
+        posterior = vae.encode(load_picture(folder / "a.png", SIDE)[0][None]).latent_dist
     scale, drawn = vae.config.scaling_factor, made.latents([0] * 2000, generator)
     torch.testing.assert_close(drawn.mean(0), scale * posterior.mean[0], atol=0.03, rtol=0.01)
     torch.testing.assert_close(drawn.std(0), scale * posterior.std[0], atol=0.01, rtol=0.08)

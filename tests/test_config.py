@@ -1,6 +1,7 @@
 """The configuration: what overrides what, and that every mistake is named at once with what would be right."""
 
 import json
+import re
 
 import pytest
 
@@ -136,14 +137,14 @@ def test_presets_are_not_changed_by_use():
 
 
 def test_unknown_presets_name_the_nearest(toml):
-    assert "Unknown preset 'sd15-4steps'; available: sd15-2step" in problems(preset="sd15-4steps")
+    assert "Unknown preset 'sd15-4steps'; available: sd15-1step" in problems(preset="sd15-4steps")
     assert "Did you mean 'sd15-4step'?" in problems(preset="sd15-4steps")
     assert "Unknown preset 4;" in problems(file=toml("preset = 4"))
 
 
 def test_files_that_cannot_be_read(toml, tmp_path):
     assert "is not valid TOML: " in problems(file=toml("[train\nsteps = 1"))
-    assert "No config file at gone.toml. Write one, or use --preset (sd15-2step" in problems(file="gone.toml")
+    assert "No config file at gone.toml. Write one, or use --preset (sd15-1step" in problems(file="gone.toml")
     latin = tmp_path / "latin.toml"
     latin.write_bytes("name = 'färg'".encode("latin-1"))
     assert "is not valid TOML: " in problems(file=str(latin))
@@ -201,11 +202,42 @@ def test_every_preset_is_valid_and_says_where_it_comes_from(name):
     assert config.data.resolution % 64 == 0
 
 
-def test_the_step_presets_are_named_after_their_phases():
-    for name, preset in PRESETS.items():
-        if name.startswith("sd15-"):
-            assert name == f"sd15-{preset.values['objective']['phases']}step"
-            assert preset.values["name"] == f"pcm-{name}"
+def test_the_presets_are_what_they_are_named():
+    kinds = ["stochastic", "stochastic-adv", "4step-normalcfg", "8step-normalcfg"]
+    kinds += [f"{n}step{more}" for n in (1, 2, 4, 8) for more in ("", "-adv")]
+    assert set(PRESETS) == {f"{family}-{kind}" for family in ("sd15", "sdxl", "sd3") for kind in kinds} | {"demo"}
+    for name in set(PRESETS) - {"demo"}:
+        config = load_config(preset=name)
+        family, kind = name.split("-", 1)
+        assert (config.name, config.base.family) == (f"pcm-{name}", family)
+        stochastic = kind.startswith("stochastic")
+        assert config.objective.phases == (1 if stochastic else int(kind[0]))
+        assert config.objective.mode == ("stochastic" if stochastic else "deterministic")
+        assert config.objective.guidance_mode == ("normalcfg" if "normalcfg" in kind else "smallcfg")
+        assert (config.adversarial.weight > 0) == kind.endswith("-adv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "stochastic", "phases": 4}, "Set objective.phases=1, or objective.mode=deterministic"),
+        ({"min_alpha": 0.5, "phases": 2}, "min_alpha is for one phase; got 0.5 with phases = 2"),
+        ({"phases": 64}, "phases must be between 1 and points = 40; got 64"),
+        ({"points": 48}, "points = 48 does not divide 1000"),
+        ({"guidance_mode": "bigcfg"}, "objective.guidance_mode = 'bigcfg': input should be 'smallcfg' or 'normalcfg'"),
+    ],
+)
+def test_choices_that_exclude_each_other(settings, message):
+    given = [f"objective.{k}={v}" for k, v in settings.items()]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(overrides=["base.path=x", *given])
+
+
+def test_normalcfg_drops_a_tenth_of_the_prompts_unless_told():
+    dropout = lambda *more: load_config(overrides=["base.path=x", *more]).objective.dropout  # noqa: E731
+    assert dropout() == 0
+    assert dropout("objective.guidance_mode=normalcfg") == 0.1
+    assert dropout("objective.guidance_mode=normalcfg", "objective.prompt_dropout=0") == 0
 
 
 def test_every_setting_that_needs_one_has_a_description():

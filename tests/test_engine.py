@@ -1,12 +1,14 @@
 """One training step on stub networks with closed forms: a Gaussian has an exact denoiser and an exact flow."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
-from phased_consistency.samplers import FlowSchedule, PhaseGrid, VPSchedule, output_from_x0_eps
+from phased_consistency.samplers import FlowSchedule, PhaseGrid, VPSchedule, jump, output_from_x0_eps
 from phased_consistency.trainer.engine import Batch, Engine
+from phased_consistency.trainer.families import Base
 from phased_consistency.trainer.objectives import OBJECTIVES, PCM
 
 VP, FLOW = VPSchedule.from_betas(), FlowSchedule(3.0)
@@ -67,6 +69,8 @@ class Gaussian:
 class StubBase:
     """What the engine asks of a base; notes each call's rows, switch and gradient mode."""
 
+    with_null = staticmethod(Base.with_null)
+
     def __init__(self, schedule, prediction, switch, teacher, student):
         self.schedule, self.prediction, self.switch = schedule, prediction, switch
         self.teacher, self.student, self.calls = teacher, student, []
@@ -90,11 +94,11 @@ class Watched(PCM):
 seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
-def engine(schedule, prediction="epsilon", grid=None, teacher=None, student=None, huber_c=1e-3):
+def engine(schedule, prediction="epsilon", grid=None, teacher=None, student=None, **choices):
     grid = grid or PhaseGrid(40, 4)
     exact, switch = Gaussian(schedule), Switch()
     base = StubBase(schedule, prediction, switch, teacher or exact, student or exact)
-    return Engine(base, switch, Watched(grid, (1.0, 1.0), huber_c), {"hidden": torch.full((1, 1), NULL_MEAN)})
+    return Engine(base, switch, Watched(grid, (1.0, 1.0), **choices), {"hidden": torch.full((1, 1), NULL_MEAN)})
 
 
 def batch(start, guidance=1.0):
@@ -113,7 +117,7 @@ def test_a_perfect_student_is_left_with_the_solvers_error(schedule, prediction):
         grid = PhaseGrid(points, 4)
         perfect = Gaussian(schedule).perfect_student(grid)
         one = engine(schedule, prediction, grid, student=perfect, huber_c=1e-9)
-        losses[points] = one.step(batch(starts)).double()
+        losses[points] = one.step(batch(starts)).distance.double()
     for coarse, fine in ((40, 100), (100, 200)):
         order = (losses[coarse] / losses[fine]).log() / torch.tensor(fine / coarse).log()
         assert ((order > 1.7) & (order < 2.3)).all(), (coarse, fine, order)
@@ -123,16 +127,15 @@ def test_a_perfect_student_is_left_with_the_solvers_error(schedule, prediction):
 def test_an_imperfect_student_is_told_apart(schedule, prediction):
     """The teacher itself jumps straight to the edge: far from the flow's end."""
     grid = PhaseGrid(100, 4)
-    perfect = engine(schedule, prediction, grid, student=Gaussian(schedule).perfect_student(grid)).step(
-        batch([950, 700])
-    )
-    assert (engine(schedule, prediction, grid).step(batch([950, 700])) > 5 * perfect).all()
+    student, work = Gaussian(schedule).perfect_student(grid), batch([950, 700])
+    perfect = engine(schedule, prediction, grid, student=student).step(work).distance
+    assert (engine(schedule, prediction, grid).step(work).distance > 5 * perfect).all()
 
 
 @KINDS
 def test_the_boundary_condition_is_exact(schedule, prediction):
     """As many points as phases: the target is the teacher's own step, which the identity adapter takes too."""
-    losses = engine(schedule, prediction, PhaseGrid(4, 4)).step(batch([1000, 750, 500, 250]))
+    losses = engine(schedule, prediction, PhaseGrid(4, 4)).step(batch([1000, 750, 500, 250])).distance
     assert losses.tolist() == [0, 0, 0, 0]
 
 
@@ -155,6 +158,33 @@ def test_the_teachers_step_is_guided_ddim(schedule, prediction, guidance):
     torch.testing.assert_close(seen[-1][1], by_hand, atol=2e-5, rtol=2e-5)
 
 
+@KINDS
+def test_without_guidance_the_teachers_step_is_its_conditional_one(schedule, prediction):
+    """normalcfg: half the teacher's rows, and the target of CFG 1."""
+    work = batch([1000, 775, 400])
+    with_scale, without = engine(schedule, prediction), engine(schedule, prediction)
+    with_scale.step(work)
+    without.step(replace(work, guidance=None))
+    torch.testing.assert_close(seen[-1][1], seen[-2][1], atol=1e-5, rtol=1e-5)
+    assert [call[0] for call in without.base.calls] == [3, 2, 3]
+
+
+def test_the_clamp_divides_student_and_target_alike_and_not_the_teacher():
+    """x0 = (x - sigma * eps) / max(alpha, 0.5) (arXiv 2405.18407, Eq. 39); the solver step keeps the base's own."""
+    grid, work = PhaseGrid(40, 1), batch([1000, 600, 500])
+    one = engine(VP, grid=grid, min_alpha=0.5)
+    one.step(work)
+    student, target = seen[-1]
+    exact, (u, r) = Gaussian(VP), (work.start, work.start - 25)
+    x_u = jump(work.x0, work.noise, VP.alpha(u), VP.sigma(u))
+    x0, eps = exact(x_u, u, work.condition)
+    x_r = jump(x0, eps, VP.alpha(r), VP.sigma(r))
+    for jumped, x, tick in ((student, x_u, u), (target, x_r, r)):
+        alpha, sigma = exact.level(tick)
+        eps = exact(x, tick, work.condition)[1]
+        torch.testing.assert_close(jumped, (x - sigma * eps) / alpha.clamp(min=0.5), atol=1e-4, rtol=1e-4)
+
+
 def test_three_network_calls_a_step():
     """Teacher with both halves of the guidance, target without the rows that need none, student with gradient."""
     one = engine(VP)
@@ -172,13 +202,14 @@ def test_the_target_is_not_asked_where_no_row_needs_it():
 def test_rows_do_not_mix():
     """Each sample's loss is the one it has alone."""
     starts = [1000, 775, 400, 25]
-    together, work = engine(VP).step(batch(starts, 4.0)), batch(starts, 4.0)
+    work = batch(starts, 4.0)
+    together = engine(VP).step(work).distance
     for i in range(len(starts)):
         alone = Batch(
             *(getattr(work, k)[i : i + 1] for k in ("x0", "noise", "start", "guidance")),
             {"hidden": torch.full((1, 1), MEAN)},
         )
-        torch.testing.assert_close(engine(VP).step(alone)[0], together[i])
+        torch.testing.assert_close(engine(VP).step(alone).distance[0], together[i])
 
 
 def test_gradients_flow_through_the_student_alone():
@@ -189,7 +220,7 @@ def test_gradients_flow_through_the_student_alone():
         return lambda x, tick, c: tuple(weights[name] * part for part in exact(x, tick, c))
 
     one = engine(VP, teacher=network("teacher"), student=network("student"))
-    losses = one.step(batch([1000, 500, 300]))
+    losses = one.step(batch([1000, 500, 300])).distance
     student, target = seen[-1]
     assert student.requires_grad and not target.requires_grad
     through_student = torch.autograd.grad(
@@ -201,9 +232,8 @@ def test_gradients_flow_through_the_student_alone():
 
 
 def test_v_and_eps_networks_of_one_gaussian_have_one_loss():
-    losses = [
-        engine(VP, prediction).step(batch([1000, 775, 500, 25], 5.0)) for prediction in ("epsilon", "v_prediction")
-    ]
+    work = batch([1000, 775, 500, 25], 5.0)
+    losses = [engine(VP, prediction).step(work).distance for prediction in ("epsilon", "v_prediction")]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-6)
 
 
@@ -214,6 +244,23 @@ def test_the_distance_is_pseudo_huber():
     near, far = (objective.distance(torch.full(shape, d), zero).item() for d in (1e-4, 10.0))
     assert near == pytest.approx(1e-4**2 / 2e-3, rel=0.01)  # quadratic near zero
     assert far == pytest.approx(10, rel=1e-3)  # linear far away
+
+
+def test_a_discriminator_judges_inside_the_starts_phase():
+    """Above the phase's edge up to its noisy end, every solver point alike often."""
+    objective = PCM(PhaseGrid(40, 4), None)
+    start = torch.tensor([1000, 700, 250]).repeat_interleave(4000)
+    ticks = objective.judged_at(start, torch.Generator().manual_seed(0)).view(3, -1)
+    for row, top in zip(ticks, (1000, 750, 250), strict=True):
+        values, counts = row.unique(return_counts=True)
+        assert torch.equal(values, torch.arange(top - 225, top + 1, 25))
+        assert counts.float().std() < 40  # about 19 for a uniform draw
+
+
+def test_dropped_prompts_are_as_many_as_asked_for():
+    dropped = PCM(PhaseGrid(40, 4), None, prompt_dropout=0.1).draw_dropped(20_000, torch.Generator().manual_seed(0))
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not PCM(PhaseGrid(40, 4), (5.0, 6.0)).draw_dropped(1000, torch.Generator().manual_seed(0)).any()
 
 
 def test_starts_and_guidance_cover_their_ranges():

@@ -6,19 +6,24 @@ There is never a second copy of the network. The frozen weights keep their dtype
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NAME = "default"
 
 
 @contextmanager
 def bare(network: nn.Module) -> Iterator[None]:
-    """Every adapter of a diffusers model is off inside this block, whatever happens in it."""
+    """Every adapter of a diffusers model is off inside this block, whatever happens in it; it may have none."""
+    if not getattr(network, "peft_config", None):
+        yield
+        return
     network.disable_adapters()
     try:
         yield
@@ -34,6 +39,7 @@ class Adapter:
 
     def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
+        self.is_off = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.add_adapter(
@@ -48,8 +54,22 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The bare base inside this block: the teacher."""
-        with bare(self.network):
-            yield
+        before, self.is_off = self.is_off, True
+        try:
+            with bare(self.network):
+                yield
+        finally:
+            self.is_off = before
+
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations for the backward pass. Each block is computed again with the adapter as it was: a
+        discriminator's body ran without, though the adapter is on by then."""
+
+        def as_it_was():
+            return nullcontext(), self.off() if self.is_off else nullcontext()
+
+        self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=as_it_was))
+        self.network.train()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""

@@ -102,3 +102,28 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         name, entry = key.rsplit("/", 1)
         state.setdefault(number[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down a new run's settings; refuse a folder whose checkpoints are of other ones, with what differs."""
+    path = folder / "config.json"
+    if path.is_file():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{k}: {a} then, {b} now" for k, a, b in _differences(then, settings)]
+        if changed and (folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}). "
+                "Use the same settings to go on, another output folder to start anew, or delete the folder."
+            )
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _differences(a: dict, b: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    found = []
+    for key in a.keys() | b.keys():
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += _differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append((prefix + key, x, y))
+    return sorted(found)

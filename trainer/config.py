@@ -31,11 +31,25 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The frozen base model."""
 
-    path: str = Field(description="diffusers folder, single .safetensors file, hub id, or the bundled tiny-sd15")
-    family: Literal["sd15"] = "sd15"
-    prediction: Literal["epsilon", "v_prediction"] | None = Field(None, description="default: what the base says")
+    path: str = Field(
+        description="diffusers folder, single .safetensors file, hub id, or a bundled tiny-sd15, tiny-sdxl, tiny-sd3"
+    )
+    family: Literal["sd15", "sdxl", "sd3"] | None = Field(None, description="default: found from the base")
+    prediction: Literal["epsilon", "v_prediction", "flow"] | None = Field(
+        None, description="default: what the base says"
+    )
+    zero_terminal_snr: bool | None = Field(None, description="default: what the base says; SD1.5 and SDXL only")
+    null: Literal["zeros", "empty"] | None = Field(
+        None, description="what guidance subtracts: zeros or the empty prompt; default: the family's, as published"
+    )
     tokenizer: str | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
     config: str | None = Field(None, description="folder of component configs, for an unusual single file")
+    parts: str | None = Field(
+        None, description="diffusers folder that supplies what a single file lacks: VAE, text encoders, tokenizers"
+    )
+    shift: float | None = Field(None, gt=0, description="SD3 only: time shift; default: what the base says")
+    t5: bool | None = Field(None, description="SD3 only: false leaves out the T5 encoder, which saves its memory")
+    t5_length: int | None = Field(None, ge=1, le=512, description="SD3 only: T5 tokens of a prompt; default 77")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="precision of the frozen weights and the forward pass"
     )
@@ -75,8 +89,30 @@ class ObjectiveConfig(Section):
     name: Literal["pcm"] = "pcm"
     points: int = Field(40, description="solver points; must divide 1000")
     phases: int = Field(4, description="phases, which is also the number of steps to sample with")
-    guidance: tuple[float, float] = Field((5.0, 6.0), description="CFG range of the teacher's step, drawn per sample")
+    mode: Literal["deterministic", "stochastic"] = Field(
+        "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
+    )
+    guidance_mode: Literal["smallcfg", "normalcfg"] = Field(
+        "smallcfg",
+        description="smallcfg: the teacher's guidance is distilled in, sample near CFG 1; normalcfg: it is not, sample "
+        "with CFG and negative prompts as usual, with 4 phases or more",
+    )
+    guidance: tuple[float, float] = Field(
+        (5.0, 6.0), description="smallcfg: CFG range of the teacher's step, drawn per sample"
+    )
+    prompt_dropout: float | None = Field(
+        None, ge=0, lt=1, description="share of samples without prompt; default: 0.1 for normalcfg, else 0"
+    )
+    min_alpha: float = Field(
+        0.0, ge=0, lt=1, description="one-step clamp of the x0 divisor (0.5 in the paper); 0: none; needs the PCM nodes"
+    )
     huber_c: float = Field(1e-3, gt=0)
+
+    @property
+    def dropout(self) -> float:
+        """`prompt_dropout`, or the guidance mode's own."""
+        default = {"smallcfg": 0.0, "normalcfg": 0.1}[self.guidance_mode]
+        return default if self.prompt_dropout is None else self.prompt_dropout
 
     @model_validator(mode="after")
     def _check(self):
@@ -84,7 +120,27 @@ class ObjectiveConfig(Section):
         low, high = self.guidance
         if not 1 <= low <= high:
             raise ValueError(f"objective.guidance must be [low, high] with 1 <= low <= high; got [{low:g}, {high:g}]")
+        if self.phases > 1 and self.mode == "stochastic":
+            raise ValueError(
+                f"objective.mode stochastic samples straight to x0, which only one phase trains; got phases = "
+                f"{self.phases}. Set objective.phases=1, or objective.mode=deterministic"
+            )
+        if self.phases > 1 and self.min_alpha:
+            raise ValueError(
+                f"objective.min_alpha is for one phase; got {self.min_alpha:g} with phases = {self.phases}. "
+                "Set objective.phases=1, or objective.min_alpha=0"
+            )
         return self
+
+
+class AdversarialConfig(Section):
+    """The adversarial consistency loss (arXiv 2405.18407, Sec. 3.3)."""
+
+    weight: float = Field(0.0, ge=0, description="of the generator's loss beside the distance; 0: no discriminator")
+    lr: float = Field(1e-4, gt=0, description="of the discriminator's heads")
+    width: int = Field(
+        256, ge=8, multiple_of=8, description="channels of the heads; 256 is 2 M parameters on SD1.5 and SDXL"
+    )
 
 
 class TrainConfig(Section):
@@ -115,11 +171,14 @@ class PreviewConfig(Section):
     every: int = Field(500, ge=0, description="updates between grids; 0: none")
     steps: tuple[int, ...] = (1, 2, 4, 8)
     prompts: tuple[str, ...] = Field((), description="default: the first four of the training prompts")
-    guidance: float = Field(1.0, ge=1)
+    guidance: float | None = Field(None, ge=1, description="default: what the LoRA recommends")
     seed: int = Field(0, ge=0)
 
 
-PLACES = (("base", "path"), ("base", "tokenizer"), ("base", "config"), ("data", "images"), ("data", "prompts"))
+PLACES = (
+    *(("base", key) for key in ("path", "tokenizer", "config", "parts")),
+    *(("data", key) for key in ("images", "prompts")),
+)
 
 
 class Config(Section):
@@ -131,6 +190,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
     train: TrainConfig = TrainConfig()
     preview: PreviewConfig = PreviewConfig()
 

@@ -23,8 +23,8 @@ from .checkpoint import write_text
 from .config import Config, load_config
 from .data import read_prompts
 from .data.cache import own_prompts
-from .evaluate import Setting, compare
-from .export import install
+from .evaluate import Setting, Trial, compare
+from .export import install, recipe_for
 from .families import load_base
 from .loop import train
 from .previews import draw_grid, save_image
@@ -74,7 +74,8 @@ def evaluate(config: Config, out: Path, number: int) -> dict:
     install(out / "lora.safetensors", base, "demo")
     scenes = held_out_scenes(number, set(read_prompts(own_prompts(config.base.path))))
     prompts = [s.caption for s in scenes]
-    rows, latents = compare([*SETTINGS, UNTRAINED], base, config.grid(), prompts, seed=1234)
+    trial = Trial.of(base, prompts, seed=1234)
+    rows, latents = compare([*SETTINGS, UNTRAINED], base, recipe_for(config, base), trial)
     pictures = [base.decode(x) for x in latents]
     shown = [(s.label, p[:8]) for s, p in zip(SETTINGS, pictures[:-1], strict=True)]
     save_image(draw_grid(shown, prompts[:8]), out / "grid.png")

@@ -3,12 +3,13 @@
 An objective chooses levels u > r >= s; the step builds the two points, jumps both to s, and measures the distance:
 
     x_u      the student's point: the path through a data latent x0 and noise eps, at u
-    x_r      the target's point: one guided solver step of the teacher from x_u down to r
+    x_r      the target's point: one solver step of the teacher, guided or not, from x_u down to r
     student  J(x_u, u -> s), with gradient
     target   J(x_r, r -> s), without; x_r itself where r = s (the boundary condition, exactly)
 
 J is the first-order jump with the network's own (x0, eps) (PCM, arXiv 2405.18407, Eq. 3). Shapes: points (B, C, h, w),
-levels (B,) ticks. The networks run in the base's dtype, all step algebra in fp32.
+levels (B,) ticks. The networks run in the base's dtype, all step algebra in fp32. With an adversary, the same student
+and target also give the losses of generator and discriminator.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..samplers import jump
 from .adapter import Adapter
+from .adversarial import Adversary, Judged
 from .families import Base, Condition
 from .generate import predict
 from .objectives.pcm import PCM
@@ -27,23 +29,46 @@ from .objectives.pcm import PCM
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x0 (B, C, h, w), noise like them, start ticks u (B,), CFG scales (B,), and the prompts' encodings."""
+    """Latents x0 (B, C, h, w), noise like them, start ticks u (B,), CFG scales (B,) or None for a teacher without
+    guidance, the prompts' encodings, and where the adversary judges, if there is one."""
 
     x0: Tensor
     noise: Tensor
     start: Tensor
-    guidance: Tensor
+    guidance: Tensor | None
     condition: Condition
+    judged: Judged | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """(B,) each: the distance; with an adversary the generator's loss and the discriminator's."""
+
+    distance: Tensor
+    generator: Tensor | None = None
+    discriminator: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Those there are, by what a plot calls them."""
+        all_of_them = {
+            "loss": self.distance,
+            "generator loss": self.generator,
+            "discriminator loss": self.discriminator,
+        }
+        return {name: values for name, values in all_of_them.items() if values is not None}
 
 
 class Engine:
-    """The networks of one run: a frozen base, its adapter, and the encoding of the empty prompt."""
+    """The networks of one run: a frozen base, its adapter, what stands for no prompt, and perhaps an adversary."""
 
-    def __init__(self, base: Base, adapter: Adapter, objective: PCM, null: Condition):
+    def __init__(
+        self, base: Base, adapter: Adapter, objective: PCM, null: Condition, adversary: Adversary | None = None
+    ):
         self.base, self.adapter, self.objective, self.null = base, adapter, objective, null
+        self.adversary = adversary
 
-    def step(self, batch: Batch) -> Tensor:
-        """(B,) losses, differentiable in the adapter's weights."""
+    def step(self, batch: Batch) -> Losses:
+        """The losses, differentiable in the adapter's weights (the discriminator's in the heads')."""
         schedule, u = self.base.schedule, batch.start
         r, s = self.objective.neighbour(u), self.objective.target(u)
         x_u = jump(batch.x0, batch.noise, schedule.alpha(u), schedule.sigma(u))
@@ -51,15 +76,21 @@ class Engine:
             x_r = self._teacher_step(x_u, u, r, batch)
             target = self._target(x_r, r, s, batch.condition)
         student = self._jump(x_u, u, s, batch.condition)
-        return self.objective.distance(student, target)
+        distance = self.objective.distance(student, target)
+        if self.adversary is None:
+            return Losses(distance)
+        return Losses(distance, *self.adversary.losses(student, target, s, batch.judged, batch.condition))
 
     def _teacher_step(self, x_u: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """One solver step with guidance g: conditional and unconditional in one batch, adapter off."""
+        """One solver step, adapter off; with guidance, conditional and unconditional in one batch."""
         with self.adapter.off():
-            both = {k: torch.cat([batch.condition[k], self._null_like(k, x_u)]) for k in self.null}
-            x0, eps = predict(self.base, x_u.repeat(2, 1, 1, 1), u.repeat(2), both)
-        g = batch.guidance.view(-1, 1, 1, 1)
-        x0, eps = (un + g * (c - un) for c, un in (x0.chunk(2), eps.chunk(2)))
+            if batch.guidance is None:
+                x0, eps = predict(self.base, x_u, u, batch.condition)
+            else:
+                both = self.base.with_null(batch.condition, self.null)
+                x0, eps = predict(self.base, x_u.repeat(2, 1, 1, 1), u.repeat(2), both)
+                g = batch.guidance.view(-1, 1, 1, 1)
+                x0, eps = (un + g * (c - un) for c, un in (x0.chunk(2), eps.chunk(2)))
         return jump(x0, eps, self.base.schedule.alpha(r), self.base.schedule.sigma(r))
 
     def _target(self, x_r: Tensor, r: Tensor, s: Tensor, condition: Condition) -> Tensor:
@@ -71,8 +102,5 @@ class Engine:
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:
-        x0, eps = predict(self.base, x, tick, condition)
+        x0, eps = predict(self.base, x, tick, condition, self.objective.min_alpha)
         return jump(x0, eps, self.base.schedule.alpha(to), self.base.schedule.sigma(to))
-
-    def _null_like(self, key: str, x: Tensor) -> Tensor:
-        return self.null[key].expand(len(x), *self.null[key].shape[1:])

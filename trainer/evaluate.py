@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..samplers import PhaseGrid
+from ..samplers import PhaseGrid, Recipe
 from .adapter import bare
 from .families import Base, Condition
 from .generate import generate
 
 BATCH = 64
+TEACHER_GRID = PhaseGrid(points=1000, phases=1, from_noise=True)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to make pictures: the teacher (adapter off, DDIM, trailing levels) or the LoRA on its phase grid."""
+    """A way to make pictures: the teacher (adapter off, first order, trailing levels), or the LoRA by its recipe."""
 
     name: str
     steps: int
@@ -49,21 +50,35 @@ class Row:
         return asdict(self)
 
 
-def latents_for(
-    setting: Setting, base: Base, grid: PhaseGrid, condition: Condition, null: Condition, noise: Tensor
-) -> Tensor:
-    """Latents (B, C, h, w) made from this noise with this setting. The LoRA must be installed in the base."""
-    if setting.name == "teacher":
-        grid, using = PhaseGrid(points=1000, phases=1, from_noise=True), bare(base.network)
-    else:
-        using = nullcontext()
-    ticks = grid.plan(setting.steps).ticks
-    made = []
-    with using:
-        for at in range(0, len(noise), BATCH):
-            rows = {k: v[at : at + BATCH] for k, v in condition.items()}
-            made.append(generate(base, rows, null, noise[at : at + BATCH], ticks, setting.guidance))
-    return torch.cat(made)
+@dataclass(frozen=True)
+class Trial:
+    """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w)."""
+
+    condition: Condition
+    null: Condition
+    noise: Tensor
+
+    @classmethod
+    def of(cls, base: Base, prompts: list[str], seed: int, negative: str | None = None) -> Trial:
+        """Noise from `seed` for these prompts; a negative prompt stands in for the base's own null condition."""
+        empty = base.encode_prompts([negative or ""])
+        noise = torch.randn(
+            len(prompts), *base.latent_shape(base.default_resolution), generator=torch.Generator().manual_seed(seed)
+        )
+        return cls(base.encode_prompts(prompts), empty if negative else base.null_condition(empty), noise)
+
+    def latents(self, setting: Setting, base: Base, recipe: Recipe) -> Tensor:
+        """Latents (N, C, h, w) made with this setting. The LoRA must be installed in the base."""
+        teacher = setting.name == "teacher"
+        grid, using = (TEACHER_GRID, bare(base.network)) if teacher else (recipe.grid(), nullcontext())
+        how = {} if teacher else {"gamma": recipe.gamma, "min_alpha": recipe.min_alpha}
+        ticks, made = grid.plan(setting.steps).ticks, []
+        with using:
+            for at in range(0, len(self.noise), BATCH):
+                rows = {k: v[at : at + BATCH] for k, v in self.condition.items()}
+                noise = self.noise[at : at + BATCH]
+                made.append(generate(base, rows, self.null, noise, ticks, setting.guidance, seed=at, **how))
+        return torch.cat(made)
 
 
 def paired_error(made: Tensor, reference: Tensor) -> float:
@@ -83,16 +98,13 @@ def sliced_wasserstein(made: Tensor, reference: Tensor, directions: int = 512) -
     return ((a @ unit).sort(0).values - (b @ unit).sort(0).values).square().mean().sqrt().item()
 
 
-def compare(
-    settings: list[Setting], base: Base, grid: PhaseGrid, prompts: list[str], seed: int
-) -> tuple[list[Row], list[Tensor]]:
+def figures(setting: Setting, made: Tensor, reference: Tensor) -> Row:
+    """One setting's row against the reference latents."""
+    distances = paired_error(made, reference), sliced_wasserstein(made, reference)
+    return Row(setting.name, setting.steps, setting.guidance, setting.evaluations, *distances)
+
+
+def compare(settings: list[Setting], base: Base, recipe: Recipe, trial: Trial) -> tuple[list[Row], list[Tensor]]:
     """Rows of figures for each setting, and their latents. The first setting is the reference."""
-    condition, null = base.encode_prompts(prompts), base.encode_prompts([""])
-    shape = base.latent_shape(base.default_resolution)
-    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
-    made = [latents_for(s, base, grid, condition, null, noise) for s in settings]
-    rows = [
-        Row(s.name, s.steps, s.guidance, s.evaluations, paired_error(x, made[0]), sliced_wasserstein(x, made[0]))
-        for s, x in zip(settings, made, strict=True)
-    ]
-    return rows, made
+    made = [trial.latents(s, base, recipe) for s in settings]
+    return [figures(s, x, made[0]) for s, x in zip(settings, made, strict=True)], made

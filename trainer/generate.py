@@ -11,11 +11,11 @@ from ..samplers import sample_phased, x0_eps_from_output
 from .families import Base, Condition
 
 
-def predict(base: Base, x: Tensor, tick: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """(x0, eps) that the network sees in points x at ticks (B,)."""
+def predict(base: Base, x: Tensor, tick: Tensor, condition: Condition, min_alpha: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that the network sees in points x at ticks (B,); min_alpha: see `x0_eps_from_output`."""
     schedule = base.schedule
     output = base.denoise(x, tick, condition)
-    return x0_eps_from_output(output, x, schedule.alpha(tick), schedule.sigma(tick), base.prediction)
+    return x0_eps_from_output(output, x, schedule.alpha(tick), schedule.sigma(tick), base.prediction, min_alpha)
 
 
 def sampling_model(
@@ -33,7 +33,7 @@ def sampling_model(
         point = x * schedule.k_scale(sigma).view(-1, 1, 1, 1)
         if guidance == 1:
             return predict(base, point, tick, condition)[0]
-        both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in condition.items()}
+        both = base.with_null(condition, null)
         cond, uncond = predict(base, point.repeat(2, 1, 1, 1), tick.repeat(2), both)[0].chunk(2)
         return uncond + guidance * (cond - uncond)
 
@@ -48,6 +48,7 @@ def generate(
     ticks: tuple[int, ...],
     guidance: float = 1.0,
     gamma: float = 0.0,
+    min_alpha: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) sampled from unit noise like them at the levels `ticks`, with the adapter as it stands."""
@@ -56,4 +57,4 @@ def generate(
     x = noise.to(device) / schedule.k_scale(sigmas[0])
     model = sampling_model(base, condition, null, guidance)
     extra = {} if seed is None else {"seed": seed}
-    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, extra_args=extra)
+    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, min_alpha=min_alpha, extra_args=extra)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .adapter import Adapter, Average
+from .adversarial import BETAS, WEIGHT_DECAY, Adversary
+from .batches import Batches
 from .checkpoint import (
+    check_same_run,
     load_latest_state,
     load_optimizer_tensors,
     optimizer_tensors,
     save_state,
-    write_text,
 )
 from .config import Config
 from .data.cache import LatentCache, build_cache
-from .engine import Batch, Engine
+from .engine import Engine, Losses
 from .export import DTYPES, export, recipe_for, self_test
 from .families import Base, load_base
 from .generate import generate
@@ -71,7 +72,7 @@ class Run:
     def __init__(self, config: Config, reporter: Reporter):
         self.config, self.reporter = config, reporter
         self.folder = config.run_folder
-        _check_same_run(config)
+        check_same_run(self.folder, config.what_decides_the_weights())
         precision = {"fp32": "no"}.get(config.base.dtype, config.base.dtype)
         self.accelerator = Accelerator(mixed_precision=precision)
         self.base = self._load_base()
@@ -83,15 +84,10 @@ class Run:
         modules = len(self.adapter.layers)
         reporter.say(f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g} on {modules} modules.")
         if config.train.gradient_checkpointing:
-            self.base.network.enable_gradient_checkpointing()
-            self.base.network.train()
-        self.names = list(self.adapter.named_parameters())
-        self.optimizer = self.accelerator.prepare(_make_optimizer(config, self.adapter.parameters()))
+            self.adapter.checkpoint_gradients()
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
-        o = config.objective
-        objective = OBJECTIVES[o.name](config.grid(), o.guidance, o.huber_c)
-        null = {k: v.to(self.base.device) for k, v in self.cache.null.items()}
-        self.engine = Engine(self.base, self.adapter, objective, null)
+        self.batches, self.engine = self._make_parts()
+        self.optimizer = self.accelerator.prepare(_make_optimizer(config, self._learners()))
         self.step = self._resume()
         self.stop_asked = False
 
@@ -106,14 +102,14 @@ class Run:
         started, at_start, seen_loss = time.monotonic(), self.step, float("nan")
         try:
             while self.step < self.config.train.steps:
-                loss, norm = self._update()
+                shown = self._update()
+                loss = shown["loss"]
                 seen_loss = loss if math.isnan(seen_loss) else 0.95 * seen_loss + 0.05 * loss
                 rate = (self.step - at_start) * self.samples_per_update / (time.monotonic() - started)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
                 self.reporter.update(Status(self.step, self.config.train.steps, seen_loss, rate, memory))
                 if writer:
-                    shown = {"loss": loss, "gradient norm": norm, "lr": self._lr(), "samples per second": rate}
-                    for tag, value in shown.items():
+                    for tag, value in (shown | {"samples per second": rate}).items():
                         writer.add_scalar(tag, value, self.step)
                 self._between_updates()
         finally:
@@ -127,66 +123,53 @@ class Run:
     def samples_per_update(self) -> int:
         return self.config.train.batch_size * self.config.train.accumulation * self.accelerator.num_processes
 
-    def _update(self) -> tuple[float, float]:
-        """One optimizer update; returns its loss and gradient norm."""
+    def _update(self) -> dict[str, float]:
+        """One optimizer update of the adapter, and of the heads where there are any; returns what to plot of it."""
         train = self.config.train
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
-        total, seen = 0.0, []
+            group["lr"] = group["full_lr"] * self._lr_factor()
+        shown, seen = Counter(), []
         for part in range(train.accumulation):
-            numbers, batch = self._batch(part)
+            numbers, batch = self.batches.at(self.step * train.accumulation + part)
             seen += numbers
             with self.accelerator.autocast():
                 losses = self.engine.step(batch)
-            self._check_finite(losses, numbers)
-            self.accelerator.backward(losses.mean() / train.accumulation)
-            total += losses.mean().item() / train.accumulation
+            total = self._total(losses)
+            self._check_finite(total, numbers)
+            self.accelerator.backward(total.mean() / train.accumulation)
+            shown.update({k: v.mean().item() / train.accumulation for k, v in losses.named().items()})
         self._share_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.adapter.parameters(), train.max_grad_norm).item()
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise RunFailed(self._not_finite("The gradient", seen))
+        self.accelerator.unscale_gradients()
+        for name, parameters in self._learners().items():
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm).item()
+            if not math.isfinite(norm) and self.accelerator.scaler is None:
+                raise RunFailed(self._not_finite("The gradient", seen))
+            shown[f"gradient norm of the {name}"] = norm
         self.optimizer.step()
         self.step += 1
         if self.average:
             self.average.update(self.step)
-        return total, norm
+        return {**shown, "lr": train.lr * self._lr_factor()}
 
-    def _batch(self, part: int) -> tuple[list[int], Batch]:
-        """The samples of one forward pass; every draw depends only on (seed, samples seen, rank)."""
-        config, rank, size = self.config, self.accelerator.process_index, self.config.train.batch_size
-        seen = self.step * self.samples_per_update + part * size * self.accelerator.num_processes
-        numbers = [self._shuffled(seen + rank * size + i) for i in range(size)]
-        generator = torch.Generator().manual_seed(_seed(config.train.seed, seen, rank))
-        x0 = self.cache.latents(numbers, generator)
-        objective, device = self.engine.objective, self.base.device
-        noise = torch.randn(x0.shape, generator=generator)
-        start = objective.start(size, generator)
-        guidance = objective.draw_guidance(size, generator)
-        condition = self.cache.encoding([self.cache.captions[i] for i in numbers])
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        condition = {k: move(v) for k, v in condition.items()}
-        return numbers, Batch(move(x0), move(noise), move(start), move(guidance), condition)
-
-    def _shuffled(self, position: int) -> int:
-        """Sample number at a position of the endless, epoch-wise shuffled stream."""
-        epoch, at = divmod(position, len(self.cache))
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(_seed(self.config.train.seed, epoch, -1))
-            self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator).tolist()
-        return self._order[at]
+    def _total(self, losses: Losses) -> Tensor:
+        """(B,) what is minimised: each part reaches its own weights alone, so one backward pass serves all."""
+        if losses.generator is None:
+            return losses.distance
+        return losses.distance + self.config.adversarial.weight * losses.generator + losses.discriminator
 
     def _share_gradients(self) -> None:
-        """Mean of the gradients over all processes: the adapter is all there is to share."""
+        """Mean of the gradients over all processes: the learners are all there is to share."""
         if self.accelerator.num_processes > 1:
-            for parameter in self.adapter.parameters():
+            for parameter in (p for learner in self._learners().values() for p in learner.values()):
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
-    def _lr(self) -> float:
+    def _lr_factor(self) -> float:
+        """Warm-up and schedule, the same for every learner."""
         train = self.config.train
         warm = min(1.0, (self.step + 1) / (train.warmup + 1))
         falling = 0.5 * (1 + math.cos(math.pi * self.step / train.steps)) if train.lr_schedule == "cosine" else 1.0
-        return train.lr * warm * falling
+        return warm * falling
 
     def _check_finite(self, losses: Tensor, numbers: list[int]) -> None:
         if not losses.isfinite().all():
@@ -230,8 +213,9 @@ class Run:
             return
         groups = {
             "adapter": self.adapter.state(),
-            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
             "average": self.average.weights if self.average else {},
+            "discriminator": self._learners().get("discriminator", {}),
         }
         scaler = self.accelerator.scaler
         facts = {
@@ -266,13 +250,28 @@ class Run:
                 "Restore them to go on, use another output folder to start anew, or delete the folder."
             )
         self.adapter.load(groups["adapter"])
-        load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self.names)
+        load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self._names())
+        if self.engine.adversary:
+            self._resume_heads(groups.get("discriminator", {}))
         if self.average:
             self.average.weights = {n: w.to(self.base.device) for n, w in groups["average"].items()}
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.reporter.say(f"Going on from update {step} of {self.config.train.steps}.")
         return step
+
+    def _resume_heads(self, saved: dict[str, Tensor]) -> None:
+        heads = self._learners()["discriminator"]
+        missing = sorted(heads.keys() ^ saved.keys())
+        if missing:
+            raise ValueError(
+                f"The checkpoint in {self.folder / 'checkpoints'} lacks the discriminator of this adversarial run "
+                f"({len(missing)} tensors differ, such as {missing[0]}); without it the run would not go on as it was. "
+                "Use another output folder to start anew, or delete the folder."
+            )
+        with torch.no_grad():
+            for name, parameter in heads.items():
+                parameter.copy_(saved[name])
 
     def preview(self, path: Path, captions: bool = True) -> None:
         """A grid of the fixed prompts and seed at each of `preview.steps` steps."""
@@ -282,28 +281,53 @@ class Run:
         noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
         condition = {k: v.to(self.base.device) for k, v in self.cache.encoding(prompts).items()}
         rows = []
-        null, guidance, gamma = self.engine.null, settings.guidance, recipe_for(self.config, self.base).gamma
+        recipe = recipe_for(self.config, self.base)
+        guidance = settings.guidance or recipe.guidance
+        how = {"gamma": recipe.gamma, "min_alpha": recipe.min_alpha, "seed": settings.seed}
         with self.adapter.using(self.weights()), self.accelerator.autocast():
             for steps in settings.steps:
                 ticks = self.config.grid().plan(steps).ticks
-                latents = generate(self.base, condition, null, noise, ticks, guidance, gamma, settings.seed)
+                latents = generate(self.base, condition, self.engine.null, noise, ticks, guidance, **how)
                 rows.append((f"{steps} step{'s' * (steps > 1)}", self.base.decode(latents)))
         save_image(draw_grid(rows, prompts if captions else [""] * len(prompts)), path)
 
     def _load_base(self) -> Base:
         b = self.config.base
         self.reporter.say(f"Loading {b.path}.")
-        base = load_base(
-            b.path,
-            family=b.family,
-            dtype=DTYPES[b.dtype],
-            device=self.accelerator.device,
-            tokenizer=b.tokenizer,
-            config=b.config,
-            prediction=b.prediction,
-        )
+        options = b.model_dump(exclude={"path", "dtype"}, exclude_none=True)
+        base = load_base(b.path, dtype=DTYPES[b.dtype], device=self.accelerator.device, **options)
         base.latent_shape(self.config.data.resolution)
         return base
+
+    def _make_parts(self) -> tuple[Batches, Engine]:
+        """Batches and engine, once the base is seen to predict what it is said to on this run's own data."""
+        config, base, o, a = self.config, self.base, self.config.objective, self.config.adversarial
+        guidance = o.guidance if o.guidance_mode == "smallcfg" else None
+        objective = OBJECTIVES[o.name](config.grid(), guidance, o.dropout, o.min_alpha, o.huber_c)
+        null = {k: v.to(base.device) for k, v in base.null_condition(self.cache.encoding([""])).items()}
+        processes = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        draws = {"size": config.train.batch_size, "seed": config.train.seed, "judged": a.weight > 0}
+        batches = Batches(self.cache, base, objective, null, **draws, **processes)
+        some = range(min(8, len(self.cache)))
+        x0 = self.cache.latents(some, torch.Generator().manual_seed(0)).to(base.device)
+        condition = batches.condition(some)
+        with self.adapter.off(), self.accelerator.autocast():
+            base.check_prediction(x0, condition)
+        adversary = None
+        if a.weight:
+            adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)
+        return batches, Engine(base, self.adapter, objective, null, adversary)
+
+    def _learners(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
+        learners = {"adapter": self.adapter.named_parameters()}
+        if self.engine.adversary:
+            learners["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
+        return learners
+
+    def _names(self) -> list[str]:
+        """The learners' parameters in the optimizer's order."""
+        return [name for learner in self._learners().values() for name in learner]
 
     def _fill_cache(self) -> LatentCache:
         with self.accelerator.main_process_first():
@@ -328,44 +352,18 @@ class Run:
         self.stop_asked = True
 
 
-def _check_same_run(config: Config) -> None:
-    """A run folder belongs to one configuration; raises ValueError that names what differs."""
-    path = config.run_folder / "config.json"
-    now = config.what_decides_the_weights()
-    if path.is_file():
-        then = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{k}: {a} then, {b} now" for k, a, b in _differences(then, now)]
-        if changed and (config.run_folder / "checkpoints").is_dir():
-            raise ValueError(
-                f"{config.run_folder} holds a run with other settings ({'; '.join(changed)}). "
-                "Use the same settings to go on, another output folder to start anew, or delete the folder."
-            )
-    write_text(path, json.dumps(now, indent=2) + "\n")
-
-
-def _differences(a: dict, b: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    found = []
-    for key in a.keys() | b.keys():
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += _differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            found.append((prefix + key, x, y))
-    return sorted(found)
-
-
-def _make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    options = {"lr": config.train.lr, "weight_decay": config.train.weight_decay}
+def _make_optimizer(config: Config, learners: dict[str, dict[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    """One optimizer with a group for each learner, so that fp16's one gradient scaler serves both."""
+    own = {
+        "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
+        "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
+    }
+    groups = [{"params": list(p.values()), "full_lr": own[n]["lr"], **own[n]} for n, p in learners.items()]
     if config.train.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             wanted = "train.optimizer=adamw8bit needs bitsandbytes"
             raise ValueError(f"{wanted}: pip install bitsandbytes, or use adamw.") from error
-        return AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
-
-
-def _seed(*parts: int) -> int:
-    """A 63-bit seed from integers."""
-    return int(np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+        return AdamW8bit(groups)
+    return torch.optim.AdamW(groups)

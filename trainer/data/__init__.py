@@ -79,10 +79,11 @@ def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
         )
 
 
-def load_picture(path: Path, resolution: int) -> Tensor:
-    """A picture as (3, R, R) in [-1, 1]: upright, short side resized (Lanczos), centre cropped, on white.
+def load_picture(path: Path, resolution: int) -> tuple[Tensor, Tensor]:
+    """A picture as (3, R, R) in [-1, 1]: upright, short side resized (Lanczos), centre cropped, on white; its sizes.
 
-    Raises ValueError when it cannot be read.
+    sizes: (6,) original height and width, top and left of the crop (in the resized picture), height and width of the
+    result: SDXL's micro-conditioning (arXiv 2307.01952, Sec. 2.2). Raises ValueError when it cannot be read.
     """
     try:
         with Image.open(path) as image:
@@ -93,11 +94,13 @@ def load_picture(path: Path, resolution: int) -> Tensor:
             image = image.convert("RGB")
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise ValueError(f"cannot be read ({error})") from error
+    width, height = image.size
     scale = resolution / min(image.size)
     image = image.resize([max(resolution, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     left, top = ((side - resolution) // 2 for side in image.size)
     image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+    return pixels, torch.tensor([height, width, top, left, resolution, resolution])
 
 
 def content_hash(path: Path) -> str:

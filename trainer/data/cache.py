@@ -24,11 +24,12 @@ from ..generate import generate
 from . import Picture, content_hash, find_pictures, load_picture, read_prompts, stop_or_skip
 
 SHARD = 256
+TEACHER = PhaseGrid(points=1000, phases=1)
 Progress = Callable[[str, int, int], None]
 
 
 class LatentCache:
-    """The cached samples of one run: `captions`, `skipped`, `null`, and batches by index."""
+    """The cached samples of one run: `captions`, `skipped`, and latents, sizes and encodings by index or prompt."""
 
     def __init__(self, folder: Path, skipped: Iterable[str] = ()):
         self.folder = folder
@@ -41,7 +42,6 @@ class LatentCache:
         self._prompt_row = {p: i for i, p in enumerate(json.loads(self._prompts.metadata()["prompts"]))}
         self._keys = list(self._prompts.keys())
         self._more: dict[str, dict[str, Tensor]] = {}
-        self.null = self.encoding([""])
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -57,6 +57,11 @@ class LatentCache:
                 mean = mean + spread * torch.randn(mean.shape, generator=generator)
             rows.append(mean)
         return torch.stack(rows)
+
+    def sizes(self, indices: Iterable[int]) -> Tensor:
+        """(B, 6) of each sample: see `load_picture`."""
+        places = (self._row[index] for index in indices)
+        return torch.stack([self.shards[shard].get_slice("sizes")[row] for shard, row in places])
 
     def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
@@ -109,9 +114,11 @@ def own_prompts(base: str) -> str | None:
 
 def _fingerprint(config: Config, base: Base, pictures: list[Picture] | None, prompts: list[str]) -> str:
     data = config.data
-    content = {"base": base.base_hash, "resolution": data.resolution, "prompts": prompts}
+    content = {"base": base.base_hash, "encoders": base.encoder_settings}
+    content |= {"resolution": data.resolution, "prompts": prompts}
     if pictures is None:
-        content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "prediction": base.prediction}
+        content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "null": base.null}
+        content |= {"prediction": base.prediction, "schedule": base.schedule_settings}
         content |= {"count": data.count, "batch": data.batch_size, "dtype": config.base.dtype}
     else:
         content["pictures"] = [(content_hash(p.path), p.caption) for p in pictures]
@@ -137,12 +144,14 @@ def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
 def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Picture], progress: Progress) -> None:
     data, bad = config.data, []
     for path, start in _missing_shards(folder, len(pictures)):
-        means, stds, captions, bad_here = [], [], [], []
+        means, stds, sizes, captions, bad_here = [], [], [], [], []
         for at in range(start, min(start + SHARD, len(pictures)), data.batch_size):
             pixels = []
             for picture in pictures[at : min(at + data.batch_size, start + SHARD)]:
                 try:
-                    pixels.append(load_picture(picture.path, data.resolution))
+                    picture_pixels, picture_sizes = load_picture(picture.path, data.resolution)
+                    pixels.append(picture_pixels)
+                    sizes.append(picture_sizes)
                     captions.append(picture.caption)
                 except ValueError as error:
                     bad_here.append(f"{picture.path.name}: {error}")
@@ -155,7 +164,7 @@ def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Pic
         bad += bad_here
         if bad_here and not data.skip_bad:
             continue
-        tensors = {"mean": torch.cat(means)} if means else {}
+        tensors = {"mean": torch.cat(means), "sizes": torch.stack(sizes)} if means else {}
         if stds:
             tensors["std"] = torch.cat(stds)
         _write_shard(path, tensors, captions, bad_here)
@@ -165,9 +174,9 @@ def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Pic
 def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: list[str], progress: Progress) -> None:
     """The teacher's own pictures: DDIM with guidance from noise that depends only on the sample's number."""
     data = config.data
-    null = base.encode_prompts([""])
-    ticks = PhaseGrid(points=1000, phases=1).plan(data.teacher_steps).ticks
-    shape = base.latent_shape(data.resolution)
+    null = base.null_condition(base.encode_prompts([""]))
+    ticks = TEACHER.plan(data.teacher_steps).ticks
+    shape, side = base.latent_shape(data.resolution), data.resolution
     for path, start in _missing_shards(folder, data.count):
         end = min(start + SHARD, data.count)
         captions = [prompts[i % len(prompts)] for i in range(start, end)]
@@ -182,7 +191,8 @@ def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: li
                 raise RuntimeError(f"{which} are not finite. Set base.dtype=fp32, and check the base.")
             latents.append(x.half().cpu())
             progress("teacher's latents", numbers[-1] + 1, data.count)
-        _write_shard(path, {"mean": torch.cat(latents)}, captions, [])
+        sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(len(captions), 1)
+        _write_shard(path, {"mean": torch.cat(latents), "sizes": sizes}, captions, [])
 
 
 def _missing_shards(folder: Path, count: int) -> Iterable[tuple[Path, int]]:

@@ -1,0 +1,46 @@
+"""Every preset trains, saves and tests itself on the tiny base of its family; only its size is changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from phased_consistency.samplers import recipe_for_file
+from phased_consistency.trainer.config import load_config
+from phased_consistency.trainer.loop import train
+from phased_consistency.trainer.presets import PRESETS
+from runs import metadata
+
+SIZE = {
+    "base.dtype": "fp32",
+    "data.count": 3,
+    "data.teacher_steps": 2,
+    "data.resolution": 64,
+    "data.batch_size": 3,
+    "lora.rank": 2,
+    "train.batch_size": 2,
+    "train.accumulation": 1,
+    "train.steps": 1,
+    "train.lr": 1e-2,
+    "train.tensorboard": "false",
+    "preview.every": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"demo"}))
+def test_a_preset_on_the_tiny_base_of_its_family(preset, cache, tmp_path):
+    family, kind = preset.split("-", 1)
+    changes = SIZE | {"base.path": f"tiny-{family}", "data.cache": cache, "output": tmp_path / "run"}
+    config = load_config(overrides=[f"{k}={v}" for k, v in changes.items()], preset=preset)
+    lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
+    recipe = recipe_for_file(lora.name, metadata(lora))
+    assert recipe.source == "header" and recipe.family == family
+    assert recipe.steps == (4 if kind.startswith("stochastic") else int(kind[0]))
+    assert recipe.negative_prompts == (recipe.guidance_mode == "normalcfg") == ("normalcfg" in kind)
+    assert recipe.prediction == {"sd15": "epsilon", "sdxl": "v_prediction", "sd3": "flow"}[family]
+    assert recipe.gamma == (1 if kind.startswith("stochastic") else 0)
+    assert (recipe.shift is not None) == (family == "sd3")

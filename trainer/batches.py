@@ -1,0 +1,86 @@
+"""What each forward pass of a run sees: samples in shuffled order, and every random draw, from (seed, samples seen,
+rank) alone, so that a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adversarial import Judged
+from .data.cache import LatentCache
+from .engine import Batch
+from .families import Base, Condition
+from .objectives.pcm import PCM
+
+
+class Batches:
+    """The batches of one process: `size` samples each, `processes` of them side by side.
+
+    null: what stands for a dropped prompt. judged: whether an adversary needs its own levels and noise.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        base: Base,
+        objective: PCM,
+        null: Condition,
+        *,
+        size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        judged: bool = False,
+    ):
+        self.cache, self.base, self.objective, self.null = cache, base, objective, null
+        self.size, self.seed, self.rank, self.processes, self.judged = size, seed, rank, processes, judged
+        self._epoch: int | None = None
+        self._order: list[int] = []
+
+    def at(self, number: int) -> tuple[list[int], Batch]:
+        """The sample numbers and the batch of the run's forward pass `number`, from 0."""
+        seen = number * self.size * self.processes
+        samples = [self._shuffled(seen + self.rank * self.size + i) for i in range(self.size)]
+        generator = torch.Generator().manual_seed(_seed(self.seed, seen, self.rank))
+        x0 = self.cache.latents(samples, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        start = self.objective.start(self.size, generator)
+        guidance = self.objective.draw_guidance(self.size, generator)
+        dropped = self.objective.draw_dropped(self.size, generator)
+        judged = None
+        if self.judged:
+            tick = self.objective.judged_at(start, generator)
+            judged = Judged(self._move(tick), *self._move(torch.randn(2, *x0.shape, generator=generator)))
+        guidance = None if guidance is None else self._move(guidance)
+        condition = self.condition(samples, dropped)
+        return samples, Batch(self._move(x0), self._move(noise), self._move(start), guidance, condition, judged)
+
+    def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
+        """The samples' prompt encodings, `null` in place of dropped ones, and their true sizes where they count."""
+        encodings = self.cache.encoding([self.cache.captions[i] for i in samples])
+        condition = {k: self._move(v) for k, v in encodings.items()}
+        if dropped is not None and dropped.any():
+            for key, row in self.null.items():
+                condition[key][dropped.to(row.device)] = row[0]
+        if self.base.knows_sizes:
+            condition["time_ids"] = self._move(self.cache.sizes(samples))
+        return condition
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.base.device, non_blocking=True)
+
+    def _shuffled(self, position: int) -> int:
+        """Sample number at a position of the endless, epoch-wise shuffled stream."""
+        epoch, at = divmod(position, len(self.cache))
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(_seed(self.seed, epoch, -1))
+            self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator).tolist()
+        return self._order[at]
+
+
+def _seed(*parts: int) -> int:
+    """A 63-bit seed from integers."""
+    return int(np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)

@@ -70,8 +70,11 @@ class PCMLoadLora(io.ComfyNode):
         if read is None:
             read = files.recipe_from_settings(model, phases, mode, cfg)
         read = files.on_schedule_of(model, read)
-        patched = files.apply(header, found, model, strength) if strength else model
-        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, model)))
+        patched = model
+        if strength:
+            patched = files.apply(header, found, model, strength)
+            files.set_shift(patched, read.shift)
+        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, model, patched)))
 
 
 def _recipe_widgets() -> list[io.Input]:

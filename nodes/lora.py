@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ..samplers import Recipe
 from ..samplers.lora_file import LoraHeader, LoraModule
+from ..samplers.phases import count_steps
 from ..samplers.recipe import FAMILIES
 
 CONFIGS = {
@@ -66,20 +68,25 @@ def match(header: LoraHeader, model: Any) -> LoraMatch:
             continue
         # SD3's modules have no lora_unet_ names in the host, but lora_transformer_ ones
         name = next((n for n in (module, module.replace("lora_unet_", "lora_transformer_", 1)) if n in targets), None)
-        if name is not None and tensors.fits(_shape(targets[name], weights)):
+        shape = _shape(targets[name], weights) if name is not None else None
+        if shape is not None and tensors.fits(shape):
             names[module] = name
         else:
             misfits.append(module)
     return LoraMatch(names, misfits, text_modules)
 
 
-def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, ...]:
-    """Shape of the weight, or of the slice of a fused one (key, (dim, start, length)), that a LoRA name stands for."""
-    if isinstance(target, str):
-        return tuple(weights[target].shape)
-    shape = list(weights[target[0]].shape)
-    if target[1] is not None:
-        dim, _, length = target[1]
+def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """Shape of the weight, or of the slice of a fused one (key, (dim, start, length)), that a LoRA name stands for.
+
+    None where there is no such weight: the host has names for a middle block even in models that have none.
+    """
+    key, part = (target, None) if isinstance(target, str) else target[:2]
+    if key not in weights:
+        return None
+    shape = list(weights[key].shape)
+    if part is not None:
+        dim, _, length = part
         shape[dim] = length
     return tuple(shape)
 
@@ -158,7 +165,26 @@ def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
-def report(header: LoraHeader, found: LoraMatch, recipe: Recipe, model: Any) -> list[str]:
+def shift_of(model: Any) -> float | None:
+    """The flow time shift that a host MODEL has now; None for other kinds of model."""
+    sampling = model.get_model_object("model_sampling")
+    return float(sampling.shift) if prediction_of(sampling) == "flow" else None
+
+
+def set_shift(model: Any, shift: float | None) -> None:
+    """Give a clone of a MODEL this flow shift, as core's ModelSamplingSD3 does; nothing where it has it, or has none.
+
+    The recipe's own levels need no such thing. It is for what goes by the model: schedulers of the host, gamma, and
+    the step ranges of ControlNets and prompts.
+    """
+    if shift is None or shift_of(model) in (shift, None):
+        return
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    sampling.set_parameters(shift=shift, multiplier=sampling.multiplier)
+    model.add_object_patch("model_sampling", sampling)
+
+
+def report(header: LoraHeader, found: LoraMatch, recipe: Recipe, model: Any, patched: Any) -> list[str]:
     """What was loaded, and how it wants to be sampled, in a few lines for the node."""
     predicted = prediction_of(model.get_model_object("model_sampling"))
     lines = []
@@ -168,10 +194,12 @@ def report(header: LoraHeader, found: LoraMatch, recipe: Recipe, model: Any) -> 
         lines.append(f"{len(found.misfits)} modules have no place in this model, such as {found.misfits[0]}.")
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines += [
-        f"{recipe.steps} steps, {cfg}, {recipe.mode}.",
+        f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode}.",
         f"{FAMILIES[recipe.family]} {recipe.objective.upper()}, {len(found.names)} of {found.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]
+    if shift_of(patched) != shift_of(model):
+        lines.append(f"Shift set to {shift_of(patched):g}, the LoRA's; it was {shift_of(model):g}.")
     if found.text_modules:
         lines.append(f"{found.text_modules} text encoder modules are not used.")
     if header.unmatched:

@@ -12,7 +12,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Recipe, sample_phased
+from ..samplers.phases import count_steps
+from ..samplers.sampling import clamp_factor
 from .host import RecipeType, fit_to_model, menu_of, schedule_of, show, supported
+from .lora import model_family, shift_of
 
 STEPS = {
     "default": 0,
@@ -64,7 +67,7 @@ class PCMScheduler(io.ComfyNode):
         plan = recipe.grid(trained=edges == "trained").plan(steps or recipe.steps, denoise)
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
-        return io.NodeOutput(sigmas, ui=show(cls, [*plan.notes, f"{_count(plan.steps)}, sigmas {levels}."]))
+        return io.NodeOutput(sigmas, ui=show(cls, [*plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]))
 
 
 class PCMSampler(io.ComfyNode):
@@ -82,7 +85,9 @@ class PCMSampler(io.ComfyNode):
             search_aliases=["pcm", "phased consistency", "tcd", "gamma", "lcm"],
             inputs=[
                 RecipeType.Input(
-                    "recipe", optional=True, tooltip="From Load PCM LoRA. Needed only for the mode 'from recipe'."
+                    "recipe",
+                    optional=True,
+                    tooltip="From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -111,7 +116,8 @@ class PCMSampler(io.ComfyNode):
                 "or choose another mode."
             )
         modes = {"deterministic": 0.0, "stochastic": 1.0, "gamma": gamma}
-        return io.NodeOutput(sampler(recipe.gamma if mode == "from recipe" else modes[mode]))
+        gamma = recipe.gamma if mode == "from recipe" else modes[mode]
+        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0))
 
 
 class PCMSample(io.ComfyNode):
@@ -168,14 +174,15 @@ class PCMSample(io.ComfyNode):
     ) -> io.NodeOutput:
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        settings = f"{_count(plan.steps)} at CFG {cfg:g}, {recipe.mode}."
-        text = show(cls, [*recipe.warnings(steps, cfg), *plan.notes, settings])
+        settings = f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode}."
+        warnings = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+        text = show(cls, [*warnings, *plan.notes, settings])
         latent = fit_to_model(model, latent_image)
         latent["samples"] = comfy.sample.sample_custom(
             model,
             comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index")),
             cfg,
-            sampler(recipe.gamma),
+            sampler(recipe.gamma, recipe.min_alpha),
             recipe.schedule().k_sigma(plan.ticks),
             positive,
             negative,
@@ -188,15 +195,20 @@ class PCMSample(io.ComfyNode):
         return io.NodeOutput(latent, ui=text)
 
 
-def sampler(gamma: float) -> comfy.samplers.KSAMPLER:
+def sampler(gamma: float, min_alpha: float) -> comfy.samplers.KSAMPLER:
     """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it."""
-    return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma})
+    return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha})
 
 
-def _sample(model: Any, x: Tensor, sigmas: Tensor, *, gamma: float, **options: Any) -> Tensor:
+def _sample(model: Any, x: Tensor, sigmas: Tensor, *, min_alpha: float, **options: Any) -> Tensor:
     schedule = schedule_of(model.inner_model.inner_model.model_sampling)
-    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, **options)
-
-
-def _count(steps: int) -> str:
-    return "1 step" if steps == 1 else f"{steps} steps"
+    x = sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
+    extra = options.get("extra_args") or {}
+    mask = extra.get("denoise_mask")
+    if not min_alpha or mask is None:
+        return x
+    # The host has put the latent that is kept into x0 already, where the clamp has scaled it too: give back the rest.
+    sigma = sigmas[-2]
+    if masking := extra.get("model_options", {}).get("denoise_mask_function"):
+        mask = masking(sigma * x.new_ones(len(x)), mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
+    return x + (1 - clamp_factor(schedule, sigma, min_alpha)) * (1 - mask) * model.latent_image

@@ -25,18 +25,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The tiny files, made once: their folder, the UNet, its LoRA, the number of modules of the SD3 LoRA."""
-    from host.tiny import make_checkpoint, make_controlnet, make_loras, make_sd3_checkpoint, make_sd3_lora
+    """The small files, made once: their folder, and the LoRAs in them as tensors by module."""
+    from host.tiny import make_checkpoint, make_controlnet, make_loras
+    from host.tiny_sd3 import make_sd3
+    from host.tiny_sdxl import make_sdxl
 
     folder = tmp_path_factory.mktemp("models")
     for kind in ("checkpoints", "controlnet", "loras"):
         (folder / kind).mkdir()
     unet = make_checkpoint(folder / "checkpoints" / "tiny.safetensors")
-    lora = make_loras(folder / "loras", unet)
     make_controlnet(folder / "controlnet" / "tiny.safetensors", unet)
-    make_sd3_checkpoint(folder / "checkpoints" / "sd3.safetensors")
-    sd3_modules = make_sd3_lora(folder / "loras" / "sd3.safetensors")
-    return SimpleNamespace(folder=folder, unet=unet, lora=lora, sd3_modules=sd3_modules)
+    places = folder / "checkpoints", folder / "loras"
+    return SimpleNamespace(
+        folder=folder,
+        lora=make_loras(folder / "loras", unet),
+        sdxl_lora=make_sdxl(*places),
+        sd3_loras=make_sd3(*places),
+    )
 
 
 @pytest.fixture(scope="session", params=hosts() or [None], ids=lambda p: p.parent.name if p else "none")

@@ -8,10 +8,14 @@ from host.server import Graph, out
 
 
 def loaded(
-    lora: str = "kohya.safetensors", checkpoint: str = "tiny.safetensors", text_width: int = 768, **widgets: Any
+    lora: str = "kohya.safetensors",
+    checkpoint: str = "tiny.safetensors",
+    text_width: int = 768,
+    pooled_width: int = 2048,
+    **widgets: Any,
 ) -> tuple[Graph, dict[str, list]]:
     """A graph with the checkpoint and a LoRA loaded, and its links by name: model, recipe, positive, negative, vae."""
-    graph = Graph()
+    graph, widths = Graph(), {"width": text_width, "pooled": pooled_width}
     base = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
     settings = {"strength": 1.0, "recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0} | widgets
     loader = graph.add("PCMLoadLora", model=out(base), lora=lora, **settings)
@@ -20,8 +24,8 @@ def loaded(
         "vae": out(base, 2),
         "model": out(loader),
         "recipe": out(loader, 1),
-        "positive": out(graph.add("TestConditioning", seed=1, width=text_width)),
-        "negative": out(graph.add("TestConditioning", seed=2, width=text_width)),
+        "positive": out(graph.add("TestConditioning", seed=1, **widths)),
+        "negative": out(graph.add("TestConditioning", seed=2, **widths)),
         "latent": out(graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)),
     }
     return graph, links

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from safetensors.torch import load_file
 
 
 class TestConditioning:
@@ -12,12 +13,29 @@ class TestConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0}), "width": ("INT", {"default": 768})}}
+        widths = {"width": ("INT", {"default": 768}), "pooled": ("INT", {"default": 2048})}
+        return {"required": {"seed": ("INT", {"default": 0}), **widths}}
 
-    def make(self, seed, width):
+    def make(self, seed, width, pooled):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randn(1, 77, width, generator=generator)
-        return ([[text, {"pooled_output": torch.randn(1, 2048, generator=generator)}]],)
+        return ([[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
+
+
+class TestEncoding:
+    """Prompt `number` of a file of encodings as the trainer makes them, for a picture of this side."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"path": ("STRING", {}), "number": ("INT", {}), "side": ("INT", {})}}
+
+    def make(self, path, number, side):
+        read = {k.split(" ")[1]: v for k, v in load_file(path).items() if k.startswith(f"{number} ")}
+        extra = {f"{kind}{axis}": side for kind in ("", "target_") for axis in ("width", "height")}
+        extra |= {"crop_w": 0, "crop_h": 0} | ({"pooled_output": read["pooled"]} if "pooled" in read else {})
+        return ([[read["hidden"], extra]],)
 
 
 class TestLatent:
@@ -46,4 +64,4 @@ class TestSigmas:
         return {"ui": {"sigmas": sigmas.tolist(), "modules": list(sys.modules)}}
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TestConditioning, TestLatent, TestSigmas)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TestConditioning, TestEncoding, TestLatent, TestSigmas)}

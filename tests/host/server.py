@@ -38,6 +38,15 @@ def python_of(folder: Path) -> str:
     return str(next((p for p in own if p.is_file()), sys.executable))
 
 
+def environment() -> dict[str, str]:
+    """For a host's process: the tests' own environment must not leak into it, nor bytecode into the pack.
+
+    It runs on one thread: small models gain little from more, and on a busy machine the threads wait for one another.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "VIRTUAL_ENV"))}
+    return {"OMP_NUM_THREADS": "1", **kept, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 class Graph(dict):
     """A graph in the form the server takes."""
 
@@ -108,15 +117,13 @@ class Server:
             "--base-directory",
             str(base),
         ]
-        # the tests' own environment must not leak into the host's
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "VIRTUAL_ENV"))}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=environment(),
             )
         self._wait_until_ready()
 

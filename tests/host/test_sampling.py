@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from host.graphs import core_sampler, custom, loaded, pcm_sampler, sample, scheduler
-from host.server import out
+from host.reference import conditioning, ddim
+from host.server import Graph, out
 from host.tiny import RECIPE, make_unet, merge
 
 LATENT_SCALE = 0.18215  # SD1.5 latents are stored unscaled and sampled scaled
@@ -46,20 +46,7 @@ def test_deterministic_is_diffusers_ddim_on_merged_weights(server, models):
     (latent,) = server.latents(graph, sample(graph, links))[1]
     unet = make_unet()
     merge(unet, models.lora)
-    ddim = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
-    ddim.set_timesteps(4)
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    text = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for t in ddim.timesteps:
-            x = ddim.step(unet(x, t, encoder_hidden_states=text).sample, t, x).prev_sample
+    x = ddim(unet, conditioning(768)[0])
     assert (LATENT_SCALE * latent - x).abs().max() < 1e-5 * x.abs().max()
 
 
@@ -179,6 +166,26 @@ def test_with_another_lora_and_the_advanced_sampler(server):
     latents = server.latents(graph, ours, theirs, alone)[1]
     assert largest_difference(latents[0], latents[1]) < 1e-4
     assert largest_difference(latents[0], latents[2]) > 0.1
+
+
+def test_a_clamped_lora_divides_by_at_least_min_alpha(server):
+    """One step of euler is x0, which the clamp scales. What a mask keeps is not scaled, however soft the mask."""
+    graph, links = loaded("clamped.safetensors")
+    start = out(graph.add("TestLatent", seed=3, batch=1))
+    mask = graph.add("SolidMask", value=0.25, width=64, height=64)
+    masked = {**links, "latent": out(graph.add("SetLatentNoiseMask", samples=start, mask=out(mask)))}
+    sigmas = out(scheduler(graph, links))
+    ours = pcm_sampler(graph, "from recipe", recipe=links["recipe"])
+    nodes = [sample(graph, links), custom(graph, links, ours, sigmas)]
+    nodes += [custom(graph, links, core_sampler(graph, "euler"), sigmas)]
+    nodes += [custom(graph, masked, sampler, sigmas) for sampler in (ours, core_sampler(graph, "euler"))]
+    run, (whole, parts, plain, kept, mixed) = server.latents(graph, *nodes)
+    (start,) = server.latents(Graph({"1": graph[start[0]]}), "1")[1]
+    factor = 0.068265 / 0.5
+    assert torch.equal(whole, parts)
+    assert largest_difference(whole, factor * plain) < 1e-3
+    assert largest_difference(kept, factor * (mixed - 0.75 * start) + 0.75 * start) < 1e-3
+    assert run.text(nodes[0]) == "1 step at CFG 1, deterministic."
 
 
 def test_a_sampler_without_a_recipe_says_what_to_do(server):

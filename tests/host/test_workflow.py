@@ -52,7 +52,7 @@ def test_a_shipped_workflow_runs(server, path):
         if node["class_type"] == "EmptyLatentImage":
             inputs |= {"width": 64, "height": 64}
         if node["class_type"] == "CLIPTextEncode":  # the tiny checkpoint has no text encoder
-            node |= {"class_type": "TestConditioning", "inputs": {"seed": 1, "width": 768}}
+            node |= {"class_type": "TestConditioning", "inputs": {"seed": 1, "width": 768, "pooled": 2048}}
     run = server.run(graph)
     assert run.error is None
     saved = [node for node, entry in graph.items() if entry["class_type"] == "SaveImage"]

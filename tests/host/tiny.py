@@ -9,22 +9,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_checkpoint import ldm_unet, save_single_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
 
+Lora = dict[str, tuple[Tensor, Tensor]]
 RANK, ALPHA = 8, 4.0
-TARGETS = re.compile(
-    r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv1|conv2|time_emb_proj|conv_in)$"
-)
-SD3_EMBEDDERS = (("t_embedder", 0, 256), ("t_embedder", 2, 128), ("y_embedder", 0, 2048), ("y_embedder", 2, 128))
-SD3_TARGETS = (
-    *((f"attn.{name}", 128) for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")),
-    ("ff.net.0.proj", 512),
-    ("ff_context.net.0.proj", 512),
-)
+TARGETS = r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv1|conv2|time_emb_proj|conv_in)$"
 RECIPE = Recipe(family="sd15", phases=4)
 
 
@@ -49,8 +42,8 @@ def make_checkpoint(path: Path) -> UNet2DConditionModel:
     return unet
 
 
-def make_lora(unet: UNet2DConditionModel, seed: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (down, up), random, on everything that PCM adapts."""
+def make_lora(model: nn.Module, seed: int = 1, targets: str = TARGETS) -> Lora:
+    """Module path -> (down, up), random, on everything that `targets` finds: what PCM adapts in a UNet."""
     generator = torch.Generator().manual_seed(seed)
 
     def pair(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,19 +51,19 @@ def make_lora(unet: UNet2DConditionModel, seed: int = 1) -> dict[str, tuple[Tens
         up = torch.randn(weight.shape[0], RANK, *(1,) * (weight.ndim - 2), generator=generator) / RANK**0.5
         return down, 0.5 * up
 
-    names = [k.removesuffix(".weight") for k in unet.state_dict() if k.endswith(".weight")]
-    return {name: pair(unet.get_submodule(name).weight) for name in names if TARGETS.search(name)}
+    names = [k.removesuffix(".weight") for k in model.state_dict() if k.endswith(".weight")]
+    return {name: pair(model.get_submodule(name).weight) for name in names if re.search(targets, name)}
 
 
-def merge(unet: UNet2DConditionModel, lora: dict[str, tuple[Tensor, Tensor]]) -> None:
+def merge(model: nn.Module, lora: Lora) -> None:
     """Add the LoRA to the weights, by definition: W + alpha / rank * up @ down."""
     with torch.no_grad():
         for name, (down, up) in lora.items():
-            weight = unet.get_submodule(name).weight
+            weight = model.get_submodule(name).weight
             weight += (ALPHA / RANK) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
-def kohya(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def kohya(lora: Lora) -> dict[str, Tensor]:
     tensors = {}
     for name, (down, up) in lora.items():
         module = "lora_unet_" + name.replace(".", "_")
@@ -82,12 +75,12 @@ def kohya(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
-def peft(lora: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
+def peft(lora: Lora, prefix: str) -> dict[str, Tensor]:
     a = {f"{prefix}.{name}.lora_A.weight": down for name, (down, _) in lora.items()}
     return a | {f"{prefix}.{name}.lora_B.weight": up for name, (_, up) in lora.items()}
 
 
-def make_loras(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Tensor, Tensor]]:
+def make_loras(folder: Path, unet: UNet2DConditionModel) -> Lora:
     """Write every LoRA file of the tests; returns the LoRA that the three key styles share."""
     lora = make_lora(unet)
     recipe = {HEADER_KEY: RECIPE.to_header()}
@@ -98,6 +91,8 @@ def make_loras(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Tens
     save_file(peft(lora, "base_model.model"), folder / "raw.safetensors", {**recipe, "lora_adapter_metadata": raw})
     stochastic = Recipe(family="sd15", mode="stochastic", phases=1).to_header()
     save_file(kohya(lora), folder / "stochastic.safetensors", {HEADER_KEY: stochastic})
+    one_step = Recipe(family="sd15", phases=1, min_alpha=0.5).to_header()
+    save_file(kohya(lora), folder / "clamped.safetensors", {HEADER_KEY: one_step})
     save_file(kohya(lora), folder / "unnamed.safetensors")
     save_file(kohya(lora), folder / "pcm_sd15_smallcfg_8step_converted.safetensors")
     save_file(kohya(make_lora(unet, seed=2)), folder / "style.safetensors")
@@ -113,7 +108,7 @@ def make_loras(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Tens
     return lora
 
 
-def _of_another_family(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def _of_another_family(lora: Lora) -> dict[str, Tensor]:
     """The same names with SDXL's text width: a file that the host would patch in part without a word."""
     wide = {}
     for name, (down, up) in lora.items():
@@ -136,41 +131,3 @@ def make_controlnet(path: Path, unet: UNet2DConditionModel) -> None:
         half[f"{name}.weight"] = torch.randn(shape, generator=generator) / torch.Size(shape[1:]).numel() ** 0.5
         half[f"{name}.bias"] = torch.zeros(shape[0])
     save_file({f"control_model.{k}": v.detach().clone().contiguous() for k, v in half.items()}, path)
-
-
-def make_sd3_checkpoint(path: Path) -> None:
-    """Write an SD3 of two blocks, 128 wide, which is as small as the host takes one for an SD3."""
-    generator, width = torch.Generator().manual_seed(0), 128
-    shapes = {
-        "x_embedder.proj": (width, 16, 2, 2),
-        "context_embedder": (width, 4096),
-        "final_layer.linear": (64, width),
-    }
-    shapes |= {f"{kind}.mlp.{layer}": (width, size) for kind, layer, size in SD3_EMBEDDERS}
-    for block in range(2):
-        for side in ("x", "context"):
-            whole = block == 0 or side == "x"  # the last block drops its context after attention
-            parts = {"attn.qkv": 3, "adaLN_modulation.1": 6 if whole else 2}
-            parts |= {"attn.proj": 1, "mlp.fc1": 4} if whole else {}
-            shapes |= {f"joint_blocks.{block}.{side}_block.{part}": (n * width, width) for part, n in parts.items()}
-            if whole:
-                shapes[f"joint_blocks.{block}.{side}_block.mlp.fc2"] = (width, 4 * width)
-    tensors = {"pos_embed": torch.randn(1, 16 * 16, width, generator=generator)}
-    for name, shape in shapes.items():
-        fan_in = torch.Size(shape[1:]).numel()
-        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / fan_in**0.5
-        tensors[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
-    save_file({f"model.diffusion_model.{k}": v for k, v in tensors.items()}, path)
-
-
-def make_sd3_lora(path: Path) -> int:
-    """Write a LoRA on SD3's attention and feed-forward under diffusers' names; returns its number of modules."""
-    generator, width, tensors = torch.Generator().manual_seed(1), 128, {}
-    for module, size in SD3_TARGETS:
-        name = f"transformer.transformer_blocks.0.{module}"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, width, generator=generator) / width**0.5
-        tensors[f"{name}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) / RANK**0.5
-        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
-    recipe = Recipe(family="sd3", prediction="flow", shift=3.0, points=100, phases=4)
-    save_file(tensors, path, {HEADER_KEY: recipe.to_header()})
-    return len(SD3_TARGETS)

@@ -1,0 +1,121 @@
+"""A LoRA trained by us gives in ComfyUI what it gives in the trainer: same weights, prompt, noise and levels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from bases import clip_config
+from host.graphs import loaded, sample
+from host.sd3_checkpoint import LATENT_SCALE, LATENT_SHIFT
+from host.server import out
+from host.tiny import make_unet
+from host.tiny_sd3 import make_transformer, make_vae
+from host.tiny_sdxl import make_sdxl_unet
+from phased_consistency.trainer.export import install, recipe_for
+from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.generate import generate
+from phased_consistency.trainer.loop import train
+from phased_consistency.trainer.tiny.making import SD15
+from runs import small_config
+
+PROMPTS = ["a red star", "a blue ring on a white background"]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+# kind -> family, the host's checkpoint, what a saved latent is in the model's units
+KINDS = {
+    "sd15": ("sd15", "tiny.safetensors", lambda x: 0.18215 * x),
+    "sdxl": ("sdxl", "sdxl.safetensors", lambda x: 0.13025 * x),
+    "sdxl_v": ("sdxl", "sdxl_v.safetensors", lambda x: 0.13025 * x),
+    "sd3": ("sd3", "sd3.safetensors", lambda x: (x - LATENT_SHIFT) * LATENT_SCALE),
+}
+
+
+def pipeline(kind: str) -> DiffusionPipeline:
+    """The host tests' network with small random text encoders of the family's widths."""
+    torch.manual_seed(1)
+    words = CLIPTokenizer.from_pretrained(SD15 / "tokenizer")
+    first, second = clip_config(words, 768, 768), clip_config(words, 1280, 1280)
+    two = {"tokenizer": words, "tokenizer_2": words}
+    if kind == "sd15":
+        scheduler, checker = DDIMScheduler(**BETAS), {"safety_checker": None, "feature_extractor": None}
+        parts = {"vae": AutoencoderTiny(), "text_encoder": CLIPTextModel(first), "tokenizer": words}
+        return StableDiffusionPipeline(
+            unet=make_unet(), scheduler=scheduler, requires_safety_checker=False, **parts, **checker
+        )
+    if kind == "sd3":
+        encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(c) for n, c in (("", first), ("_2", second))}
+        none, scheduler = {"text_encoder_3": None, "tokenizer_3": None}, FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return StableDiffusion3Pipeline(
+            transformer=make_transformer(), vae=make_vae(), scheduler=scheduler, **encoders, **two, **none
+        )
+    encoders = {"text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
+    scheduler = DDIMScheduler(**BETAS, **(V if kind == "sdxl_v" else {}))
+    return StableDiffusionXLPipeline(
+        unet=make_sdxl_unet(), vae=AutoencoderTiny(), scheduler=scheduler, add_watermarker=False, **encoders, **two
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, models, tmp_path_factory) -> SimpleNamespace:
+    """Two updates on the network; the LoRA is put into the host's folder, the encodings of the prompts into a file."""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    pipeline(kind).save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    changes = {"base__path": folder / "base", "data__resolution": 64, "data__prompts": folder / "prompts.txt"}
+    changes |= {"data__count": 2, "data__teacher_steps": 2, "train__batch_size": 1, "train__steps": 2}
+    config = small_config(folder / "run", name=f"trained_{kind}", **changes)
+    lora = train(config)
+    base = load_base(str(folder / "base"))
+    install(lora, base, "trained")
+    (models.folder / "loras" / lora.name).write_bytes(lora.read_bytes())
+    encodings = {f"{i} {k}": v for i, p in enumerate(PROMPTS) for k, v in base.encode_prompts([p]).items()}
+    save_file(encodings, folder / "encodings.safetensors")
+    recipe = recipe_for(config, base)
+    return SimpleNamespace(kind=kind, base=base, lora=lora, recipe=recipe, encodings=folder / "encodings.safetensors")
+
+
+def by_trainer(trained: SimpleNamespace, steps: int, guidance: float) -> torch.Tensor:
+    base, recipe = trained.base, trained.recipe
+    noise = torch.randn(1, *base.latent_shape(64), generator=torch.Generator().manual_seed(7))
+    prompt, negative = (base.encode_prompts([p]) for p in PROMPTS)
+    return generate(base, prompt, negative, noise, recipe.grid().plan(steps).ticks, guidance, recipe.gamma)
+
+
+def by_host(server, trained: SimpleNamespace, steps: int, guidance: float) -> tuple[torch.Tensor, str]:
+    family, checkpoint, in_model_units = KINDS[trained.kind]
+    graph, links = loaded(trained.lora.name, checkpoint)
+    for number, name in enumerate(("positive", "negative")):
+        links[name] = out(graph.add("TestEncoding", path=str(trained.encodings), number=number, side=64))
+    if family == "sd3":
+        links["latent"] = out(graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1))
+    run, (latent,) = server.latents(graph, sample(graph, links, steps=steps, cfg=guidance))
+    return in_model_units(latent), run.text(links["model"][0])
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (2, 1.7)])
+def test_the_host_draws_what_the_trainer_draws(server, trained, steps, guidance):
+    """float32 on both sides, other kernels and order of sums: 1e-4 of the latent's size, and much less than the LoRA's
+    own effect."""
+    theirs, report = by_host(server, trained, steps, guidance)
+    ours = by_trainer(trained, steps, guidance)
+    trained.base.network.disable_adapters()
+    bare = by_trainer(trained, steps, guidance)
+    trained.base.network.enable_adapters()
+    difference, effect = ((ours - x).norm() / ours.norm() for x in (theirs, bare))
+    assert difference < 1e-4 and difference < 0.02 * effect, (difference, effect)
+    modules = sum(hasattr(m, "lora_A") for m in trained.base.network.modules())
+    assert f"{modules} of {modules} modules matched" in report

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from phased_consistency.samplers import recipe_for_file
 from phased_consistency.samplers.recipe import FAMILIES
+from phased_consistency.trainer.config import load_config
 from phased_consistency.trainer.presets import PRESETS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -34,23 +35,29 @@ def settings_table() -> str:
     lines = ["| file | family | steps | CFG | negative prompt | mode |", "|---|---|---|---|---|---|"]
     for (name, steps, cfg, negative, mode), families in rows.items():
         lines.append(f"| `{name}` | {', '.join(families)} | {steps} | {cfg} | {negative} | {mode} |")
-    lines.append("| any LoRA made by this trainer | from its header | its phases | 1 (1 to 2) | no | from its header |")
+    lines.append("| any LoRA of this trainer | from its header | its phases | its own | normal-CFG ones | its own |")
     return "\n".join(lines)
 
 
 def presets_table() -> str:
-    """One row a preset."""
+    """One row for the presets that differ in their phases alone."""
+    rows: dict[tuple, list[str]] = {}
+    for name, preset in PRESETS.items():
+        config = load_config(preset=name)
+        lora, train, objective = config.lora, config.train, config.objective
+        batch = f"{train.batch_size}" + (f" x {train.accumulation}" if train.accumulation > 1 else "")
+        guidance = "-".join(f"{g:g}" for g in sorted(set(objective.guidance)))
+        teacher = "unguided" if objective.guidance_mode == "normalcfg" else f"CFG {guidance}"
+        adversarial = config.adversarial
+        loss = f", adversarial {adversarial.weight:g}, lr {adversarial.lr:g}" if adversarial.weight else ""
+        learning = f"{train.lr:g}, {batch}, {train.steps}"
+        key = (f"{lora.rank} / {lora.alpha:g}", learning, teacher + loss, preset.source, preset.cost)
+        rows.setdefault(key, []).append(f"`{name}`")
     lines = [
-        "| preset | phases | rank / alpha | lr, batch, updates | where the numbers come from | cost |",
+        "| presets | rank / alpha | lr, batch, updates | teacher | where the numbers come from | cost |",
         "|---|---|---|---|---|---|",
     ]
-    for name, preset in PRESETS.items():
-        v = preset.values
-        lora, train = v["lora"], v["train"]
-        lines.append(
-            f"| `{name}` | {v['objective']['phases']} | {lora['rank']} / {lora['alpha']:g} | "
-            f"{train['lr']:g}, {train['batch_size']}, {train['steps']} | {preset.source} | {preset.cost} |"
-        )
+    lines += [f"| {' '.join(names)} | {' | '.join(key)} |" for key, names in rows.items()]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 
 from .phases import PhaseGrid, count_steps
-from .schedule import PREDICTIONS, FlowSchedule, Schedule, VPSchedule
+from .schedule import PREDICTIONS, TICKS, FlowSchedule, Schedule, VPSchedule
 
 HEADER_KEY = "pcm.recipe"
 FAMILIES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
@@ -159,6 +159,9 @@ class Recipe:
         scheduler = DIFFUSERS_SCHEDULERS[self.mode, self.prediction == "flow"]
         if self.zero_terminal_snr:
             scheduler += " (rescale_betas_zero_snr)"
+        if self.prediction == "flow":  # left to itself, diffusers' Euler takes other levels than the phase edges
+            unshifted = ", ".join(f"{tick / TICKS:g}" for tick in self.grid().plan(self.steps).ticks[:-1])
+            scheduler += f" at sigmas=[{unshifted}]"
         software = f"ComfyUI sampler and scheduler {sampler}, diffusers {scheduler}, or the PCM nodes"
         if self.min_alpha:
             software = f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"

@@ -1,6 +1,8 @@
 """What the student learns on: read from folders of pictures or made by the teacher, fingerprinted, and made once."""
 
+import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ from PIL import Image
 
 from phased_consistency.samplers import PhaseGrid
 from phased_consistency.trainer.data import PROMPTS, cache, find_pictures, load_picture, read_prompts
+from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.generate import generate
+from phased_consistency.trainer.loop import train
 from runs import sha256, small_config
 
 SIDE = 32
@@ -322,3 +326,18 @@ def test_prompt_files(tmp_path):
         read_prompts(str(file))
     file.write_bytes(f"\ufeffone prompt{os.linesep} another, föreign ".encode())
     assert read_prompts(str(file)) == ["one prompt", "another, föreign"]
+
+
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_an_unmarked_v_base_is_refused_before_its_latents_are_made(tmp_path, resolution):
+    """Made under the wrong reading they would mean nothing, and neither reading would then fit them."""
+    shutil.copytree(bundled_folder("tiny-sdxl"), tmp_path / "base")
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    plain = {k: v for k, v in json.loads(scheduler.read_text()).items() if k[:4] not in ("pred", "resc")}
+    scheduler.write_text(json.dumps(plain))
+    prompts = bundled_folder("tiny-sdxl") / "prompts.txt"
+    changes = {"base__path": tmp_path / "base", "data__prompts": prompts, "data__resolution": resolution}
+    config = small_config(tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match="predicts v_prediction, not epsilon.*Set base.prediction=v_prediction"):
+        train(config)
+    assert not list(config.run_folder.rglob("latents-*"))

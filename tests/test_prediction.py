@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from bases import make_sdxl_folder, make_sdxl_parts
 from ldm_checkpoint import save_single_file
 from phased_consistency.samplers.lora_file import LoraHeader, TensorInfo
-from phased_consistency.trainer.families import bundled_folder, load_base
+from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.prediction import Found, found_in_header, found_in_scheduler, settle
 from phased_consistency.trainer.tiny.making import pixels_of, random_scenes
 
@@ -91,7 +91,6 @@ def test_what_is_told_adds_to_what_is_found(found, told, settled):
     ("found", "told", "message"),
     [
         ((V, None), (EPS, None), "a file says that the base predicts v_prediction, base.prediction says epsilon"),
-        ((EPS, None), (V, None), "predicts epsilon, base.prediction says v_prediction.*or set base.prediction=epsilon"),
         ((V, True), (V, False), "a file says that the base has zero terminal SNR, base.zero_terminal_snr says"),
         ((None, None), (None, True), "Zero terminal SNR needs v-prediction.*Set base.prediction=v_prediction"),
         ((None, True), (EPS, None), "Zero terminal SNR needs v-prediction"),
@@ -103,10 +102,12 @@ def test_contradictions_are_sentences(found, told, message):
         settle(Found(*found, "a file"), SAYS_EPS, *told)
 
 
-def test_a_folder_is_what_its_scheduler_says_and_may_not_be_contradicted():
+def test_a_folders_v_may_not_be_contradicted_but_its_epsilon_may():
+    """Converters write epsilon when they know no better; the network itself is tried when training starts."""
     assert load_base("tiny-sd15").prediction == EPS
-    with pytest.raises(ValueError, match="scheduler_config.json says that the base predicts epsilon"):
-        load_base("tiny-sd15", prediction=V)
+    assert load_base("tiny-sd15", prediction=V).prediction == V
+    with pytest.raises(ValueError, match="scheduler_config.json says that the base predicts v_prediction"):
+        load_base("tiny-sdxl", prediction=EPS)
 
 
 def test_a_marked_sdxl_file_is_loaded_as_what_it_says(tiny_base, tmp_path):
@@ -146,8 +147,6 @@ def pictures(tiny_base):
 
 @pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl"])
 def test_a_trained_network_tells_what_it_predicts(pictures, name):
-    if bundled_folder(name) is None:
-        pytest.skip(f"{name} is not bundled")
     base, (x0, captions) = load_base(name), pictures
     condition = base.encode_prompts(captions)
     base.check_prediction(x0, condition)

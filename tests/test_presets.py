@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
 from phased_consistency.samplers import recipe_for_file
 from phased_consistency.trainer.config import load_config
@@ -37,6 +38,8 @@ def test_a_preset_on_the_tiny_base_of_its_family(preset, cache, tmp_path):
     changes = SIZE | {"base.path": f"tiny-{family}", "data.cache": cache, "output": tmp_path / "run"}
     config = load_config(overrides=[f"{k}={v}" for k, v in changes.items()], preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
+    learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
+    assert learnt and sum(t.abs().sum().item() > 0 for t in learnt) > 0.9 * len(learnt)
     recipe = recipe_for_file(lora.name, metadata(lora))
     assert recipe.source == "header" and recipe.family == family
     assert recipe.steps == (4 if kind.startswith("stochastic") else int(kind[0]))

@@ -19,7 +19,8 @@ from .objectives.pcm import PCM
 class Batches:
     """The batches of one process: `size` samples each, `processes` of them side by side.
 
-    null: what stands for a dropped prompt. judged: whether an adversary needs its own levels and noise.
+    empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever guidance subtracts.
+    judged: whether an adversary needs its own levels and noise.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Batches:
         cache: LatentCache,
         base: Base,
         objective: PCM,
-        null: Condition,
+        empty: Condition,
         *,
         size: int,
         seed: int,
@@ -35,7 +36,7 @@ class Batches:
         processes: int = 1,
         judged: bool = False,
     ):
-        self.cache, self.base, self.objective, self.null = cache, base, objective, null
+        self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
         self.size, self.seed, self.rank, self.processes, self.judged = size, seed, rank, processes, judged
         self._epoch: int | None = None
         self._order: list[int] = []
@@ -59,11 +60,11 @@ class Batches:
         return samples, Batch(self._move(x0), self._move(noise), self._move(start), guidance, condition, judged)
 
     def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
-        """The samples' prompt encodings, `null` in place of dropped ones, and their true sizes where they count."""
+        """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""
         encodings = self.cache.encoding([self.cache.captions[i] for i in samples])
         condition = {k: self._move(v) for k, v in encodings.items()}
         if dropped is not None and dropped.any():
-            for key, row in self.null.items():
+            for key, row in self.empty.items():
                 condition[key][dropped.to(row.device)] = row[0]
         if self.base.knows_sizes:
             condition["time_ids"] = self._move(self.cache.sizes(samples))

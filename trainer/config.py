@@ -194,6 +194,16 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     preview: PreviewConfig = PreviewConfig()
 
+    @model_validator(mode="after")
+    def _check(self):
+        points, most = self.objective.points, max(self.preview.steps, default=1)
+        if self.preview.every and most > points:
+            raise ValueError(
+                f"preview.steps asks for {most} steps, and there are objective.points = {points} levels to take them "
+                f"at. Set preview.steps to at most {points}"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return Path(self.output or f"runs/{self.name}")

@@ -75,6 +75,8 @@ class Engine:
         with torch.no_grad():
             x_r = self._teacher_step(x_u, u, r, batch)
             target = self._target(x_r, r, s, batch.condition)
+        # torch before 2.11 keeps autocast's copies of the weights from a block without gradients, and uses them again
+        torch.clear_autocast_cache()
         student = self._jump(x_u, u, s, batch.condition)
         distance = self.objective.distance(student, target)
         if self.adversary is None:

@@ -52,7 +52,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w)."""
+    """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w).
+
+    null: what guidance subtracts, (1, ...) for all or (N, ...) for each its own.
+    """
 
     condition: Condition
     null: Condition
@@ -75,9 +78,10 @@ class Trial:
         ticks, made = grid.plan(setting.steps).ticks, []
         with using:
             for at in range(0, len(self.noise), BATCH):
-                rows = {k: v[at : at + BATCH] for k, v in self.condition.items()}
-                noise = self.noise[at : at + BATCH]
-                made.append(generate(base, rows, self.null, noise, ticks, setting.guidance, seed=at, **how))
+                part = slice(at, at + BATCH)
+                rows = {k: v[part] for k, v in self.condition.items()}
+                null = {k: v[part] if len(v) > 1 else v for k, v in self.null.items()}
+                made.append(generate(base, rows, null, self.noise[part], ticks, setting.guidance, seed=at, **how))
         return torch.cat(made)
 
 

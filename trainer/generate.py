@@ -30,7 +30,7 @@ def sampling_model(
 
     def model(x: Tensor, sigma: Tensor, **_) -> Tensor:
         tick = schedule.tick(sigma).round().long()
-        point = x * schedule.k_scale(sigma).view(-1, 1, 1, 1)
+        point = x * schedule.k_scale(sigma).to(x.device).view(-1, 1, 1, 1)
         if guidance == 1:
             return predict(base, point, tick, condition)[0]
         both = base.with_null(condition, null)

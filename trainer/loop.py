@@ -7,10 +7,11 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from .adapter import Adapter, Average
@@ -72,9 +73,12 @@ class Run:
     def __init__(self, config: Config, reporter: Reporter):
         self.config, self.reporter = config, reporter
         self.folder = config.run_folder
-        check_same_run(self.folder, config.what_decides_the_weights())
         precision = {"fp32": "no"}.get(config.base.dtype, config.base.dtype)
-        self.accelerator = Accelerator(mixed_precision=precision)
+        # the other processes wait while the first one caches, which may take hours
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
+        self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+        if self.accelerator.is_main_process:
+            check_same_run(self.folder, config.what_decides_the_weights())
         self.base = self._load_base()
         self.cache = self._fill_cache()
         self.base.drop_encoders()
@@ -249,6 +253,12 @@ class Run:
                 f"{self.folder} holds a run on other data: the base, the pictures or the captions have changed since. "
                 "Restore them to go on, use another output folder to start anew, or delete the folder."
             )
+        then, now = facts["processes"], self.accelerator.num_processes
+        if then != now:
+            raise ValueError(
+                f"{self.folder} holds a run of {then} processes, and there are {now} now, which would draw other "
+                "samples. Start as many again, or use another output folder."
+            )
         self.adapter.load(groups["adapter"])
         load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self._names())
         if self.engine.adversary:
@@ -274,7 +284,9 @@ class Run:
                 parameter.copy_(saved[name])
 
     def preview(self, path: Path, captions: bool = True) -> None:
-        """A grid of the fixed prompts and seed at each of `preview.steps` steps."""
+        """A grid of the fixed prompts and seed at each of `preview.steps` steps, by the first process."""
+        if not self.accelerator.is_main_process:
+            return
         settings = self.config.preview
         prompts = list(settings.prompts) or list(dict.fromkeys(self.cache.captions))[:4]
         shape = self.base.latent_shape(self.config.data.resolution)
@@ -297,6 +309,7 @@ class Run:
         options = b.model_dump(exclude={"path", "dtype"}, exclude_none=True)
         base = load_base(b.path, dtype=DTYPES[b.dtype], device=self.accelerator.device, **options)
         base.latent_shape(self.config.data.resolution)
+        recipe_for(self.config, base)  # what no sampler could follow is said before anything is cached
         return base
 
     def _make_parts(self) -> tuple[Batches, Engine]:
@@ -304,10 +317,11 @@ class Run:
         config, base, o, a = self.config, self.base, self.config.objective, self.config.adversarial
         guidance = o.guidance if o.guidance_mode == "smallcfg" else None
         objective = OBJECTIVES[o.name](config.grid(), guidance, o.dropout, o.min_alpha, o.huber_c)
-        null = {k: v.to(base.device) for k, v in base.null_condition(self.cache.encoding([""])).items()}
+        empty = {k: v.to(base.device) for k, v in self.cache.encoding([""]).items()}
+        null = base.null_condition(empty)
         processes = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         draws = {"size": config.train.batch_size, "seed": config.train.seed, "judged": a.weight > 0}
-        batches = Batches(self.cache, base, objective, null, **draws, **processes)
+        batches = Batches(self.cache, base, objective, empty, **draws, **processes)
         some = range(min(8, len(self.cache)))
         x0 = self.cache.latents(some, torch.Generator().manual_seed(0)).to(base.device)
         condition = batches.condition(some)

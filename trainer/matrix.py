@@ -4,7 +4,8 @@
 
 Every cell is the preset "demo" with its own objective, on one cache. Its LoRA is sampled at as many steps as it has
 phases and compared with the teacher at 40 steps, on prompts and noises that no run has seen. Cells that are finished
-are not trained again, so several processes may each take some of them (--cells, --train-only) before one reports.
+are not trained again: once the latents are cached, several processes may each take some (--cells, --train-only) before
+one reports.
 """
 
 from __future__ import annotations

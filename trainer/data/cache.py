@@ -25,6 +25,7 @@ from . import Picture, content_hash, find_pictures, load_picture, read_prompts, 
 
 SHARD = 256
 TEACHER = PhaseGrid(points=1000, phases=1)
+TRIAL_STEPS = 4  # of the two latents on which a base's reading is tried
 Progress = Callable[[str, int, int], None]
 
 
@@ -177,6 +178,7 @@ def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: li
     null = base.null_condition(base.encode_prompts([""]))
     ticks = TEACHER.plan(data.teacher_steps).ticks
     shape, side = base.latent_shape(data.resolution), data.resolution
+    _check_reading(base, prompts[:2], shape)
     for path, start in _missing_shards(folder, data.count):
         end = min(start + SHARD, data.count)
         captions = [prompts[i % len(prompts)] for i in range(start, end)]
@@ -193,6 +195,23 @@ def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: li
             progress("teacher's latents", numbers[-1] + 1, data.count)
         sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(len(captions), 1)
         _write_shard(path, {"mean": torch.cat(latents), "sizes": sizes}, captions, [])
+
+
+@torch.no_grad()
+def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) -> None:
+    """Raise ValueError for a base that predicts the other of eps and v, before it makes latents that mean nothing.
+
+    Latents made under the wrong reading fit neither, so the trial is on some that the other reading makes: they are
+    good only where that one is right.
+    """
+    other = base.misread()
+    if other is None:
+        return
+    condition = base.encode_prompts(prompts)
+    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(0))
+    x0 = generate(other, condition, condition, noise, TEACHER.plan(TRIAL_STEPS).ticks)
+    if x0.isfinite().all():
+        base.check_prediction(x0, condition)
 
 
 def _missing_shards(folder: Path, count: int) -> Iterable[tuple[Path, int]]:

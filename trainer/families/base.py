@@ -85,6 +85,10 @@ class Base(ABC):
         """What decides the noise levels: zero terminal SNR for VP, the shift for flow."""
         return [self.zero_terminal_snr, getattr(self.schedule, "shift", None)]
 
+    def misread(self) -> Base | None:
+        """The same base read as predicting the other thing that it might; None where there is only one reading."""
+        return None
+
     def check_prediction(self, x0: Tensor, condition: Condition) -> None:
         """Raise ValueError where the output for noised latents x0 (B, C, h, w) is no `prediction` of theirs."""
         return
@@ -130,7 +134,8 @@ class Base(ABC):
         self.vae.to(self.device)
         scale, shift = _scale_shift(self.vae)
         x = (latents / scale + shift).to(self.device, self.vae.dtype)
-        pixels = torch.cat([self.vae.decode(row).sample.float().cpu() for row in x.split(1)])
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = torch.cat([self.vae.decode(row).sample.float().cpu() for row in x.split(1)])
         self.vae.to(home)
         return pixels.add(1).div(2).clamp(0, 1)
 

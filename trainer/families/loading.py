@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -22,6 +24,11 @@ from .base import bundled_folder
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"
 NETWORK_PREFIX = "model.diffusion_model."
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+CLIP_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.clip_l.", "text_encoders.clip_g.")
+# Ends of the names that only quantised weights have beside them: read without, these are anything but the weights.
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
+OLD_TRANSFORMERS = Version(transformers.__version__) < Version("4.56")  # which called dtype torch_dtype
 GET_IT = "Get the file again, or set base.config to a folder with this model's component configs."
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -36,23 +43,53 @@ def diffusers_folder(path: str, components: Iterable[str], title: str, optional:
 
     optional: components to bring along that need not be there.
 
-    Raises ValueError when a component is missing, FileNotFoundError when there is no such folder or hub id.
+    Raises ValueError when a component or its config is missing, or for a file of another kind; FileNotFoundError when
+    there is no such folder or hub id, or when the hub does not give it.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        missing = [c for c in components if not (folder / c).is_dir()]
-        if missing:
-            raise ValueError(f"{folder} is no diffusers folder of {title}: it lacks {', '.join(missing)}/.")
-        return folder
+    components, folder = tuple(components), Path(path)
+    if folder.is_file():
+        raise ValueError(
+            f"{path} is a file of a kind that is not read. Convert it to a .safetensors checkpoint (ComfyUI's and "
+            "kohya's tools do that for .ckpt), and set base.path to that."
+        )
+    if not folder.is_dir():
+        folder = _from_hub(path, components, tuple(optional))
+    missing = [c for c in components if not (folder / c).is_dir()]
+    if missing:
+        raise ValueError(f"{path} is no diffusers folder of {title}: it lacks {', '.join(missing)}/.")
+    configs = [_config_name(c) for c in components if not c.startswith("tokenizer")]
+    missing = [name for name in configs if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{path} is not whole: it lacks {', '.join(missing)}. Get the base again.")
+    return folder
+
+
+def _config_name(component: str) -> str:
+    return f"{component}/scheduler_config.json" if component == "scheduler" else f"{component}/config.json"
+
+
+def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...]) -> Path:
+    """The cached folder of a hub id; of components whose weights are there in fp16 alone, these."""
     if not is_hub_id(path):
         raise FileNotFoundError(
             f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, "
             "or a bundled tiny-sd15, tiny-sdxl, tiny-sd3."
         )
+    wanted = (*components, *optional)
     patterns = ["model_index.json", "*/config.json"]
-    patterns += [f"{c}/*.{kind}" for c in (*components, *optional) for kind in ("json", "txt", "model", "safetensors")]
+    patterns += [f"{c}/*.{kind}" for c in wanted for kind in ("json", "txt", "model", "safetensors")]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*non_ema*"]))
+        folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*non_ema*"]))
+        bare = [c for c in wanted if (folder / c / "config.json").is_file() and not weight_files(folder / c)]
+        if bare:
+            patterns = [f"{c}/*.fp16{rest}" for c in bare for rest in ("*.safetensors", "*.json")]
+            folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
+        return folder
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"The hub gives {path} only to those who accepted its licence: accept its licence at "
+            f"https://huggingface.co/{path} and run hf auth login."
+        ) from error
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"No base at {path}: no such folder or file here, and the hub did not give it ({type(error).__name__}). "
@@ -83,12 +120,30 @@ def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: 
 
 def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     """One component of a diffusers folder. Raises ValueError when it cannot be read."""
+    files = weight_files(root / part)
+    if not files:
+        raise ValueError(
+            f"{root / part} holds no weights in .safetensors, the only kind that is read. Get the base in that format."
+        )
+    name = "torch_dtype" if issubclass(kind, ModelMixin) or OLD_TRANSFORMERS else "dtype"
+    variant = "fp16" if _is_fp16(files[0]) else None
     try:
-        # transformers calls it dtype since 4.56, diffusers torch_dtype; after loading both agree
-        model = kind.from_pretrained(root / part, use_safetensors=True, local_files_only=True)
+        model = kind.from_pretrained(
+            root / part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
+        )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{root} cannot be loaded: {error} Only .safetensors weights are read.") from error
-    return model.to(dtype)
+        raise ValueError(f"{root} cannot be loaded: {error} Get its {part} again.") from error
+    return model.to(dtype)  # what transformers keeps in fp32 too
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a component's weights: the plain ones, or where there are none those in fp16."""
+    files = [f for f in sorted(folder.glob("*.safetensors")) if "non_ema" not in f.name]
+    return [f for f in files if not _is_fp16(f)] or files
+
+
+def _is_fp16(file: Path) -> bool:
+    return ".fp16" in file.name
 
 
 def load_vae(root: Path) -> AutoencoderKL | AutoencoderTiny:
@@ -103,19 +158,29 @@ def folder_hash(root: Path, parts: Iterable[str]) -> str:
     """SHA-256 of the weight files of these components together."""
     digest = hashlib.sha256()
     for part in parts:
-        for file in sorted((root / part).glob("*.safetensors")):
+        for file in weight_files(root / part):
             digest.update(file_hash(file).encode())
     return digest.hexdigest()
 
 
 def checkpoint_header(path: Path) -> LoraHeader:
-    """The header of a single-file checkpoint; ValueError when it holds no network."""
+    """The header of a single-file checkpoint; ValueError when it holds no network, or one in scaled fp8.
+
+    A T5 in scaled fp8 is let through: SD3 can do without it.
+    """
     header = read_header(path)
     if not any(n.startswith(NETWORK_PREFIX) for n in header.tensors):
         raise ValueError(
             f"{path.name} is no Stable Diffusion checkpoint: it has no {NETWORK_PREFIX}* weights "
             f"(its names are like {next(iter(header.tensors), 'nothing')}). "
             "Give a full checkpoint file or a diffusers folder."
+        )
+    read = (NETWORK_PREFIX, *VAE_PREFIXES, *CLIP_PREFIXES)
+    scale = next((n for n in header.tensors if n.startswith(read) and n.endswith(SCALES)), None)
+    if scale:
+        raise ValueError(
+            f"{path.name} holds scaled fp8 or other quantised weights (it has {scale}), which are not read. "
+            "Give the checkpoint in fp16, bf16 or plain fp8."
         )
     return header
 
@@ -163,10 +228,15 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, as
     return model
 
 
+def has_clip_words(folder: Path) -> bool:
+    """Whether the folder itself holds a CLIP tokenizer."""
+    return (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
+
+
 def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
     """From the folder, where it holds one, else from the hub's cache."""
     folder = Path(folder)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() or (folder / "tokenizer.json").is_file():
+    if has_clip_words(folder):
         return CLIPTokenizer.from_pretrained(folder)
     try:
         words = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]

@@ -77,16 +77,17 @@ def _edm(what: str) -> str:
 def settle(found: Found, default: Found, prediction: str | None, zero_terminal_snr: bool | None) -> tuple[str, bool]:
     """Prediction and zero terminal SNR: as set, else as found, else the default's.
 
-    Raises ValueError where what is set contradicts what is found, or where the two cannot go together.
+    Raises ValueError where what is set contradicts a mark of v-prediction or zero terminal SNR, or where the two cannot
+    go together. "epsilon" binds nobody: it is what converters write when they know no better, and `check` tries it.
     """
     said = found.prediction or default.prediction
     settled = prediction or said
     if settled not in ("epsilon", "v_prediction"):
         raise ValueError(f"base.prediction is {settled!r}; SD1.5 and SDXL have 'epsilon' and 'v_prediction'.")
-    if found.prediction and settled != found.prediction:
+    if found.prediction == "v_prediction" != settled:
         raise ValueError(
-            f"{found.where} says that the base predicts {found.prediction}, base.prediction says {settled}. Leave "
-            f"base.prediction out, or set base.prediction={found.prediction}."
+            f"{found.where} says that the base predicts v_prediction, base.prediction says {settled}. Leave "
+            "base.prediction out, or set base.prediction=v_prediction."
         )
     if found.zero_terminal_snr and zero_terminal_snr is False:
         raise ValueError(

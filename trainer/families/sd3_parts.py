@@ -22,10 +22,10 @@ T5, T5_LENGTH, T5_REPO = "text_encoder_3", 77, "google/t5-v1_1-xxl"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # component -> where single files have it, what it is for people
 IN_FILES = {
-    "vae": ("first_stage_model.", "VAE"),
-    "text_encoder": ("text_encoders.clip_l.transformer.", "CLIP-L text encoder"),
-    "text_encoder_2": ("text_encoders.clip_g.transformer.", "CLIP-bigG text encoder"),
-    T5: ("text_encoders.t5xxl.transformer.", "T5-XXL text encoder"),
+    "vae": (loading.VAE_PREFIXES, "VAE"),
+    "text_encoder": (("text_encoders.clip_l.transformer.",), "CLIP-L text encoder"),
+    "text_encoder_2": (("text_encoders.clip_g.transformer.",), "CLIP-bigG text encoder"),
+    T5: (("text_encoders.t5xxl.transformer.",), "T5-XXL text encoder"),
 }
 BLOCKS = loading.NETWORK_PREFIX + "joint_blocks."
 WITHOUT_T5 = "or base.t5=false to do without T5, as SD3 can"
@@ -58,7 +58,7 @@ def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch
         transformer=loading.load_part(root, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[_folder_encoder(root, name, t5_dtype) for name in encoders],
-        tokenizers=_tokenizers([tokenizer, root], path, use_t5),
+        tokenizers=_tokenizers(tokenizer, [root], path, use_t5),
         scheduler=root / "scheduler" / "scheduler_config.json",
         base_hash=loading.folder_hash(root, ["transformer", "vae", *encoders]),
     )
@@ -78,12 +78,12 @@ def single_file_parts(
     configs = Path(config) if config else loading.CONFIGS / "sd3"
     of_network = Path(config) if config else loading.CONFIGS / variant(names)
     _check_size(path, names, of_network)
-    there = {part for part, (prefix, _) in IN_FILES.items() if any(name.startswith(prefix) for name in names)}
+    there = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
     if t5 is None:
         t5 = T5 in there or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
     encoders = _encoders(t5)
     missing = [part for part in ("vae", *encoders) if part not in there]
-    lacking = {part: "{1} ({0}*)".format(*IN_FILES[part]) for part in missing}
+    lacking = {part: "{1} ({0[0]}*)".format(*IN_FILES[part]) for part in missing}
     if T5 in missing:
         lacking[T5] += f", {WITHOUT_T5.removeprefix('or ')}"
     other = loading.parts_folder(path, parts, lacking, "SD3")
@@ -98,7 +98,7 @@ def single_file_parts(
             else _file_encoder(path, names, part, configs, t5_dtype)
             for part in encoders
         ],
-        tokenizers=_tokenizers([tokenizer, other, configs], str(path), t5),
+        tokenizers=_tokenizers(tokenizer, [other, configs], str(path), t5),
         scheduler=configs / "scheduler" / "scheduler_config.json",
         base_hash=file_hash(path),
         supplied=loading.folder_hash(other, missing) if missing else "",
@@ -140,7 +140,7 @@ def _folder_encoder(root: Path, part: str, t5_dtype: torch.dtype) -> nn.Module:
 
 
 def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: torch.dtype) -> nn.Module:
-    prefix, title = IN_FILES[part]
+    (prefix,), title = IN_FILES[part]
     weights = loading.read_tensors(path, names, prefix)
     if part == T5:
         return _file_t5(path, weights, configs / part, t5_dtype)
@@ -152,7 +152,7 @@ def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: t
 
 
 def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5EncoderModel:
-    if any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in weights):
+    if any(name.endswith(loading.SCALES) for name in weights):
         raise ValueError(
             f"{path.name} holds T5-XXL in scaled fp8, which is not read. Give a file with fp16 or plain fp8 weights, "
             f"{WITHOUT_T5}."
@@ -166,9 +166,10 @@ def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5E
     return encoder
 
 
-def _tokenizers(places: list[str | Path | None], base: str, t5: bool) -> list:
+def _tokenizers(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
     """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
-    return clip_tokenizers(places, base) + ([_t5_tokenizer([Path(p) for p in places if p], base)] if t5 else [])
+    clips = clip_tokenizers(asked, others, base)
+    return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips
 
 
 def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
@@ -178,7 +179,13 @@ def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
             return T5TokenizerFast.from_pretrained(own)
         files = ["spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
         return T5TokenizerFast.from_pretrained(snapshot_download(T5_REPO, allow_patterns=files))
-    except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"T5's tokenizer for {Path(base).name} is a spiece.model, which needs packages that are not installed. Run: "
+            f"pip install sentencepiece protobuf. Or set base.tokenizer to a folder with a tokenizer_3/ that has a "
+            f"tokenizer.json, {WITHOUT_T5}."
+        ) from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"{Path(base).name} brings no usable T5 tokenizer ({type(error).__name__}), and {T5_REPO} is neither "
             "cached nor reachable. Put the tokenizer_3 folder of any SD3 diffusers model (or ComfyUI's "

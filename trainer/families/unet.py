@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +94,12 @@ class UNetBase(Base):
             base_hash=found.base_hash,
             supplied=found.supplied,
         )
+
+    def misread(self) -> UNetBase:
+        other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[self.prediction]
+        # an eps network holds no picture where nothing but noise is left
+        schedule = VPSchedule.from_betas() if self.zero_terminal_snr else self.schedule
+        return replace(self, prediction=other, schedule=schedule, zero_terminal_snr=False)
 
     def check_prediction(self, x0: Tensor, condition: Condition) -> None:
         predictions.check(self, x0, condition)

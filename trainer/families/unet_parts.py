@@ -17,8 +17,6 @@ from . import loading
 from .clip import clip_tokenizers
 from .prediction import Found, found_in_header
 
-VAE_PREFIX = "first_stage_model."
-
 
 @dataclass(frozen=True)
 class TextEncoder:
@@ -60,7 +58,7 @@ def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -
         unet=loading.load_part(root, "unet", UNet2DConditionModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[loading.load_part(root, e.component, e.kind, torch.float32) for e in family.encoders],
-        tokenizers=clip_tokenizers([tokenizer, root], path)[: len(encoders)],
+        tokenizers=clip_tokenizers(tokenizer, [root], path)[: len(encoders)],
         scheduler=root / "scheduler" / "scheduler_config.json",
         base_hash=loading.folder_hash(root, weights),
     )
@@ -74,10 +72,10 @@ def single_file_parts(
     configs = Path(config) if config else family.configs
     _check_context_width(path, header.tensors, configs, family.name)
     told = found_in_header(header)
-    prefixes = {"vae": VAE_PREFIX} | {e.component: e.prefix for e in family.encoders}
+    prefixes = {"vae": loading.VAE_PREFIXES} | {e.component: (e.prefix,) for e in family.encoders}
     titles = {"vae": "VAE"} | {e.component: e.title for e in family.encoders}
     missing = [c for c, prefix in prefixes.items() if not any(n.startswith(prefix) for n in header.tensors)]
-    lacking = {c: f"{titles[c]} ({prefixes[c]}*)" for c in missing}
+    lacking = {c: f"{titles[c]} ({prefixes[c][0]}*)" for c in missing}
     other = loading.parts_folder(path, parts, lacking, family.title)
     return Parts(
         unet=loading.convert_part(path, configs, "unet", UNet2DConditionModel, dtype),
@@ -88,7 +86,7 @@ def single_file_parts(
             else _file_encoder(path, header.tensors, e, configs)
             for e in family.encoders
         ],
-        tokenizers=clip_tokenizers([tokenizer, other, configs], str(path))[: len(family.encoders)],
+        tokenizers=clip_tokenizers(tokenizer, [other, configs], str(path))[: len(family.encoders)],
         scheduler=configs / "scheduler" / "scheduler_config.json",
         base_hash=file_hash(path),
         told=told,

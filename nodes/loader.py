@@ -69,7 +69,8 @@ class PCMLoadLora(io.ComfyNode):
         files.check(header, found, model, family)
         if read is None:
             read = files.recipe_from_settings(model, phases, mode, cfg)
-        read = files.on_schedule_of(model, read)
+        if not files.awaits_schedule(model, read):
+            read = files.on_schedule_of(model, read)
         patched = model
         if strength:
             patched = files.apply(header, found, model, strength)

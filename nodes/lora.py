@@ -165,6 +165,14 @@ def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
+def awaits_schedule(model: Any, recipe: Recipe) -> bool:
+    """Whether the recipe wants a zero terminal SNR that this model, which predicts something else, may get later.
+
+    So it is with a v-prediction checkpoint that carries no mark, until a ModelSamplingDiscrete says what it is.
+    """
+    return recipe.zero_terminal_snr and prediction_of(model.get_model_object("model_sampling")) != recipe.prediction
+
+
 def shift_of(model: Any) -> float | None:
     """The flow time shift that a host MODEL has now; None for other kinds of model."""
     sampling = model.get_model_object("model_sampling")

@@ -15,7 +15,7 @@ from ..samplers import Recipe, sample_phased
 from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
 from .host import RecipeType, fit_to_model, menu_of, schedule_of, show, supported
-from .lora import model_family, shift_of
+from .lora import model_family, on_schedule_of, shift_of
 
 STEPS = {
     "default": 0,
@@ -172,6 +172,7 @@ class PCMSample(io.ComfyNode):
     def execute(
         cls, model, recipe: Recipe, seed: int, steps: int, cfg: float, positive, negative, latent_image, denoise: float
     ) -> io.NodeOutput:
+        recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
         settings = f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode}."

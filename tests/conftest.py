@@ -1,8 +1,10 @@
 """For every test: the repository root is not importable as bare folders, runs are repeatable, and skips are named."""
 
 import os
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,44 @@ def trained(tmp_path_factory):
 
     config = small_config(tmp_path_factory.mktemp("trained") / "run")
     return config, train(config)
+
+
+@pytest.fixture
+def pcm(monkeypatch, capsys):
+    """Run `pcm ...` in this process; returns its exit code, stdout and stderr."""
+    from phased_consistency.trainer import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["pcm", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def fails(pcm):
+    """Run `pcm ...`, expect this exit code and a message without a traceback, and return the message."""
+
+    def run(code, *args):
+        result = pcm(*args)
+        assert result.code == code, result
+        assert re.findall(r"^Error: .", result.err, re.MULTILINE) and "Traceback" not in result.err
+        return result.err
+
+    return run
+
+
+@pytest.fixture
+def lora(trained):
+    """The LoRA of that run."""
+    return trained[1]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bases import make_sdxl_folder
 from ldm_checkpoint import save_single_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
@@ -90,14 +92,63 @@ def test_no_negative_prompt_is_what_the_base_has_for_none(folder, tmp_path):
     assert len(set(pictures.values())) == 3
 
 
-def test_a_single_file_is_taken_to_be_what_the_loras_base_was(tiny_base, tmp_path):
-    recipe = Recipe(family="sd15", prediction="v_prediction", zero_terminal_snr=True)
-    lora = tmp_path / "v.safetensors"
-    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, lora, {HEADER_KEY: recipe.to_header()})
+def tiny_lora(path, module="mid_block_resnets_0_conv1", **recipe):
+    """A LoRA of tiny-sd15's base that does something, on one module of 32 to 32 channels."""
+    named = f"lora_unet_{module}"
+    shape = bundled_shape(module)
+    down, up = torch.randn(1, *shape[1:]), torch.randn(shape[0], 1, *(1,) * (len(shape) - 2))
+    header = {HEADER_KEY: Recipe(family="sd15", **recipe).to_header()} if recipe else {}
+    save_file({f"{named}.lora_down.weight": down, f"{named}.lora_up.weight": up}, path, header)
+    return path
+
+
+def bundled_shape(module):
+    with safe_open(next((bundled_folder(TINY) / "unet").glob("*.safetensors")), "pt") as file:
+        names = {name.replace(".", "_"): name for name in file.keys()}  # noqa: SIM118
+        return file.get_slice(names[f"{module}_weight"]).get_shape()
+
+
+def test_a_base_is_taken_to_be_what_the_loras_base_was(tiny_base, tmp_path):
+    lora = tiny_lora(tmp_path / "v.safetensors", prediction="v_prediction", zero_terminal_snr=True)
     parts = {"unet": tiny_base.network, "text_encoder": tiny_base.text_encoders[0]}
     file = save_single_file(tmp_path / "base.safetensors", **parts)
     options = {"config": TINY_FOLDER, "parts": TINY, "family": "sd15"}
     base = load_for_sample(str(file), "fp32", lora, **options)
     assert base.prediction == "v_prediction" and base.zero_terminal_snr
     assert load_for_sample(str(file), "fp32", None, **options).prediction == "epsilon"
-    assert load_for_sample(TINY, "fp32", lora).prediction == "epsilon", "the folder says so itself"
+    folder = load_for_sample(TINY, "fp32", lora)
+    assert folder.prediction == "v_prediction" and folder.zero_terminal_snr, "its epsilon binds nobody"
+
+
+def test_a_recipe_of_epsilon_tells_nothing_and_a_mismatch_is_warned_of(tiny_base, tmp_path):
+    lora = tiny_lora(tmp_path / "eps.safetensors", prediction="epsilon")
+    parts = {"unet": tiny_base.network, "text_encoder": tiny_base.text_encoders[0]}
+    file = save_single_file(tmp_path / "base.safetensors", **parts, markers=("v_pred",))
+    options = {"config": TINY_FOLDER, "parts": TINY, "family": "sd15"}
+    base = load_for_sample(str(file), "fp32", lora, **options)
+    assert base.prediction == "v_prediction"
+    warnings = grid(base, lora, tmp_path / "v.png")["warnings"]
+    assert "made for a base that predicts epsilon; base.safetensors predicts v_prediction" in warnings[0]
+    warnings = grid(load_for_sample(TINY, "fp32", lora), lora, tmp_path / "eps.png")["warnings"]
+    assert not any("predicts" in warning for warning in warnings)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    make_sdxl_folder(folder, tiny_base.tokenizers[0])
+    return folder
+
+
+def test_names_of_the_original_layout_are_left_to_diffusers(sdxl, tmp_path):
+    """kohya's SDXL: its middle_block.1 is diffusers' mid_block.attentions.0."""
+    base, tensors = load_for_check(str(sdxl)), {}
+    inside = "transformer_blocks.0.attn1.to_q"
+    out, width = base.network.get_submodule(f"mid_block.attentions.0.{inside}").weight.shape
+    name = f"lora_unet_middle_block_1_{inside.replace('.', '_')}"
+    tensors = {"lora_down.weight": torch.randn(2, width), "lora_up.weight": torch.randn(out, 2)}
+    tensors["alpha"] = torch.tensor(2.0)
+    save_file({f"{name}.{part}": t for part, t in tensors.items()}, tmp_path / "kohya.safetensors")
+    result = check_parity(tmp_path / "kohya.safetensors", base)
+    assert result["passed"] and result["max_effect"] > 0, result["text"]
+    assert "1 names of another layout, loaded by diffusers, not compared by hand" in result["text"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from bases import make_sdxl_folder, make_sdxl_parts
 from ldm_checkpoint import save_single_file
 from phased_consistency.samplers.lora_file import LoraHeader, TensorInfo
-from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.estimate import _stand_in
+from phased_consistency.trainer.export import recipe_for
+from phased_consistency.trainer.families import bundled_folder, load_base
 from phased_consistency.trainer.families.prediction import Found, found_in_header, found_in_scheduler, settle
+from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.tiny.making import pixels_of, random_scenes
+from runs import small_config
 
 EPS, V = "epsilon", "v_prediction"
 SAYS_EPS = Found(EPS, False, "scheduler_config.json")
@@ -153,6 +158,52 @@ def test_a_trained_network_tells_what_it_predicts(pictures, name):
     other = {EPS: V, V: EPS}[base.prediction]
     with pytest.raises(ValueError, match=f"{name} predicts {base.prediction}, not {other}.*Set base.prediction="):
         dataclasses.replace(base, prediction=other).check_prediction(x0, condition)
+
+
+def test_a_wrong_mark_has_to_go_first(pictures, tiny_base, tmp_path):
+    """`settle` lets nobody contradict a v: what it says is no help where the network predicts eps."""
+    x0, captions = pictures
+    folder = tmp_path / "folder"
+    shutil.copytree(bundled_folder("tiny-sd15"), folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": V}))
+    base = load_base(str(folder))
+    condition = base.encode_prompts(captions)
+    with pytest.raises(ValueError, match="folder/scheduler/scheduler_config.json says otherwise: set its predict"):
+        base.check_prediction(x0, condition)
+    parts = {"unet": tiny_base.network, "text_encoder": tiny_base.text_encoders[0]}
+    file = save_single_file(tmp_path / "v.safetensors", **parts, markers=("v_pred",))
+    base = dataclasses.replace(base, path=str(file))
+    with pytest.raises(ValueError, match=r"v.safetensors \(its tensor v_pred\) says otherwise: remove that mark from"):
+        base.check_prediction(x0, condition)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told", "settled"),
+    [
+        ({"prediction_type": V, "rescale_betas_zero_snr": True}, {}, (V, True)),
+        ({"prediction_type": V}, {"base__zero_terminal_snr": True}, (V, True)),
+        ({}, {"base__prediction": V}, (V, False)),
+    ],
+)
+def test_a_dry_run_tells_of_the_recipe_that_the_run_writes(tiny_base, tmp_path, scheduler, told, settled):
+    make_sdxl_folder(tmp_path / "base", tiny_base.tokenizers[0], **scheduler)
+    config = small_config(tmp_path / "run", base__path=tmp_path / "base", **told)
+    stand_in = _stand_in(config, SDXL)
+    base = load_base(str(tmp_path / "base"), **{k.removeprefix("base__"): v for k, v in told.items()})
+    found = [(b.prediction, b.zero_terminal_snr) for b in (stand_in, base)]
+    assert found == [settled] * 2
+    assert recipe_for(config, stand_in) == recipe_for(config, dataclasses.replace(base, base_hash=""))
+
+
+def test_a_dry_run_finds_contradictions(tiny_base, tmp_path):
+    parts = make_sdxl_parts(tiny_base.tokenizers[0])
+    path = save_single_file(tmp_path / "v.safetensors", **vars(parts), markers=("v_pred", "ztsnr"))
+    stand_in = _stand_in(small_config(tmp_path / "run", base__path=path), SDXL)
+    assert (stand_in.prediction, stand_in.zero_terminal_snr) == (V, True)
+    with pytest.raises(ValueError, match="says that the base predicts v_prediction, base.prediction says epsilon"):
+        _stand_in(small_config(tmp_path / "run", base__path=path, base__prediction=EPS), SDXL)
 
 
 def test_random_weights_pass(tiny_base, tmp_path):

@@ -99,6 +99,30 @@ def test_plain_fp8_of_t5_is_read_and_scaled_fp8_refused(shared, tmp_path):
     assert len(load(tmp_path / "scaled.safetensors", configs, t5=False).text_encoders) == 2
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.scale_weight",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.scale_weight",
+        "text_encoders.clip_g.transformer.scaled_fp8",
+    ],
+)
+def test_scaled_weights_are_refused_with_or_without_t5(shared, tmp_path, scale):
+    path, _, configs = shared
+    save_file(load_file(path) | {scale: torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(ValueError, match=f"scaled.safetensors holds scaled fp8 .*it has {scale}"):
+        load(tmp_path / "scaled.safetensors", configs, t5=False)
+
+
+def test_a_spiece_model_without_its_packages_says_what_to_install(shared, monkeypatch):
+    def lacking(*_):
+        raise ImportError("T5Converter requires the protobuf library")
+
+    monkeypatch.setattr("phased_consistency.trainer.families.sd3_parts.T5TokenizerFast.from_pretrained", lacking)
+    with pytest.raises(FileNotFoundError, match="Run: pip install sentencepiece protobuf.* or base.t5=false"):
+        load(*shared[::2])
+
+
 def test_a_file_without_t5_does_without(without, shared):
     path = without("text_encoders.t5xxl.")
     assert load(path, shared[2]).encoder_settings == "no T5"

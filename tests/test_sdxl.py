@@ -161,6 +161,20 @@ def test_a_file_that_is_not_whole_says_what_it_lacks(made, without, prefix, mess
         load(without(prefix), made)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight_scale",
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.scale_weight",
+        "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.scale_weight",
+    ],
+)
+def test_scaled_weights_are_refused(made, checkpoint, tmp_path, scale):
+    save_file(load_file(checkpoint) | {scale: torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(ValueError, match=f"scaled.safetensors holds scaled fp8 .*it has {scale}"):
+        load(tmp_path / "scaled.safetensors", made)
+
+
 def test_parts_supply_what_a_file_lacks(made, without, base):
     partly = load(without("conditioner."), made, parts=str(made.folder), tokenizer=None)
     assert torch.equal(partly.encode_prompts(PROMPTS)["hidden"], base.encode_prompts(PROMPTS)["hidden"])

@@ -226,6 +226,37 @@ def test_partial_checkpoints_are_refused(without, configs, prefix, message):
         load(without(prefix), configs)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.scale_weight",
+        "model.diffusion_model.scaled_fp8",
+        "first_stage_model.decoder.conv_in.weight_scale",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.scale_weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.comfy_quant",
+    ],
+)
+def test_scaled_weights_are_refused(checkpoint, configs, tmp_path, scale):
+    """Without its scale a weight can be a thousand times too large."""
+    save_file(load_file(checkpoint) | {scale: torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(
+        ValueError, match=f"scaled.safetensors holds scaled fp8 .*it has {scale}.*Give the checkpoint in"
+    ):
+        load(tmp_path / "scaled.safetensors", configs)
+
+
+def test_a_vae_under_the_other_prefix_is_found(checkpoint, configs, parts, tmp_path):
+    tensors = {k.replace("first_stage_model.", "vae."): v for k, v in load_file(checkpoint).items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    vae = load(tmp_path / "other.safetensors", configs).vae
+    assert all(torch.equal(w, vae.state_dict()[name]) for name, w in parts.vae.state_dict().items())
+
+
+def test_a_tokenizer_folder_without_words_is_refused(checkpoint, configs, tmp_path):
+    with pytest.raises(ValueError, match=f"base.tokenizer is {tmp_path}, which holds no tokenizer. Set it to a folder"):
+        load(checkpoint, configs, tokenizer=str(tmp_path), parts=TINY)
+
+
 def test_a_file_cut_short_is_refused(checkpoint, configs, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(ValueError, match="cut.safetensors is cut short"):

@@ -15,7 +15,9 @@ REQUIRED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate"),
     *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow"),
 )
-OPTIONAL = {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"}
+OPTIONAL = {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"} | {
+    name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")
+}
 
 
 def examine() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from ..samplers import FlowSchedule
@@ -11,7 +12,9 @@ from .data import find_pictures, read_prompts
 from .data.cache import own_prompts
 from .export import recipe_for
 from .families import FAMILIES, Base, bundled_folder, family_class
-from .families.loading import is_hub_id
+from .families.loading import checkpoint_header, is_hub_id
+from .families.prediction import found_in_header, found_in_scheduler, settle
+from .families.sd3 import SD3, check_flow, read_shift
 from .memory import BYTES, estimate_memory
 
 
@@ -104,15 +107,23 @@ def _passes(config: Config) -> tuple[int, str]:
 def _stand_in(config: Config, family: type[Base]) -> Base:
     """What `recipe_for` asks of a base, as far as it is known before the base is loaded."""
     folder = family.config_folder(config.base.path, config.base.config)
-    path = next(
+    scheduler = next(
         p / "scheduler" / "scheduler_config.json" for p in (folder, family.configs) if (p / "scheduler").is_dir()
     )
-    scheduler = json.loads(path.read_text())
-    flow = scheduler["_class_name"].startswith("FlowMatch")
-    prediction = "flow" if flow else config.base.prediction or scheduler.get("prediction_type", "epsilon")
-    schedule = FlowSchedule(config.base.shift or scheduler.get("shift", 1.0)) if flow else None
-    zero_snr = bool(config.base.zero_terminal_snr)
-    return family(None, None, [], [], schedule, prediction, zero_snr, "empty", config.base.path, "")
+    told = config.base.prediction, config.base.zero_terminal_snr
+    if family is SD3:
+        check_flow(*told)
+        schedule, settled = FlowSchedule(config.base.shift or read_shift(scheduler)), ("flow", False)
+    else:
+        schedule, settled = None, _settled(Path(config.base.path), scheduler, *told)
+    return family(None, None, [], [], schedule, *settled, "empty", config.base.path, "")
+
+
+def _settled(base: Path, scheduler: Path, *told) -> tuple[str, bool]:
+    """Prediction and zero terminal SNR as `UNetBase.load` settles them. Raises ValueError for contradictions."""
+    _, default = found_in_scheduler(scheduler)
+    found = found_in_header(checkpoint_header(base)) if base.suffix == ".safetensors" else default
+    return settle(found, default, *told)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,10 @@ from .generate import generate
 from .previews import draw_grid, save_image
 
 ADAPTER = "file"
+# kohya's names of SDXL's and SD3's blocks in the original layout
+OTHER_LAYOUT = re.compile(
+    r"^lora_(unet|transformer)_(input_blocks|middle_block|output_blocks|joint_blocks|time_embed|label_emb|out)_\d"
+)
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -73,15 +78,16 @@ def describe_text(d: dict[str, Any]) -> str:
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
     """A base on the best device, with the shift that the LoRA's recipe tells of.
 
-    A single file, which may not say what it predicts, is taken to be what the recipe says the LoRA's base was.
+    Where the recipe in its header says that the LoRA's base had v-prediction or zero terminal SNR, so has this one.
+    "epsilon" tells nothing: it is what every recipe has that says no other, and the base knows better.
     options: of `load_base`; those that are None are left to the recipe, else to the base.
     """
     options["family"] = family = options.get("family") or family_of(base)
     recipe = recipe_for_file(lora.name, read_header(lora).metadata) if lora else None
     if recipe and recipe.family == family:
         told = {"shift": recipe.shift}
-        if recipe.source == "header" and base.endswith(".safetensors"):
-            told |= {"prediction": recipe.prediction, "zero_terminal_snr": recipe.zero_terminal_snr or None}
+        if recipe.source == "header" and recipe.prediction == "v_prediction":
+            told |= {"prediction": "v_prediction", "zero_terminal_snr": recipe.zero_terminal_snr or None}
         options = told | {k: v for k, v in options.items() if v is not None}
     return _load(base, dtype, **options)
 
@@ -104,13 +110,16 @@ def _load(base: str, dtype: str, **options) -> Base:
 def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
-    By hand: W + alpha / rank * up @ down for each module that is, by its name, one of the network's.
+    By hand: W + alpha / rank * up @ down for each module that is, by its name, one of the network's. A file that names
+    blocks in the original layout, which diffusers and ComfyUI both map, is loaded by diffusers and not compared.
     """
     header = _of_family(file, base)
     modules = {_name_in_header(base, n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
-    unmatched = sorted(n for n, m in header.modules.items() if not fits(n, m))
+    other_layout = [n for n in header.modules if OTHER_LAYOUT.search(n)]
+    unmatched = sorted(n for n, m in header.modules.items() if n not in other_layout and not fits(n, m))
     found = {"modules": len(header.modules), "unmatched": len(unmatched), "unmatched_names": unmatched[:20]}
+    found["other_layout"] = len(other_layout)
     x, tick, condition = _probe(base)
     bare = base.denoise(x, tick, condition)
     try:
@@ -119,28 +128,47 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         return found | {"passed": False, "not_loaded_by_diffusers": len(header.modules), "text": f"FAILED: {error}"}
     by_diffusers = base.denoise(x, tick, condition)
     base.network.delete_adapters(ADAPTER)
+    failed = f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""
+    loaded = (
+        f"{len(unmatched)} keys unmatched of {len(header.modules)} modules, {not_installed} not loaded by diffusers"
+    )
+    passed = not unmatched and not not_installed
+    if other_layout:
+        effect = (by_diffusers - bare).abs().max().item()
+        return found | {
+            "passed": passed,
+            "not_loaded_by_diffusers": not_installed,
+            "max_difference": None,
+            "max_effect": effect,
+            "text": f"{'OK' if passed else 'FAILED'}: {loaded}; {len(other_layout)} names of another layout, loaded by "
+            f"diffusers, not compared by hand (the LoRA's effect is {effect:.2g}){failed}",
+        }
+    _add_by_hand(file, header, modules, unmatched)
+    by_hand = base.denoise(x, tick, condition)
+    difference = (by_diffusers - by_hand).abs().max().item()
+    effect = (by_hand - bare).abs().max().item()
+    passed = passed and difference <= 1e-3 * by_hand.abs().max().item() + 0.01 * effect
+    return found | {
+        "passed": passed,
+        "not_loaded_by_diffusers": not_installed,
+        "max_difference": difference,
+        "max_effect": effect,
+        "text": f"{'OK' if passed else 'FAILED'}: {loaded}, max output difference {difference:.2g} "
+        f"(the LoRA's effect is {effect:.2g}){failed}",
+    }
+
+
+def _add_by_hand(file: Path, header: LoraHeader, modules: dict[str, torch.nn.Module], without: list[str]) -> None:
+    """Add the LoRA to the weights of these modules, by name, all but those `without`."""
     weights, alphas = load_file(file), header.scale_alphas()
     for name, entry in header.modules.items():
-        if name in unmatched:
+        if name in without:
             continue
         up, down = (weights[entry.keys[part]].float() for part in ("up", "down"))
         alpha = weights[entry.keys["alpha"]].item() if "alpha" in entry.keys else alphas.get(name, entry.rank)
         target = modules[name].get_base_layer() if hasattr(modules[name], "get_base_layer") else modules[name]
         delta = (up.flatten(1) @ down.flatten(1)).view_as(target.weight) * (alpha / entry.rank)
         target.weight += delta.to(target.weight)
-    by_hand = base.denoise(x, tick, condition)
-    difference = (by_diffusers - by_hand).abs().max().item()
-    effect = (by_hand - bare).abs().max().item()
-    passed = not unmatched and not not_installed and difference <= 1e-3 * by_hand.abs().max().item() + 0.01 * effect
-    return found | {
-        "passed": passed,
-        "not_loaded_by_diffusers": not_installed,
-        "max_difference": difference,
-        "max_effect": effect,
-        "text": f"{'OK' if passed else 'FAILED'}: {len(unmatched)} keys unmatched of {len(header.modules)} modules, "
-        f"{not_installed} not loaded by diffusers, max output difference {difference:.2g} "
-        f"(the LoRA's effect is {effect:.2g})" + (f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""),
-    }
 
 
 def sample_grid(
@@ -170,7 +198,7 @@ def sample_grid(
     condition = base.encode_prompts(prompts)
     null = base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
     min_alpha = recipe.min_alpha if recipe else 0.0
-    rows, pictures, warnings = [], [], []
+    rows, pictures, warnings = [], [], _mismatches(recipe, base)
     for n in steps:
         plan = grid.plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
@@ -180,6 +208,15 @@ def sample_grid(
     save_image(draw_grid(pictures, prompts), out)
     told = recipe and asdict(recipe)
     return {"out": str(out), "rows": rows, "recipe": told, "warnings": list(dict.fromkeys(warnings))}
+
+
+def _mismatches(recipe: Recipe | None, base: Base) -> list[str]:
+    if recipe is None or recipe.prediction == base.prediction:
+        return []
+    return [
+        f"This LoRA was made for a base that predicts {recipe.prediction}; {Path(base.path).name} predicts "
+        f"{base.prediction}. Use the LoRA with a base like its own."
+    ]
 
 
 def _install_for_sampling(lora: Path | None, base: Base, strength: float) -> Recipe | None:

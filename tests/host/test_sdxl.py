@@ -98,6 +98,26 @@ def test_a_lora_for_the_other_prediction_is_told(server):
     assert first == "Made for models that predict epsilon; this one predicts v_prediction: expect mush."
 
 
+def test_an_unmarked_v_checkpoint_draws_as_the_marked_one(server):
+    """ModelSamplingDiscrete says what the checkpoint does not, before or after the LoRA is loaded."""
+    graph, links = sdxl("sdxl_v")
+    base = out(graph.add("CheckpointLoaderSimple", ckpt_name="sdxl.safetensors"))
+    loader = graph[links["model"][0]]["inputs"]
+    early = graph.add("PCMLoadLora", **loader | {"model": as_v(graph, base)})
+    late = graph.add("PCMLoadLora", **loader | {"model": base})
+    before = {**links, "model": out(early), "recipe": out(early, 1)}
+    after = {**links, "model": as_v(graph, out(late)), "recipe": out(late, 1)}
+    levels = graph.add("TestSigmas", sigmas=out(scheduler(graph, after)))
+    run, (marked, *others) = server.latents(graph, *(sample(graph, each) for each in (links, before, after)))
+    assert all(torch.equal(marked, other) for other in others)
+    assert run.outputs[levels]["sigmas"][0] == pytest.approx(4518.76, rel=1e-5), "the file's, which the model bears out"
+
+
+def as_v(graph: Graph, model: list) -> list:
+    """A link to this model, declared to predict v on a schedule with zero terminal SNR."""
+    return out(graph.add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=True))
+
+
 def test_an_sd15_lora_is_refused(server):
     graph, links = sdxl(lora="kohya.safetensors")
     graph.add("SaveLatent", samples=out(sample(graph, links)), filename_prefix="test")

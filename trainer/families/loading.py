@@ -125,7 +125,8 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
         raise ValueError(
             f"{root / part} holds no weights in .safetensors, the only kind that is read. Get the base in that format."
         )
-    name = "torch_dtype" if issubclass(kind, ModelMixin) or OLD_TRANSFORMERS else "dtype"
+    of_diffusers = issubclass(kind, ModelMixin)
+    name = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = "fp16" if _is_fp16(files[0]) else None
     try:
         model = kind.from_pretrained(
@@ -133,7 +134,7 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {error} Get its {part} again.") from error
-    return model.to(dtype)  # what transformers keeps in fp32 too
+    return model if of_diffusers else model.to(dtype)  # what transformers keeps in fp32 too
 
 
 def weight_files(folder: Path) -> list[Path]:

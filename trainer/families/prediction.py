@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from ...samplers import jump, output_from_x0_eps
-from ...samplers.lora_file import LoraHeader
+from ...samplers.lora_file import LoraHeader, read_header
+from .base import bundled_folder
+from .loading import is_hub_id
 
 # How files write the two kinds: diffusers, ModelSpec, ComfyUI, kohya.
 NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -22,7 +25,7 @@ V_TENSOR, ZERO_SNR_TENSOR = "v_pred", "ztsnr"
 EDM_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # Of the levels, one where reading v as eps (or the reverse) is wrong by more than the whole output.
 TRIED_LEVEL = 0.7
-WRONG, RIGHT = 0.8, 0.6
+WRONG, RIGHT = 0.8, 0.4
 
 
 @dataclass(frozen=True)
@@ -128,5 +131,24 @@ def check(base, x0: Tensor, condition: dict[str, Tensor]) -> None:
     if errors[told] > WRONG and errors[other] < RIGHT:
         raise ValueError(
             f"{base.path} predicts {other}, not {told}: at level {tick.item()} of {base.schedule.ticks} its output is "
-            f"off by {errors[told]:.0%} as {told} and by {errors[other]:.0%} as {other}. Set base.prediction={other}."
+            f"off by {errors[told]:.0%} as {told} and by {errors[other]:.0%} as {other}. {_remedy(base.path, other)}"
         )
+
+
+def _remedy(path: str, right: str) -> str:
+    """What to do where the other is right; a mark of v-prediction binds, so that it has to go first."""
+    mark = _said_of(path) if right == "epsilon" else None
+    if mark is None or mark.prediction != "v_prediction":
+        return f"Set base.prediction={right}."
+    if path.endswith(".safetensors"):
+        return f"{mark.where} says otherwise: remove that mark from the file, then set base.prediction={right}."
+    return f"{mark.where} says otherwise: set its prediction_type to {right}, in a copy of the base if it is the hub's."
+
+
+def _said_of(path: str) -> Found | None:
+    """What a base says of itself, from the hub's cache if it is the hub's; None where there is nothing to read."""
+    if path.endswith(".safetensors"):
+        return found_in_header(read_header(path))
+    name = "scheduler/scheduler_config.json"
+    config = try_to_load_from_cache(path, name) if is_hub_id(path) else (bundled_folder(path) or Path(path)) / name
+    return found_in_scheduler(Path(config))[1] if isinstance(config, str | Path) and Path(config).is_file() else None

@@ -113,7 +113,7 @@ class SD3(Base):
         shift: instead of the scheduler's. t5: whether to use T5; default: where the base has it. null: see `Base`.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
-        _check_flow(prediction, zero_terminal_snr)
+        check_flow(prediction, zero_terminal_snr)
         t5_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         if path.endswith(".safetensors"):
             found = single_file_parts(Path(path), config, parts, tokenizer, t5, dtype, t5_dtype)
@@ -126,7 +126,7 @@ class SD3(Base):
             vae=found.vae,
             text_encoders=found.text_encoders,
             tokenizers=found.tokenizers,
-            schedule=FlowSchedule(shift or _read_shift(found.scheduler)),
+            schedule=FlowSchedule(shift or read_shift(found.scheduler)),
             prediction="flow",
             zero_terminal_snr=False,
             null=null or "empty",
@@ -235,14 +235,15 @@ class SD3(Base):
         StableDiffusion3Pipeline.load_lora_into_transformer(state, self.network, adapter_name=name, metadata=metadata)
 
 
-def _check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
+def check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
+    """Raise ValueError for settings of SD1.5 and SDXL."""
     if prediction not in (None, "flow"):
         raise ValueError(f"base.prediction is {prediction!r}, but SD3 predicts the flow: leave it out, or say 'flow'.")
     if zero_terminal_snr:
         raise ValueError("base.zero_terminal_snr is for SD1.5 and SDXL: a flow model always ends in pure noise.")
 
 
-def _read_shift(path: Path) -> float:
+def read_shift(path: Path) -> float:
     """A scheduler config's time shift; ValueError for a scheduler that is no plain flow matching."""
     config = json.loads(path.read_text())
     if not config.get("_class_name", "").startswith("FlowMatch") or config.get("use_dynamic_shifting"):

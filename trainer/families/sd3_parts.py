@@ -181,8 +181,8 @@ def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
         return T5TokenizerFast.from_pretrained(snapshot_download(T5_REPO, allow_patterns=files))
     except ImportError as error:
         raise FileNotFoundError(
-            f"T5's tokenizer for {Path(base).name} is a spiece.model, which needs packages that are not installed. Run: "
-            f"pip install sentencepiece protobuf. Or set base.tokenizer to a folder with a tokenizer_3/ that has a "
+            f"T5's tokenizer for {Path(base).name} is a spiece.model, which needs packages that are not installed. "
+            "Run: pip install sentencepiece protobuf. Or set base.tokenizer to a folder with a tokenizer_3/ that has a "
             f"tokenizer.json, {WITHOUT_T5}."
         ) from error
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -1,4 +1,4 @@
-"""Small random bases for tests, written as diffusers folders; they are trained and sampled in seconds."""
+"""Small random bases for tests, written as diffusers folders, and their parts; trained and sampled in seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
@@ -30,16 +31,9 @@ def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=POOLED + 6 * 16,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        scaling_factor=0.13025,
-    )
     parts = SimpleNamespace(
         unet=unet,
-        vae=vae,
+        vae=make_vae(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(clip_config(words, WIDTH_L)),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(words, WIDTH_G, POOLED, hidden_act="gelu")),
     )
@@ -49,6 +43,16 @@ def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:
     for module in vars(parts).values():
         module.requires_grad_(False).eval()
     return parts
+
+
+def make_vae(levels: int = 4, **changes) -> AutoencoderKL:
+    """A narrow random autoencoder; `changes` are further settings of its config."""
+    return AutoencoderKL(
+        block_out_channels=(32,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **changes,
+    )
 
 
 def clip_config(words: CLIPTokenizer, width: int, pooled: int = 512, **changes) -> CLIPTextConfig:
@@ -74,14 +78,25 @@ def make_sdxl_folder(path: Path, words: CLIPTokenizer, **scheduler) -> SimpleNam
 
 
 def make_sdxl_pipeline(parts: SimpleNamespace, words: CLIPTokenizer, **scheduler) -> StableDiffusionXLPipeline:
-    """The parts as diffusers puts them together; the second CLIP pads with token 0."""
-    second = CLIPTokenizer.from_pretrained(words.name_or_path)
-    second.pad_token = "!"
+    """The parts as diffusers puts them together."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return StableDiffusionXLPipeline(
         **vars(parts),
         scheduler=DDIMScheduler(**betas, **scheduler),
         tokenizer=words,
-        tokenizer_2=second,
+        tokenizer_2=second_tokenizer(words),
         add_watermarker=False,
     )
+
+
+def second_tokenizer(words: CLIPTokenizer) -> CLIPTokenizer:
+    """The same words for the second CLIP of SDXL and SD3, which pads with token 0."""
+    second = CLIPTokenizer.from_pretrained(words.name_or_path)
+    second.pad_token = "!"
+    return second
+
+
+def save_without(checkpoint: Path, path: Path, prefix: str | tuple[str, ...]) -> Path:
+    """Write a checkpoint at `path` without the weights whose names start so. Returns the path."""
+    save_file({k: v for k, v in load_file(checkpoint).items() if not k.startswith(prefix)}, path)
+    return path

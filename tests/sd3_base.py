@@ -6,18 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from bases import clip_config, make_vae, second_tokenizer
 from host.sd3_checkpoint import sd3_transformer
 from ldm_checkpoint import ldm_text_encoder, ldm_vae
 
@@ -39,11 +33,12 @@ def make_parts(words: CLIPTokenizer, dual: bool = False, t5: bool = True) -> Sim
         dual_attention_layers=(0, 1) if dual else (),
         qk_norm="rms_norm" if dual else None,
     )
+    quant = {"use_quant_conv": False, "use_post_quant_conv": False}
     parts = SimpleNamespace(
         transformer=transformer,
-        vae=_vae(),
-        text_encoder=_clip(words, WIDTH_L),
-        text_encoder_2=_clip(words, WIDTH_G),
+        vae=make_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **quant),
+        text_encoder=CLIPTextModelWithProjection(clip_config(words, WIDTH_L, WIDTH_L)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(words, WIDTH_G, WIDTH_G)),
         text_encoder_3=T5EncoderModel(_t5_config()) if t5 else None,
     )
     with torch.no_grad():
@@ -56,35 +51,6 @@ def make_parts(words: CLIPTokenizer, dual: bool = False, t5: bool = True) -> Sim
         if module is not None:
             module.eval()
     return parts
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
-
-
-def _clip(words: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=width,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            projection_dim=width,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        )
-    )
 
 
 def _t5_config() -> T5Config:
@@ -105,14 +71,12 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_pipeline(parts: SimpleNamespace, words: CLIPTokenizer) -> StableDiffusion3Pipeline:
-    """The parts as diffusers puts them together; the second CLIP pads with token 0."""
-    second = CLIPTokenizer.from_pretrained(words.name_or_path)
-    second.pad_token = "!"
+    """The parts as diffusers puts them together."""
     return StableDiffusion3Pipeline(
         **vars(parts),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         tokenizer=words,
-        tokenizer_2=second,
+        tokenizer_2=second_tokenizer(words),
         tokenizer_3=t5_tokenizer() if parts.text_encoder_3 is not None else None,
     )
 

@@ -1,9 +1,12 @@
 """SD3 and SD3.5 in one file, as Stability and ComfyUI write them: every part of it, and what it may lack."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bases import save_without
 from phased_consistency.trainer.families.sd3 import SD3
 from sd3_base import clip_weights, make_sd3_folder, save_sd3_single_file, t5_tokenizer
 
@@ -20,14 +23,8 @@ def shared(request, tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def without(shared, tmp_path):
-    """The checkpoint without the weights whose names start so."""
-
-    def without(prefix):
-        path = tmp_path / "partly.safetensors"
-        save_file({k: v for k, v in load_file(shared[0]).items() if not k.startswith(prefix)}, path)
-        return str(path)
-
-    return without
+    """Writes the checkpoint without the weights whose names start so."""
+    return partial(save_without, shared[0], tmp_path / "partly.safetensors")
 
 
 def weights_of(module):

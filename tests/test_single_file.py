@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from bases import clip_config, make_vae, save_without
 from host.tiny import make_unet
 from ldm_checkpoint import save_single_file
 from phased_consistency.trainer.families import load_base
@@ -20,19 +22,9 @@ from runs import TINY, settings, start_pcm
 @pytest.fixture(scope="module")
 def parts(tiny_base):
     """A small SD1.5: its width and its text conditioning at two levels, with the tiny base's words."""
-    unet = make_unet()
-    two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(32, 32), **two)
-    text = CLIPTextConfig(
-        vocab_size=len(tiny_base.tokenizers[0]),
-        hidden_size=768,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        bos_token_id=tiny_base.tokenizers[0].bos_token_id,
-        eos_token_id=tiny_base.tokenizers[0].eos_token_id,
-    )
-    return SimpleNamespace(unet=unet, vae=vae.eval(), text_encoder=CLIPTextModel(text).eval())
+    unet, vae = make_unet(), make_vae(levels=2)
+    text = CLIPTextModel(clip_config(tiny_base.tokenizers[0], width=768))
+    return SimpleNamespace(unet=unet, vae=vae.eval(), text_encoder=text.eval())
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +46,8 @@ def checkpoint(parts, tmp_path_factory):
 
 @pytest.fixture
 def without(checkpoint, tmp_path):
-    """The checkpoint without the weights whose names start so."""
-
-    def without(prefix):
-        path = tmp_path / "partly.safetensors"
-        save_file({k: v for k, v in load_file(checkpoint).items() if not k.startswith(prefix)}, path)
-        return str(path)
-
-    return without
+    """Writes the checkpoint without the weights whose names start so."""
+    return partial(save_without, checkpoint, tmp_path / "partly.safetensors")
 
 
 def load(path, configs, **options):

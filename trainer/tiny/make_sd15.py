@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -31,12 +31,13 @@ from .making import (
     token_ids,
     train,
     train_vae,
+    vp_scheduler,
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the base: pictures, tokenizer, autoencoder, UNet and text model, saved in fp16."""
-    parser = arguments(__doc__, pictures=24_000)
+    parser = arguments(__doc__)
     parser.add_argument("--vae-steps", type=int, default=2_000, help="batches of 16 pictures")
     parser.add_argument("--unet-steps", type=int, default=5_500, help="batches of 64 latents")
     args = parser.parse_args(argv)
@@ -79,7 +80,7 @@ def eps_loss(
     unet: UNet2DConditionModel, text_model: CLIPTextModel, latents: Tensor, ids: Tensor
 ) -> Callable[[Tensor, int], Tensor]:
     """The eps-prediction loss of a batch, with 10 % empty prompts."""
-    alphas_bar = sd15_scheduler().alphas_cumprod
+    alphas_bar = vp_scheduler().alphas_cumprod
 
     def loss_of(index: Tensor, step: int) -> Tensor:
         x0, noise = latents[index], torch.randn(len(index), *latents.shape[1:])
@@ -91,19 +92,6 @@ def eps_loss(
     return loss_of
 
 
-def sd15_scheduler() -> DDIMScheduler:
-    """SD1.5's own noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-    )
-
-
 def new_pipeline(
     vae: AutoencoderTiny, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, text_model: CLIPTextModel
 ) -> StableDiffusionPipeline:
@@ -113,7 +101,7 @@ def new_pipeline(
         text_encoder=text_model,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=sd15_scheduler(),
+        scheduler=vp_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -4,8 +4,8 @@
 
 Pictures, tokenizer and autoencoder are those of the SD1.5-type base. A third of the pictures are crops, and the
 micro-conditioning says so; one prompt in ten is SDXL's zero embeddings and one in twenty the empty prompt, so that both
-work as the unconditional half of guidance. The bundled base was made with as many steps as the defaults, its learning
-rate's decay stretched and shortened on the way to meet a deadline: an hour on one busy CPU core.
+work as the unconditional half of guidance. The bundled base had as many steps as the defaults, an hour on one
+busy CPU core.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .making import (
     some_empty,
     token_ids,
     train,
+    vp_scheduler,
 )
 from .scenes import Scene
 
@@ -43,7 +44,7 @@ WIDE = 160
 
 def main(argv: list[str] | None = None) -> None:
     """Make the base: pictures with their crops, UNet and text encoders, saved in fp16."""
-    parser = arguments(__doc__, pictures=24_000)
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=3_400, help="batches of 64 latents")
     args = parser.parse_args(argv)
 
@@ -137,17 +138,7 @@ def v_loss(
 
 def sdxl_scheduler() -> DDIMScheduler:
     """SDXL's betas rescaled to a terminal SNR of zero, as its v-prediction fine-tunes use them."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-    )
+    return vp_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 def new_pipeline(

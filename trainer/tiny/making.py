@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,11 +28,11 @@ CAPTION_TOKENS = 24  # no caption is longer; of the 77 tokens that inference see
 SD15 = Path(__file__).parent / "sd15"
 
 
-def arguments(about: str, pictures: int) -> argparse.ArgumentParser:
+def arguments(about: str) -> argparse.ArgumentParser:
     """The command line that every maker has: where to write, and how many pictures to draw."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=pictures, help="scenes drawn once and trained on throughout")
+    parser.add_argument("--pictures", type=int, default=24_000, help="scenes drawn once and trained on throughout")
     return parser
 
 
@@ -114,6 +114,20 @@ def encode_words(encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tens
     """Penultimate hidden states (B, L, hidden) and, with a projection, the pooled embedding (B, projection)."""
     seen = encoder(ids, output_hidden_states=True)
     return seen.hidden_states[-2], seen[0]
+
+
+def vp_scheduler(**changes) -> DDIMScheduler:
+    """SD1.5's and SDXL's own noise schedule; `changes` are further settings of the scheduler."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        **changes,
+    )
 
 
 @contextmanager

@@ -7,10 +7,13 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..samplers.known_files import recipe_for_file
 from ..samplers.lora_file import read_header
-from ..samplers.recipe import MODES, recipe_for_file
+from ..samplers.recipe import MODES
 from . import lora as files
 from .host import RecipeType, menu_of, show, supported
+
+LEVELS = ("even", "lcm")
 
 
 class PCMLoadLora(io.ComfyNode):
@@ -23,9 +26,12 @@ class PCMLoadLora(io.ComfyNode):
             node_id="PCMLoadLora",
             display_name="Load PCM LoRA",
             category=menu_of("LoraLoaderModelOnly"),
-            description="Loads a few-step LoRA whatever its key names, checks that it fits the model, and reads from "
-            "the file how it must be sampled: steps, CFG, mode.",
-            search_aliases=["pcm", "phased consistency", "few-step lora", "4 step lora", "lora recipe"],
+            description="Loads a few-step LoRA (PCM, LCM, TCD, Hyper-SD, Lightning, DMD2, Flash) whatever its keys are "
+            "called, checks that it fits the model, and tells how it must be sampled: steps, CFG, mode.",
+            search_aliases=[
+                *("pcm", "phased consistency", "few-step lora", "4 step lora", "lora recipe"),
+                *("lcm lora", "tcd lora", "hyper-sd", "lightning", "dmd2"),
+            ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
@@ -41,7 +47,8 @@ class PCMLoadLora(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much of the LoRA is applied. Keep 1, as made. 0 leaves the model as it is.",
+                    tooltip="How much of the LoRA is applied. Keep 1, as made, unless the node says another. 0 leaves "
+                    "the model as it is.",
                 ),
                 *_recipe_widgets(),
             ],
@@ -60,22 +67,31 @@ class PCMLoadLora(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora: str, strength: float, recipe: str, phases: int, mode: str, cfg: float
+        cls,
+        model,
+        lora: str,
+        strength: float,
+        recipe: str,
+        phases: int,
+        mode: str,
+        cfg: float,
+        gamma: float = 1.0,
+        levels: str = LEVELS[0],
     ) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
-        read = recipe_for_file(lora, header.metadata) if recipe == "auto" else None
+        read = recipe_for_file(lora, header.metadata, header.family) if recipe == "auto" else None
         family = header.family or (read.family if read else None)
         found = files.match(header, model)
         files.check(header, found, model, family)
         if read is None:
-            read = files.recipe_from_settings(model, phases, mode, cfg)
+            read = files.recipe_from_settings(model, phases, mode, cfg, gamma, distilled=levels == LEVELS[1])
         if not files.awaits_schedule(model, read):
             read = files.on_schedule_of(model, read)
         patched = model
         if strength:
             patched = files.apply(header, found, model, strength)
             files.set_shift(patched, read.shift)
-        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, model, patched)))
+        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, strength, model, patched)))
 
 
 def _recipe_widgets() -> list[io.Input]:
@@ -105,7 +121,7 @@ def _recipe_widgets() -> list[io.Input]:
             options=list(MODES),
             default=MODES[0],
             advanced=True,
-            tooltip="deterministic for PCM, Hyper and Lightning LoRAs, stochastic for LCM-like ones. "
+            tooltip="deterministic for PCM, Hyper-SD and Lightning LoRAs, stochastic for LCM, TCD and DMD2. "
             "Used only for a file without a recipe.",
         ),
         supported(
@@ -117,5 +133,27 @@ def _recipe_widgets() -> list[io.Input]:
             step=0.1,
             advanced=True,
             tooltip="CFG that the LoRA was made for; 1 is no guidance. Used only for a file without a recipe.",
+        ),
+        supported(
+            io.Float.Input,
+            "gamma",
+            optional=True,  # as what follows: graphs of earlier versions have none
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
+            tooltip="How much of the noise between steps is fresh, in the mode stochastic: 1 for LCM and DMD2, 0.3 for "
+            "TCD. Used only for a file without a recipe.",
+        ),
+        supported(
+            io.Combo.Input,
+            "levels",
+            optional=True,
+            options=list(LEVELS),
+            default=LEVELS[0],
+            advanced=True,
+            tooltip="even: timesteps 999, 749, 499, 249 for 4 steps, as PCM, Hyper-SD, Lightning and DMD2. "
+            "lcm: 999, 759, 499, 259, as LCM and TCD. Used only for a file without a recipe.",
         ),
     ]

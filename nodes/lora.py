@@ -16,7 +16,8 @@ import torch
 from ..samplers import Recipe
 from ..samplers.lora_file import LoraHeader, LoraModule
 from ..samplers.phases import count_steps
-from ..samplers.recipe import FAMILIES
+from ..samplers.recipe import DISTILLED_POINTS, FAMILIES
+from ..samplers.schedule import TICKS
 
 CONFIGS = {
     "sd15": comfy.supported_models.SD15,
@@ -130,9 +131,12 @@ def prediction_of(model_sampling: Any) -> str:
     return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
 
 
-def recipe_from_settings(model: Any, phases: int, mode: str, cfg: float) -> Recipe:
+def recipe_from_settings(
+    model: Any, phases: int, mode: str, cfg: float, gamma: float = 1.0, distilled: bool = False
+) -> Recipe:
     """A recipe for a file that carries none, on the schedule of the model it is used with.
 
+    gamma: for the mode "stochastic". distilled: whether to sample on the grid of LCM and TCD.
     Raises ValueError when the model is of no family known here, or phases is out of range.
     """
     family = model_family(model)
@@ -144,10 +148,14 @@ def recipe_from_settings(model: Any, phases: int, mode: str, cfg: float) -> Reci
     prediction = prediction_of(sampling)
     recipe = Recipe(
         family=family,
+        objective="unknown",
         mode=mode,
         points=100 if prediction == "flow" else 40,
         phases=phases if mode == "deterministic" else 1,
         steps=phases,
+        gamma=0.0 if mode == "deterministic" else gamma,
+        sampling_points=DISTILLED_POINTS if distilled else None,
+        sampling_from_noise=distilled,
         prediction=prediction,
         shift=sampling.shift if prediction == "flow" else None,
         guidance=cfg,
@@ -173,6 +181,12 @@ def awaits_schedule(model: Any, recipe: Recipe) -> bool:
     return recipe.zero_terminal_snr and prediction_of(model.get_model_object("model_sampling")) != recipe.prediction
 
 
+def moves(model: Any, ticks: tuple[int, ...]) -> bool:
+    """Whether the model has not all of these levels: a ModelSamplingDiscrete (lcm) has left it LCM's 50 alone."""
+    points = len(model.get_model_object("model_sampling").sigmas)
+    return points == DISTILLED_POINTS and any(tick % (TICKS // points) for tick in ticks)
+
+
 def shift_of(model: Any) -> float | None:
     """The flow time shift that a host MODEL has now; None for other kinds of model."""
     sampling = model.get_model_object("model_sampling")
@@ -192,18 +206,22 @@ def set_shift(model: Any, shift: float | None) -> None:
     model.add_object_patch("model_sampling", sampling)
 
 
-def report(header: LoraHeader, found: LoraMatch, recipe: Recipe, model: Any, patched: Any) -> list[str]:
+def report(
+    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, patched: Any
+) -> list[str]:
     """What was loaded, and how it wants to be sampled, in a few lines for the node."""
     predicted = prediction_of(model.get_model_object("model_sampling"))
     lines = []
     if predicted != recipe.prediction:
         lines.append(f"Made for models that predict {recipe.prediction}; this one predicts {predicted}: expect mush.")
+    if strength not in (0, recipe.strength) and recipe.strength != 1:
+        lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")
     if found.misfits:
         lines.append(f"{len(found.misfits)} modules have no place in this model, such as {found.misfits[0]}.")
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines += [
-        f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode}.",
-        f"{FAMILIES[recipe.family]} {recipe.objective.upper()}, {len(found.names)} of {found.total} modules matched.",
+        f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
+        f"{FAMILIES[recipe.family]} {recipe.method}, {len(found.names)} of {found.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):

@@ -15,7 +15,7 @@ from ..samplers import Recipe, sample_phased
 from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
 from .host import RecipeType, fit_to_model, menu_of, schedule_of, show, supported
-from .lora import model_family, on_schedule_of, shift_of
+from .lora import model_family, moves, on_schedule_of, shift_of
 
 STEPS = {
     "default": 0,
@@ -43,8 +43,8 @@ class PCMScheduler(io.ComfyNode):
             node_id="PCMScheduler",
             display_name="PCM Scheduler",
             category=menu_of("BasicScheduler"),
-            description="Noise levels for a PCM LoRA, exactly on its phase edges, for core custom sampling.",
-            search_aliases=["pcm", "phased consistency", "trailing", "few-step sigmas"],
+            description="Noise levels for a PCM or other few-step LoRA, exactly its own, for core custom sampling.",
+            search_aliases=["pcm", "phased consistency", "trailing", "few-step sigmas", "lcm", "tcd", "sgm uniform"],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
@@ -80,9 +80,9 @@ class PCMSampler(io.ComfyNode):
             node_id="PCMSampler",
             display_name="PCM Sampler",
             category=menu_of("KSamplerSelect"),
-            description="The sampler for PCM LoRAs, for core custom sampling: jumps from phase edge to phase edge, "
-            "with as much fresh noise in between as you like.",
-            search_aliases=["pcm", "phased consistency", "tcd", "gamma", "lcm"],
+            description="The sampler for PCM and other few-step LoRAs, for core custom sampling: jumps from level to "
+            "level, with as much fresh noise in between as the recipe says, or as you like.",
+            search_aliases=["pcm", "phased consistency", "tcd", "gamma", "lcm", "lightning", "dmd2"],
             inputs=[
                 RecipeType.Input(
                     "recipe",
@@ -130,8 +130,9 @@ class PCMSample(io.ComfyNode):
             node_id="PCMSample",
             display_name="Sample PCM",
             category=menu_of("KSampler"),
-            description="Samples a PCM LoRA as it was made to be sampled, and says on the node when a setting is off.",
-            search_aliases=["pcm", "phased consistency", "few-step", "fast", "4 steps", "ksampler"],
+            description="Samples a PCM or other few-step LoRA as it was made to be sampled, and says on the node when "
+            "a setting is off.",
+            search_aliases=["pcm", "phased consistency", "few-step", "fast", "4 steps", "ksampler", "lcm", "lightning"],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
@@ -175,8 +176,10 @@ class PCMSample(io.ComfyNode):
         recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        settings = f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode}."
+        settings = f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode_text}."
         warnings = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+        if moves(model, plan.ticks):
+            warnings.append("ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node.")
         text = show(cls, [*warnings, *plan.notes, settings])
         latent = fit_to_model(model, latent_image)
         latent["samples"] = comfy.sample.sample_custom(

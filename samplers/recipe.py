@@ -1,12 +1,9 @@
-"""How a few-step LoRA must be sampled: the recipe, its form in a LoRA header, and those of known public files."""
+"""How a few-step LoRA must be sampled: the recipe, and its form in a LoRA header."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import PurePath
+from dataclasses import asdict, dataclass, fields
 
 from .phases import PhaseGrid, count_steps
 from .schedule import PREDICTIONS, TICKS, FlowSchedule, Schedule, VPSchedule
@@ -17,12 +14,16 @@ MODES = ("deterministic", "stochastic")
 GUIDANCE_MODES = ("smallcfg", "normalcfg")
 # phases of a normalcfg LoRA -> CFG (best, low, high), after the model card of wangfuyun/PCM_Weights
 NORMALCFG = {4: (3.0, 2.5, 3.5), 8: (4.5, 3.0, 6.0), 16: (5.0, 2.0, 9.0)}
-DIFFUSERS_SCHEDULERS = {
-    ("deterministic", False): "DDIM with trailing spacing",
-    ("deterministic", True): "FlowMatchEulerDiscrete",
-    ("stochastic", False): "LCM",
-    ("stochastic", True): "FlowMatchLCM",
+# objective -> the method as people write it; those that are not here in capitals
+METHODS = {"hyper": "Hyper-SD", "lightning": "Lightning", "flash": "Flash Diffusion", "unknown": "LoRA"}
+# (any noise, flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
+SOFTWARE = {
+    (False, False): ("euler + simple", "DDIM with trailing spacing"),
+    (False, True): ("euler + simple", "FlowMatchEulerDiscrete"),
+    (True, False): ("lcm + simple", "LCM"),
+    (True, True): ("lcm + simple", "FlowMatchLCM"),
 }
+DISTILLED_POINTS = 50  # of the DDIM grid that LCM and TCD are trained and sampled on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +31,19 @@ class Recipe:
     """How a LoRA was trained, and how it wants to be sampled.
 
     family: base model family, a key of `FAMILIES`.
-    objective: the training objective, "pcm" or a relative.
-    mode: "deterministic" (phase jumps) or "stochastic" (to x0 and fresh noise).
-    points, phases: the grid it was trained on (`PhaseGrid`).
+    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash" or another; "unknown"
+        where the settings are the user's.
+    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any few steps).
+    gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic, which is
+        also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
+    points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such grid, or an
+        unpublished one, the grid that it is sampled on.
     steps: recommended number of steps.
     prediction: what the base predicts: "epsilon", "v_prediction" or "flow".
     zero_terminal_snr: whether the base's schedule ends in pure noise.
     shift: flow time shift; None for VP.
     min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0 = alpha.
-    guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (none distilled; trained with prompt dropout).
+    guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (CFG and negative prompts work as usual).
     guidance: recommended CFG scale (1 = none); guidance_min, guidance_max: the range it was made for.
     negative_prompts: whether a negative prompt has the usual effect within that range.
     strength: recommended LoRA strength.
@@ -50,6 +55,7 @@ class Recipe:
     family: str
     objective: str = "pcm"
     mode: str = "deterministic"
+    gamma: float | None = None
     points: int = 40
     phases: int = 4
     steps: int | None = None
@@ -91,6 +97,10 @@ class Recipe:
                 f"min_alpha is {self.min_alpha:g} with prediction {self.prediction!r} and {self.phases} phases: "
                 "it is for 'epsilon' and 1 phase, else 0"
             )
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            problems.append(f"gamma is {self.gamma:g}; between 0 (no noise is fresh) and 1 (all of it)")
+        elif self.gamma and self.mode == "deterministic":
+            problems.append(f"gamma is {self.gamma:g} with mode 'deterministic', which takes no fresh noise: 0 there")
         if not self.guidance_min <= self.guidance <= self.guidance_max:
             problems.append(
                 f"guidance {self.guidance:g} is outside its own range {self.guidance_min:g} to {self.guidance_max:g}"
@@ -107,6 +117,8 @@ class Recipe:
             raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
         if self.steps is None:
             object.__setattr__(self, "steps", self.phases if self.mode == "deterministic" else 4)
+        if self.gamma is None:
+            object.__setattr__(self, "gamma", 0.0 if self.mode == "deterministic" else 1.0)
 
     def grid(self, trained: bool = False) -> PhaseGrid:
         """The levels to sample at; with `trained`, the edges of training even where the authors sample elsewhere."""
@@ -121,9 +133,19 @@ class Recipe:
         return VPSchedule.from_betas(zero_terminal_snr=self.zero_terminal_snr)
 
     @property
-    def gamma(self) -> float:
-        """What `sample_phased` takes for this mode."""
-        return 0.0 if self.mode == "deterministic" else 1.0
+    def distilled(self) -> bool:
+        """Whether it is sampled on LCM's and TCD's grid, which other schedulers have only when they are told to."""
+        return (self.sampling_points, self.sampling_from_noise) == (DISTILLED_POINTS, True)
+
+    @property
+    def method(self) -> str:
+        """The objective as people write it."""
+        return METHODS.get(self.objective, self.objective.upper())
+
+    @property
+    def mode_text(self) -> str:
+        """The mode, with gamma where the mode alone does not tell it."""
+        return f"{self.mode}, gamma {self.gamma:g}" if 0 < self.gamma < 1 else self.mode
 
     def warnings(self, steps: int, guidance: float, family: str | None = None, shift: float | None = None) -> list[str]:
         """What is wrong with these settings, each as one sentence that says what to change.
@@ -155,21 +177,34 @@ class Recipe:
     def usage_hint(self) -> str:
         """The settings in one sentence, for people and for `modelspec.usage_hint`."""
         any_number = "" if self.mode == "deterministic" else " (any small number works)"
-        sampler = "euler + simple" if self.mode == "deterministic" else "lcm + simple"
-        scheduler = DIFFUSERS_SCHEDULERS[self.mode, self.prediction == "flow"]
-        if self.zero_terminal_snr:
-            scheduler += " (rescale_betas_zero_snr)"
-        if self.prediction == "flow":  # left to itself, diffusers' Euler takes other levels than the phase edges
-            unshifted = ", ".join(f"{tick / TICKS:g}" for tick in self.grid().plan(self.steps).ticks[:-1])
-            scheduler += f" at sigmas=[{unshifted}]"
-        software = f"ComfyUI sampler and scheduler {sampler}, diffusers {scheduler}, or the PCM nodes"
-        if self.min_alpha:
-            software = f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"
         shift = "" if self.shift is None else f", shift {self.shift:g}"
         return (
             f"{count_steps(self.steps)}{any_number}, CFG {self.guidance:g} ({self.guidance_min:g} to "
-            f"{self.guidance_max:g}), LoRA strength {self.strength:g}{shift}; {software}. {FAMILIES[self.family]} only."
+            f"{self.guidance_max:g}), LoRA strength {self.strength:g}{shift}; {self._software()}. "
+            f"{FAMILIES[self.family]} only."
         )
+
+    def _software(self) -> str:
+        """What samples it, and with which settings there."""
+        if self.min_alpha:
+            return f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"
+        flow, ticks = self.prediction == "flow", self.grid().plan(self.steps).ticks[:-1]
+        if 0 < self.gamma < 1:
+            if flow:
+                return "only with the PCM nodes"
+            host, scheduler = "", f"TCD with eta {self.gamma:g}"
+        else:
+            host, scheduler = SOFTWARE[self.gamma > 0, flow]
+        if self.zero_terminal_snr:
+            scheduler += " (rescale_betas_zero_snr)"
+        if flow:  # left to itself, diffusers takes other levels
+            scheduler += f" at sigmas=[{', '.join(f'{tick / TICKS:g}' for tick in ticks)}]"
+        elif self.gamma and not self.distilled:
+            scheduler += f" at timesteps=[{', '.join(str(tick - 1) for tick in ticks)}]"
+        elif self.gamma == 1:
+            host += " after ModelSamplingDiscrete (lcm)"
+        host = host and f"ComfyUI sampler and scheduler {host}, "
+        return f"{host}diffusers {scheduler}, or the PCM nodes"
 
     def to_header(self) -> str:
         """JSON for the `pcm.recipe` header key."""
@@ -194,81 +229,3 @@ class Recipe:
 def normalcfg_guidance(phases: int) -> tuple[float, float, float]:
     """CFG scale (best, low, high) for a normalcfg LoRA of so many phases: the row of `NORMALCFG` at or below."""
     return NORMALCFG[max((row for row in NORMALCFG if row <= phases), default=min(NORMALCFG))]
-
-
-def _smallcfg(family: str, points: int) -> Callable[[re.Match], Recipe]:
-    def recipe(m: re.Match) -> Recipe:
-        steps = int(m[1])
-        grid = {"points": points, "phases": steps, "sampling_points": _trailing(steps), "sampling_from_noise": True}
-        return Recipe(family=family, **grid)
-
-    return recipe
-
-
-def _normalcfg(family: str, points: int) -> Callable[[re.Match], Recipe]:
-    def recipe(m: re.Match) -> Recipe:
-        best, low, high = normalcfg_guidance(int(m[1]))
-        return replace(
-            _smallcfg(family, points)(m),
-            guidance_mode="normalcfg",
-            guidance=best,
-            guidance_min=low,
-            guidance_max=high,
-            negative_prompts=True,
-        )
-
-    return recipe
-
-
-def _lcmlike(family: str) -> Callable[[re.Match], Recipe]:
-    return lambda m: Recipe(
-        family=family, mode="stochastic", points=50, phases=1, sampling_points=50, sampling_from_noise=True
-    )
-
-
-def _sd3(m: re.Match) -> Recipe:
-    stochastic = m.lastindex == 1
-    return Recipe(
-        family="sd3",
-        mode="stochastic" if stochastic else "deterministic",
-        points=100,
-        phases=1 if stochastic else int(m[1]),
-        prediction="flow",
-        shift=float(m[m.lastindex]),
-        guidance=1.2,
-        sampling_points=50,
-        sampling_from_noise=True,
-    )
-
-
-def _trailing(steps: int) -> int:
-    """Points of diffusers' trailing grid: exact at 40 for up to 8 steps; 16 steps need every timestep."""
-    return 40 if steps <= 8 else 1000
-
-
-# The files of wangfuyun/PCM_Weights (checked 2026-08): name pattern -> recipe, after the model card and its demo. Their
-# training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always the levels their authors sample at.
-KNOWN_FILES: tuple[tuple[str, Callable[[re.Match], Recipe]], ...] = (
-    (r"pcm_sd15_smallcfg_(2|4|8|16)step", _smallcfg("sd15", 50)),
-    (r"pcm_sd15_normalcfg_(4|8|16)step", _normalcfg("sd15", 50)),
-    (r"pcm_sd15_lcmlike_lora", _lcmlike("sd15")),
-    (r"pcm_sdxl_smallcfg_(2|4|8|16)step", _smallcfg("sdxl", 40)),
-    (r"pcm_sdxl_normalcfg_(4|8|16)step", _normalcfg("sdxl", 40)),
-    (r"pcm_sdxl_lcmlike_lora", _lcmlike("sdxl")),
-    (r"pcm_deterministic_(2|4)step_shift(1|3)", _sd3),
-    (r"p[cd]m_stochastic_shift(3)", _sd3),
-)
-
-
-def recipe_for_file(name: str, metadata: dict[str, str]) -> Recipe | None:
-    """The recipe in a LoRA's header, else that of a known public file of this name, else None.
-
-    name: file name or path. metadata: the safetensors `__metadata__`. Raises ValueError for an unreadable header.
-    """
-    if HEADER_KEY in metadata:
-        return Recipe.from_header(metadata[HEADER_KEY])
-    stem = PurePath(name.replace("\\", "/")).stem.lower()
-    for pattern, recipe in KNOWN_FILES:
-        if match := re.search(pattern, stem):
-            return replace(recipe(match), source="known file")
-    return None

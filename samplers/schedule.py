@@ -204,6 +204,27 @@ def jump(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return _columns(alpha, x0) * x0.float() + _columns(sigma, x0) * eps.float()
 
 
+def eps_of(x: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The eps that x = alpha * x0 + sigma * eps holds beside this x0, in fp32. Shapes as in `jump`; sigma not 0."""
+    return (x.float() - _columns(alpha, x) * x0.float()) / _columns(sigma, x)
+
+
+Level = tuple[Tensor, Tensor]  # alpha and sigma
+
+
+def extrapolated(x0: Tensor, x0_before: Tensor, before: Level, now: Level, then: Level) -> Tensor:
+    """x0 as it is halfway of the step from level `now` to `then`, on the line through its values at `before` and `now`.
+
+    A jump with it is one step of DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2): D = x0 + h / (2 h_before) (x0 -
+    x0_before), h in log(alpha / sigma). Levels as in `jump`, in any one convention. Rows without a step before (of no
+    length, or from a level without signal) keep their x0, and so do those that end at the clean one.
+    """
+    signal = [(torch.as_tensor(a) / torch.as_tensor(s)).log() for a, s in (before, now, then)]
+    h_before, h = signal[1] - signal[0], signal[2] - signal[1]
+    ratio = torch.where((h_before > 0) & h.isfinite(), h / (2 * h_before), 0.0)
+    return x0 + _columns(ratio, x0) * (x0 - x0_before)
+
+
 def renoise(x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, alpha_to: Tensor, sigma_to: Tensor) -> Tensor:
     """A point at level (alpha, sigma) taken up to a noisier level (alpha_to, sigma_to) by the forward process, in fp32.
 

@@ -1,119 +1,14 @@
-"""Recipes: through a header and back, and those of the published files against their authors' own settings."""
+"""Recipes: what they refuse and say, and through a header and back."""
 
 import itertools
 import json
 from dataclasses import asdict, replace
 
 import pytest
+from test_known_files import known
 
 from phased_consistency.samplers import Recipe, normalcfg_guidance, recipe_for_file
 from phased_consistency.samplers.recipe import HEADER_KEY
-
-TRAILING = {
-    2: [999, 499],
-    4: [999, 749, 499, 249],
-    8: [999, 874, 749, 624, 499, 374, 249, 124],
-    16: [999, 937, 874, 811, 749, 687, 624, 561, 499, 437, 374, 311, 249, 187, 124, 61],
-}
-FILES = [
-    *(("sd15", f"pcm_sd15_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
-    *(("sdxl", f"pcm_sdxl_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
-    *(
-        ("sd15", f"pcm_sd15_normalcfg_{n}step_converted", n, cfg)
-        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
-    ),
-    *(
-        ("sdxl", f"pcm_sdxl_normalcfg_{n}step_converted", n, cfg)
-        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
-    ),
-]
-SD3_FILES = [
-    ("pcm_deterministic_2step_shift1", 2, 1.0, [1, 0.5]),
-    ("pcm_deterministic_4step_shift1", 4, 1.0, [1, 0.76, 0.5, 0.26]),
-    ("pcm_deterministic_4step_shift3", 4, 3.0, [1, 0.76, 0.5, 0.26]),
-]
-
-
-def known(name: str) -> Recipe:
-    recipe = recipe_for_file(f"{name}.safetensors", {})
-    assert recipe is not None and recipe.source == "known file"
-    return recipe
-
-
-def timesteps(recipe: Recipe, trained: bool = False) -> list[int]:
-    return [tick - 1 for tick in recipe.grid(trained).plan(recipe.steps).ticks[:-1]]
-
-
-@pytest.mark.parametrize(("family", "name", "steps", "cfg"), FILES)
-def test_published_unet_files(family, name, steps, cfg):
-    recipe = known(name)
-    assert (recipe.family, recipe.mode, recipe.steps, recipe.phases) == (family, "deterministic", steps, steps)
-    assert (recipe.prediction, recipe.shift, recipe.gamma) == ("epsilon", None, 0)
-    assert (recipe.guidance_min, recipe.guidance_max) == cfg
-    assert recipe.negative_prompts == ("normalcfg" in name)
-    assert recipe.guidance_mode == ("normalcfg" if "normalcfg" in name else "smallcfg")
-    # 62.5 timesteps apart, the 16 levels are rounded up where diffusers rounds to even: at most one timestep off
-    off = 1 if steps == 16 else 0
-    assert all(abs(a - b) <= off for a, b in zip(timesteps(recipe), TRAILING[steps], strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "edges"),
-    [
-        ("pcm_sd15_smallcfg_4step_converted", [999, 739, 499, 239]),
-        ("pcm_sd15_normalcfg_8step_converted", [999, 859, 739, 619, 499, 359, 239, 119]),
-        ("pcm_sdxl_smallcfg_4step_converted", [999, 749, 499, 249]),
-        ("pcm_deterministic_4step_shift3", [999, 749, 499, 249]),
-    ],
-)
-def test_trained_edges_are_an_option(name, edges):
-    assert timesteps(known(name), trained=True) == edges
-
-
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_published_lcmlike_files(family):
-    recipe = known(f"pcm_{family}_lcmlike_lora_converted")
-    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.gamma) == (family, "stochastic", 1, 4, 1)
-    assert timesteps(recipe) == [999, 759, 499, 259]
-    assert [t - 1 for t in recipe.grid().plan(8).ticks[:-1]] == [999, 879, 759, 639, 499, 379, 259, 139]
-
-
-@pytest.mark.parametrize(("name", "steps", "shift", "levels"), SD3_FILES)
-@pytest.mark.parametrize("prefix", ["", "half_"])
-def test_published_sd3_files(prefix, name, steps, shift, levels):
-    recipe = known(prefix + name)
-    assert (recipe.family, recipe.prediction, recipe.mode) == ("sd3", "flow", "deterministic")
-    assert (recipe.steps, recipe.shift, recipe.guidance) == (steps, shift, 1.2)
-    assert [tick / 1000 for tick in recipe.grid().plan().ticks[:-1]] == levels
-    sigmas = recipe.schedule().sigma(500)
-    assert sigmas.item() == pytest.approx({1.0: 0.5, 3.0: 0.75}[shift])
-
-
-@pytest.mark.parametrize("name", ["pcm_stochastic_shift3", "pdm_stochastic_shift3", "half_pcm_stochastic_shift3"])
-def test_published_stochastic_sd3_file(name):
-    recipe = known(name)
-    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.shift) == ("sd3", "stochastic", 1, 4, 3.0)
-    assert recipe.grid().plan(4).ticks == (1000, 760, 500, 260, 0)
-
-
-@pytest.mark.parametrize("folder", ["", "sd15/", "PCM\\SD15\\", "C:\\models\\loras\\", "/models/loras/"])
-def test_a_known_file_is_known_in_any_folder(folder):
-    recipe = recipe_for_file(folder + "PCM_SD15_smallcfg_4step_converted.safetensors", {})
-    assert recipe == known("pcm_sd15_smallcfg_4step_converted")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "my_style.safetensors", "pcm_sd15_smallcfg_3step.safetensors", "pcm_sd15_smallcfg_4step\\style.safetensors"],
-)
-def test_unknown_files_have_no_recipe(name):
-    assert recipe_for_file(name, {}) is None
-
-
-def test_the_header_wins_over_the_name():
-    own = Recipe(family="sdxl", phases=2)
-    got = recipe_for_file("pcm_sd15_smallcfg_4step_converted.safetensors", {HEADER_KEY: own.to_header()})
-    assert got == replace(own, source="header")
 
 
 def test_header_round_trip():
@@ -125,6 +20,7 @@ def test_header_round_trip():
         recipe = Recipe(
             family=family,
             mode=mode,
+            gamma=0.3 if mode == "stochastic" else None,
             phases=phases,
             steps=steps,
             objective="lcm",
@@ -276,6 +172,11 @@ def test_a_clamp_outside_its_range_is_an_error(min_alpha):
         ("pcm_sd15_lcmlike_lora_converted", "lcm + simple", "diffusers LCM"),
         ("pcm_deterministic_4step_shift3", "euler + simple", "FlowMatchEulerDiscrete"),
         ("pcm_stochastic_shift3", "lcm + simple", "FlowMatchLCM"),
+        ("sdxl_lightning_4step_lora", "euler + simple,", "DDIM with trailing spacing"),
+        ("lcm-lora-sdxl", "lcm + simple after ModelSamplingDiscrete (lcm)", "diffusers LCM,"),
+        ("dmd2_sdxl_4step_lora", "lcm + simple,", "LCM at timesteps=[999, 749, 499, 249]"),
+        ("TCD-SD15-LoRA", "", "1 (1 to 2), LoRA strength 1; diffusers TCD with eta 0.3, or the PCM nodes"),
+        ("Hyper-SD3-4steps-CFG-lora", "LoRA strength 0.125", "FlowMatchEulerDiscrete at sigmas=[1, 0.75, 0.5, 0.25]"),
     ],
 )
 def test_usage_hint_names_the_settings(name, host, diffusers):
@@ -283,3 +184,24 @@ def test_usage_hint_names_the_settings(name, host, diffusers):
     hint = recipe.usage_hint()
     assert hint.startswith(f"{recipe.steps} steps") and host in hint and diffusers in hint
     assert f"CFG {recipe.guidance:g} (" in hint and ("shift 3" in hint) == (recipe.family == "sd3")
+
+
+@pytest.mark.parametrize(("mode", "gamma"), [("deterministic", 0.0), ("stochastic", 1.0)])
+def test_the_mode_tells_gamma_where_nothing_else_does(mode, gamma):
+    recipe = Recipe(family="sd15", mode=mode)
+    assert (recipe.gamma, recipe.mode_text) == (gamma, mode)
+    old = json.loads(recipe.to_header())
+    assert old.pop("gamma") == gamma
+    assert Recipe.from_header(json.dumps(old)) == replace(recipe, source="header")
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])
+def test_gamma_outside_its_range_is_an_error(gamma):
+    with pytest.raises(ValueError, match=r"gamma is \S+; between 0 \(no noise is fresh\) and 1"):
+        Recipe(family="sd15", mode="stochastic", gamma=gamma)
+
+
+def test_no_gamma_in_deterministic_mode():
+    assert Recipe(family="sd15", gamma=0.0) == Recipe(family="sd15")
+    with pytest.raises(ValueError, match="gamma is 0.3 with mode 'deterministic', which takes no fresh noise: 0 there"):
+        Recipe(family="sd15", gamma=0.3)

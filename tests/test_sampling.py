@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
 from phased_consistency.samplers import (
     SAMPLERS,
@@ -13,6 +13,7 @@ from phased_consistency.samplers import (
     PhaseGrid,
     VPSchedule,
     jump,
+    recipe_for_file,
     sample_consistency,
     sample_phased,
     seeded_noise,
@@ -138,6 +139,44 @@ def test_gamma_1_is_lcm():
         draws = iter(noise)
         ours = sample(model, x, sigmas, schedule=VP, noise_sampler=lambda *_, d=draws: next(d), **options)
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("gamma", [0.05, 0.3, 0.95])
+def test_gamma_is_diffusers_tcd(gamma, steps):
+    """Their clean end is timestep 0, sigma 0.029, where ours is x0: the last eps tells theirs. At gamma 1 see LCM."""
+    tcd = TCDScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    tcd.set_timesteps(steps)
+    recipe = recipe_for_file("TCD-SD15-LoRA.safetensors", {})
+    ticks = recipe.grid().plan(steps).ticks
+    assert tcd.timesteps.tolist() == [tick - 1 for tick in ticks[:-1]]
+    sigmas, generator = VP.k_sigma(torch.tensor(ticks)), torch.Generator().manual_seed(4)
+    x = start_noise(VP, sigmas)
+    theirs = x * VP.k_scale(sigmas[0])
+    for timestep in tcd.timesteps:
+        eps = network(theirs, timestep)
+        theirs = tcd.step(eps, timestep, theirs, eta=gamma, generator=generator).prev_sample
+    theirs = (theirs - VP.sigma(1) * eps) / VP.alpha(1)
+    ours = sample_phased(eps_model(network), x, sigmas, schedule=VP, gamma=gamma, noise_sampler=seeded_noise(x, 4 - 1))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lcm-lora-sdv1-5", "dmd2_sdxl_4step_lora"])
+def test_lcm_and_dmd2_files_are_diffusers_lcm(name):
+    """DMD2's authors give it their timesteps. LCM's boundary terms are below 1e-6 here, down to timestep 249."""
+    recipe = recipe_for_file(f"{name}.safetensors", {})
+    ticks = recipe.grid().plan(recipe.steps).ticks
+    lcm = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    lcm.set_timesteps(**({"timesteps": [999, 749, 499, 249]} if "dmd2" in name else {"num_inference_steps": 4}))
+    assert lcm.timesteps.tolist() == [tick - 1 for tick in ticks[:-1]]
+    sigmas, generator = VP.k_sigma(torch.tensor(ticks)), torch.Generator().manual_seed(4)
+    x = start_noise(VP, sigmas)
+    theirs = x * VP.k_scale(sigmas[0])
+    for timestep in lcm.timesteps:
+        theirs = lcm.step(network(theirs, timestep), timestep, theirs, generator=generator).prev_sample
+    options = {"gamma": recipe.gamma, "noise_sampler": seeded_noise(x, 4 - 1)}
+    ours = sample_phased(eps_model(network), x, sigmas, schedule=VP, **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("start", "end"), [(1000, 0), (1000, 500), (750, 250), (521, 20), (400, 0)])

@@ -63,6 +63,7 @@ def test_a_known_file_needs_no_header(server):
 def test_an_unknown_file_takes_the_widgets(server):
     text = report(server, "unnamed.safetensors", phases=2, cfg=3.0)
     assert "2 steps, CFG 3 (1 to 4), deterministic" in text and "Recipe from the widgets" in text
+    assert "SD1.5 LoRA, " in text, "no method is claimed"
 
 
 def test_the_widgets_can_override_a_header(server):

@@ -19,6 +19,8 @@ Lora = dict[str, tuple[Tensor, Tensor]]
 RANK, ALPHA = 8, 4.0
 TARGETS = r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv1|conv2|time_emb_proj|conv_in)$"
 RECIPE = Recipe(family="sd15", phases=4)
+# files without a header that are known by their names
+KNOWN = ("pcm_sd15_smallcfg_8step_converted", "lcm-lora-sdv1-5", "TCD-SD15-LoRA", "Hyper-SD15-8steps-CFG-lora")
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -94,7 +96,8 @@ def make_loras(folder: Path, unet: UNet2DConditionModel) -> Lora:
     one_step = Recipe(family="sd15", phases=1, min_alpha=0.5).to_header()
     save_file(kohya(lora), folder / "clamped.safetensors", {HEADER_KEY: one_step})
     save_file(kohya(lora), folder / "unnamed.safetensors")
-    save_file(kohya(lora), folder / "pcm_sd15_smallcfg_8step_converted.safetensors")
+    for name in KNOWN:
+        (folder / f"{name}.safetensors").symlink_to("unnamed.safetensors")
     save_file(kohya(make_lora(unet, seed=2)), folder / "style.safetensors")
     partly = {k.replace("mid_block", "far_block"): v for k, v in kohya(lora).items()}
     save_file(partly, folder / "partly.safetensors", recipe)

@@ -74,6 +74,7 @@ def make_sd3(checkpoints: Path, loras: Path) -> dict[str, Lora]:
     whole = make_lora(transformer, targets=rf"^({ALL})$")
     write(loras / "sd3.safetensors", whole, RECIPE)
     write(loras / "sd3_shift1.safetensors", whole, Recipe(family="sd3", prediction="flow", shift=1.0, points=100))
+    write(loras / "Hyper-SD3-4steps-CFG-lora.safetensors", whole, None)
     kinds = {kind: make_lora(transformer, targets=f"^({pattern})$") for kind, pattern in KINDS.items()}
     for kind, lora in kinds.items():
         write(loras / file_of(kind), lora, RECIPE)
@@ -84,9 +85,9 @@ def file_of(kind: str) -> str:
     return "sd3.safetensors" if kind == "everything" else f"sd3_{re.sub(r'[^a-z0-9]+', '_', kind)}.safetensors"
 
 
-def write(path: Path, lora: Lora, recipe: Recipe) -> None:
+def write(path: Path, lora: Lora, recipe: Recipe | None) -> None:
     """As the trainer writes SD3's: no alpha, which not every loader knows here, but its square root in both factors."""
     scale, tensors = (ALPHA / RANK) ** 0.5, {}
     for name, (down, up) in lora.items():
         tensors |= {f"transformer.{name}.lora_A.weight": scale * down, f"transformer.{name}.lora_B.weight": scale * up}
-    save_file(tensors, path, {HEADER_KEY: recipe.to_header()})
+    save_file(tensors, path, {HEADER_KEY: recipe.to_header()} if recipe else None)

@@ -52,6 +52,8 @@ def make_sdxl(checkpoints: Path, loras: Path) -> Lora:
     write(loras / "sdxl_peft.safetensors", peft(lora, "unet"), RECIPE, {"unet.lora_alpha": ALPHA, "unet.r": RANK})
     write(loras / "sdxl_raw.safetensors", peft(lora, "base_model.model"), RECIPE, {"lora_alpha": ALPHA, "r": RANK})
     write(loras / "sdxl_v.safetensors", kohya(lora), V_RECIPE)
+    for name in ("sdxl_lightning_4step_lora", "dmd2_sdxl_4step_lora"):
+        save_file(kohya(lora), loras / f"{name}.safetensors")
     return lora
 
 

@@ -1,0 +1,132 @@
+"""Few-step LoRAs that carry no recipe, known by the names of their files, and how their authors sample them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from .recipe import DISTILLED_POINTS, HEADER_KEY, NORMALCFG, Recipe
+
+# What tells the family in a file's name. SSD-1B is a small SDXL; PCM's SD3 files tell their shift instead.
+FAMILY_MARKS = (
+    ("sdxl", r"sd ?xl|ssd ?1b"),
+    ("sd3", r"sd ?35?\b|\bp[cd]m .*shift"),
+    ("sd2", r"sd ?v?2 ?[01]\b"),
+    ("sd15", r"sd ?v?1 ?5\b|\bflash ?sd\b"),
+)
+FAMILY_SETTINGS = {"sd3": {"prediction": "flow", "shift": 3.0}}
+UNNAMED = ("pytorch_lora_weights", "adapter_model")  # as libraries save LoRAs: the folder has the name
+
+# Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM, TCD).
+TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
+DISTILLED = {"points": DISTILLED_POINTS, "sampling_points": DISTILLED_POINTS, "sampling_from_noise": True}
+STOCHASTIC = {"mode": "stochastic", "phases": 1}
+HYPER_CFG = dict.fromkeys((8, 12), (5.0, 5.0, 8.0))
+HYPER_SD3_CFG = {4: (3.0, 2.0, 4.0), 8: (5.0, 4.0, 6.0), 16: (7.0, 6.0, 8.0)}
+
+
+@dataclass(frozen=True)
+class KnownFiles:
+    """Published files of one kind.
+
+    words: pattern that the words of a file's name match, in lower case with one space between; its groups "steps"
+        (the phases, too) and "shift" are read.
+    families: those that there are such files for.
+    settings: fields of `Recipe`.
+    guidance: steps -> CFG (best, low, high), for files that keep CFG and negative prompts.
+    """
+
+    words: str
+    families: tuple[str, ...]
+    objective: str
+    settings: Mapping[str, Any]
+    guidance: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
+
+    def recipe(self, family: str, match: re.Match) -> Recipe:
+        values = {"family": family, "objective": self.objective} | FAMILY_SETTINGS.get(family, {}) | dict(self.settings)
+        read = match.groupdict()
+        if "steps" in read:
+            values["phases"] = int(read["steps"])
+        if "shift" in read:
+            values["shift"] = float(read["shift"])
+        if self.guidance:
+            best, low, high = self.guidance[values["phases"]]
+            values |= {"guidance": best, "guidance_min": low, "guidance_max": high}
+            values |= {"guidance_mode": "normalcfg", "negative_prompts": True}
+        return Recipe(**values, source="known file")
+
+
+# Names and settings as checked in 2026-11 in copies of the authors' pages and scripts, except those marked (*), which
+# are as others quote them. No file was opened.
+# - wangfuyun/PCM_Weights. Its training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always the levels
+#   that its authors sample at.
+# - latent-consistency/lcm-lora-sdv1-5, -sdxl, -ssd-1b, and h1t/TCD-SD15-, -SD21-base-, -SDXL-LoRA. All of these are
+#   called pytorch_lora_weights there and are renamed by everyone. CFG up to 2 (*).
+# - ByteDance/Hyper-SD: one file for each number of steps, by DDIM with trailing spacing; the 1-step file by TCD at eta
+#   1, for up to 8 steps; CFG 5 to 8 for SD1.5's and SDXL's "CFG" files. SD3's: strength 0.125, CFG 3, 5 and 7 (*), the
+#   ranges are ours. Left to itself, diffusers' SD3 scheduler starts the last step at sigma 0.009; these are even.
+# - ByteDance/SDXL-Lightning: Euler, trailing (*); its 1-step files are no LoRAs.
+# - tianweiy/DMD2: LCM's sampler at timesteps 999, 749, 499, 249; less strength where a merged model wants it.
+# - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for trailing
+#   spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
+KNOWN_FILES = (
+    KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sd15",), "pcm", TRAILING | {"points": 50}),
+    KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}),
+    KnownFiles(r"\bpcm .*normalcfg (?P<steps>4|8|16)steps?\b", ("sd15",), "pcm", TRAILING | {"points": 50}, NORMALCFG),
+    KnownFiles(r"\bpcm .*normalcfg (?P<steps>4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}, NORMALCFG),
+    KnownFiles(r"\bpcm .*lcmlike\b", ("sd15", "sdxl"), "pcm", DISTILLED | STOCHASTIC),
+    KnownFiles(
+        r"\bpcm deterministic (?P<steps>2|4)steps? shift(?P<shift>1|3)\b",
+        ("sd3",),
+        "pcm",
+        DISTILLED | {"points": 100, "guidance": 1.2},
+    ),
+    KnownFiles(
+        r"\bp[cd]m stochastic shift(?P<shift>3)\b",
+        ("sd3",),
+        "pcm",
+        DISTILLED | STOCHASTIC | {"points": 100, "guidance": 1.2},
+    ),
+    KnownFiles(r"\blcm\b", ("sd15", "sdxl"), "lcm", DISTILLED | STOCHASTIC),
+    KnownFiles(r"\btcd\b", ("sd15", "sd2", "sdxl"), "tcd", DISTILLED | STOCHASTIC | {"gamma": 0.3}),
+    KnownFiles(r"\bhyper ?sd.*\b1 ?steps?\b", ("sd15", "sdxl"), "hyper", DISTILLED | STOCHASTIC | {"steps": 1}),
+    KnownFiles(r"^(?!.*\bcfg).*\bhyper ?sd.*\b(?P<steps>2|4|8) ?steps?\b", ("sd15", "sdxl"), "hyper", TRAILING),
+    KnownFiles(
+        r"^(?=.*\bcfg).*\bhyper ?sd.*\b(?P<steps>8|12) ?steps?\b", ("sd15", "sdxl"), "hyper", TRAILING, HYPER_CFG
+    ),
+    KnownFiles(
+        r"\bhyper ?sd.*\b(?P<steps>4|8|16) ?steps?\b", ("sd3",), "hyper", TRAILING | {"strength": 0.125}, HYPER_SD3_CFG
+    ),
+    KnownFiles(r"^(?=.*\blightning\b).*\b(?P<steps>2|4|8) ?steps?\b", ("sdxl",), "lightning", TRAILING),
+    KnownFiles(r"\bdmd ?2\b", ("sdxl",), "dmd2", TRAILING | STOCHASTIC),
+    KnownFiles(r"\bflash ?sd", ("sd15", "sdxl", "sd3"), "flash", TRAILING | STOCHASTIC),
+)
+
+
+def recipe_for_file(name: str, metadata: dict[str, str], family: str | None = None) -> Recipe | None:
+    """The recipe in a LoRA's header, else that of a known public file of this name, else None.
+
+    name: file name or path; a file called as libraries save it goes by its folder. metadata: the safetensors
+    `__metadata__`. family: what the file's tensors are of (`LoraHeader.family`), where known: a name that tells no
+    family takes it, and one that tells another is not believed. Raises ValueError for an unreadable header.
+    """
+    if HEADER_KEY in metadata:
+        return Recipe.from_header(metadata[HEADER_KEY])
+    words = _words(name)
+    told = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
+    if family and told and family != told:
+        return None
+    family = family or told
+    for kind in KNOWN_FILES:
+        if family in kind.families and (match := re.search(kind.words, words)):
+            return kind.recipe(family, match)
+    return None
+
+
+def _words(name: str) -> str:
+    path = PurePath(name.replace("\\", "/"))
+    name = path.parent.name if path.stem.lower() in UNNAMED else path.stem
+    return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()

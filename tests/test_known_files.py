@@ -1,0 +1,200 @@
+"""Published files, by their names: what their authors sample them with."""
+
+from dataclasses import replace
+
+import pytest
+
+from phased_consistency.samplers import Recipe, recipe_for_file
+from phased_consistency.samplers.recipe import HEADER_KEY
+
+TRAILING = {
+    2: [999, 499],
+    4: [999, 749, 499, 249],
+    8: [999, 874, 749, 624, 499, 374, 249, 124],
+    16: [999, 937, 874, 811, 749, 687, 624, 561, 499, 437, 374, 311, 249, 187, 124, 61],
+}
+FILES = [
+    *(("sd15", f"pcm_sd15_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
+    *(("sdxl", f"pcm_sdxl_smallcfg_{n}step_converted", n, (1, 2)) for n in (2, 4, 8, 16)),
+    *(
+        ("sd15", f"pcm_sd15_normalcfg_{n}step_converted", n, cfg)
+        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
+    ),
+    *(
+        ("sdxl", f"pcm_sdxl_normalcfg_{n}step_converted", n, cfg)
+        for n, cfg in ((4, (2.5, 3.5)), (8, (3, 6)), (16, (2, 9)))
+    ),
+]
+SD3_FILES = [
+    ("pcm_deterministic_2step_shift1", 2, 1.0, [1, 0.5]),
+    ("pcm_deterministic_4step_shift1", 4, 1.0, [1, 0.76, 0.5, 0.26]),
+    ("pcm_deterministic_4step_shift3", 4, 3.0, [1, 0.76, 0.5, 0.26]),
+]
+
+
+def known(name: str) -> Recipe:
+    recipe = recipe_for_file(f"{name}.safetensors", {})
+    assert recipe is not None and recipe.source == "known file"
+    return recipe
+
+
+def timesteps(recipe: Recipe, trained: bool = False) -> list[int]:
+    return [tick - 1 for tick in recipe.grid(trained).plan(recipe.steps).ticks[:-1]]
+
+
+@pytest.mark.parametrize(("family", "name", "steps", "cfg"), FILES)
+def test_published_unet_files(family, name, steps, cfg):
+    recipe = known(name)
+    assert (recipe.family, recipe.mode, recipe.steps, recipe.phases) == (family, "deterministic", steps, steps)
+    assert (recipe.prediction, recipe.shift, recipe.gamma) == ("epsilon", None, 0)
+    assert (recipe.guidance_min, recipe.guidance_max) == cfg
+    assert recipe.negative_prompts == ("normalcfg" in name)
+    assert recipe.guidance_mode == ("normalcfg" if "normalcfg" in name else "smallcfg")
+    # 62.5 timesteps apart, the 16 levels are rounded up where diffusers rounds to even: at most one timestep off
+    off = 1 if steps == 16 else 0
+    assert all(abs(a - b) <= off for a, b in zip(timesteps(recipe), TRAILING[steps], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [
+        ("pcm_sd15_smallcfg_4step_converted", [999, 739, 499, 239]),
+        ("pcm_sd15_normalcfg_8step_converted", [999, 859, 739, 619, 499, 359, 239, 119]),
+        ("pcm_sdxl_smallcfg_4step_converted", [999, 749, 499, 249]),
+        ("pcm_deterministic_4step_shift3", [999, 749, 499, 249]),
+    ],
+)
+def test_trained_edges_are_an_option(name, edges):
+    assert timesteps(known(name), trained=True) == edges
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_published_lcmlike_files(family):
+    recipe = known(f"pcm_{family}_lcmlike_lora_converted")
+    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.gamma) == (family, "stochastic", 1, 4, 1)
+    assert timesteps(recipe) == [999, 759, 499, 259]
+    assert [t - 1 for t in recipe.grid().plan(8).ticks[:-1]] == [999, 879, 759, 639, 499, 379, 259, 139]
+
+
+@pytest.mark.parametrize(("name", "steps", "shift", "levels"), SD3_FILES)
+@pytest.mark.parametrize("prefix", ["", "half_"])
+def test_published_sd3_files(prefix, name, steps, shift, levels):
+    recipe = known(prefix + name)
+    assert (recipe.family, recipe.prediction, recipe.mode) == ("sd3", "flow", "deterministic")
+    assert (recipe.steps, recipe.shift, recipe.guidance) == (steps, shift, 1.2)
+    assert [tick / 1000 for tick in recipe.grid().plan().ticks[:-1]] == levels
+    sigmas = recipe.schedule().sigma(500)
+    assert sigmas.item() == pytest.approx({1.0: 0.5, 3.0: 0.75}[shift])
+
+
+@pytest.mark.parametrize("name", ["pcm_stochastic_shift3", "pdm_stochastic_shift3", "half_pcm_stochastic_shift3"])
+def test_published_stochastic_sd3_file(name):
+    recipe = known(name)
+    assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.shift) == ("sd3", "stochastic", 1, 4, 3.0)
+    assert recipe.grid().plan(4).ticks == (1000, 760, 500, 260, 0)
+
+
+LCM, TCD = ("stochastic", 1.0, [999, 759, 499, 259]), ("stochastic", 0.3, [999, 759, 499, 259])
+ONE, RENOISED = ("stochastic", 1.0, [999]), ("stochastic", 1.0, TRAILING[4])
+DETERMINISTIC = {n: ("deterministic", 0.0, levels) for n, levels in TRAILING.items()}
+TWELVE = ("deterministic", 0.0, [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82])
+PLAIN, KEPT = (1, 1, 2), (5, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "method", "sampled", "cfg"),
+    [
+        *((n, "sd15", "LCM", LCM, PLAIN) for n in ("lcm-lora-sdv1-5", "LCM_LoRA_SD15", "lcm_lora_weights_sd1.5")),
+        *((n, "sdxl", "LCM", LCM, PLAIN) for n in ("lcm-lora-sdxl", "LCM_LoRA_Weights_SDXL", "lcm-lora-ssd-1b")),
+        ("latent-consistency/lcm-lora-sdxl/pytorch_lora_weights", "sdxl", "LCM", LCM, PLAIN),
+        ("TCD-SD15-LoRA", "sd15", "TCD", TCD, PLAIN),
+        ("TCD-SD21-base-LoRA", "sd2", "TCD", TCD, PLAIN),
+        *((n, "sdxl", "TCD", TCD, PLAIN) for n in ("TCD-SDXL-LoRA", "tcd_sdxl", "TCD-SDXL-LoRA\\adapter_model")),
+        *((f"Hyper-{f}-1step-lora", f.lower(), "Hyper-SD", ONE, PLAIN) for f in ("SD15", "SDXL")),
+        *(
+            (f"Hyper-{f}-{n}steps-lora", f.lower(), "Hyper-SD", DETERMINISTIC[n], PLAIN)
+            for f in ("SD15", "SDXL")
+            for n in (2, 4, 8)
+        ),
+        ("sdxl_hyper_sd_4step_lora", "sdxl", "Hyper-SD", DETERMINISTIC[4], PLAIN),
+        *((f"Hyper-{f}-8steps-CFG-lora", f.lower(), "Hyper-SD", DETERMINISTIC[8], KEPT) for f in ("SD15", "SDXL")),
+        *((f"Hyper-{f}-12steps-CFG-lora", f.lower(), "Hyper-SD", TWELVE, KEPT) for f in ("SD15", "SDXL")),
+        ("Hyper-SD3-4steps-CFG-lora", "sd3", "Hyper-SD", DETERMINISTIC[4], (3, 2, 4)),
+        ("Hyper-SD3-8steps-CFG-lora", "sd3", "Hyper-SD", DETERMINISTIC[8], (5, 4, 6)),
+        ("Hyper-SD3-16steps-CFG-lora", "sd3", "Hyper-SD", DETERMINISTIC[16], (7, 6, 8)),
+        *((f"sdxl_lightning_{n}step_lora", "sdxl", "Lightning", DETERMINISTIC[n], PLAIN) for n in (2, 4, 8)),
+        ("SDXL-Lightning-4steps", "sdxl", "Lightning", DETERMINISTIC[4], PLAIN),
+        *((n, "sdxl", "DMD2", RENOISED, PLAIN) for n in ("dmd2_sdxl_4step_lora", "dmd2_sdxl_4step_lora_fp16")),
+        ("flash-sd/pytorch_lora_weights", "sd15", "Flash Diffusion", RENOISED, PLAIN),
+        ("FlashSDXL", "sdxl", "Flash Diffusion", RENOISED, PLAIN),
+        ("flash-sd3/adapter_model", "sd3", "Flash Diffusion", RENOISED, PLAIN),
+    ],
+)
+def test_published_files_of_other_methods(name, family, method, sampled, cfg):
+    recipe = known(name)
+    mode, gamma, levels = sampled
+    assert (recipe.family, recipe.method, recipe.mode, recipe.gamma) == (family, method, mode, gamma)
+    # 12 and 16 steps are not whole timesteps apart: rounded up here, to even in diffusers
+    assert len(timesteps(recipe)) == recipe.steps == len(levels)
+    assert all(abs(a - b) <= (recipe.steps > 8) for a, b in zip(timesteps(recipe), levels, strict=True))
+    assert (recipe.guidance, recipe.guidance_min, recipe.guidance_max) == cfg
+    assert recipe.negative_prompts == ("CFG" in name) == (recipe.guidance_mode == "normalcfg")
+    assert recipe.strength == (0.125 if "Hyper-SD3" in name else 1)
+    assert (recipe.prediction, recipe.shift) == (("flow", 3.0) if family == "sd3" else ("epsilon", None))
+    assert recipe.warnings(recipe.steps, recipe.guidance, family) == []
+
+
+def test_the_files_own_family_wins_over_its_name():
+    assert known("lcm-lora-sdv1-5") == recipe_for_file("lcm-lora-sdv1-5.safetensors", {}, "sd15")
+    assert recipe_for_file("lcm.safetensors", {}, "sdxl") == known("lcm-lora-sdxl")
+    assert recipe_for_file("lightning_4step_lora.safetensors", {}, "sdxl") == known("sdxl_lightning_4step_lora")
+    assert recipe_for_file("Hyper-SD-8steps-CFG-lora.safetensors", {}, "sd3") == known("Hyper-SD3-8steps-CFG-lora")
+    assert recipe_for_file("lcm-lora-sdv1-5.safetensors", {}, "sdxl") is None
+    assert recipe_for_file("pcm_sd15_smallcfg_4step.safetensors", {}, "sdxl") is None
+    assert recipe_for_file("lightning_4step_lora.safetensors", {}, "sd15") is None, "there is none for SD1.5"
+
+
+def test_what_burns_and_what_takes_any_number_of_steps_is_told():
+    assert known("lcm-lora-sdxl").warnings(steps=7, guidance=7.0) == [
+        "CFG 7 is above 2 and burns the image: set CFG to 1."
+    ]
+    assert known("Hyper-SDXL-8steps-CFG-lora").warnings(steps=4, guidance=1.0) == [
+        "This LoRA was made for 8 steps, not 4: set steps to 8.",
+        "CFG 1 is below 5 and leaves the negative prompt unused: set CFG to 5.",
+    ]
+    with pytest.raises(ValueError, match="steps must be between 1 and 50"):
+        known("TCD-SDXL-LoRA").grid().plan(51)
+
+
+@pytest.mark.parametrize("folder", ["", "sd15/", "PCM\\SD15\\", "C:\\models\\loras\\", "/models/loras/"])
+def test_a_known_file_is_known_in_any_folder(folder):
+    recipe = recipe_for_file(folder + "PCM_SD15_smallcfg_4step_converted.safetensors", {})
+    assert recipe == known("pcm_sd15_smallcfg_4step_converted")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "my_style", "pcm_sd15_smallcfg_3step", "pcm_sd15_smallcfg_4step\\style", "lcm-lora-sdxl/style"),
+        *(
+            "hyper_realistic_sdxl",
+            "flash_photography_sdxl",
+            "lightning_strikes_sdxl",
+            "dmd_sdxl",
+            "AnimateLCM_sd15_lora",
+        ),
+        *("Hyper-SDXL-3steps-lora", "Hyper-SDXL-12steps-lora", "Hyper-SD21-8steps-lora"),
+        *("sdxl_lightning_1step_x0", "sdxl_lightning_16step_lora", "Hyper-SD15-4steps-CFG-lora"),
+        # other models' files of the same methods, and files of no family
+        *("Hyper-FLUX.1-dev-8steps-lora", "Qwen-Image-Lightning-4steps-V1.0", "Wan2.2-Lightning_T2V-4steps-lora"),
+        *("lcm_lora", "tcd", "lightning_4step_lora", "pytorch_lora_weights"),
+    ],
+)
+def test_unknown_files_have_no_recipe(name):
+    assert recipe_for_file(f"{name}.safetensors", {}) is None
+
+
+def test_the_header_wins_over_the_name():
+    own = Recipe(family="sdxl", phases=2)
+    got = recipe_for_file("pcm_sd15_smallcfg_4step_converted.safetensors", {HEADER_KEY: own.to_header()})
+    assert got == replace(own, source="header")

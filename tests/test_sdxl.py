@@ -198,7 +198,7 @@ def test_the_shipped_configs_are_the_real_sdxl():
 
 def test_a_full_size_run_is_planned_without_a_weight():
     plain, adversarial = (plan(load_config(preset=f"sdxl-4step{kind}")) for kind in ("", "-adv"))
-    assert (plain["lora_modules"], plain["lora_parameters"]) == (788, 196_751_360)
+    assert (plain["lora_modules"], plain["trained_parameters"]) == (788, 196_751_360)
     gib, more = plain["memory_gib"], adversarial["memory_gib"]
     assert gib["frozen UNet"] == pytest.approx(2_567_463_684 * 2 / 2**30, abs=1e-3)
     assert gib["before: UNet and encoders"] == pytest.approx(gib["frozen UNet"] + 901_374_183 * 4 / 2**30, abs=2e-3)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from phased_consistency.trainer import cli
 from runs import TINY, sha256
 
-VERBS = ("train", "sample", "inspect", "check", "doctor")
+VERBS = ("train", "sample", "evaluate", "inspect", "check", "doctor")
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ Settings = Annotated[
 Configs = Annotated[str, typer.Option(help="Folder of component configs, for an unusual single file.")]
 Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.")]
 Parts = Annotated[str, typer.Option(help="Diffusers folder that supplies what a single file lacks.")]
+T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.")]
+Resolution = Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")]
 
 
 @app.command()
@@ -46,8 +48,9 @@ def train(
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
     Presets: sd15, sdxl or sd3, then -1step, -2step, -4step, -8step (each also -adv), -4step-normalcfg,
-    -8step-normalcfg, -stochastic (also -adv); and demo. Every setting is section.key=value (base.path, data.images,
-    train.steps, ...); --dry-run prints them all. Without data.images the teacher makes the latents from prompts.
+    -8step-normalcfg, -stochastic (also -adv); demo; and digits, which starts from nothing. Every setting is
+    section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without data.images the
+    teacher makes the latents from prompts.
     """
     from .config import load_config
 
@@ -68,7 +71,8 @@ def train(
             path = run(config, bar)
     except KeyboardInterrupt:  # before the first update; later ones are the run's own to handle
         raise RuntimeError("Interrupted. What was cached is kept; the same command goes on from there.") from None
-    _print({"lora": str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
+    made = "base" if path.is_dir() else "lora"
+    _print({made: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
 
 
 @app.command()
@@ -83,13 +87,13 @@ def sample(
     strength: Annotated[float, typer.Option(help="LoRA strength.")] = 1.0,
     gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.")] = None,
     seed: int = 0,
-    resolution: Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")] = None,
+    resolution: Resolution = None,
     dtype: Dtype = "fp32",
     family: Family = None,
     tokenizer: Tokenizer = None,
     config: Configs = None,
     parts: Parts = None,
-    t5: Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.")] = None,
+    t5: T5 = None,
     as_json: Json = False,
 ) -> None:
     """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
@@ -106,6 +110,52 @@ def sample(
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
     _print(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+
+
+@app.command()
+def evaluate(
+    base: Base,
+    lora: Annotated[list[Path], typer.Option(help="LoRA to evaluate. Repeat to compare several.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    steps: Annotated[str, typer.Option(help="The LoRAs' numbers of steps.")] = "1,2,4,8",
+    prompts: Annotated[
+        str, typer.Option(help="File, one a line; default: the list that ships, or a tiny base's held-out ones.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures in each set.")] = 64,
+    seed: int = 0,
+    guidance: Annotated[
+        float, typer.Option(help="The teacher's CFG; default: what the LoRA was distilled under, or 7.5.")
+    ] = None,
+    features: Annotated[
+        list[str],
+        typer.Option(help="latents, pixels, inception, or a CLIP's folder. Repeat for several; default: the named."),
+    ] = None,
+    clip: Annotated[Path, typer.Option(help="Folder of a CLIP model, for the CLIP score.")] = None,
+    resolution: Resolution = None,
+    dtype: Dtype = "fp32",
+    family: Family = None,
+    tokenizer: Tokenizer = None,
+    config: Configs = None,
+    parts: Parts = None,
+    t5: T5 = None,
+    as_json: Json = False,
+) -> None:
+    """Compare LoRAs with the teacher at as many evaluations, from the same prompts and noise; write a report.
+
+    report.json, report.md, plots and a grid: paired error and distances to the teacher at 40 steps, consistency across
+    step counts, seed diversity, CFG sweep, negative prompts; the teacher with DDIM, Euler and DPM-Solver++ beside.
+
+    Example: pcm evaluate --base tiny-sd15 --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
+    """
+    from .evaluation.report import evaluate as run
+
+    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts, "t5": t5}
+    how |= {"resolution": resolution, "dtype": dtype, "clip": clip, "features": features, "guidance": guidance}
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    report = run(base, lora, out, steps=_steps(steps), prompts=prompts, pictures=pictures, seed=seed, say=say, **how)
+    for line in [*report["warnings"], *(f"Left out. {line}" for line in report["left_out"])]:
+        say(line)
+    _print(report, as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
 
 
 @app.command()

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import sys
 import time
-from itertools import count, islice
 from pathlib import Path
 
 from torch import Tensor
@@ -23,13 +21,13 @@ from .checkpoint import write_text
 from .config import Config, load_config
 from .data import read_prompts
 from .data.cache import own_prompts
-from .evaluate import Setting, Trial, compare
-from .export import install, recipe_for
+from .evaluation.trial import Setting, Trial, compare
 from .families import load_base
+from .inspection import installed
 from .loop import train
 from .previews import draw_grid, save_image
 from .progress import ProgressBar
-from .tiny.scenes import Scene, follows_prompt, random_scene
+from .tiny.scenes import Scene, follows_prompt, held_out_scenes
 
 SETTINGS = [
     *(Setting("teacher", steps, 4.0) for steps in (40, 4, 2)),
@@ -71,11 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(config: Config, out: Path, number: int) -> dict:
     """Write grid.png and return the report of out/lora.safetensors on `number` held-out prompts."""
     base = load_base(config.base.path)
-    install(out / "lora.safetensors", base, "demo")
     scenes = held_out_scenes(number, set(read_prompts(own_prompts(config.base.path))))
     prompts = [s.caption for s in scenes]
     trial = Trial.of(base, prompts, seed=1234)
-    rows, latents = compare([*SETTINGS, UNTRAINED], base, recipe_for(config, base), trial)
+    with installed(out / "lora.safetensors", base) as recipe:
+        rows, latents = compare([*SETTINGS, UNTRAINED], base, recipe, trial)
     pictures = [base.decode(x) for x in latents]
     shown = [(s.label, p[:8]) for s, p in zip(SETTINGS, pictures[:-1], strict=True)]
     save_image(draw_grid(shown, prompts[:8]), out / "grid.png")
@@ -84,13 +82,6 @@ def evaluate(config: Config, out: Path, number: int) -> dict:
     )
     goals = [_goal(rows, *goal) for goal in GOALS]
     return {"rows": figures, "untrained": untrained, "goals": goals, "pictures": number}
-
-
-def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
-    """Random scenes with captions that are not among the training prompts."""
-    rng = random.Random("held out")
-    endless = (random_scene(rng) for _ in count())
-    return list(islice((s for s in endless if s.caption not in trained_on), number))
 
 
 def table(report: dict) -> str:

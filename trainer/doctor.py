@@ -13,11 +13,13 @@ import torch
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate"),
-    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow"),
+    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib"),
 )
-OPTIONAL = {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"} | {
-    name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")
-}
+OPTIONAL = (
+    {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"}
+    | {name: "FID's features in pcm evaluate" for name in ("torchmetrics", "torch-fidelity")}
+    | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
+)
 
 
 def examine() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..samplers import sample_phased, x0_eps_from_output
+from ..samplers import sample_dpmpp_2m, sample_phased, x0_eps_from_output
 from .families import Base, Condition
 
 
@@ -50,11 +50,18 @@ def generate(
     gamma: float = 0.0,
     min_alpha: float = 0.0,
     seed: int | None = None,
+    solver: str = "ddim",
 ) -> Tensor:
-    """Latents (B, C, h, w) sampled from unit noise like them at the levels `ticks`, with the adapter as it stands."""
+    """Latents (B, C, h, w) sampled from unit noise like them at the levels `ticks`, with the adapter as it stands.
+
+    solver: "dpm++" is DPM-Solver++(2M), which knows neither gamma nor min_alpha; any other is first order, the phase
+    jump that DDIM and Euler are too.
+    """
     schedule, device = base.schedule, base.device
     sigmas = schedule.k_sigma(torch.tensor(ticks)).to(device)
     x = noise.to(device) / schedule.k_scale(sigmas[0])
     model = sampling_model(base, condition, null, guidance)
+    if solver == "dpm++":
+        return sample_dpmpp_2m(model, x, sigmas, schedule=schedule)
     extra = {} if seed is None else {"seed": seed}
     return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, min_alpha=min_alpha, extra_args=extra)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def describe(file: Path) -> dict[str, Any]:
     """Everything a LoRA's header says, as JSON-ready values. Raises ValueError or FileNotFoundError for a bad file."""
     header = read_header(file)
     modules = header.modules
-    recipe = recipe_for_file(file.name, header.metadata)
+    recipe = recipe_of(header)
     own = tensor_hash(file)
     stored = header.metadata.get("sshs_model_hash")
     return {
@@ -83,7 +85,7 @@ def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base
     options: of `load_base`; those that are None are left to the recipe, else to the base.
     """
     options["family"] = family = options.get("family") or family_of(base)
-    recipe = recipe_for_file(lora.name, read_header(lora).metadata) if lora else None
+    recipe = recipe_of(read_header(lora)) if lora else None
     if recipe and recipe.family == family:
         told = {"shift": recipe.shift}
         if recipe.source == "header" and recipe.prediction == "v_prediction":
@@ -103,7 +105,13 @@ def _load(base: str, dtype: str, **options) -> Base:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {k: v for k, v in options.items() if v is not None}
-    return load_base(base, dtype=DTYPES[dtype], device=device, **options)
+    loaded = load_base(base, dtype=DTYPES[dtype], device=device, **options)
+    if loaded.untrained:
+        raise ValueError(
+            f"{base} is a network with random weights. Train it (pcm train --preset {base}), and give the folder that "
+            f"the run writes (runs/{base}/{base})."
+        )
+    return loaded
 
 
 @torch.no_grad()
@@ -113,7 +121,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     By hand: W + alpha / rank * up @ down for each module that is, by its name, one of the network's. A file that names
     blocks in the original layout, which diffusers and ComfyUI both map, is loaded by diffusers and not compared.
     """
-    header = _of_family(file, base)
+    header = header_of_family(file, base.name)
     modules = {_name_in_header(base, n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
     other_layout = [n for n in header.modules if OTHER_LAYOUT.search(n)]
@@ -187,22 +195,20 @@ def sample_grid(
     """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
-    recipe = _install_for_sampling(lora, base, strength)
+    recipe = install_whole(lora, base, strength) if lora else None
     grid = recipe.grid() if recipe else PhaseGrid(points=1000, phases=1, from_noise=True)
-    if guidance is None:
-        guidance = recipe.guidance if recipe else 7.5
-    if gamma is None:
-        gamma = recipe.gamma if recipe else 0.0
+    usual = recipe or base.alone
+    guidance = usual.guidance if guidance is None else guidance
+    gamma = usual.gamma if gamma is None else gamma
     shape = base.latent_shape(resolution or base.default_resolution)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
     condition = base.encode_prompts(prompts)
     null = base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
-    min_alpha = recipe.min_alpha if recipe else 0.0
-    rows, pictures, warnings = [], [], _mismatches(recipe, base)
+    rows, pictures, warnings = [], [], mismatches(recipe, base)
     for n in steps:
         plan = grid.plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
-        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, min_alpha, seed)
+        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, usual.min_alpha, seed)
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
@@ -210,7 +216,8 @@ def sample_grid(
     return {"out": str(out), "rows": rows, "recipe": told, "warnings": list(dict.fromkeys(warnings))}
 
 
-def _mismatches(recipe: Recipe | None, base: Base) -> list[str]:
+def mismatches(recipe: Recipe | None, base: Base) -> list[str]:
+    """A sentence where the recipe's base predicted another thing than this one."""
     if recipe is None or recipe.prediction == base.prediction:
         return []
     return [
@@ -219,16 +226,28 @@ def _mismatches(recipe: Recipe | None, base: Base) -> list[str]:
     ]
 
 
-def _install_for_sampling(lora: Path | None, base: Base, strength: float) -> Recipe | None:
-    if lora is None:
-        return None
-    header = _of_family(lora, base)
+def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | None:
+    """Put a LoRA into the base, as `ADAPTER`; returns the recipe of its header or of a known file of its name.
+
+    Raises ValueError for a LoRA of another family, or with modules that the base has not.
+    """
+    header = header_of_family(lora, base.name)
     modules, missing = install(lora, base, ADAPTER)
     if missing:
         which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
         raise ValueError(f"{lora.name}: {which}. It was made for another model.")
     base.network.set_adapters(ADAPTER, weights=strength)
-    return recipe_for_file(lora.name, header.metadata)
+    return recipe_of(header)
+
+
+@contextmanager
+def installed(lora: Path, base: Base, strength: float = 1.0) -> Iterator[Recipe | None]:
+    """`install_whole` for this block alone."""
+    try:
+        yield install_whole(lora, base, strength)
+    finally:
+        if ADAPTER in getattr(base.network, "peft_config", {}):
+            base.network.delete_adapters(ADAPTER)
 
 
 def _name_in_header(base: Base, module: str) -> str:
@@ -236,11 +255,17 @@ def _name_in_header(base: Base, module: str) -> str:
     return split_key(base.lora_key(module) + ".alpha")[0]
 
 
-def _of_family(file: Path, base: Base) -> LoraHeader:
+def recipe_of(header: LoraHeader) -> Recipe | None:
+    """How a LoRA file must be sampled, from its header, or from its name and family where it is a known file."""
+    return recipe_for_file(str(header.path), header.metadata, header.family)
+
+
+def header_of_family(file: Path, family: str) -> LoraHeader:
+    """A LoRA's header; ValueError where it is for a base of another family."""
     header = read_header(file)
-    if header.family not in (None, base.name):
+    if header.family not in (None, family):
         raise ValueError(
-            f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(base.name)}. "
+            f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(family)}. "
             "Use a matching pair."
         )
     return header

@@ -13,26 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..samplers import Recipe
 from .checkpoint import write_text
 from .config import Config, load_config
 from .data import read_prompts
 from .data.cache import own_prompts
-from .demo import held_out_scenes
-from .evaluate import Row, Setting, Trial, figures, paired_error
-from .export import install, recipe_for
+from .evaluation.guidance import GuidanceTrial
+from .evaluation.trial import Row, Setting, Trial, figures
 from .families import Base, load_base
+from .inspection import installed
 from .loop import train
 from .previews import draw_grid, save_image
 from .progress import ProgressBar
+from .tiny.scenes import held_out_scenes
 
 PHASES, MODES = (1, 2, 4, 8), ("smallcfg", "normalcfg")
 GUIDANCE = 4.0  # of the teacher, in the reference and in the small-CFG solver step
@@ -98,12 +95,11 @@ def report(out: Path, path: str, configs: dict[Cell, Config], number: int) -> No
     scenes = held_out_scenes(number, set(read_prompts(own_prompts(path))))
     prompts = [s.caption for s in scenes]
     trial = Trial.of(base, prompts, SEED)
-    plain = recipe_for(next(iter(configs.values())), base)
     teacher = [Setting("teacher", steps, GUIDANCE) for steps in (40, *PHASES[::-1])]
     teacher += [Setting("teacher", steps, 1.0) for steps in PHASES[::-1]]
-    made = [(s, trial.latents(s, base, plain)) for s in teacher]
+    made = [(s, trial.latents(s, base)) for s in teacher]
     for cell, config in configs.items():
-        with installed(cell, config, base) as recipe:
+        with installed(lora_file(config), base) as recipe:
             made.append((cell.setting, trial.latents(cell.setting, base, recipe)))
     rows = [figures(setting, latents, made[0][1]) for setting, latents in made]
     shown = [(f"{s.name}\n{s.steps} steps, CFG {s.guidance:g}", base.decode(x[:SHOWN])) for s, x in made]
@@ -115,15 +111,9 @@ def report(out: Path, path: str, configs: dict[Cell, Config], number: int) -> No
     print((out / "table.md").read_text())
 
 
-@contextmanager
-def installed(cell: Cell, config: Config, base: Base) -> Iterator[Recipe]:
-    """The cell's LoRA in the base inside this block; gives its recipe."""
-    install(config.run_folder / f"{config.name}.safetensors", base, "cell")
-    base.network.set_adapters("cell")
-    try:
-        yield recipe_for(config, base)
-    finally:
-        base.network.delete_adapters("cell")
+def lora_file(config: Config) -> Path:
+    """Where a finished run left its LoRA."""
+    return config.run_folder / f"{config.name}.safetensors"
 
 
 def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Cell, Config]) -> list[dict]:
@@ -135,40 +125,25 @@ def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Ce
     cells = [(c, configs[c]) for c in (Cell(mode, 4) for mode in MODES) if c in configs]
     if not cells:
         return []
-    trial = Trial.of(base, prompts, SEED)
-    avoiding = Trial(trial.condition, base.encode_prompts(prompts[1:] + prompts[:1]), trial.noise)
-    recipe = recipe_for(next(iter(configs.values())), base)
-    references = {g: trial.latents(Setting("teacher", 40, g), base, recipe) for g in SWEEP}
-    reference = avoiding.latents(Setting("teacher", 40, GUIDANCE), base, recipe) - references[GUIDANCE]
-    shown = [("teacher, 40", references[GUIDANCE]), ("with negative", references[GUIDANCE] + reference)]
-    found = [_response("teacher", 40, references, references[GUIDANCE] + reference, references, reference)]
+    guided = GuidanceTrial(Trial.of(base, prompts, SEED), base, prompts, Setting("teacher", 40, GUIDANCE))
+    found, shown = [], []
+
+    def add(setting: Setting, swept: dict[float, Tensor], avoided: Tensor) -> None:
+        facts = {"name": setting.name, "steps": setting.steps, "sweep": guided.errors(swept)}
+        found.append(facts | guided.response(GUIDANCE, swept[GUIDANCE], avoided))
+        name = f"{setting.name}, {setting.steps}"
+        shown.extend([(name, swept[GUIDANCE]), ("with negative", avoided)])
+
+    add(guided.setting, {g: guided.reference(g) for g in SWEEP}, guided.reference(GUIDANCE, avoiding=True))
     for cell, config in cells:
-        with installed(cell, config, base) as own:
-            swept = {g: trial.latents(Setting(cell.name, 4, g), base, own) for g in SWEEP}
-            avoided = avoiding.latents(Setting(cell.name, 4, GUIDANCE), base, own)
-        found.append(_response(cell.name, 4, swept, avoided, references, reference))
-        shown += [(f"{cell.name}, 4", swept[GUIDANCE]), ("with negative", avoided)]
+        setting = Setting(cell.name, 4, GUIDANCE)
+        with installed(lora_file(config), base) as recipe:
+            swept = guided.sweep(setting, recipe, SWEEP)
+            avoided = guided.avoiding.latents(setting, base, recipe)
+        add(setting, swept, avoided)
     grid = draw_grid([(f"{n}\nCFG {GUIDANCE:g}", base.decode(x[:SHOWN])) for n, x in shown], prompts[:SHOWN])
     save_image(grid, out / "negative.png")
     return found
-
-
-def _response(
-    name: str,
-    steps: int,
-    swept: dict[float, Tensor],
-    avoided: Tensor,
-    references: dict[float, Tensor],
-    change_of_teacher: Tensor,
-) -> dict:
-    change = avoided - swept[GUIDANCE]
-    return {
-        "name": name,
-        "steps": steps,
-        "change": paired_error(avoided, swept[GUIDANCE]),
-        "agreement": torch.cosine_similarity(change.flatten(1), change_of_teacher.flatten(1)).mean().item(),
-        "sweep": {f"{g:g}": paired_error(swept[g], references[g]) for g in SWEEP},
-    }
 
 
 def table(rows: list[Row], response: list[dict]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from PIL import Image, ImageDraw
@@ -160,13 +161,20 @@ def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     return tuple(round(c * factor) for c in colour)
 
 
-def prompts(count: int, seed: int) -> list[str]:
-    """`count` different captions of random scenes; the same seed gives the same list."""
+def prompts(number: int, seed: int) -> list[str]:
+    """`number` different captions of random scenes; the same seed gives the same list."""
     rng = random.Random(seed)
     found: dict[str, None] = {}
-    while len(found) < count:
+    while len(found) < number:
         found[random_scene(rng).caption] = None
     return list(found)
+
+
+def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
+    """Random scenes with captions that are not among the training prompts."""
+    rng = random.Random("held out")
+    endless = (random_scene(rng) for _ in count())
+    return list(islice((s for s in endless if s.caption not in trained_on), number))
 
 
 def follows_prompt(scene: Scene, pixels: Tensor) -> bool:

@@ -1,0 +1,117 @@
+"""Who is in a report: its LoRAs, the settings they are tried at, the teacher's at the same cost, and the prompts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+from ...samplers import Recipe
+from ..data import read_prompts
+from ..data.cache import own_prompts
+from ..families import Base, bundled_folder
+from ..inspection import header_of_family, recipe_of
+from ..tiny.scenes import Scene, held_out_scenes
+from .trial import SOLVERS, TEACHER, TRAILING, Setting
+
+GUIDANCE, TINY_GUIDANCE = 7.5, 4.0  # of the teacher, where no LoRA tells
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A LoRA file, what it is called in the report, its recipe where it has one, and the CFG that it was distilled
+    under where its header says."""
+
+    file: Path
+    name: str
+    recipe: Recipe | None
+    guidance: float | None
+
+    def recipe_on(self, base: Base) -> Recipe:
+        """Its recipe, else the plainest: DDIM's steps on trailing levels, CFG 1."""
+        shift = getattr(base.schedule, "shift", None)
+        facts = {"prediction": base.prediction, "zero_terminal_snr": base.zero_terminal_snr, "shift": shift}
+        grid = {"points": 1000, "phases": 1, "steps": 4, "sampling_points": 1000, "sampling_from_noise": True}
+        return self.recipe or Recipe(family=base.name, objective="unknown", **facts, **grid)
+
+
+def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[Contestant]:
+    """The LoRAs, from their headers alone.
+
+    Raises ValueError or FileNotFoundError for a file that is no LoRA, one of another family, one that cannot be sampled
+    at these steps, and for two that need the base read in different ways.
+    """
+    found = []
+    for file, name in zip(files, _names(files), strict=True):
+        header = header_of_family(file, family)
+        recipe = recipe_of(header)
+        for n in steps:
+            (recipe.grid() if recipe else TRAILING).plan(n)
+        found.append(Contestant(file, name, recipe, _distilled_guidance(header.metadata, recipe)))
+    readings = {(c.recipe.prediction, c.recipe.zero_terminal_snr, c.recipe.shift) for c in found if c.recipe}
+    if len(readings) > 1:
+        told = "; ".join(f"{c.name}: {c.recipe.prediction}, shift {c.recipe.shift}" for c in found if c.recipe)
+        raise ValueError(f"These LoRAs want the base read in different ways ({told}). Make a report for each.")
+    return found
+
+
+def _names(files: list[Path]) -> list[str]:
+    """File names without ending, with a number where they are the same, and never the teacher's."""
+    seen: Counter[str] = Counter([TEACHER])
+    names = []
+    for stem in (file.stem for file in files):
+        seen[stem] += 1
+        names.append(stem if seen[stem] == 1 else f"{stem} ({seen[stem]})")
+    return names
+
+
+def _distilled_guidance(metadata: dict[str, str], recipe: Recipe | None) -> float | None:
+    """Middle of the CFG range of the teacher's step; a normal-CFG LoRA, which has none, is compared at its own."""
+    if recipe and recipe.guidance_mode == "normalcfg":
+        return recipe.guidance
+    try:
+        low, high = json.loads(metadata["pcm.config"])["objective"]["guidance"]
+        return (low + high) / 2
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def teacher_guidance(contestants: list[Contestant], base: str) -> float:
+    """The teacher's CFG where none is asked for: the first LoRA's that tells, else the usual one."""
+    usual = TINY_GUIDANCE if bundled_folder(base) else GUIDANCE
+    return next((c.guidance for c in contestants if c.guidance is not None), usual)
+
+
+def teacher_settings(budgets: set[int], guidance: float) -> list[Setting]:
+    """The teacher by each solver at no more than each number of evaluations, and without guidance at just as many."""
+    cost = 1 if guidance == 1 else 2
+    guided = [
+        Setting(TEACHER, n // cost, guidance, solver=solver) for n in sorted(budgets) for solver in SOLVERS if n >= cost
+    ]
+    return list(dict.fromkeys([*guided, *(Setting(TEACHER, n, 1.0) for n in sorted(budgets))]))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt for each picture, and where they are from. scenes: what they describe, for a bundled tiny base."""
+
+    texts: list[str]
+    source: str
+    scenes: list[Scene] | None = None
+
+    def as_dict(self) -> dict:
+        return {"source": self.source, "different": len(set(self.texts)), "list": list(dict.fromkeys(self.texts))}
+
+
+def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
+    """Prompts of the file; else, for a bundled tiny base, scenes that are not among its own prompts; else the list that
+    ships with the trainer. Repeated where they are fewer than the pictures. Raises ValueError for a bad file."""
+    if file is None and (own := own_prompts(base)):
+        scenes = held_out_scenes(number, set(read_prompts(own)))
+        return Prompts(
+            [s.caption for s in scenes], f"held-out scenes, none of them a training prompt of {base}", scenes
+        )
+    source = file and Path(file).name or "the trainer's default list, which LoRAs made without data.prompts learnt on"
+    return Prompts(list(islice(cycle(read_prompts(file)), number)), source)

@@ -1,0 +1,160 @@
+"""What is compared: ways to make pictures, each tried on the same prompts and the same noise."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...samplers import PhaseGrid, Recipe
+from ...samplers.phases import count_steps
+from ...samplers.schedule import TICKS
+from ..adapter import bare
+from ..families import Base, Condition
+from ..generate import generate
+from .metrics import paired_error, sliced_wasserstein
+
+TEACHER = "teacher"
+# The teacher's solvers, each with one evaluation of the network a step.
+SOLVERS = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM-Solver++(2M)"}
+TRAILING = PhaseGrid(points=1000, phases=1, from_noise=True)
+# How many latent places (h * w) are sampled at once: 64 pictures of the tiny bases, 4 of SD1.5, 1 of SDXL.
+PLACES = 64 * 16 * 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to make pictures: the teacher (every adapter off) by one of its solvers, or the installed LoRA.
+
+    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none.
+    gamma: how much of each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the
+    teacher's is 0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump.
+    Raises ValueError for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
+    """
+
+    name: str
+    steps: int
+    guidance: float
+    gamma: float | None = None
+    solver: str = "ddim"
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; available: {', '.join(SOLVERS)}.")
+        if self.solver != "ddim" and (self.name != TEACHER or self.gamma):
+            raise ValueError(
+                f"solver {self.solver!r} is the teacher's, without a gamma; got {self.name!r} with gamma {self.gamma}. "
+                "Leave the solver out."
+            )
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network that one picture costs: guidance needs two a step."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    @property
+    def who(self) -> str:
+        """Who makes the pictures: "teacher, Euler", or the LoRA's name and the gamma that is not its recipe's."""
+        if self.name == TEACHER:
+            return f"{self.name}, {SOLVERS[self.solver]}"
+        return self.name if self.gamma is None else f"{self.name}, gamma {self.gamma:g}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.who}\n{count_steps(self.steps)}, CFG {self.guidance:g}"
+
+    def ticks(self, recipe: Recipe | None) -> tuple[int, ...]:
+        """The levels of its steps: the LoRA's phase edges, or the teacher's.
+
+        DDIM and DPM-Solver++ take trailing levels. DDIM and Euler are one map, so Euler takes what it is used with:
+        levels evenly spaced from the noisiest tick to the first, then the clean end (arXiv 2305.08891, Table 2, calls
+        it linspace; the host's scheduler "normal").
+        """
+        if self.name != TEACHER:
+            return recipe.grid().plan(self.steps).ticks
+        if self.solver == "euler":
+            return (*torch.linspace(TICKS, 1, self.steps).round().int().tolist(), 0)
+        return TRAILING.plan(self.steps).ticks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting's figures against the reference (see `paired_error` and `sliced_wasserstein`)."""
+
+    name: str
+    steps: int
+    guidance: float
+    evaluations: int
+    paired_error: float
+    distance: float
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w).
+
+    null: what guidance subtracts, (1, ...) for all or (N, ...) for each its own.
+    """
+
+    condition: Condition
+    null: Condition
+    noise: Tensor
+
+    @classmethod
+    def of(
+        cls, base: Base, prompts: list[str], seed: int, negative: str | None = None, resolution: int | None = None
+    ) -> Trial:
+        """Noise from `seed` for these prompts; a negative prompt stands in for the base's own null condition.
+
+        resolution: side in pixels; default: the base's own.
+        """
+        empty = base.encode_prompts([negative or ""])
+        shape = len(prompts), *base.latent_shape(resolution or base.default_resolution)
+        return cls(base.encode_prompts(prompts), empty if negative else base.null_condition(empty), _noise(shape, seed))
+
+    def first(self, number: int) -> Trial:
+        """The first `number` pictures alone."""
+        null = {k: v[:number] for k, v in self.null.items()}
+        return Trial({k: v[:number] for k, v in self.condition.items()}, null, self.noise[:number])
+
+    def with_noise(self, seed: int) -> Trial:
+        """The same prompts, other noise."""
+        return replace(self, noise=_noise(self.noise.shape, seed))
+
+    def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:
+        """Latents (N, C, h, w) made with this setting. A LoRA must be installed in the base, and needs its recipe."""
+        teacher = setting.name == TEACHER
+        ticks, made = setting.ticks(recipe), []
+        how = {"solver": setting.solver, "gamma": setting.gamma or 0.0}
+        if not teacher:
+            gamma = recipe.gamma if setting.gamma is None else setting.gamma
+            how = {"gamma": gamma, "min_alpha": recipe.min_alpha}
+        batch = max(1, PLACES // self.noise[0, 0].numel())
+        with bare(base.network) if teacher else nullcontext():
+            for at in range(0, len(self.noise), batch):
+                part = slice(at, at + batch)
+                rows = {k: v[part] for k, v in self.condition.items()}
+                null = {k: v[part] if len(v) > 1 else v for k, v in self.null.items()}
+                made.append(generate(base, rows, null, self.noise[part], ticks, setting.guidance, seed=at, **how).cpu())
+        return torch.cat(made)
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def figures(setting: Setting, made: Tensor, reference: Tensor) -> Row:
+    """One setting's row against the reference latents."""
+    distances = paired_error(made, reference), sliced_wasserstein(made, reference)
+    return Row(setting.name, setting.steps, setting.guidance, setting.evaluations, *distances)
+
+
+def compare(settings: list[Setting], base: Base, recipe: Recipe, trial: Trial) -> tuple[list[Row], list[Tensor]]:
+    """Rows of figures for each setting, and their latents. The first setting is the reference."""
+    made = [trial.latents(s, base, recipe) for s in settings]
+    return [figures(s, x, made[0]) for s, x in zip(settings, made, strict=True)], made

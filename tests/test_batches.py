@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phased_consistency.samplers import PhaseGrid
+from phased_consistency.samplers import VPSchedule
 from phased_consistency.trainer.batches import Batches
 from phased_consistency.trainer.objectives import PCM
 
@@ -32,15 +32,15 @@ class StubCache:
 
 
 class StubBase:
-    device, knows_sizes = torch.device("cpu"), True
+    device, knows_sizes, schedule = torch.device("cpu"), True, VPSchedule.from_betas()
 
 
 EMPTY = {"hidden": torch.full((1, 2, 3), -7.0), "pooled": torch.full((1, 5), -7.0)}
 
 
-def batches(dropout=0.0, guidance=(5.0, 6.0), **choices):
-    objective = PCM(PhaseGrid(40, 4), guidance, dropout)
-    return Batches(StubCache(), StubBase(), objective, EMPTY, **{"size": 3, "seed": 1} | choices)
+def batches(dropout=0.0, guided=True, **choices):
+    objective = PCM(guidance_mode="smallcfg" if guided else "normalcfg", prompt_dropout=dropout)
+    return Batches(StubCache(), StubBase(), objective, EMPTY, **{"size": 3, "total": 100, "seed": 1} | choices)
 
 
 def test_a_dropped_prompt_is_the_empty_one_in_every_encoding_and_keeps_its_sizes():
@@ -61,8 +61,9 @@ def test_some_prompts_are_dropped_and_others_not():
 
 def test_a_judge_and_dropped_prompts_change_no_other_draw():
     plain, judged = batches().at(5)[1], batches(0.5, judged=True).at(5)[1]
-    for name in ("x0", "noise", "start", "guidance"):
+    for name in ("x0", "noise", "guidance"):
         assert torch.equal(getattr(plain, name), getattr(judged, name)), name
+    assert torch.equal(plain.levels.u, judged.levels.u)
     assert plain.judged is None and judged.judged.tick.shape == (3,)
     assert not torch.equal(judged.judged.student_noise, judged.judged.target_noise)
 
@@ -79,7 +80,11 @@ def test_two_processes_share_what_one_would_see():
         assert alone.at(number)[0] == [sample for one in pair for sample in one.at(number)[0]]
 
 
-@pytest.mark.parametrize("guidance", [None, (3.0, 3.0)])
-def test_guidance_is_drawn_only_where_there_is_any(guidance):
-    drawn = batches(guidance=guidance).at(0)[1].guidance
-    assert drawn is None if guidance is None else drawn.tolist() == [3.0] * 3
+@pytest.mark.parametrize("guided", [True, False])
+def test_guidance_is_drawn_only_where_there_is_any(guided):
+    drawn = batches(guided=guided).at(0)[1].guidance
+    assert drawn is None if not guided else ((drawn >= 5) & (drawn <= 6)).all()
+
+
+def test_progress_is_the_share_of_the_run_that_is_done():
+    assert [batches(total=8).at(i)[1].progress for i in (0, 2, 7)] == [0, 0.25, 0.875]

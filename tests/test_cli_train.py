@@ -35,7 +35,7 @@ def test_dry_run_as_json(pcm, tmp_path, lora):
     assert plan["phase_starts"] == [249, 499, 749, 999]
     assert plan["output"] == str(tmp_path / "run" / "pcm-lora.safetensors")
     assert plan["lora_modules"] == sum(name.endswith(".alpha") for name in load_file(lora)), "as the real run's file"
-    assert plan["lora_file_bytes"] == pytest.approx(lora.stat().st_size, rel=0.5)
+    assert plan["file_bytes"] == pytest.approx(lora.stat().st_size, rel=0.5)
     assert all(v > 0 for v in plan["memory_gib"].values())
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from phased_consistency.trainer.config import Config, load_config
+from phased_consistency.trainer.objectives import OBJECTIVES
 from phased_consistency.trainer.presets import PRESETS
 
 BASE = "base.path=a-base"
@@ -197,16 +198,22 @@ def test_what_a_run_only_shows_does_not_decide_the_weights():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_and_says_where_it_comes_from(name):
     config = load_config(preset=name)
-    assert config.grid().plan().steps == config.objective.phases
+    assert config.grid().plan().steps == config.grid().phases
     assert PRESETS[name].source and PRESETS[name].cost
-    assert config.data.resolution % 64 == 0
+    assert config.data.resolution % 64 == 0 or name == "digits"
 
 
 def test_the_presets_are_what_they_are_named():
     kinds = ["stochastic", "stochastic-adv", "4step-normalcfg", "8step-normalcfg"]
     kinds += [f"{n}step{more}" for n in (1, 2, 4, 8) for more in ("", "-adv")]
-    assert set(PRESETS) == {f"{family}-{kind}" for family in ("sd15", "sdxl", "sd3") for kind in kinds} | {"demo"}
-    for name in set(PRESETS) - {"demo"}:
+    families = "sd15", "sdxl", "sd3"
+    pcm = {f"{family}-{kind}" for family in families for kind in kinds}
+    relatives = {f"{name}-{family}" for family in families for name in set(OBJECTIVES) - {"pcm"}}
+    assert set(PRESETS) == pcm | relatives | {"demo", "digits", "lcf-demo"}
+    for name in relatives:
+        config, (objective, family) = load_config(preset=name), name.split("-")
+        assert (config.name, config.base.family, config.objective.name) == (f"pcm-{name}", family, objective)
+    for name in pcm:
         config = load_config(preset=name)
         family, kind = name.split("-", 1)
         assert (config.name, config.base.family) == (f"pcm-{name}", family)
@@ -233,11 +240,57 @@ def test_choices_that_exclude_each_other(settings, message):
         load_config(overrides=["base.path=x", *given])
 
 
-def test_normalcfg_drops_a_tenth_of_the_prompts_unless_told():
-    dropout = lambda *more: load_config(overrides=["base.path=x", *more]).objective.dropout  # noqa: E731
-    assert dropout() == 0
-    assert dropout("objective.guidance_mode=normalcfg") == 0.1
-    assert dropout("objective.guidance_mode=normalcfg", "objective.prompt_dropout=0") == 0
+def test_a_preset_of_another_objective_keeps_its_familys_guidance():
+    assert load_config(preset="cd-sdxl").objective.guidance == (7, 8)
+    assert load_config(preset="lcm-sdxl").objective.guidance == (6, 16)
+
+
+def test_a_change_of_objective_keeps_what_both_know(tmp_path):
+    """Nothing that the user did not write is complained of."""
+    changed = load_config(overrides=["base.path=x", "objective.name=lcm"], preset="sd3-8step").objective
+    assert (changed.name, changed.points, changed.guidance) == ("lcm", 100, (4, 4))
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "sd15-4step"\n[base]\npath = "x"\n[objective]\nname = "ct"\n')
+    assert load_config(str(file)).objective.name == "ct"
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            ["name=ct", "guidance=[3, 4]"],
+            "objective.guidance: unknown key. The objective ct takes no such setting (pcm,",
+        ),
+        (["name=lcm", "phases=4"], "takes no such setting (pcm, lcf, progressive do). Known here: name, points"),
+        (["name=tcd", "curriculum=ect"], "The objective tcd takes no such setting (ct does)"),
+        (["name=lcn"], "objective.name = 'lcn': available: pcm, lcm,"),
+        (["name=dscd", "delat=1"], "objective.delat: unknown key. Did you mean 'delta'?"),
+        (["name=cd", "metric=lpips"], "objective.metric = 'lpips': input should be 'l2' or 'l1'"),
+        (["name=ct", "curriculum=ict", "q=4"], "objective.q: a setting of the curriculum ect"),
+    ],
+)
+def test_an_objective_refuses_what_it_does_not_take(given, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        load_config(overrides=["base.path=x", *(f"objective.{item}" for item in given)])
+
+
+def test_the_adversarial_loss_is_of_two_objectives():
+    with pytest.raises(ValueError, match="the objective tcd has no adversarial loss; those with one: pcm, ufogen"):
+        load_config(overrides=["base.path=x", "objective.name=tcd", "adversarial.weight=0.1"])
+    with pytest.raises(ValueError, match="ufogen is only a diffusion loss without it. Set adversarial.weight=0.1"):
+        load_config(overrides=["base.path=x", "objective.name=ufogen"])
+
+
+def test_every_objectives_settings_survive_json():
+    for name in OBJECTIVES:
+        weight = 0.1 if OBJECTIVES[name].adversarial == "required" else 0
+        config = load_config(overrides=["base.path=x", f"objective.name={name}", f"adversarial.weight={weight}"])
+        assert Config.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_every_setting_of_an_objective_has_a_description():
+    for name, row in OBJECTIVES.items():
+        assert all(f.description for key, f in row.model_fields.items() if key not in ("name", "curriculum")), name
 
 
 def test_every_setting_that_needs_one_has_a_description():

@@ -1,12 +1,14 @@
-"""The LoRA on the one base: inject it, switch it off for the teacher, average it, name its tensors.
+"""What is trained: a LoRA on the one base, or where there is no teacher all of its weights.
 
-There is never a second copy of the network. The frozen weights keep their dtype, the LoRA's are fp32.
+The LoRA is injected, and switched off for the teacher, so there is never a second copy of the network. Frozen weights
+keep their dtype, trained ones are fp32.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -14,6 +16,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .families import Base
 
 NAME = "default"
 
@@ -31,7 +35,67 @@ def bare(network: nn.Module) -> Iterator[None]:
         network.enable_adapters()
 
 
-class Adapter:
+class Learner(ABC):
+    """What a run trains, by name, and the ways to keep and to exchange it."""
+
+    network: nn.Module
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, in a fixed order."""
+
+    @abstractmethod
+    def off(self) -> AbstractContextManager:
+        """The teacher inside this block. Raises ValueError where there is none."""
+
+    @abstractmethod
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations for the backward pass."""
+
+    @abstractmethod
+    def sentence(self) -> str:
+        """What it is, for people."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the weights, in fp32 on the CPU."""
+        return {name: p.detach().float().cpu().clone() for name, p in self.named_parameters().items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        """A copy of the weights where they are."""
+        return {name: p.detach().clone() for name, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Overwrite the weights; raises ValueError unless the names and shapes are exactly its own."""
+        self._check(state)
+        for name, parameter in self.named_parameters().items():
+            parameter.copy_(state[name])
+
+    @contextmanager
+    def using(self, state: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights inside this block (an average, say), the present ones afterwards. Raises as `load` does."""
+        self._check(state)
+        own = self.named_parameters()
+        present = {name: parameter.data for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = state[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = present[name]
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (self.named_parameters(), state))
+        wrong = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
+        if wrong:
+            raise ValueError(f"These weights are for another adapter: {len(wrong)} tensors differ, such as {wrong[0]}.")
+
+
+class Adapter(Learner):
     """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
 
     Starts as the identity: B is zero. `seed` fixes A. Raises ValueError when no module matches.
@@ -61,6 +125,9 @@ class Adapter:
         finally:
             self.is_off = before
 
+    def sentence(self) -> str:
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g} on {len(self.layers)} modules."
+
     def checkpoint_gradients(self) -> None:
         """Keep no activations for the backward pass. Each block is computed again with the adapter as it was: a
         discriminator's body ran without, though the adapter is on by then."""
@@ -79,41 +146,38 @@ class Adapter:
             for part in ("lora_A", "lora_B")
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.named_parameters().values())
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the weights, in fp32 on the CPU."""
-        return {name: p.detach().float().cpu().clone() for name, p in self.named_parameters().items()}
+class Whole(Learner):
+    """All weights of a network, in fp32: for one that starts from nothing, so that there is no teacher."""
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Overwrite the weights; raises ValueError unless the names and shapes are exactly the adapter's own."""
-        own = self.named_parameters()
-        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (own, state))
-        wrong = sorted(n for n in own.keys() | state.keys() if shapes.get(n) != given.get(n))
-        if wrong:
-            raise ValueError(f"These weights are for another adapter: {len(wrong)} tensors differ, such as {wrong[0]}.")
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+    def __init__(self, network: nn.Module):
+        self.network = network.float().requires_grad_(True)
 
-    @contextmanager
-    def using(self, state: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights inside this block (an average, say), the present ones afterwards."""
-        present = self.state()
-        self.load(state)
-        try:
-            yield
-        finally:
-            self.load(present)
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
+
+    def off(self) -> AbstractContextManager:
+        raise ValueError("There is no teacher: all weights of the network are trained. Use an objective without one.")
+
+    def sentence(self) -> str:
+        return f"All {sum(p.numel() for p in self.parameters()):,} weights of the network are trained."
+
+    def checkpoint_gradients(self) -> None:
+        self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        self.network.train()
+
+
+def learner(network: nn.Module, family: type[Base], rank: int, alpha: float, seed: int) -> Learner:
+    """What is trained of a family's network: all of it, or a LoRA on it (see `Adapter`)."""
+    return Whole(network) if family.whole else Adapter(network, family.lora_targets, rank, alpha, seed)
 
 
 class Average:
-    """Moving average of an adapter's weights, in fp32: m <- d * m + (1 - d) * w, with d rising from 0 to `decay`."""
+    """Moving average of a learner's weights, in fp32: m <- d * m + (1 - d) * w, with d rising from 0 to `decay`."""
 
-    def __init__(self, adapter: Adapter, decay: float):
+    def __init__(self, adapter: Learner, decay: float):
         self.adapter, self.decay = adapter, decay
-        self.weights = {n: p.detach().clone() for n, p in adapter.named_parameters().items()}
+        self.weights = adapter.copy()
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -13,12 +13,13 @@ from .adversarial import Judged
 from .data.cache import LatentCache
 from .engine import Batch
 from .families import Base, Condition
-from .objectives.pcm import PCM
+from .objectives import Levels, Objective
 
 
 class Batches:
     """The batches of one process: `size` samples each, `processes` of them side by side.
 
+    total: forward passes of the whole run, by which an objective's curriculum goes.
     empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever guidance subtracts.
     judged: whether an adversary needs its own levels and noise.
     """
@@ -27,17 +28,19 @@ class Batches:
         self,
         cache: LatentCache,
         base: Base,
-        objective: PCM,
+        objective: Objective,
         empty: Condition,
         *,
         size: int,
+        total: int,
         seed: int,
         rank: int = 0,
         processes: int = 1,
         judged: bool = False,
     ):
         self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
-        self.size, self.seed, self.rank, self.processes, self.judged = size, seed, rank, processes, judged
+        self.size, self.total, self.judged = size, total, judged
+        self.seed, self.rank, self.processes = seed, rank, processes
         self._epoch: int | None = None
         self._order: list[int] = []
 
@@ -48,16 +51,18 @@ class Batches:
         generator = torch.Generator().manual_seed(_seed(self.seed, seen, self.rank))
         x0 = self.cache.latents(samples, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        start = self.objective.start(self.size, generator)
-        guidance = self.objective.draw_guidance(self.size, generator)
+        progress = number / self.total
+        levels = self.objective.levels(self.size, self.base.schedule, progress, generator)
+        guidance = self.objective.draw_guidance(self.size, progress, generator)
         dropped = self.objective.draw_dropped(self.size, generator)
         judged = None
         if self.judged:
-            tick = self.objective.judged_at(start, generator)
+            tick = self.objective.judged_at(levels, generator)
             judged = Judged(self._move(tick), *self._move(torch.randn(2, *x0.shape, generator=generator)))
         guidance = None if guidance is None else self._move(guidance)
         condition = self.condition(samples, dropped)
-        return samples, Batch(self._move(x0), self._move(noise), self._move(start), guidance, condition, judged)
+        levels = Levels(*map(self._move, (levels.u, levels.r, levels.s)))
+        return samples, Batch(self._move(x0), self._move(noise), levels, guidance, condition, progress, judged)
 
     def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
         """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""

@@ -11,9 +11,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..samplers import PhaseGrid
+from .objectives import OBJECTIVES, PCM, AnyObjective, Section, known_to
 from .presets import PRESETS
 
 if sys.version_info >= (3, 11):
@@ -22,17 +23,12 @@ else:
     import tomli as tomllib
 
 
-class Section(BaseModel):
-    """Frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class BaseConfig(Section):
     """The frozen base model."""
 
     path: str = Field(
-        description="diffusers folder, single .safetensors file, hub id, or a bundled tiny-sd15, tiny-sdxl, tiny-sd3"
+        description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-sd3, or "
+        "digits: a small network with random weights, which is trained whole"
     )
     family: Literal["sd15", "sdxl", "sd3"] | None = Field(None, description="default: found from the base")
     prediction: Literal["epsilon", "v_prediction", "flow"] | None = Field(
@@ -59,12 +55,13 @@ class DataConfig(Section):
     """What the student learns on: a folder of pictures, or only prompts (the teacher then makes the latents)."""
 
     images: str | None = Field(
-        None, description="folder of pictures with .txt captions beside them; none: prompts only"
+        None,
+        description="folder of pictures with .txt captions beside them, or digits: drawn ones; none: prompts only",
     )
     prompts: str | None = Field(
         None, description="text file, one prompt a line; default: the list that ships with the pack"
     )
-    count: int = Field(1000, ge=1, description="prompts only: how many latents the teacher makes")
+    count: int = Field(1000, ge=1, description="how many latents the teacher makes of prompts, or digits are drawn")
     teacher_steps: int = Field(25, ge=1, le=1000, description="prompts only: DDIM steps for each")
     teacher_guidance: float = Field(7.5, ge=1, description="prompts only: CFG scale for each")
     resolution: int = Field(512, ge=8, description="side of the square pictures in pixels")
@@ -81,56 +78,9 @@ class LoraConfig(Section):
     rank: int = Field(64, ge=1)
     alpha: float = Field(8.0, gt=0)
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
-
-
-class ObjectiveConfig(Section):
-    """The distillation objective (arXiv 2405.18407, Sec. 3)."""
-
-    name: Literal["pcm"] = "pcm"
-    points: int = Field(40, description="solver points; must divide 1000")
-    phases: int = Field(4, description="phases, which is also the number of steps to sample with")
-    mode: Literal["deterministic", "stochastic"] = Field(
-        "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
+    init: str | None = Field(
+        None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
     )
-    guidance_mode: Literal["smallcfg", "normalcfg"] = Field(
-        "smallcfg",
-        description="smallcfg: the teacher's guidance is distilled in, sample near CFG 1; normalcfg: it is not, sample "
-        "with CFG and negative prompts as usual, with 4 phases or more",
-    )
-    guidance: tuple[float, float] = Field(
-        (5.0, 6.0), description="smallcfg: CFG range of the teacher's step, drawn per sample"
-    )
-    prompt_dropout: float | None = Field(
-        None, ge=0, lt=1, description="share of samples without prompt; default: 0.1 for normalcfg, else 0"
-    )
-    min_alpha: float = Field(
-        0.0, ge=0, lt=1, description="one-step clamp of the x0 divisor (0.5 in the paper); 0: none; needs the PCM nodes"
-    )
-    huber_c: float = Field(1e-3, gt=0)
-
-    @property
-    def dropout(self) -> float:
-        """`prompt_dropout`, or the guidance mode's own."""
-        default = {"smallcfg": 0.0, "normalcfg": 0.1}[self.guidance_mode]
-        return default if self.prompt_dropout is None else self.prompt_dropout
-
-    @model_validator(mode="after")
-    def _check(self):
-        PhaseGrid(self.points, self.phases)
-        low, high = self.guidance
-        if not 1 <= low <= high:
-            raise ValueError(f"objective.guidance must be [low, high] with 1 <= low <= high; got [{low:g}, {high:g}]")
-        if self.phases > 1 and self.mode == "stochastic":
-            raise ValueError(
-                f"objective.mode stochastic samples straight to x0, which only one phase trains; got phases = "
-                f"{self.phases}. Set objective.phases=1, or objective.mode=deterministic"
-            )
-        if self.phases > 1 and self.min_alpha:
-            raise ValueError(
-                f"objective.min_alpha is for one phase; got {self.min_alpha:g} with phases = {self.phases}. "
-                "Set objective.phases=1, or objective.min_alpha=0"
-            )
-        return self
 
 
 class AdversarialConfig(Section):
@@ -178,6 +128,7 @@ class PreviewConfig(Section):
 PLACES = (
     *(("base", key) for key in ("path", "tokenizer", "config", "parts")),
     *(("data", key) for key in ("images", "prompts")),
+    ("lora", "init"),
 )
 
 
@@ -189,7 +140,7 @@ class Config(Section):
     base: BaseConfig
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: AnyObjective = PCM()
     adversarial: AdversarialConfig = AdversarialConfig()
     train: TrainConfig = TrainConfig()
     preview: PreviewConfig = PreviewConfig()
@@ -204,6 +155,22 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_adversary(self):
+        objective, weight = self.objective, self.adversarial.weight
+        if weight and objective.adversarial == "none":
+            able = ", ".join(name for name, row in OBJECTIVES.items() if row.adversarial != "none")
+            raise ValueError(
+                f"adversarial.weight = {weight:g}: the objective {objective.name} has no adversarial loss; those with "
+                f"one: {able}. Set adversarial.weight=0"
+            )
+        if not weight and objective.adversarial == "required":
+            raise ValueError(
+                f"adversarial.weight is 0, and the objective {objective.name} is only a diffusion loss without it. "
+                "Set adversarial.weight=0.1"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
@@ -213,8 +180,8 @@ class Config(Section):
         return Path(self.data.cache) if self.data.cache else self.run_folder / "cache"
 
     def grid(self) -> PhaseGrid:
-        """The phase grid that is trained and sampled."""
-        return PhaseGrid(self.objective.points, self.objective.phases)
+        """The grid that is sampled."""
+        return self.objective.grid()
 
     def what_decides_the_weights(self) -> dict[str, Any]:
         """The settings for the LoRA's header and for `resume`'s check: places on this machine by their last name, and
@@ -230,6 +197,7 @@ class Config(Section):
 def load_config(file: str | None = None, overrides: list[str] = (), preset: str | None = None) -> Config:
     """Preset, then TOML file, then `key=value` overrides, each over the one before.
 
+    Where one of them changes the objective, it keeps of the settings before those that it has too.
     Raises ValueError that lists every problem at once, with the nearest known key for each unknown one.
     """
     values: dict[str, Any] = {}
@@ -240,14 +208,18 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
         if str(preset) not in PRESETS:
             near = _nearest(str(preset), PRESETS)
             raise ValueError(f"Unknown preset {preset!r}; available: {', '.join(PRESETS)}.{near}")
-        _merge(values, PRESETS[preset].values)
-    _merge(values, document)
+        _lay(values, PRESETS[preset].values)
+    _lay(values, document)
+    given: dict[str, Any] = {}
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep:
             raise ValueError(f"Cannot read the override {item!r}: write key=value, for example train.steps=2000.")
-        _set(values, key.strip(), _parse_value(text.strip()))
+        _set(given, key.strip(), _parse_value(text.strip()))
+    _lay(values, given)
     values.setdefault("base", {})
+    if isinstance(values.get("objective"), dict):
+        values["objective"].setdefault("name", PCM.model_fields["name"].default)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -273,6 +245,14 @@ def _parse_value(text: str) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is a name here
 
 
+def _lay(over: dict[str, Any], new: dict[str, Any]) -> None:
+    """Merge one source's settings over those before; a change of the objective keeps the keys that both have."""
+    objective, before = new.get("objective"), over.get("objective")
+    if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in OBJECTIVES:
+        over["objective"] = known_to(objective["name"], before)
+    _merge(over, new)
+
+
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -291,41 +271,51 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(p) for p in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
-            near = _nearest(str(problem["loc"][-1]), known)
-            lines.append(f"  {where}: unknown key.{near} Known here: {', '.join(known)}.")
-        elif problem["type"] == "missing":
-            lines.append(f"  {where}: is required; {_field_help(problem['loc'])}.")
-        elif problem["type"] == "value_error":
-            lines.append(f"  {problem['ctx']['error']}")
-        else:
-            lines.append(f"  {where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+    lines = [f"  {_sentence(problem)}" for problem in error.errors()]
     count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
     return f"The configuration has {count}:\n" + "\n".join(lines)
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    """One problem in words; between "objective" and the key its place has the objective's name."""
+    loc = problem["loc"]
+    of_objective = loc[:1] == ("objective",)
+    where = ".".join(str(p) for p in (loc[:1] + loc[2:] if of_objective else loc))
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(loc[:-1]).model_fields)
+        near, others = _nearest(str(loc[-1]), known), ""
+        having = [name for name, row in OBJECTIVES.items() if of_objective and loc[-1] in row.model_fields]
+        if having:
+            near, others = "", f" The objective {loc[1]} takes no such setting ({', '.join(having)} do{_s(having)})."
+        return f"{where}: unknown key.{near}{others} Known here: {', '.join(known)}."
+    if problem["type"] == "union_tag_invalid":
+        name = problem["ctx"]["tag"]
+        return f"objective.name = {name!r}: available: {', '.join(OBJECTIVES)}.{_nearest(name, OBJECTIVES)}"
+    if problem["type"] == "missing":
+        return f"{where}: is required; {_field_help(loc)}."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _s(names: list[str]) -> str:
+    return "es" if len(names) == 1 else ""
 
 
 def _section(loc: tuple) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for part in loc:
-        model = model.model_fields[part].annotation
+        model = OBJECTIVES.get(part) or model.model_fields[part].annotation
     return model
-
-
-def _known_keys(loc: tuple) -> list[str]:
-    return list(_section(loc).model_fields)
 
 
 def _field_help(loc: tuple) -> str:
     if isinstance(loc[-1], int):
-        return f"{'.'.join(map(str, loc[:-1]))} has more entries"
+        return f"{'.'.join(map(str, loc[:1] + loc[2:-1] if loc[0] == 'objective' else loc[:-1]))} has more entries"
     field = _section(loc[:-1]).model_fields[loc[-1]]
     if field.description:
         return field.description
-    return f"a section with {', '.join(_known_keys(loc))}"
+    return f"a section with {', '.join(_section(loc).model_fields)}"
 
 
 def _nearest(given: str, known) -> str:

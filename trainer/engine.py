@@ -3,40 +3,45 @@
 An objective chooses levels u > r >= s; the step builds the two points, jumps both to s, and measures the distance:
 
     x_u      the student's point: the path through a data latent x0 and noise eps, at u
-    x_r      the target's point: one solver step of the teacher, guided or not, from x_u down to r
+    x_r      the target's point: the teacher's solver from x_u down to r, guided or not; or the data's own path at r
     student  J(x_u, u -> s), with gradient
     target   J(x_r, r -> s), without; x_r itself where r = s (the boundary condition, exactly)
 
 J is the first-order jump with the network's own (x0, eps) (PCM, arXiv 2405.18407, Eq. 3). Shapes: points (B, C, h, w),
 levels (B,) ticks. The networks run in the base's dtype, all step algebra in fp32. With an adversary, the same student
 and target also give the losses of generator and discriminator.
+
+There is one network. The teacher is the bare base, or in later stages the student that an earlier one left; the target
+is made with the student's weights or their moving average.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..samplers import jump
-from .adapter import Adapter
+from ..samplers import eps_of, extrapolated, jump
+from .adapter import Average, Learner
 from .adversarial import Adversary, Judged
 from .families import Base, Condition
 from .generate import predict
-from .objectives.pcm import PCM
+from .objectives import Levels, Objective, Pair
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x0 (B, C, h, w), noise like them, start ticks u (B,), CFG scales (B,) or None for a teacher without
-    guidance, the prompts' encodings, and where the adversary judges, if there is one."""
+    """Latents x0 (B, C, h, w), noise like them, the step's levels, CFG scales (B,) or None for a teacher without
+    guidance, the prompts' encodings, share of the run that is done, and where the adversary judges, if there is one."""
 
     x0: Tensor
     noise: Tensor
-    start: Tensor
+    levels: Levels
     guidance: Tensor | None
     condition: Condition
+    progress: float = 0.0
     judged: Judged | None = None
 
 
@@ -62,38 +67,99 @@ class Engine:
     """The networks of one run: a frozen base, its adapter, what stands for no prompt, and perhaps an adversary."""
 
     def __init__(
-        self, base: Base, adapter: Adapter, objective: PCM, null: Condition, adversary: Adversary | None = None
+        self, base: Base, adapter: Learner, objective: Objective, null: Condition, adversary: Adversary | None = None
     ):
         self.base, self.adapter, self.objective, self.null = base, adapter, objective, null
         self.adversary = adversary
+        self.average = Average(adapter, objective.target_decay()) if objective.target_decay() else None
+        self.earlier: dict[str, Tensor] = {}  # the adapter's weights that are the teacher's, after the first stage
 
     def step(self, batch: Batch) -> Losses:
         """The losses, differentiable in the adapter's weights (the discriminator's in the heads')."""
-        schedule, u = self.base.schedule, batch.start
-        r, s = self.objective.neighbour(u), self.objective.target(u)
-        x_u = jump(batch.x0, batch.noise, schedule.alpha(u), schedule.sigma(u))
+        schedule, levels = self.base.schedule, batch.levels
+        u, r, s = levels.u, levels.r, levels.s
+        x_u = self._on_path(batch, u)
         with torch.no_grad():
-            x_r = self._teacher_step(x_u, u, r, batch)
-            target = self._target(x_r, r, s, batch.condition)
+            x_r = self._teacher(x_u, u, r, batch) if self.objective.needs_teacher else self._on_path(batch, r)
+            with self._target_weights():
+                target = self._target(x_r, r, s, batch.condition)
         # torch before 2.11 keeps autocast's copies of the weights from a block without gradients, and uses them again
         torch.clear_autocast_cache()
         student = self._jump(x_u, u, s, batch.condition)
-        distance = self.objective.distance(student, target)
+        pair = Pair(x_u, x_r, student, target, levels, schedule, self.base.prediction, batch.progress)
+        distance = self.objective.distance(pair)
         if self.adversary is None:
             return Losses(distance)
         return Losses(distance, *self.adversary.losses(student, target, s, batch.judged, batch.condition))
 
-    def _teacher_step(self, x_u: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """One solver step, adapter off; with guidance, conditional and unconditional in one batch."""
-        with self.adapter.off():
-            if batch.guidance is None:
-                x0, eps = predict(self.base, x_u, u, batch.condition)
-            else:
-                both = self.base.with_null(batch.condition, self.null)
-                x0, eps = predict(self.base, x_u.repeat(2, 1, 1, 1), u.repeat(2), both)
-                g = batch.guidance.view(-1, 1, 1, 1)
-                x0, eps = (un + g * (c - un) for c, un in (x0.chunk(2), eps.chunk(2)))
-        return jump(x0, eps, self.base.schedule.alpha(r), self.base.schedule.sigma(r))
+    def updated(self, step: int, before: float, after: float) -> None:
+        """Take in the weights after update `step` (from 1), which took the run from one share done to another."""
+        if self.average:
+            self.average.update(step)
+        if self.objective.stage(after) != self.objective.stage(before):
+            self.earlier = self.adapter.copy()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint must keep besides the adapter, by group."""
+        return {"target": self.average.weights if self.average else {}, "teacher": self.earlier}
+
+    def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Put `state` back."""
+
+        def own(group: str) -> dict[str, Tensor]:
+            # a file's tensors lie anywhere, and products of matrices round by where their factors lie
+            return {n: w.to(self.base.device, copy=True) for n, w in groups.get(group, {}).items()}
+
+        if self.average:
+            self.average.weights = own("target")
+        self.earlier = own("teacher")
+
+    def _on_path(self, batch: Batch, tick: Tensor) -> Tensor:
+        return jump(batch.x0, batch.noise, self.base.schedule.alpha(tick), self.base.schedule.sigma(tick))
+
+    def _teacher_weights(self) -> AbstractContextManager:
+        return self.adapter.using(self.earlier) if self.earlier else self.adapter.off()
+
+    def _target_weights(self) -> AbstractContextManager:
+        return self.adapter.using(self.average.weights) if self.average else nullcontext()
+
+    def _teacher(self, x: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
+        """From x at u down to r by the objective's solver, in equal steps of ticks.
+
+        Every solver is the jump with some x0: ddim's is the network's, heun's the mean of both ends', dpm++'s the one
+        extrapolated from the step before.
+        """
+        solver, steps = self.objective.teacher_solver()
+        before, tick = None, u
+        with self._teacher_weights():
+            for left in reversed(range(steps)):
+                then = r + (u - r) * left // steps
+                now, after = self._level(tick), self._level(then)
+                x0, eps = self._guided(x, tick, batch)
+                along = x0
+                if solver == "dpm++":
+                    along = extrapolated(x0, *(before or (x0, now)), now, after)
+                elif solver == "heun":
+                    end, _ = self._guided(jump(x0, eps, *after), then, batch)
+                    along = torch.where(_rows(then > 0), (x0 + end) / 2, x0)
+                eps = eps if along is x0 else eps_of(x, along, *now)
+                x = torch.where(_rows(then < tick), jump(along, eps, *after), x)
+                before, tick = (x0, now), then
+        return x
+
+    def _guided(self, x: Tensor, tick: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's (x0, eps); with guidance, conditional and unconditional in one batch."""
+        tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
+        if batch.guidance is None:
+            return predict(self.base, x, tick, batch.condition)
+        both = self.base.with_null(batch.condition, self.null)
+        x0, eps = predict(self.base, x.repeat(2, 1, 1, 1), tick.repeat(2), both)
+        g = _rows(batch.guidance)
+        x0, eps = (un + g * (c - un) for c, un in (x0.chunk(2), eps.chunk(2)))
+        return x0, eps
+
+    def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.schedule.alpha(tick), self.base.schedule.sigma(tick)
 
     def _target(self, x_r: Tensor, r: Tensor, s: Tensor, condition: Condition) -> Tensor:
         inside = (r > s).nonzero().squeeze(1)
@@ -104,5 +170,11 @@ class Engine:
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:
-        x0, eps = predict(self.base, x, tick, condition, self.objective.min_alpha)
-        return jump(x0, eps, self.base.schedule.alpha(to), self.base.schedule.sigma(to))
+        told = self.base.target_time(to) if self.objective.target_time else {}
+        x0, eps = predict(self.base, x, tick, condition | told, self.objective.clamp())
+        return jump(x0, eps, *self._level(to))
+
+
+def _rows(of_each: Tensor) -> Tensor:
+    """(B,) -> broadcastable over points."""
+    return of_each.view(-1, 1, 1, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..samplers import FlowSchedule
 from .config import Config
-from .data import find_pictures, read_prompts
+from .data import pictures_of, read_prompts
 from .data.cache import own_prompts
 from .export import recipe_for
 from .families import FAMILIES, Base, bundled_folder, family_class
@@ -16,6 +16,8 @@ from .families.loading import checkpoint_header, is_hub_id
 from .families.prediction import found_in_header, found_in_scheduler, settle
 from .families.sd3 import SD3, check_flow, read_shift
 from .memory import BYTES, estimate_memory
+from .objectives import Objective
+from .whole import check_whole
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -29,7 +31,9 @@ def plan(config: Config) -> dict[str, Any]:
     train, objective = config.train, config.objective
     seen = train.steps * train.batch_size * train.accumulation
     passes, a_sample = _passes(config)
-    usage = recipe_for(config, _stand_in(config, family)).usage_hint()
+    if family.whole:
+        check_whole(config)
+    usage = "" if family.whole else recipe_for(config, _stand_in(config, family)).usage_hint()
     facts = {
         "base": config.base.path,
         "family": family.name,
@@ -39,10 +43,10 @@ def plan(config: Config) -> dict[str, Any]:
         "passes_over_the_data": round(seen / samples, 1),
         "forward_passes_per_sample": passes,
         "lora_modules": memory["lora_modules"],
-        "lora_parameters": memory["lora_parameters"],
-        "lora_file_bytes": memory["lora_parameters"] * BYTES[config.lora.dtype],
+        "trained_parameters": memory["trained_parameters"],
+        "file_bytes": memory["trained_parameters"] * (4 if family.whole else BYTES[config.lora.dtype]),
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
-        "output": str(config.run_folder / f"{config.name}.safetensors"),
+        "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
         "memory_gib": memory["gib"],
     }
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
@@ -55,13 +59,12 @@ def plan(config: Config) -> dict[str, Any]:
         f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, {seen} in all "
         f"({facts['passes_over_the_data']} passes)",
         f"  a sample  {a_sample}",
-        f"  phases    {objective.phases}, starting at timesteps {edges}; {objective.points} solver points",
-        f"  LoRA      rank {config.lora.rank}, alpha {config.lora.alpha:g}, {facts['lora_modules']} modules, "
-        f"{facts['lora_parameters'] / 1e6:.1f} M parameters, {facts['lora_file_bytes'] / 1e6:.0f} MB "
-        f"in {config.lora.dtype}",
+        f"  objective {objective.name}: {_summary(objective)}",
+        f"  phases    {config.grid().phases}, starting at timesteps {edges}; {objective.points} points",
+        f"  trains    {_learner(config, family, facts)}",
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
-        f"  use       {usage}",
+        *([f"  use       {usage}"] if usage else []),
         "Memory estimate (GiB)",
         *(f"  {name:36} {value:6.2f}" for name, value in memory["gib"].items()),
     ]
@@ -76,11 +79,19 @@ def _family(config: Config) -> type[Base]:
     return family_class(path, asked)
 
 
+def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
+    size = f"{facts['trained_parameters'] / 1e6:.1f} M parameters, {facts['file_bytes'] / 1e6:.0f} MB"
+    if family.whole:
+        return f"the whole network, {size}"
+    lora = config.lora
+    return f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
+
+
 def _data(config: Config) -> tuple[int, str]:
     """How many samples there are, and where they come from."""
     data = config.data
     if data.images:
-        pictures, skipped = find_pictures(data.images, data.skip_bad)
+        pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
         source = f"{len(pictures)} pictures with captions from {data.images}, {len(skipped)} left out"
         return len(pictures), source
     prompts = min(data.count, len(read_prompts(data.prompts or own_prompts(config.base.path))))
@@ -90,18 +101,26 @@ def _data(config: Config) -> tuple[int, str]:
     )
 
 
+def _summary(objective: Objective) -> str:
+    """The first sentence of what an objective says of itself."""
+    return " ".join(objective.__doc__.split("\n\n")[0].split()).rstrip(".")
+
+
 def _passes(config: Config) -> tuple[int, str]:
     """Forward passes that one sample takes, and what they are."""
-    low, high = config.objective.guidance
-    if config.objective.guidance_mode == "smallcfg":
-        passes, teacher = 4, f"teacher conditional and unconditional in one batch (CFG {low:g} to {high:g})"
-    else:
-        passes, teacher = 3, "teacher without guidance"
-    if not config.adversarial.weight:
-        return passes, f"{teacher}, target, student: {passes} forward passes and 1 backward"
-    return passes + 2, (
-        f"{teacher}, target, student, the discriminator's features of both: {passes + 2} forward passes and 1 backward"
-    )
+    objective, passes, parts = config.objective, 2, ["target", "student"]
+    if objective.needs_teacher:
+        solver, steps = objective.teacher_solver()
+        times = steps * (2 if solver == "heun" else 1)
+        passes += times * (2 if objective.guided() else 1)
+        low, high = objective.guidance
+        halves = f"conditional and unconditional in one batch (CFG {low:g} to {high:g})"
+        teacher = f"teacher {halves if objective.guided() else 'without guidance'}"
+        parts.insert(0, teacher + (f" {times} times ({solver})" if times > 1 else ""))
+    if config.adversarial.weight:
+        passes += 2
+        parts.append("the discriminator's features of both")
+    return passes, f"{', '.join(parts)}: {passes} forward passes and 1 backward"
 
 
 def _stand_in(config: Config, family: type[Base]) -> Base:

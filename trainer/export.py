@@ -24,11 +24,12 @@ from torch import Tensor
 
 from ..samplers import Recipe
 from ..samplers.lora_file import read_header
-from ..samplers.recipe import HEADER_KEY, normalcfg_guidance
+from ..samplers.recipe import HEADER_KEY
 from .adapter import NAME, Adapter
 from .checkpoint import write_tensors
 from .config import Config
 from .families import Base
+from .objectives import Objective
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EMPTY_HASH = hashlib.sha256().hexdigest()
@@ -40,27 +41,14 @@ def recipe_for(config: Config, base: Base) -> Recipe:
     Of the base it asks the family's name, prediction, zero_terminal_snr, a flow's schedule, path and base_hash.
     Raises ValueError for settings that no sampler has.
     """
-    objective = config.objective
-    normalcfg = objective.guidance_mode == "normalcfg"
-    # smallcfg: the teacher's guidance is in the weights, so CFG stays near 1
-    best, low, high = normalcfg_guidance(objective.phases) if normalcfg else (1.0, 1.0, 2.0)
     return Recipe(
         family=base.name,
-        objective=objective.name,
-        mode=objective.mode,
-        points=objective.points,
-        phases=objective.phases,
         prediction=base.prediction,
         zero_terminal_snr=base.zero_terminal_snr,
         shift=base.schedule.shift if base.prediction == "flow" else None,
-        min_alpha=objective.min_alpha,
-        guidance_mode=objective.guidance_mode,
-        guidance=best,
-        guidance_min=low,
-        guidance_max=high,
-        negative_prompts=normalcfg,
         base_name=Path(base.path).name,
         base_hash=base.base_hash,
+        **config.objective.sampling(fine_tuned=config.lora.init is not None),
     )
 
 
@@ -128,13 +116,18 @@ def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict
         "ss_optimizer": train.optimizer,
         "ss_seed": str(train.seed),
         "ss_mixed_precision": {"fp32": "no"}.get(config.base.dtype, config.base.dtype),
-        "ss_loss_type": "huber",
-        "ss_huber_c": str(config.objective.huber_c),
+        **_loss(config.objective),
         "ss_max_grad_norm": str(train.max_grad_norm),
         "ss_gradient_accumulation_steps": str(train.accumulation),
         "ss_total_batch_size": str(train.batch_size * train.accumulation),
-        "ss_training_comment": f"{config.objective.name}, {config.objective.phases} phases, phased-consistency",
+        "ss_training_comment": f"{config.objective.name}, {config.grid().phases} phases, phased-consistency",
     }
+
+
+def _loss(objective: Objective) -> dict[str, str]:
+    if not hasattr(objective, "huber_c"):
+        return {"ss_loss_type": objective.name}
+    return {"ss_loss_type": "huber", "ss_huber_c": str(objective.huber_c)}
 
 
 def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[str, str]:

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..samplers import PhaseGrid, Recipe, recipe_for_file
+from ..samplers import Recipe, recipe_for_file
 from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, split_key, tensor_hash
 from .export import DTYPES, install
 from .families import Base, family_of, load_base
 from .generate import generate
+from .objectives import tells_target_time
 from .previews import draw_grid, save_image
 
 ADAPTER = "file"
@@ -196,8 +197,8 @@ def sample_grid(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
     recipe = install_whole(lora, base, strength) if lora else None
-    grid = recipe.grid() if recipe else PhaseGrid(points=1000, phases=1, from_noise=True)
     usual = recipe or base.alone
+    grid = usual.grid()
     guidance = usual.guidance if guidance is None else guidance
     gamma = usual.gamma if gamma is None else gamma
     shape = base.latent_shape(resolution or base.default_resolution)
@@ -208,7 +209,9 @@ def sample_grid(
     for n in steps:
         plan = grid.plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
-        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, usual.min_alpha, seed)
+        told = recipe is not None and tells_target_time(recipe.objective)
+        how = {"min_alpha": usual.min_alpha, "seed": seed, "target_time": told}
+        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, **how)
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
-from .adapter import Adapter, Average
+from . import whole
+from .adapter import Average, learner
 from .adversarial import BETAS, WEIGHT_DECAY, Adversary
 from .batches import Batches
 from .checkpoint import (
@@ -30,7 +31,7 @@ from .engine import Engine, Losses
 from .export import DTYPES, export, recipe_for, self_test
 from .families import Base, load_base
 from .generate import generate
-from .objectives import OBJECTIVES
+from .initial import start_from
 from .previews import draw_grid, save_image
 
 
@@ -60,7 +61,8 @@ class Reporter:
 
 
 def train(config: Config, reporter: Reporter | None = None) -> Path:
-    """Train as configured and return the LoRA's path; the same call goes on where an earlier one stopped.
+    """Train as configured and return the path of what was made: a LoRA's file, or the folder of a network that was
+    trained whole. The same call goes on where an earlier one stopped.
 
     Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, a failed self-test, an interrupt).
     """
@@ -82,11 +84,12 @@ class Run:
         self.base = self._load_base()
         self.cache = self._fill_cache()
         self.base.drop_encoders()
-        self.adapter = Adapter(
-            self.base.network, self.base.lora_targets, config.lora.rank, config.lora.alpha, config.train.seed
-        )
-        modules = len(self.adapter.layers)
-        reporter.say(f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g} on {modules} modules.")
+        lora = config.lora
+        self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
+        reporter.say(self.adapter.sentence())
+        if config.lora.init:
+            taken = start_from(Path(config.lora.init), self.base, self.adapter, config.objective)
+            reporter.say(f"It starts as {config.lora.init}: {taken} modules.")
         if config.train.gradient_checkpointing:
             self.adapter.checkpoint_gradients()
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
@@ -97,7 +100,11 @@ class Run:
 
     @property
     def lora_path(self) -> Path:
-        return self.folder / f"{self.config.name}.safetensors"
+        return self._file(self.config.name)
+
+    def _file(self, name: str) -> Path:
+        """Where a LoRA, or a network that is trained whole, is saved under this name."""
+        return self.folder / (name if self.base.whole else f"{name}.safetensors")
 
     def go(self) -> Path:
         """Train to the end; on SIGINT or SIGTERM save and stop."""
@@ -154,6 +161,7 @@ class Run:
         self.step += 1
         if self.average:
             self.average.update(self.step)
+        self.engine.updated(self.step, (self.step - 1) / train.steps, self.step / train.steps)
         return {**shown, "lr": train.lr * self._lr_factor()}
 
     def _total(self, losses: Losses) -> Tensor:
@@ -204,7 +212,7 @@ class Run:
         self._save(export_too=True)
         if self.config.preview.every:
             self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
-            self.preview(self.lora_path.with_suffix(".preview.png"), captions=False)
+            self.preview(self.folder / f"{self.config.name}.preview.png", captions=False)
         return self.lora_path
 
     def weights(self) -> dict[str, Tensor]:
@@ -220,6 +228,7 @@ class Run:
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
             "average": self.average.weights if self.average else {},
             "discriminator": self._learners().get("discriminator", {}),
+            **self.engine.state(),
         }
         scaler = self.accelerator.scaler
         facts = {
@@ -231,14 +240,15 @@ class Run:
         if not export_too:
             return
         final = self.step == self.config.train.steps
-        path = self.lora_path if final else self.folder / f"{self.config.name}-{self.step:07d}.safetensors"
-        export(path, self.weights(), self.config, self.base, self.step, len(self.cache))
+        path = self.lora_path if final else self._file(f"{self.config.name}-{self.step:07d}")
+        write, test = (whole.export, whole.self_test) if self.base.whole else (export, self_test)
+        write(path, self.weights(), self.config, self.base, self.step, len(self.cache))
         with self.adapter.using(self.weights()):
-            result = self_test(path, self.base, self.adapter, self.cache.encoding([""]))
+            result = test(path, self.base, self.adapter, self.cache.encoding([""]))
         self.reporter.say(f"{path}: {result.sentence()}.")
         if not result.passed:
             raise RunFailed(
-                f"The saved LoRA does not give the trained output when diffusers loads it ({result.sentence()}). "
+                f"What was saved does not give the trained output when diffusers loads it ({result.sentence()}). "
                 f"The checkpoint in {self.folder / 'checkpoints'} is good; please report this with the versions that "
                 "pcm doctor prints."
             )
@@ -265,6 +275,7 @@ class Run:
             self._resume_heads(groups.get("discriminator", {}))
         if self.average:
             self.average.weights = {n: w.to(self.base.device) for n, w in groups["average"].items()}
+        self.engine.load(groups)
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.reporter.say(f"Going on from update {step} of {self.config.train.steps}.")
@@ -293,12 +304,13 @@ class Run:
         noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
         condition = {k: v.to(self.base.device) for k, v in self.cache.encoding(prompts).items()}
         rows = []
-        recipe = recipe_for(self.config, self.base)
+        recipe = self.base.alone if self.base.whole else recipe_for(self.config, self.base)
         guidance = settings.guidance or recipe.guidance
         how = {"gamma": recipe.gamma, "min_alpha": recipe.min_alpha, "seed": settings.seed}
+        how["target_time"] = self.config.objective.target_time
         with self.adapter.using(self.weights()), self.accelerator.autocast():
             for steps in settings.steps:
-                ticks = self.config.grid().plan(steps).ticks
+                ticks = recipe.grid().plan(steps).ticks
                 latents = generate(self.base, condition, self.engine.null, noise, ticks, guidance, **how)
                 rows.append((f"{steps} step{'s' * (steps > 1)}", self.base.decode(latents)))
         save_image(draw_grid(rows, prompts if captions else [""] * len(prompts)), path)
@@ -309,28 +321,32 @@ class Run:
         options = b.model_dump(exclude={"path", "dtype"}, exclude_none=True)
         base = load_base(b.path, dtype=DTYPES[b.dtype], device=self.accelerator.device, **options)
         base.latent_shape(self.config.data.resolution)
-        recipe_for(self.config, base)  # what no sampler could follow is said before anything is cached
+        # what cannot be trained, or sampled, is said before anything is cached
+        if base.whole:
+            whole.check_whole(self.config)
+        else:
+            recipe_for(self.config, base)
         return base
 
     def _make_parts(self) -> tuple[Batches, Engine]:
         """Batches and engine, once the base is seen to predict what it is said to on this run's own data."""
-        config, base, o, a = self.config, self.base, self.config.objective, self.config.adversarial
-        guidance = o.guidance if o.guidance_mode == "smallcfg" else None
-        objective = OBJECTIVES[o.name](config.grid(), guidance, o.dropout, o.min_alpha, o.huber_c)
+        config, base, a = self.config, self.base, self.config.adversarial
         empty = {k: v.to(base.device) for k, v in self.cache.encoding([""]).items()}
         null = base.null_condition(empty)
         processes = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        draws = {"size": config.train.batch_size, "seed": config.train.seed, "judged": a.weight > 0}
-        batches = Batches(self.cache, base, objective, empty, **draws, **processes)
+        size, total = config.train.batch_size, config.train.steps * config.train.accumulation
+        draws = {"size": size, "total": total, "seed": config.train.seed, "judged": a.weight > 0}
+        batches = Batches(self.cache, base, config.objective, empty, **draws, **processes)
         some = range(min(8, len(self.cache)))
         x0 = self.cache.latents(some, torch.Generator().manual_seed(0)).to(base.device)
         condition = batches.condition(some)
-        with self.adapter.off(), self.accelerator.autocast():
-            base.check_prediction(x0, condition)
+        if not base.whole:
+            with self.adapter.off(), self.accelerator.autocast():
+                base.check_prediction(x0, condition)
         adversary = None
         if a.weight:
             adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)
-        return batches, Engine(base, self.adapter, objective, null, adversary)
+        return batches, Engine(base, self.adapter, config.objective, null, adversary)
 
     def _learners(self) -> dict[str, dict[str, torch.nn.Parameter]]:
         """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""

@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapter import Adapter
+from .adapter import Adapter, learner
 from .adversarial import Discriminator
 from .config import Config
 from .export import DTYPES
@@ -37,7 +37,7 @@ NETWORKS = {"unet": "UNet", "transformer": "transformer"}
 
 
 def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
-    """GiB of each thing a run holds at its peak, and the LoRA's modules and parameters.
+    """GiB of each thing a run holds at its peak, the LoRA's modules, and the parameters that are trained.
 
     Activations are the tensors that autograd would keep for the student's pass; with gradient checkpointing, the
     inputs of the blocks and the largest block. Libraries, fragmentation and kernels' workspaces come on top.
@@ -50,25 +50,26 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
     inputs = family.dummy_inputs(network.config, config.data.resolution, _maker(network.dtype))
     with torch.device("meta"):
         network.requires_grad_(False)
-        adapter = Adapter(network, family.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
-    lora = sum(p.numel() for p in adapter.parameters())
+        trained = learner(network, family, config.lora.rank, config.lora.alpha, seed=0)
+    learnt = sum(p.numel() for p in trained.parameters())
     train, width, title = config.train, BYTES[config.base.dtype], NETWORKS[family.component]
     kept = kept_bytes(network, lambda: network(**inputs), train.gradient_checkpointing)
     per_parameter = 4 + 4 + OPTIMIZER_BYTES[train.optimizer]
-    held = {
-        f"frozen {title}": parameters * width,
-        "LoRA, gradients, optimizer": lora * (per_parameter + (4 if train.ema else 0)),
+    held = {} if family.whole else {f"frozen {title}": parameters * width}
+    what = title if family.whole else "LoRA"
+    held |= {
+        f"{what}, gradients, optimizer": learnt * (per_parameter + (4 if train.ema else 0)),
         f"activations, batch {train.batch_size}": kept * train.batch_size,
     }
     if config.adversarial.weight:
-        held |= _discriminator(config, family, network, adapter, inputs, per_parameter)
+        held |= _discriminator(config, family, network, trained, inputs, per_parameter)
     gib = {name: value / GIB for name, value in held.items()}
     gib["training in all, at least"] = sum(gib.values())
     gib[f"before: {title} and encoders"] = (parameters * width + _encoder_bytes(config, family, folder)) / GIB
     return {
         "gib": {k: round(v, 3) for k, v in gib.items()},
-        "lora_modules": len(adapter.layers),
-        "lora_parameters": lora,
+        "lora_modules": 0 if family.whole else len(trained.layers),
+        "trained_parameters": learnt,
     }
 
 

@@ -6,6 +6,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from .objectives import known_to
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -58,27 +60,74 @@ NOTES = {
 }
 
 
-def _preset(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's preset of a kind ("4step-adv"), with changes by section."""
-    values = {"name": f"pcm-{family}-{kind}", **deepcopy(FAMILIES[family])}
+# The relatives: by what they differ from their family's PCM presets, and where those numbers come from.
+LCM_LORA = {"train": {"lr": 1e-4}}  # and alpha = rank, as for all of them
+RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "lcm": (
+        LCM_LORA | {"objective": {"name": "lcm", "points": 50, "guidance": [6.0, 16.0]}},
+        "diffusers' LCM-LoRA script: lr 1e-4, alpha = rank, skipping step 20, CFG 6 to 16.",
+    ),
+    "tcd": (
+        LCM_LORA | {"objective": {"name": "tcd", "points": 50, "guidance": [3.0, 15.0]}},
+        "TCD's README: skipping step 20, CFG 3 to 15; lr and alpha are LCM-LoRA's.",
+    ),
+    "ctm": (
+        LCM_LORA | {"objective": {"name": "ctm", "points": 50}},
+        "LCM-LoRA's lr and alpha.",
+    ),
+    "cd": (LCM_LORA | {"objective": {"name": "cd"}}, "The paper's levels, solver and target; LCM-LoRA's lr and alpha."),
+    "dscd": (
+        LCM_LORA | {"objective": {"name": "dscd"}},
+        "The paper's levels (sCD on latents) and normalisation; LCM-LoRA's lr and alpha.",
+    ),
+    "progressive": (
+        LCM_LORA | {"objective": {"name": "progressive", "phases": 4}},
+        "From 32 steps to 4 in three stages; LCM-LoRA's lr and alpha.",
+    ),
+    "ct": (
+        LCM_LORA | {"objective": {"name": "ct"}, "base": {"null": "empty"}},
+        "ECT's curriculum on the base; LCM-LoRA's lr and alpha. Wants your pictures in data.images.",
+    ),
+    "ufogen": (
+        LCM_LORA | {"objective": {"name": "ufogen"}, "base": {"null": "empty"}} | ADVERSARIAL,
+        "PCM's discriminator, LCM-LoRA's lr and alpha. Wants your pictures, many of them, in data.images.",
+    ),
+    "lcf": (
+        {"objective": {"name": "lcf", "points": 50}, "train": {"lr": 1e-5, "steps": 1000}},
+        "The paper's skipping step 20. Wants your pictures in data.images, and a few-step LoRA in lora.init.",
+    ),
+}
+
+
+def _preset(name: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
+    """A family's preset, with changes by section; of the family's objective another one keeps what it knows."""
+    values = {"name": f"pcm-{name}", **deepcopy(FAMILIES[family])}
     for change in ({"train": {"gradient_checkpointing": True}}, *changes):
         for section, new in change.items():
-            values[section] = values.get(section, {}) | new
+            before = values.get(section, {})
+            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
     train = values["train"]
     seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
-    note = NOTES.get(kind.rsplit("-", 1)[-1], "")
-    return f"{family}-{kind}", Preset(values, SOURCES[family] + note, f"{seen:,} samples; not measured on a GPU yet")
+    return name, Preset(values, note, f"{seen:,} samples; not measured on a GPU yet")
+
+
+def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
+    """A family's PCM preset of a kind ("4step-adv")."""
+    note = SOURCES[family] + NOTES.get(kind.rsplit("-", 1)[-1], "")
+    return _preset(f"{family}-{kind}", family, note, *changes)
 
 
 def _presets_of(family: str) -> dict[str, Preset]:
     rows = []
     for steps in STEPS:
         phases = {"objective": {"phases": steps}}
-        rows += [_preset(family, f"{steps}step", phases), _preset(family, f"{steps}step-adv", phases, ADVERSARIAL)]
+        rows += [_pcm(family, f"{steps}step", phases), _pcm(family, f"{steps}step-adv", phases, ADVERSARIAL)]
         if steps >= 4:  # without guidance in the teacher the phases must be fine (arXiv 2405.18407, Sec. 3.2)
-            rows.append(_preset(family, f"{steps}step-normalcfg", phases, NORMALCFG))
+            rows.append(_pcm(family, f"{steps}step-normalcfg", phases, NORMALCFG))
     stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
-    rows += [_preset(family, "stochastic", stochastic), _preset(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+    rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+    alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
+    rows += [_preset(f"{name}-{family}", family, note, alpha, changes) for name, (changes, note) in RELATIVES.items()]
     return dict(rows)
 
 
@@ -108,5 +157,40 @@ PRESETS: dict[str, Preset] = {
         },
         source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
         cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
+    ),
+    "lcf-demo": Preset(
+        {
+            "name": "lcf-demo",
+            "output": "out/lcf",
+            "base": {"path": "tiny-sd15", "dtype": "fp32"},
+            "data": {"images": "out/style", "resolution": 128},
+            "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
+            "objective": {"name": "lcf", "points": 20, "phases": 4},
+            "train": {"steps": 60, "batch_size": 20, "lr": 3e-4, "weight_decay": 0.0, "ema": 0.8, "save_every": 100},
+            "preview": {"every": 0},
+        },
+        source="Tuned on the demo's LoRA and ten drawn pictures (docs/family.md).",
+        cost="a minute on 2 CPU cores",
+    ),
+    "digits": Preset(
+        {
+            "name": "digits",
+            "base": {"path": "digits", "dtype": "fp32"},
+            "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
+            "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
+            "train": {
+                "steps": 1600,
+                "batch_size": 64,
+                "lr": 2e-3,
+                "lr_schedule": "cosine",
+                "warmup": 50,
+                "weight_decay": 0.0,
+                "ema": 0.99,
+                "save_every": 400,
+            },
+            "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
+        },
+        source="Tuned in short runs (docs/isolation.md).",
+        cost="8.5 minutes of CPU time with one thread (docs/isolation.md)",
     ),
 }

@@ -11,6 +11,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .digits import NAME as DIGITS
+from .digits import Digit, drawn_digits
+
 PROMPTS = Path(__file__).parent / "prompts.txt"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -22,20 +25,43 @@ class Picture:
     path: Path
     caption: str
 
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def content(self) -> str:
+        """What decides the picture."""
+        return content_hash(self.path)
+
+    def load(self, resolution: int) -> tuple[Tensor, Tensor]:
+        """See `load_picture`."""
+        return load_picture(self.path, resolution)
+
 
 def read_prompts(file: str | None) -> list[str]:
     """Prompts, one a line; blank lines and lines starting with # are left out. None: the list that ships with the pack.
 
-    Raises ValueError for a missing or empty file.
+    Raises ValueError for a missing or empty file, and for one that is no text.
     """
     path = Path(file) if file else PROMPTS
     if not path.is_file():
         raise ValueError(f"No prompt file at {path}. Set data.prompts to a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8. Write a text file with one prompt a line.")
+    lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts. Write one a line.")
     return prompts
+
+
+def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
+    """What `data.images` names: `count` drawn digits, or a folder's pictures and the skipped ones (`find_pictures`)."""
+    return (drawn_digits(count), []) if images == DIGITS else find_pictures(images, skip_bad)
 
 
 def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]]:

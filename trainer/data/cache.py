@@ -21,12 +21,13 @@ from ..checkpoint import write_tensors
 from ..config import Config
 from ..families import Base, bundled_folder
 from ..generate import generate
-from . import Picture, content_hash, find_pictures, load_picture, read_prompts, stop_or_skip
+from . import Digit, Picture, pictures_of, read_prompts, stop_or_skip
 
 SHARD = 256
 TEACHER = PhaseGrid(points=1000, phases=1)
 # Of the two latents on which a base's reading is tried: the teacher's steps, and a spread that no scaled latents have.
 TRIAL_STEPS, PLAUSIBLE_STD = 10, 4.0
+Pictures = list[Picture] | list[Digit]
 Progress = Callable[[str, int, int], None]
 
 
@@ -86,7 +87,7 @@ def build_cache(config: Config, base: Base, progress: Progress) -> LatentCache:
     caption, unless `data.skip_bad`.
     """
     data = config.data
-    pictures, skipped = find_pictures(data.images, data.skip_bad) if data.images else (None, [])
+    pictures, skipped = pictures_of(data.images, data.count, data.skip_bad) if data.images else (None, [])
     prompts = (
         read_prompts(data.prompts or own_prompts(config.base.path))[: data.count]
         if pictures is None
@@ -114,7 +115,7 @@ def own_prompts(base: str) -> str | None:
     return str(folder / "prompts.txt") if folder else None
 
 
-def _fingerprint(config: Config, base: Base, pictures: list[Picture] | None, prompts: list[str]) -> str:
+def _fingerprint(config: Config, base: Base, pictures: Pictures | None, prompts: list[str]) -> str:
     data = config.data
     content = {"base": base.base_hash, "encoders": base.encoder_settings}
     content |= {"resolution": data.resolution, "prompts": prompts}
@@ -123,7 +124,7 @@ def _fingerprint(config: Config, base: Base, pictures: list[Picture] | None, pro
         content |= {"prediction": base.prediction, "schedule": base.schedule_settings}
         content |= {"count": data.count, "batch": data.batch_size, "dtype": config.base.dtype}
     else:
-        content["pictures"] = [(content_hash(p.path), p.caption) for p in pictures]
+        content["pictures"] = [(p.content(), p.caption) for p in pictures]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -143,7 +144,7 @@ def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
     return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}
 
 
-def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Picture], progress: Progress) -> None:
+def _cache_pictures(folder: Path, base: Base, config: Config, pictures: Pictures, progress: Progress) -> None:
     data, bad = config.data, []
     for path, start in _missing_shards(folder, len(pictures)):
         means, stds, sizes, captions, bad_here = [], [], [], [], []
@@ -151,12 +152,12 @@ def _cache_pictures(folder: Path, base: Base, config: Config, pictures: list[Pic
             pixels = []
             for picture in pictures[at : min(at + data.batch_size, start + SHARD)]:
                 try:
-                    picture_pixels, picture_sizes = load_picture(picture.path, data.resolution)
+                    picture_pixels, picture_sizes = picture.load(data.resolution)
                     pixels.append(picture_pixels)
                     sizes.append(picture_sizes)
                     captions.append(picture.caption)
                 except ValueError as error:
-                    bad_here.append(f"{picture.path.name}: {error}")
+                    bad_here.append(f"{picture.name}: {error}")
             if pixels:
                 mean, std = base.encode_images(torch.stack(pixels))
                 means.append(mean.half().cpu())

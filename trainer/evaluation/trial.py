@@ -14,6 +14,7 @@ from ...samplers.schedule import TICKS
 from ..adapter import bare
 from ..families import Base, Condition
 from ..generate import generate
+from ..objectives import tells_target_time
 from .metrics import paired_error, sliced_wasserstein
 
 TEACHER = "teacher"
@@ -133,7 +134,8 @@ class Trial:
         how = {"solver": setting.solver, "gamma": setting.gamma or 0.0}
         if not teacher:
             gamma = recipe.gamma if setting.gamma is None else setting.gamma
-            how = {"gamma": gamma, "min_alpha": recipe.min_alpha}
+            told = tells_target_time(recipe.objective)
+            how = {"gamma": gamma, "min_alpha": recipe.min_alpha, "target_time": told}
         batch = max(1, PLACES // self.noise[0, 0].numel())
         with bare(base.network) if teacher else nullcontext():
             for at in range(0, len(self.noise), batch):

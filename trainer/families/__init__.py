@@ -6,11 +6,12 @@ import inspect
 
 from .base import Base, Condition, bundled_folder
 from .detection import family_of
+from .pixels import Pixels
 from .sd3 import SD3
 from .sd15 import SD15
 from .sdxl import SDXL
 
-FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3}
+FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "pixels": Pixels}
 
 __all__ = ["FAMILIES", "Base", "Condition", "bundled_folder", "family_class", "family_of", "load_base"]
 

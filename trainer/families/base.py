@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...samplers import Schedule
+from ...samplers import PhaseGrid, Schedule
 
 # A prompt's encoding by name, each (B, ...): what `Base.encode_prompts` returns and `Base.denoise` takes.
 Condition = dict[str, Tensor]
 NULLS = ("zeros", "empty")
+
+
+class Alone(NamedTuple):
+    """How a base is sampled without a LoRA, by the words of a recipe."""
+
+    guidance: float = 7.5
+    gamma: float = 0.0
+    min_alpha: float = 0.0
+
+    def grid(self) -> PhaseGrid:
+        """Any number of steps, at levels as far from each other."""
+        return PhaseGrid(points=1000, phases=1, from_noise=True)
 
 
 @dataclass
@@ -58,10 +71,18 @@ class Base(ABC):
     stores_alpha: ClassVar[bool] = True
     # Whether the network is told each picture's true size and crop ("time_ids" in a condition).
     knows_sizes: ClassVar[bool] = False
+    # Whether all its weights are trained, by an objective without a teacher; else it is the teacher of a LoRA.
+    whole: ClassVar[bool] = False
+    alone: ClassVar[Alone] = Alone()
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its weights are random."""
+        return False
 
     @property
     def default_resolution(self) -> int:
@@ -143,6 +164,10 @@ class Base(ABC):
     def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         """The network's raw output in fp32 for points x (B, C, h, w) at ticks (B,)."""
 
+    def target_time(self, tick: Tensor) -> Condition:
+        """What tells the network at which ticks (B,) a jump is to end; nothing for one without an input for it."""
+        return {}
+
     @abstractmethod
     def feature_blocks(self) -> list[nn.Module]:
         """The network's blocks whose outputs a discriminator judges, in the order in which they run."""
@@ -201,9 +226,8 @@ def outputs_of(blocks: list[nn.Module], run: Callable[[], object]) -> list:
 
     handles = [block.register_forward_hook(take) for block in blocks]
     try:
-        run()
-    except _AllSeen:
-        pass
+        with suppress(_AllSeen):
+            run()
     finally:
         for handle in handles:
             handle.remove()

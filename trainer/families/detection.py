@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...samplers.lora_file import TensorInfo, family_title
+from ..data.digits import NAME as DIGITS
 from .base import bundled_folder
 from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder
 
@@ -14,6 +15,7 @@ CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 # channels of the network's input -> what makes it another kind: a mask and a masked picture, or a picture to edit
 INPUTS = {9: "-inpaint", 8: "-edit"}
 USABLE = ("sd15", "sdxl", "sd3")
+PIXELS = "pixels"  # trained whole, from nothing
 KINDS = {"refiner": "refiner", "inpaint": "inpainting model", "edit": "editing model"}
 SET_IT = f"Set base.family (--family) if it is one of {', '.join(USABLE)}."
 
@@ -25,7 +27,9 @@ def family_of(path: str, asked: str | None = None) -> str:
     Raises ValueError where nothing tells at all, where the two differ, and for a kind of model that cannot be trained;
     FileNotFoundError where there is nothing.
     """
-    if bundled_folder(path) is not None:
+    if path == DIGITS:
+        found, what = PIXELS, path
+    elif bundled_folder(path) is not None:
         found, what = path.removeprefix("tiny-"), path
     elif path.endswith(".safetensors"):
         found, what = checkpoint_family(checkpoint_header(Path(path)).tensors), Path(path).name
@@ -33,6 +37,13 @@ def family_of(path: str, asked: str | None = None) -> str:
         found, what = _folder_family(diffusers_folder(path, (), "any family")), path
     if found is None and asked is None:
         raise ValueError(f"Nothing in {what} tells which family it is of. {SET_IT}")
+    if found == PIXELS:
+        if asked in (None, PIXELS):
+            return PIXELS
+        raise ValueError(
+            f"{what} is a network for small pictures, base.family is {asked}. Use the preset digits, or choose a base "
+            f"of {family_title(asked)}."
+        )
     if found is not None and found not in USABLE:
         instead = family_title(asked) if asked else ", ".join(map(family_title, USABLE))
         raise ValueError(f"{what} is {describe(found)}, of which no LoRA can be trained. Choose a base of {instead}.")
@@ -70,6 +81,8 @@ def _folder_family(folder: Path) -> str | None:
     config = next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
     if config.get("_class_name") == "SD3Transformer2DModel":
         return "sd3"
+    if config.get("_class_name") == "UNet2DModel" and "num_class_embeds" in config:
+        return PIXELS
     if config.get("_class_name") != "UNet2DConditionModel":
         return None
     width, inputs = config.get("cross_attention_dim"), config.get("in_channels", 4)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ...samplers import VPSchedule
@@ -105,13 +106,21 @@ class UNetBase(Base):
         predictions.check(self, x0, condition)
 
     def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
-        dtype = self.network.dtype
+        dtype, target_time = self.network.dtype, condition.get("target_time")
         return self.network(
             x.to(dtype),
             self.schedule.network_time(tick).to(x.device),
             condition["hidden"].to(dtype),
+            timestep_cond=None if target_time is None else target_time.to(dtype),
             added_cond_kwargs=self.added_conditions(x, condition),
         ).sample.float()
+
+    def target_time(self, tick: Tensor) -> Condition:
+        """For UNets with `time_cond_proj_dim` (LCM's full models have it, for the guidance scale)."""
+        width = self.network.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        return {"target_time": get_timestep_embedding(self.schedule.network_time(tick), width)}
 
     def added_conditions(self, x: Tensor, condition: Condition) -> dict[str, Tensor] | None:
         """What the UNet is told besides time and prompt."""

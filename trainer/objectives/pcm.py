@@ -2,63 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...samplers import PhaseGrid
+from ...samplers import PhaseGrid, Schedule
+from .objective import Adversarial, Levels, SelfConsistency
 
 
-@dataclass(frozen=True)
-class PCM:
+class PCM(SelfConsistency):
     """Start anywhere on the grid, neighbour one point cleaner, target the edge of the start's phase.
 
     The target comes from the teacher's solver step and the student itself without gradient; the distance is the
     pseudo-Huber of each element (Eq. 10's d, c = 0.001 in the published runs), compared at the edge and unweighted.
-
-    guidance: CFG range of the teacher's step, drawn per sample; None: its conditional output alone (normalcfg).
-    prompt_dropout: share of the samples that learn without their prompt.
-    min_alpha: the least divisor of the student's and the target's x0 (Eq. 39), for one phase; 0: alpha itself.
     """
 
-    grid: PhaseGrid
-    guidance: tuple[float, float] | None
-    prompt_dropout: float = 0.0
-    min_alpha: float = 0.0
-    huber_c: float = 1e-3
+    name: Literal["pcm"] = "pcm"
+    phases: int = Field(4, description="phases, which is also the number of steps to sample with")
+    mode: Literal["deterministic", "stochastic"] = Field(
+        "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
+    )
+    min_alpha: float = Field(
+        0.0, ge=0, lt=1, description="one-step clamp of the x0 divisor (0.5 in the paper); 0: none; needs the PCM nodes"
+    )
 
-    def start(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B,) start ticks u, uniform on the solver points."""
-        points = self.grid.start_ticks()
-        return points[torch.randint(len(points), (count,), generator=generator)]
+    adversarial: ClassVar[Adversarial] = "optional"
 
-    def neighbour(self, start: Tensor) -> Tensor:
-        """(B,) ticks r where the teacher's one solver step lands."""
-        return self.grid.previous(start)
+    @model_validator(mode="after")
+    def _check(self):
+        if self.phases > 1 and self.mode == "stochastic":
+            raise ValueError(
+                f"objective.mode stochastic samples straight to x0, which only one phase trains; got phases = "
+                f"{self.phases}. Set objective.phases=1, or objective.mode=deterministic"
+            )
+        if self.phases > 1 and self.min_alpha:
+            raise ValueError(
+                f"objective.min_alpha is for one phase; got {self.min_alpha:g} with phases = {self.phases}. "
+                "Set objective.phases=1, or objective.min_alpha=0"
+            )
+        return self
 
-    def target(self, start: Tensor) -> Tensor:
-        """(B,) ticks s that both sides jump to."""
-        return self.grid.target(start)
+    def grid(self) -> PhaseGrid:
+        return PhaseGrid(self.points, self.phases)
 
-    def judged_at(self, start: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,) ticks that a discriminator's inputs are noised to: uniform on the solver points of the start's phase."""
-        low, points = self.grid.target(start), self.grid.start_ticks()
-        inside = self.grid.target(points) == low[:, None]
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        u = self.start(count, generator)
+        return Levels(u, self.grid().previous(u), self.grid().target(u))
+
+    def clamp(self) -> float:
+        return self.min_alpha
+
+    def judged_at(self, levels: Levels, generator: torch.Generator) -> Tensor:
+        """Uniform on the solver points of the start's phase (Sec. 3.3)."""
+        grid = self.grid()
+        points = grid.start_ticks()
+        inside = grid.target(points) == levels.s[:, None]
         return points[torch.multinomial(inside.double(), 1, generator=generator).squeeze(1)]
 
-    def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor | None:
-        """(B,) CFG scales of the teacher's step; None without guidance."""
-        if self.guidance is None:
-            return None
-        low, high = self.guidance
-        return low + (high - low) * torch.rand(count, generator=generator)
-
-    def draw_dropped(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B,) booleans: which samples lose their prompt."""
-        return torch.rand(count, generator=generator) < self.prompt_dropout
-
-    def distance(self, student: Tensor, target: Tensor) -> Tensor:
-        """(B,) mean over elements of sqrt(d^2 + c^2) - c."""
-        c = self.huber_c
-        return ((student - target).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
+    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
+        gamma = 0.0 if self.mode == "deterministic" else 1.0
+        how = {"mode": self.mode, "gamma": gamma, "min_alpha": self.min_alpha}
+        return super().sampling(fine_tuned) | how

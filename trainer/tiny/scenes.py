@@ -106,7 +106,7 @@ def draw(scene: Scene, size: int, oversample: int = 4) -> Image.Image:
     if scene.pattern:
         band = side // 8
         for x in range(0, side, 2 * band):
-            canvas.rectangle((x, 0, x + band - 1, side), fill=_shade(COLOURS[scene.background], 0.72))
+            canvas.rectangle((x, 0, x + band - 1, side), fill=shade(COLOURS[scene.background], 0.72))
     for shape in scene.shapes:
         _draw_shape(image, shape, side)
     return image.resize((size, size), Image.Resampling.LANCZOS)
@@ -154,7 +154,7 @@ def _polar(radius: float, degrees: float) -> tuple[float, float]:
     return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
 
 
-def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     """A darker band, or a lighter one where the colour is already dark."""
     if sum(colour) < 150:
         return tuple(min(255, round(c + 50)) for c in colour)
@@ -184,7 +184,7 @@ def follows_prompt(scene: Scene, pixels: Tensor) -> bool:
     part of the border, and each shape's colour at least 1 % of the picture.
     """
     names = list(COLOURS)
-    palette = torch.tensor([COLOURS[n] for n in names] + [_shade(COLOURS[n], 0.72) for n in names]) / 255
+    palette = torch.tensor([COLOURS[n] for n in names] + [shade(COLOURS[n], 0.72) for n in names]) / 255
     nearest = torch.cdist(pixels.flatten(1).T, palette).argmin(1) % len(names)
     share = torch.bincount(nearest, minlength=len(names)) / len(nearest)
     grid = nearest.view(pixels.shape[1:])

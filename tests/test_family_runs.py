@@ -1,0 +1,153 @@
+"""Runs of PCM's relatives: resumed to the byte, started from a LoRA, taught by averages or by earlier students."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.trainer.adapter import Adapter
+from phased_consistency.trainer.export import install
+from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.generate import generate
+from phased_consistency.trainer.initial import start_from
+from phased_consistency.trainer.loop import Reporter, Run, train
+from phased_consistency.trainer.objectives import CTM, LCF, LCM, OBJECTIVES, PCM, tells_target_time
+from runs import TINY, sha256, small_config
+
+UNGUIDED = {"objective__guidance": None}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"objective__name": "lcm", "objective__target_ema": 0.9},
+        {"objective__name": "progressive", "objective__halvings": 2},
+        {"objective__name": "ct"} | UNGUIDED,
+    ],
+    ids=["averaged target", "earlier student", "curriculum"],
+)
+def test_a_run_goes_on_to_the_same_bytes(objective, cache, tmp_path):
+    """Stopped after its fourth update of six, when the averages, stages and curricula have moved on."""
+    settings = objective | {"data__cache": cache, "train__steps": 6, "train__save_every": 100}
+    whole = train(small_config(tmp_path / "whole", **settings))
+    stopped = Run(small_config(tmp_path / "stopped", **settings), Reporter())
+    for _ in range(4):
+        stopped._update()
+    stopped._save(export_too=False)
+    assert sha256(train(stopped.config)) == sha256(whole)
+
+
+def test_the_target_is_made_with_the_averaged_weights(cache, tmp_path):
+    run = Run(small_config(tmp_path, data__cache=cache, objective__name="lcm", objective__target_ema=0.99), Reporter())
+    for _ in range(2):  # the average starts as the first update leaves the weights
+        run._update()
+    engine, batch = run.engine, run.batches.at(7)[1]
+    moved = engine.step(batch).distance
+    engine.average.weights = {n: torch.zeros_like(w) for n, w in run.adapter.named_parameters().items()}
+    by_base = engine.step(batch).distance
+    engine.average.weights = run.adapter.copy()
+    by_itself = engine.step(batch).distance
+    engine.average = None
+    assert torch.equal(engine.step(batch).distance, by_itself)
+    assert not torch.equal(by_base, by_itself) and not torch.equal(moved, by_itself)
+
+
+def test_in_a_later_stage_the_teacher_is_the_student_that_was(cache, tmp_path):
+    settings = {"objective__name": "progressive", "objective__halvings": 2, "train__steps": 4}
+    run = Run(small_config(tmp_path, data__cache=cache, **settings), Reporter())
+    run._update()
+    assert not run.engine.earlier
+    run._update()
+    left = run.adapter.state()
+    run._update()
+    assert all(torch.equal(run.engine.earlier[n].cpu(), w) for n, w in left.items())
+    assert any(not torch.equal(run.adapter.state()[n], w) for n, w in left.items())
+
+
+# --- starting from a LoRA
+
+
+def delta(base, adapter):
+    base.network.set_adapters(adapter)
+    layers = {n: m for n, m in base.network.named_modules() if adapter in getattr(m, "lora_A", ())}
+    return {n: m.get_delta_weight(adapter) for n, m in layers.items()}
+
+
+def test_a_run_starts_as_the_lora_it_is_given(lora):
+    """Whatever its rank and alpha: here 4 and 2, in an adapter of 8 and 1."""
+    base = load_base(TINY)
+    adapter = Adapter(base.network, base.lora_targets, 8, 1.0, seed=3)
+    assert start_from(lora, base, adapter, PCM()) == len(adapter.layers) == len(read_header(lora).modules)
+    install(lora, base, "file")
+    meant, found = delta(base, "file"), delta(base, "default")
+    assert meant.keys() == found.keys()
+    for name, weight in meant.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-4)
+    assert "start" not in base.network.peft_config
+
+
+def test_it_trains_on_from_there(lora, cache, tmp_path):
+    settings = {"objective__name": "lcf", "objective__points": 40, "objective__phases": 4, "train__steps": 1} | UNGUIDED
+    settings |= {"data__cache": cache, "train__lr": 1e-12, "lora__dtype": "fp32"}
+    same = train(small_config(tmp_path / "run", lora__init=lora, **settings))
+    given, made = load_file(lora), load_file(same)
+    for name in (n for n in given if n.endswith("lora_up.weight")):
+        torch.testing.assert_close(made[name], given[name].float(), atol=1e-5, rtol=0)
+
+
+def test_a_lora_that_cannot_be_gone_on_from_is_refused(lora, tmp_path):
+    base = load_base(TINY)
+    adapter = Adapter(base.network, base.lora_targets, 2, 1.0, seed=3)
+    with pytest.raises(ValueError, match="has rank 4, more than lora.rank = 2. Set lora.rank=4"):
+        start_from(lora, base, adapter, PCM())
+    assert "start" not in base.network.peft_config
+    with pytest.raises(ValueError, match="4 phases of 40 points, and this run has 1: it would unlearn its jumps"):
+        start_from(lora, base, adapter, LCM())
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        start_from(tmp_path / "absent.safetensors", base, adapter, PCM())
+    other = load_base("tiny-sdxl")
+    theirs = Adapter(other.network, other.lora_targets, 4, 1.0, seed=3)
+    with pytest.raises(ValueError, match="is a LoRA for SD1.5, the base is SDXL"):
+        start_from(lora, other, theirs, LCF(phases=4))
+
+
+# --- the target's time
+
+
+def test_a_network_with_an_input_for_it_is_told_where_its_jump_ends(cache, tmp_path):
+    """Student and target, not the teacher; the networks of the usual bases have no such input."""
+    run = Run(small_config(tmp_path, data__cache=cache, objective__name="ctm"), Reporter())
+    base, batch = run.base, run.batches.at(0)[1]
+    assert base.target_time(batch.levels.s) == {}
+    base.network.register_to_config(time_cond_proj_dim=16)
+    base.network.time_embedding.cond_proj = torch.nn.Linear(16, base.network.time_embedding.linear_1.in_features, False)
+    told, denoise = [], base.denoise
+
+    def watching(x, tick, condition):
+        told.append((run.adapter.is_off, "target_time" in condition))
+        return denoise(x, tick, condition)
+
+    base.denoise = watching
+    distance = run.engine.step(batch).distance
+    assert set(told) == {(True, False), (False, True)}
+    base.target_time = lambda tick: {"target_time": torch.zeros(len(tick), 16)}
+    assert not torch.equal(run.engine.step(batch).distance, distance)
+
+
+def test_a_sampler_tells_it_too(cache, tmp_path):
+    """Each step its end: the next level, or with gamma the level from which noise is added."""
+    run = Run(small_config(tmp_path, data__cache=cache, objective__name="ctm"), Reporter())
+    ends, base = [], run.base
+    base.target_time = lambda tick: ends.append(tick.tolist()) or {}
+    noise, how = torch.randn(2, 4, 4, 4), {"gamma": 0.3, "seed": 0}
+    condition = {k: v.repeat(2, 1, 1) for k, v in run.cache.encoding([""]).items()}
+    told = generate(base, condition, run.engine.null, noise, (1000, 500, 0), **how, target_time=True)
+    assert ends == [[350, 350], [0, 0]]
+    assert torch.equal(told, generate(base, condition, run.engine.null, noise, (1000, 500, 0), **how))
+    assert [name for name in OBJECTIVES if tells_target_time(name)] == ["ctm"] == [CTM().name]
+    assert not tells_target_time("hyper")

@@ -1,0 +1,140 @@
+"""Small pictures without a VAE or a text encoder, by a small network that starts from random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ...samplers import VPSchedule
+from ...samplers.lora_file import file_hash
+from ..checkpoint import write_tensors
+from ..data.digits import DIGITS, NAME
+from . import loading
+from . import prediction as predictions
+from .base import Alone, Base, Condition, side_multiple
+
+# Of the drawn digits' pixels in [-1, 1], so that latents have a mean of about 0 and a spread of about 1.
+MEAN, SPREAD = -0.6, 0.7
+# Side of the squares of pixels that are the latents' channels: convolutions are cheaper on fewer, wider points.
+PATCH = 2
+EMPTY = len(DIGITS)
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Pixels(Base):
+    """A class-conditional UNet on grey pixels, on SD1.5's VP schedule, which predicts v.
+
+    v makes x0 = alpha x - sigma v, so the boundary condition holds at the clean end, and EDM's preconditioning
+    (arXiv 2206.00364, Table 1) for data of unit spread. A prompt is one of the digits, or empty for any. Base
+    "digits" is the network with random weights, always the same; a folder that `save` wrote, what was trained.
+    """
+
+    network: UNet2DModel
+    name = "pixels"
+    title = "a network for small pictures"
+    network_class = UNet2DModel
+    component = "unet"
+    configs = loading.CONFIGS / "pixels"
+    lora_targets = ()
+    whole = True
+    alone = Alone(guidance=1.0, gamma=1.0)
+
+    @classmethod
+    def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Pixels:
+        """Load "digits", with random weights, or a folder. Raises FileNotFoundError or ValueError for a bad one.
+
+        dtype: of the forward pass, by autocast; the weights are to be trained, and stay in fp32.
+        """
+        if path == NAME:
+            root, network = cls.configs, _random(cls.configs)
+            base_hash = file_hash(root / "unet" / "config.json")
+        else:
+            root = loading.diffusers_folder(path, ("unet", "scheduler"), cls.title)
+            network = loading.load_part(root, "unet", UNet2DModel, torch.float32)
+            base_hash = loading.folder_hash(root, ["unet"])
+        betas, told = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
+        network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=told.zero_terminal_snr)
+        return cls(network, None, [], [], schedule, told.prediction, told.zero_terminal_snr, "empty", path, base_hash)
+
+    @property
+    def untrained(self) -> bool:
+        return self.path == NAME
+
+    def save(self, folder: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write the network with these weights as a diffusers folder, whole or not at all."""
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        self.network.save_config(part / "unet")
+        shutil.copytree(self.configs / "scheduler", part / "scheduler")
+        write_tensors(part / WEIGHTS, weights, {"format": "pt", **metadata})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+    @property
+    def default_resolution(self) -> int:
+        return self.network.config.sample_size * PATCH
+
+    def drop_encoders(self) -> None:
+        """There are none."""
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Prompts -> {"label": (B,)}: the digit, or ten for any. Raises ValueError for other words."""
+        strange = next((p for p in prompts if p and p not in DIGITS), None)
+        if strange is not None:
+            raise ValueError(
+                f"{strange!r} is no prompt of {Path(self.path).name}: it knows the digits {', '.join(DIGITS)}, and the "
+                "empty prompt for any of them."
+            )
+        return {"label": torch.tensor([DIGITS.index(p) if p else EMPTY for p in prompts], device=self.device).float()}
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/2, W/2): grey, scaled, 2 x 2 pixels a point."""
+        grey = pixels.mean(1, keepdim=True)
+        return F.pixel_unshuffle((grey - MEAN) / SPREAD, PATCH), None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) -> pixels (B, 3, 2h, 2w) in [0, 1], on the CPU."""
+        grey = F.pixel_shuffle(latents.float().cpu(), PATCH) * SPREAD + MEAN
+        return grey.add(1).div(2).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
+        time = self.schedule.network_time(tick).to(x.device)
+        return self.network(x, time, class_labels=condition["label"].long()).sample.float()
+
+    @staticmethod
+    def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:
+        side_multiple(resolution, PATCH * 2 ** (len(network_config.block_out_channels) - 1))
+        return network_config.in_channels, resolution // PATCH, resolution // PATCH
+
+    @staticmethod
+    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        sample = make(1, *Pixels.latent_shape_of(network_config, resolution))
+        return {"sample": sample, "timestep": make(1), "class_labels": make(1).long()}
+
+    def feature_blocks(self) -> list[nn.Module]:
+        raise ValueError(f"{self.path} is trained whole: there is no frozen network for a discriminator to look with.")
+
+    def feature_map(self, output, x: Tensor) -> Tensor:
+        return output
+
+    @staticmethod
+    def lora_key(module: str) -> str:
+        raise ValueError("A network for small pictures is trained whole and takes no LoRA.")
+
+    def load_lora(self, path: Path, name: str) -> None:
+        raise ValueError("a network for small pictures is trained whole and takes no LoRA")
+
+
+def _random(configs: Path) -> UNet2DModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel.from_config(json.loads((configs / "unet" / "config.json").read_text()))

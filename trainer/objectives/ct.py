@@ -1,0 +1,85 @@
+"""Consistency training without a teacher (CT), with the improvements of iCT (arXiv 2310.14189) and ECT (2406.14548)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...samplers import Schedule
+from .distances import SIGMA_MAX, karras_ticks, nearest_ticks, noise_to_signal, vector_huber
+from .objective import Levels, Objective, Pair
+
+
+class CT(Objective):
+    """The neighbour is on the data's own path, with the same noise; levels and their spacing follow a curriculum.
+
+    ict: Karras' levels, N = s0 of them at first and twice as many in each later stage, up to s1; their index is drawn
+    with lognormal weight (iCT, Sec. 3.4, 3.5). For networks that start from nothing.
+    ect: lognormal levels t, and r = t (1 - q^-(stage + 1) (1 + k sigmoid(-b t))), at least 0 (ECT, Sec. 3.3): at the
+    first stage nearly a diffusion loss. For networks that start from a diffusion model.
+    Both: pseudo-Huber of the whole sample, weight 1 / (t - r), the target is the student's own. Levels t are sigma /
+    alpha for data of unit spread, rounded to the network's own.
+    """
+
+    name: Literal["ct"] = "ct"
+    curriculum: Literal["ict", "ect"] = "ect"
+    p_mean: float = Field(-0.4, description="mean of log t; the papers' -1.1 is for data of spread 0.5")
+    p_std: float = Field(2.0, gt=0, description="spread of log t")
+    s0: int | None = Field(None, ge=2, description="ict: levels at first; default 10")
+    s1: int | None = Field(None, ge=2, description="ict: levels at last; default 1280")
+    q: float | None = Field(None, gt=1, description="ect: by what the gap shrinks from stage to stage; default 2")
+    stages: int | None = Field(None, ge=1, description="ect: stages of the curriculum, evenly over the run; default 8")
+
+    needs_teacher: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check_curriculum(self):
+        others = {"ict": ("q", "stages"), "ect": ("s0", "s1")}[self.curriculum]
+        given = [f"objective.{key}" for key in others if getattr(self, key) is not None]
+        if given:
+            other = {"ict": "ect", "ect": "ict"}[self.curriculum]
+            raise ValueError(
+                f"{' and '.join(given)}: a setting of the curriculum {other}, and objective.curriculum is "
+                f"{self.curriculum}. Leave it out, or set objective.curriculum={other}"
+            )
+        return self
+
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        how = self._improved if self.curriculum == "ict" else self._easy
+        u, r = how(count, schedule, progress, generator)
+        return Levels(u, r, torch.zeros_like(u))
+
+    def scales(self, progress: float) -> int:
+        """iCT's N(k) - 1: s0 * 2^floor(k / K'), at most s1, with K' = K / (floor(log2(s1 / s0)) + 1)."""
+        s0, s1 = self.s0 or 10, self.s1 or 1280
+        doublings = math.floor(math.log2(s1 / s0)) + 1
+        return min(s0 * 2 ** math.floor(progress * doublings), s1)
+
+    def _improved(
+        self, count: int, schedule: Schedule, progress: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        ticks = torch.cat([torch.zeros(1, dtype=torch.long), karras_ticks(schedule, self.scales(progress) + 1)])
+        log_sigma = noise_to_signal(schedule, ticks).double().log()
+        below = torch.erf((log_sigma - self.p_mean) / (2**0.5 * self.p_std))  # -1 at the clean end
+        n = torch.multinomial(below.diff().clamp(min=1e-12), count, replacement=True, generator=generator) + 1
+        return ticks[n], ticks[n - 1]
+
+    def _easy(
+        self, count: int, schedule: Schedule, progress: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        t = (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp().clamp(max=SIGMA_MAX)
+        u = nearest_ticks(schedule, t)
+        stage = math.floor(progress * (self.stages or 8))
+        gap = (self.q or 2.0) ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t))
+        r = t * (1 - gap)
+        r = torch.where(r > 0, nearest_ticks(schedule, r), 0)
+        return u, torch.minimum(r, u - 1)
+
+    def distance(self, pair: Pair) -> Tensor:
+        t, r = (noise_to_signal(pair.schedule, tick) for tick in (pair.levels.u, pair.levels.r))
+        gap = (t - r).maximum(0.01 * t)  # no nearer than whole ticks come
+        return vector_huber(pair.student, pair.target) / gap

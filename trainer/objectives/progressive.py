@@ -1,0 +1,71 @@
+"""Progressive distillation (arXiv 2202.00512, Sec. 3): a student of half the teacher's steps, again and again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...samplers import PhaseGrid, Schedule
+from .distances import noise_to_signal
+from .objective import Distillation, Levels, Pair
+
+
+class Progressive(Distillation):
+    """In each stage one jump of the student imitates two DDIM steps of its teacher; then the student is the teacher.
+
+    The first teacher is the base, with its guidance; the last student takes `phases` steps. Levels of n steps are the
+    edges of n phases. The distance is the paper's truncated-SNR loss on x0: max(SNR, 1) times the square (Sec. 4).
+    """
+
+    name: Literal["progressive"] = "progressive"
+    phases: int = Field(4, ge=1, description="steps at last, which is also the number to sample with")
+    halvings: int = Field(3, ge=1, le=8, description="stages; the first teacher takes phases * 2^halvings steps")
+
+    @model_validator(mode="after")
+    def _check_stages(self):
+        if self.phases * 2**self.halvings > 500:
+            raise ValueError(
+                f"objective.halvings = {self.halvings} from {self.phases} steps begins with "
+                f"{self.phases * 2**self.halvings}, more than the 500 that leave room for two: lower it"
+            )
+        return self
+
+    def grid(self) -> PhaseGrid:
+        return PhaseGrid(self.points, self.phases)
+
+    def stage(self, progress: float) -> int:
+        return min(math.floor(progress * self.halvings), self.halvings - 1)
+
+    def edges(self, stage: int) -> Tensor:
+        """Ticks from 0 to T that the student of a stage steps on, from `phases` halved as often as stages are left."""
+        edges = torch.tensor(self.grid().edges)
+        for _ in range(self.halvings - 1 - stage):
+            edges = torch.cat([edges, (edges[1:] + edges[:-1]) // 2]).sort().values
+        return edges
+
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        edges = self.edges(self.stage(progress))
+        n = torch.randint(1, len(edges), (count,), generator=generator)
+        return Levels(edges[n], edges[n - 1], edges[n - 1])
+
+    def teacher_solver(self) -> tuple[str, int]:
+        return "ddim", 2
+
+    def draw_guidance(self, count: int, progress: float, generator: torch.Generator) -> Tensor | None:
+        """The base's guidance is in the first student, and so in every later teacher."""
+        return None if self.stage(progress) else super().draw_guidance(count, progress, generator)
+
+    def distance(self, pair: Pair) -> Tensor:
+        u, s = pair.levels.u, pair.levels.s
+        (alpha, sigma), (alpha_s, sigma_s) = ((pair.schedule.alpha(t), pair.schedule.sigma(t)) for t in (u, s))
+        per_x0 = alpha_s - sigma_s * alpha / sigma  # how far the landing point moves with x0
+        snr = noise_to_signal(pair.schedule, u) ** -2
+        square = (pair.student - pair.target).square().flatten(1).mean(1)
+        return snr.clamp(min=1) * square / per_x0**2
+
+    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
+        return super().sampling(fine_tuned) | {"mode": "deterministic", "gamma": 0.0}

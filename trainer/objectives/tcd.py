@@ -1,0 +1,38 @@
+"""Trajectory consistency (TCD, arXiv 2402.19159, Sec. 4.1), and CTM's way to it (arXiv 2310.02279), on latents."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...samplers import Schedule
+from .objective import Levels, SelfConsistency, counted_from_noise
+
+
+class TCD(SelfConsistency):
+    """Start anywhere on the grid, neighbour one point cleaner, target any point from the neighbour down to x0.
+
+    So one LoRA takes jumps of every length, which its sampler with gamma uses. The jump is the first-order one, the
+    paper's TCF(1), which needs no second time input.
+    """
+
+    name: Literal["tcd"] = "tcd"
+    points: int = Field(50, description="solver points; the paper's skipping step k is 1000 / points")
+
+    gamma: ClassVar[float] = 0.3
+
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        u = self.start(count, generator)
+        r = self.grid().previous(u)
+        return Levels(u, r, self._anywhere_below(r, generator))
+
+    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
+        return super().sampling(fine_tuned) | counted_from_noise(self.points)
+
+    def _anywhere_below(self, tick: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,) points of the grid, uniform from 0 up to and including these."""
+        cell = self.grid().ticks // self.points
+        return cell * (torch.rand(tick.shape, generator=generator) * (tick // cell + 1)).long()

@@ -1,0 +1,79 @@
+"""Runs that train a network whole, from nothing: what they cannot have, the folder they write, and its test."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import Learner
+from .config import Config
+from .data.digits import NAME as DIGITS
+from .export import package_version
+from .families import Base, load_base
+from .objectives import OBJECTIVES
+
+
+def check_whole(config: Config) -> None:
+    """Raise ValueError for settings that need a teacher or a LoRA, of which such a run has neither."""
+    base, objective = Path(config.base.path).name, config.objective
+    problems = []
+    if objective.needs_teacher or config.adversarial.weight:
+        able = [n for n, row in OBJECTIVES.items() if not row.needs_teacher and row.adversarial != "required"]
+        what = objective.name if objective.needs_teacher else "the adversarial loss"
+        problems.append(
+            f"{what} needs a teacher, and {base} starts from nothing: use objective.name=ct (without a teacher: "
+            f"{', '.join(able)})."
+        )
+    if config.data.images is None:
+        problems.append(
+            f"data.images is not set, and {base} has no teacher that makes pictures of prompts: set "
+            f"data.images={DIGITS}, or a folder of pictures with a digit as caption."
+        )
+    if config.lora.model_fields_set:
+        keys = ", ".join(f"lora.{key}" for key in sorted(config.lora.model_fields_set))
+        problems.append(f"{keys}: there is no LoRA, {base} is trained whole. Leave it out.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, step: int, samples: int) -> None:
+    """Write the network as a diffusers folder, which `load_base` reads; its header says what it was made by."""
+    metadata = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "samples": str(samples)}
+    base.save(path, weights, {f"pcm.{key}": value for key, value in {**metadata, "version": package_version()}.items()})
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """The output of a folder that was read again, against that of the weights meant to be in it."""
+
+    weights: int
+    max_difference: float
+    rms_output: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_difference <= 1e-4 * self.rms_output and math.isfinite(self.rms_output)
+
+    def sentence(self) -> str:
+        return (
+            f"{self.weights:,} weights, max difference {self.max_difference:.2g} when read again "
+            f"(output rms {self.rms_output:.2g})"
+        )
+
+
+@torch.no_grad()
+def self_test(path: Path, base: Base, learner: Learner, condition: dict[str, Tensor]) -> Reloaded:
+    """Read a saved folder again, and compare its output with the network's own on one noisy point."""
+    again = load_base(str(path), device=base.device)
+    shape = base.latent_shape(base.default_resolution)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
+    tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
+    condition = {k: v[:1].to(base.device) for k, v in condition.items()}
+    meant, found = (one.denoise(x, tick, condition) for one in (base, again))
+    weights = sum(p.numel() for p in learner.parameters())
+    return Reloaded(weights, (found - meant).abs().max().item(), meant.square().mean().sqrt().item())

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
 from phased_consistency.samplers import (
     SAMPLERS,
@@ -15,6 +15,7 @@ from phased_consistency.samplers import (
     jump,
     recipe_for_file,
     sample_consistency,
+    sample_dpmpp_2m,
     sample_phased,
     seeded_noise,
     x0_eps_from_output,
@@ -332,6 +333,39 @@ def test_all_algebra_is_fp32_for_half_input(name):
 
     got = SAMPLERS[name](model, start_noise(VP, sigmas).half(), sigmas, schedule=VP, extra_args={"seed": 0})
     assert seen | {got.dtype} == {torch.float32}
+
+
+@SCHEDULES
+def test_dpmpp_2m_is_of_second_order(schedule):
+    """Inside the schedule, where its last step is no first-order one."""
+    exact, errors = Gaussian(schedule), []
+    for steps in (10, 20, 40):
+        sigmas = schedule.k_sigma(torch.linspace(900, 100, steps + 1).round().long())
+        x = start_noise(schedule, sigmas)
+        made = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=schedule)
+        errors.append((made - exact.flow(x, sigmas[0], sigmas[-1])).abs().mean())
+    orders = [(coarse / fine).log2().item() for coarse, fine in itertools.pairwise(errors)]
+    assert all(1.6 < order < 3 for order in orders), orders
+
+
+def test_dpmpp_2m_is_diffusers():
+    """The same levels, with the first step and the last one of first order there too."""
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
+        algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(8)
+    sigmas = VP.k_sigma(torch.tensor([*(scheduler.timesteps + 1).tolist(), 0]))
+    torch.testing.assert_close(sigmas, scheduler.sigmas.float(), atol=1e-4, rtol=1e-4)
+    exact = Gaussian(VP)
+    x = start_noise(VP, sigmas)
+    latents = x * VP.k_scale(sigmas[0])
+    for timestep, sigma in zip(scheduler.timesteps, sigmas[:-1], strict=True):
+        in_host = latents / VP.k_scale(sigma)
+        eps = (in_host - exact.denoise(in_host, sigma.expand(len(x)))) / sigma
+        latents = scheduler.step(eps, timestep, latents).prev_sample
+    made = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=VP)
+    torch.testing.assert_close(made, latents, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])

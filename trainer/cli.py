@@ -48,7 +48,8 @@ def train(
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
     Presets: sd15, sdxl or sd3, then -1step, -2step, -4step, -8step (each also -adv), -4step-normalcfg,
-    -8step-normalcfg, -stochastic (also -adv); demo; and digits, which starts from nothing. Every setting is
+    -8step-normalcfg, -stochastic (also -adv); lcm-, tcd-, ctm-, cd-, dscd-, progressive-, ct-, ufogen- or lcf- and a
+    family; demo, lcf-demo; and digits, which starts from nothing. Every setting is
     section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without data.images the
     teacher makes the latents from prompts.
     """

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..samplers import Recipe
 from ..samplers.lora_file import read_header
+from ..samplers.phases import count_steps
 from ..samplers.recipe import HEADER_KEY
 from .adapter import NAME, Adapter
 from .checkpoint import write_tensors
@@ -125,6 +126,8 @@ def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict
 
 
 def _loss(objective: Objective) -> dict[str, str]:
+    if getattr(objective, "metric", "l1") == "l2":
+        return {"ss_loss_type": "l2"}
     if not hasattr(objective, "huber_c"):
         return {"ss_loss_type": objective.name}
     return {"ss_loss_type": "huber", "ss_huber_c": str(objective.huber_c)}
@@ -139,10 +142,10 @@ def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[st
         "modelspec.architecture": base.architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
-        "modelspec.description": f"Phased Consistency LoRA for {recipe.steps} steps, made from {recipe.base_name}.",
+        "modelspec.description": f"{recipe.method} LoRA for {count_steps(recipe.steps)}, made from {recipe.base_name}.",
         "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
         "modelspec.usage_hint": recipe.usage_hint(),
-        "modelspec.tags": "PCM, few-step, accelerator",
+        "modelspec.tags": f"{recipe.method}, few-step, accelerator",
         "modelspec.hash_sha256": f"0x{tensor_hash}",
     }
 

@@ -15,7 +15,15 @@ GUIDANCE_MODES = ("smallcfg", "normalcfg")
 # phases of a normalcfg LoRA -> CFG (best, low, high), after the model card of wangfuyun/PCM_Weights
 NORMALCFG = {4: (3.0, 2.5, 3.5), 8: (4.5, 3.0, 6.0), 16: (5.0, 2.0, 9.0)}
 # objective -> the method as people write it; those that are not here in capitals
-METHODS = {"hyper": "Hyper-SD", "lightning": "Lightning", "flash": "Flash Diffusion", "unknown": "LoRA"}
+METHODS = {
+    "hyper": "Hyper-SD",
+    "lightning": "Lightning",
+    "flash": "Flash Diffusion",
+    "ufogen": "UFOGen",
+    "progressive": "progressive distillation",
+    "dscd": "dsCD",
+    "unknown": "LoRA",
+}
 # (any noise, flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
 SOFTWARE = {
     (False, False): ("euler + simple", "DDIM with trailing spacing"),

@@ -40,7 +40,7 @@ EMPTY = {"hidden": torch.full((1, 2, 3), -7.0), "pooled": torch.full((1, 5), -7.
 
 def batches(dropout=0.0, guided=True, **choices):
     objective = PCM(guidance_mode="smallcfg" if guided else "normalcfg", prompt_dropout=dropout)
-    return Batches(StubCache(), StubBase(), objective, EMPTY, **{"size": 3, "total": 100, "seed": 1} | choices)
+    return Batches(StubCache(), StubBase(), objective, EMPTY, **{"size": 3, "updates": 100, "seed": 1} | choices)
 
 
 def test_a_dropped_prompt_is_the_empty_one_in_every_encoding_and_keeps_its_sizes():
@@ -87,4 +87,9 @@ def test_guidance_is_drawn_only_where_there_is_any(guided):
 
 
 def test_progress_is_the_share_of_the_run_that_is_done():
-    assert [batches(total=8).at(i)[1].progress for i in (0, 2, 7)] == [0, 0.25, 0.875]
+    assert [batches(updates=8).at(i)[1].progress for i in (0, 2, 7)] == [0, 0.25, 0.875]
+
+
+def test_an_update_of_several_passes_is_in_one_stage():
+    progress = [batches(updates=3, accumulation=5).at(i)[1].progress for i in range(15)]
+    assert progress == [0] * 5 + [1 / 3] * 5 + [2 / 3] * 5

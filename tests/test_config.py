@@ -212,7 +212,7 @@ def test_the_presets_are_what_they_are_named():
     assert set(PRESETS) == pcm | relatives | {"demo", "digits", "lcf-demo"}
     for name in relatives:
         config, (objective, family) = load_config(preset=name), name.split("-")
-        assert (config.name, config.base.family, config.objective.name) == (f"pcm-{name}", family, objective)
+        assert (config.name, config.base.family, config.objective.name) == (name, family, objective)
     for name in pcm:
         config = load_config(preset=name)
         family, kind = name.split("-", 1)
@@ -267,6 +267,7 @@ def test_a_change_of_objective_keeps_what_both_know(tmp_path):
         (["name=dscd", "delat=1"], "objective.delat: unknown key. Did you mean 'delta'?"),
         (["name=cd", "metric=lpips"], "objective.metric = 'lpips': input should be 'l2' or 'l1'"),
         (["name=ct", "curriculum=ict", "q=4"], "objective.q: a setting of the curriculum ect"),
+        (["name=cd", "huber_c=0.5"], "objective.huber_c is of the metric l1, and objective.metric is l2"),
     ],
 )
 def test_an_objective_refuses_what_it_does_not_take(given, complaint):

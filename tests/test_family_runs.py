@@ -1,18 +1,20 @@
 """Runs of PCM's relatives: resumed to the byte, started from a LoRA, taught by averages or by earlier students."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.samplers import Recipe
 from phased_consistency.trainer.adapter import Adapter
-from phased_consistency.trainer.export import install
+from phased_consistency.trainer.export import install, recipe_for
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.generate import generate
-from phased_consistency.trainer.initial import start_from
+from phased_consistency.trainer.initial import check_start, start_from
 from phased_consistency.trainer.loop import Reporter, Run, train
-from phased_consistency.trainer.objectives import CTM, LCF, LCM, OBJECTIVES, PCM, tells_target_time
-from runs import TINY, sha256, small_config
+from phased_consistency.trainer.objectives import CTM, OBJECTIVES, tells_target_time
+from runs import TINY, metadata, sha256, small_config
 
 UNGUIDED = {"objective__guidance": None}
 
@@ -78,17 +80,68 @@ def delta(base, adapter):
     return {n: m.get_delta_weight(adapter) for n, m in layers.items()}
 
 
+def starting(lora, **settings):
+    """A run's configuration that starts from this LoRA, of four phases of 40 points."""
+    given = {"objective__name": "lcf", "objective__points": 40, "objective__phases": 4} | UNGUIDED
+    return small_config("nowhere", lora__init=lora, **(given | settings))
+
+
 def test_a_run_starts_as_the_lora_it_is_given(lora):
     """Whatever its rank and alpha: here 4 and 2, in an adapter of 8 and 1."""
     base = load_base(TINY)
     adapter = Adapter(base.network, base.lora_targets, 8, 1.0, seed=3)
-    assert start_from(lora, base, adapter, PCM()) == len(adapter.layers) == len(read_header(lora).modules)
+    told = start_from(starting(lora, lora__rank=8), base, adapter)
+    assert told.endswith(f"at strength 1: {len(adapter.layers)} modules.")
     install(lora, base, "file")
     meant, found = delta(base, "file"), delta(base, "default")
     assert meant.keys() == found.keys()
     for name, weight in meant.items():
         torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-4)
     assert "start" not in base.network.peft_config
+
+
+def rewritten(lora, path, **changes):
+    """A copy of a LoRA with other fields in its recipe."""
+    told = metadata(lora)
+    told["pcm.recipe"] = replace(Recipe.from_header(told["pcm.recipe"]), **changes).to_header()
+    save_file(load_file(lora), path, told)
+    return path
+
+
+def test_it_starts_at_the_strength_that_the_recipe_names(lora, tmp_path):
+    base = load_base(TINY)
+    weak = rewritten(lora, tmp_path / "weak.safetensors", strength=0.125)
+    adapter = Adapter(base.network, base.lora_targets, 4, 2.0, seed=3)
+    assert "at strength 0.125" in start_from(starting(weak), base, adapter)
+    install(lora, base, "file")
+    meant, found = delta(base, "file"), delta(base, "default")
+    for name, weight in meant.items():
+        torch.testing.assert_close(found[name], 0.125 * weight, atol=1e-6, rtol=1e-4)
+
+
+def test_its_recipe_keeps_the_guidance_of_what_it_started_from(lora, tmp_path):
+    """Without a teacher the LoRA's own; without a LoRA that of the pictures; a teacher's run has its own."""
+    base = load_base(TINY)
+    wide = {"guidance_mode": "normalcfg", "guidance": 3.0, "guidance_max": 3.5, "negative_prompts": True}
+    open_to_cfg = rewritten(lora, tmp_path / "open.safetensors", **wide)
+    assert recipe_for(starting(lora), base).guidance_mode == "smallcfg"
+    assert recipe_for(starting(open_to_cfg), base).guidance == 3
+    distilled = recipe_for(starting(open_to_cfg, objective__name="pcm"), base)
+    assert (distilled.guidance_mode, distilled.guidance) == ("smallcfg", 1)
+    plain = {"objective__name": "ct"} | UNGUIDED
+    assert recipe_for(small_config("nowhere", **plain), base).guidance_mode == "smallcfg", "the teacher's, at CFG 3"
+    assert recipe_for(small_config("nowhere", **plain, data__images="mine"), base).guidance_mode == "normalcfg"
+
+
+def test_where_a_run_may_disappoint_is_said():
+    plain = {"objective__name": "lcf"} | UNGUIDED
+    without = small_config("nowhere", **plain).notes()
+    assert [note.split(",")[0] for note in without] == [
+        "lcf learns from pictures",
+        "lcf is for few-step LoRAs: without lora.init it starts from the base",
+    ]
+    assert starting("a.safetensors", data__images="mine").notes() == []
+    assert small_config("nowhere").notes() == []
 
 
 def test_it_trains_on_from_there(lora, cache, tmp_path):
@@ -102,18 +155,29 @@ def test_it_trains_on_from_there(lora, cache, tmp_path):
 
 def test_a_lora_that_cannot_be_gone_on_from_is_refused(lora, tmp_path):
     base = load_base(TINY)
-    adapter = Adapter(base.network, base.lora_targets, 2, 1.0, seed=3)
-    with pytest.raises(ValueError, match="has rank 4, more than lora.rank = 2. Set lora.rank=4"):
-        start_from(lora, base, adapter, PCM())
-    assert "start" not in base.network.peft_config
-    with pytest.raises(ValueError, match="4 phases of 40 points, and this run has 1: it would unlearn its jumps"):
-        start_from(lora, base, adapter, LCM())
+    refused = [
+        (starting(lora, lora__rank=2), "has rank 4, more than lora.rank = 2. Set lora.rank=4"),
+        (starting(lora, objective__phases=1), "jumps to the ticks 0, 250, 500, 750, 1000, and this run to 0, 1000"),
+        (starting(lora, objective__points=50), "this run to 0, 240, 500, 740, 1000.* Set objective.phases=4 and obj"),
+    ]
+    for config, complaint in refused:
+        with pytest.raises(ValueError, match=complaint):
+            check_start(config, base)
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
-        start_from(tmp_path / "absent.safetensors", base, adapter, PCM())
-    other = load_base("tiny-sdxl")
-    theirs = Adapter(other.network, other.lora_targets, 4, 1.0, seed=3)
+        check_start(starting(tmp_path / "absent.safetensors"), base)
     with pytest.raises(ValueError, match="is a LoRA for SD1.5, the base is SDXL"):
-        start_from(lora, other, theirs, LCF(phases=4))
+        check_start(starting(lora), load_base("tiny-sdxl"))
+    as_v = rewritten(lora, tmp_path / "v.safetensors", prediction="v_prediction")
+    with pytest.raises(ValueError, match="a base with v_prediction, and this one has epsilon"):
+        check_start(starting(as_v), base)
+
+
+def test_a_lora_to_start_from_is_looked_at_before_anything_is_cached(lora, tmp_path, fails):
+    given = [f"lora.init={tmp_path / 'absent.safetensors'}", f"output={tmp_path / 'run'}", "base.dtype=fp32"]
+    for more in ([], ["--dry-run"]):
+        said = fails(2, "train", "--preset", "lcf-sd15", "base.path=tiny-sd15", "data.resolution=64", *given, *more)
+        assert "absent.safetensors" in said
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 # --- the target's time

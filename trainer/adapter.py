@@ -92,7 +92,7 @@ class Learner(ABC):
         shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (self.named_parameters(), state))
         wrong = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
         if wrong:
-            raise ValueError(f"These weights are for another adapter: {len(wrong)} tensors differ, such as {wrong[0]}.")
+            raise ValueError(f"These weights are of another run: {len(wrong)} tensors differ, such as {wrong[0]}.")
 
 
 class Adapter(Learner):

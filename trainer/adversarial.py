@@ -1,7 +1,7 @@
 """The adversarial consistency loss (PCM, arXiv 2405.18407, Sec. 3.3): student and target told apart by small heads.
 
-The body is the bare base itself, adapter off; only the heads learn. "Real" is the target's prediction at the phase
-edge, not data, so the loss vanishes where the model is self-consistent (Thm 5).
+The body is the bare base itself, adapter off; only the heads learn. "Real" is the objective's target: PCM's own
+prediction at the phase edge, not data, so that its loss vanishes where the model is self-consistent (Thm 5).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .objectives import Levels, Objective
 class Batches:
     """The batches of one process: `size` samples each, `processes` of them side by side.
 
-    total: forward passes of the whole run, by which an objective's curriculum goes.
+    updates, accumulation: of the whole run, and forward passes for each: an objective's curriculum goes by the updates.
     empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever guidance subtracts.
     judged: whether an adversary needs its own levels and noise.
     """
@@ -32,14 +32,15 @@ class Batches:
         empty: Condition,
         *,
         size: int,
-        total: int,
+        updates: int,
+        accumulation: int = 1,
         seed: int,
         rank: int = 0,
         processes: int = 1,
         judged: bool = False,
     ):
         self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
-        self.size, self.total, self.judged = size, total, judged
+        self.size, self.updates, self.accumulation, self.judged = size, updates, accumulation, judged
         self.seed, self.rank, self.processes = seed, rank, processes
         self._epoch: int | None = None
         self._order: list[int] = []
@@ -48,10 +49,10 @@ class Batches:
         """The sample numbers and the batch of the run's forward pass `number`, from 0."""
         seen = number * self.size * self.processes
         samples = [self._shuffled(seen + self.rank * self.size + i) for i in range(self.size)]
-        generator = torch.Generator().manual_seed(_seed(self.seed, seen, self.rank))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, seen, self.rank))
         x0 = self.cache.latents(samples, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        progress = number / self.total
+        progress = number // self.accumulation / self.updates
         levels = self.objective.levels(self.size, self.base.schedule, progress, generator)
         guidance = self.objective.draw_guidance(self.size, progress, generator)
         dropped = self.objective.draw_dropped(self.size, generator)
@@ -82,11 +83,11 @@ class Batches:
         """Sample number at a position of the endless, epoch-wise shuffled stream."""
         epoch, at = divmod(position, len(self.cache))
         if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(_seed(self.seed, epoch, -1))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, -1))
             self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator).tolist()
         return self._order[at]
 
 
-def _seed(*parts: int) -> int:
+def seed_of(*parts: int) -> int:
     """A 63-bit seed from integers."""
     return int(np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)

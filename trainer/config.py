@@ -183,6 +183,10 @@ class Config(Section):
         """The grid that is sampled."""
         return self.objective.grid()
 
+    def notes(self) -> list[str]:
+        """Sentences on where this run may disappoint."""
+        return self.objective.notes(pictures=self.data.images is not None, started=self.lora.init is not None)
+
     def what_decides_the_weights(self) -> dict[str, Any]:
         """The settings for the LoRA's header and for `resume`'s check: places on this machine by their last name, and
         without what a run only shows or keeps, which may change between two starts."""

@@ -126,8 +126,8 @@ class Engine:
     def _teacher(self, x: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """From x at u down to r by the objective's solver, in equal steps of ticks.
 
-        Every solver is the jump with some x0: ddim's is the network's, heun's the mean of both ends', dpm++'s the one
-        extrapolated from the step before.
+        Every solver is the jump with some x0: ddim's is the network's, heun's the mean of both ends' (the trapezoid in
+        alpha / sigma, along which x / sigma moves by x0), dpm++'s the one extrapolated from the step before.
         """
         solver, steps = self.objective.teacher_solver()
         before, tick = None, u

@@ -15,6 +15,7 @@ from .families import FAMILIES, Base, bundled_folder, family_class
 from .families.loading import checkpoint_header, is_hub_id
 from .families.prediction import found_in_header, found_in_scheduler, settle
 from .families.sd3 import SD3, check_flow, read_shift
+from .initial import check_start
 from .memory import BYTES, estimate_memory
 from .objectives import Objective
 from .whole import check_whole
@@ -34,6 +35,8 @@ def plan(config: Config) -> dict[str, Any]:
     if family.whole:
         check_whole(config)
     usage = "" if family.whole else recipe_for(config, _stand_in(config, family)).usage_hint()
+    if config.lora.init:
+        check_start(config, _stand_in(config, family))
     facts = {
         "base": config.base.path,
         "family": family.name,
@@ -65,6 +68,7 @@ def plan(config: Config) -> dict[str, Any]:
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
         *([f"  use       {usage}"] if usage else []),
+        *(f"  note      {note}" for note in config.notes()),
         "Memory estimate (GiB)",
         *(f"  {name:36} {value:6.2f}" for name, value in memory["gib"].items()),
     ]
@@ -108,7 +112,9 @@ def _summary(objective: Objective) -> str:
 
 def _passes(config: Config) -> tuple[int, str]:
     """Forward passes that one sample takes, and what they are."""
-    objective, passes, parts = config.objective, 2, ["target", "student"]
+    objective = config.objective
+    parts = ["target", "student"] if objective.target_network else ["student"]
+    passes = len(parts)
     if objective.needs_teacher:
         solver, steps = objective.teacher_solver()
         times = steps * (2 if solver == "heun" else 1)

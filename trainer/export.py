@@ -17,12 +17,13 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..samplers import Recipe
+from ..samplers import Recipe, recipe_for_file
 from ..samplers.lora_file import read_header
 from ..samplers.phases import count_steps
 from ..samplers.recipe import HEADER_KEY
@@ -31,6 +32,7 @@ from .checkpoint import write_tensors
 from .config import Config
 from .families import Base
 from .objectives import Objective
+from .objectives.objective import guidance_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EMPTY_HASH = hashlib.sha256().hexdigest()
@@ -49,8 +51,22 @@ def recipe_for(config: Config, base: Base) -> Recipe:
         shift=base.schedule.shift if base.prediction == "flow" else None,
         base_name=Path(base.path).name,
         base_hash=base.base_hash,
-        **config.objective.sampling(fine_tuned=config.lora.init is not None),
+        **(config.objective.sampling() | _guidance_without_teacher(config)),
     )
+
+
+def _guidance_without_teacher(config: Config) -> dict[str, Any]:
+    """A recipe's fields on guidance where no teacher's step decides them: those of the LoRA that the run goes on from,
+    else those of the teacher's pictures, if these are what it learns from."""
+    data, phases = config.data, config.grid().phases
+    if config.objective.needs_teacher:
+        return {}
+    if config.lora.init is None:
+        return guidance_of(data.images is None and data.teacher_guidance > 1, phases)
+    header = read_header(Path(config.lora.init))
+    recipe = recipe_for_file(str(header.path), header.metadata, header.family)
+    baked = guidance_of(True, phases)
+    return {field: getattr(recipe, field) for field in baked} if recipe else baked
 
 
 def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -121,8 +137,13 @@ def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict
         "ss_max_grad_norm": str(train.max_grad_norm),
         "ss_gradient_accumulation_steps": str(train.accumulation),
         "ss_total_batch_size": str(train.batch_size * train.accumulation),
-        "ss_training_comment": f"{config.objective.name}, {config.grid().phases} phases, phased-consistency",
+        "ss_training_comment": f"{config.objective.name}{_phases(config)}, phased-consistency",
     }
+
+
+def _phases(config: Config) -> str:
+    phases = config.grid().phases
+    return f", {phases} phases" if phases > 1 else ""
 
 
 def _loss(objective: Objective) -> dict[str, str]:

@@ -30,9 +30,8 @@ from .data.cache import LatentCache, build_cache
 from .engine import Engine, Losses
 from .export import DTYPES, export, recipe_for, self_test
 from .families import Base, load_base
-from .generate import generate
-from .initial import start_from
-from .previews import draw_grid, save_image
+from .initial import check_start, start_from
+from .previews import preview_grid, save_image
 
 
 class RunFailed(RuntimeError):
@@ -88,8 +87,7 @@ class Run:
         self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
         reporter.say(self.adapter.sentence())
         if config.lora.init:
-            taken = start_from(Path(config.lora.init), self.base, self.adapter, config.objective)
-            reporter.say(f"It starts as {config.lora.init}: {taken} modules.")
+            reporter.say(start_from(config, self.base, self.adapter))
         if config.train.gradient_checkpointing:
             self.adapter.checkpoint_gradients()
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
@@ -295,25 +293,12 @@ class Run:
                 parameter.copy_(saved[name])
 
     def preview(self, path: Path, captions: bool = True) -> None:
-        """A grid of the fixed prompts and seed at each of `preview.steps` steps, by the first process."""
+        """Draw the run's fixed grid with the weights that would be saved, by the first process."""
         if not self.accelerator.is_main_process:
             return
-        settings = self.config.preview
-        prompts = list(settings.prompts) or list(dict.fromkeys(self.cache.captions))[:4]
-        shape = self.base.latent_shape(self.config.data.resolution)
-        noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
-        condition = {k: v.to(self.base.device) for k, v in self.cache.encoding(prompts).items()}
-        rows = []
-        recipe = self.base.alone if self.base.whole else recipe_for(self.config, self.base)
-        guidance = settings.guidance or recipe.guidance
-        how = {"gamma": recipe.gamma, "min_alpha": recipe.min_alpha, "seed": settings.seed}
-        how["target_time"] = self.config.objective.target_time
         with self.adapter.using(self.weights()), self.accelerator.autocast():
-            for steps in settings.steps:
-                ticks = recipe.grid().plan(steps).ticks
-                latents = generate(self.base, condition, self.engine.null, noise, ticks, guidance, **how)
-                rows.append((f"{steps} step{'s' * (steps > 1)}", self.base.decode(latents)))
-        save_image(draw_grid(rows, prompts if captions else [""] * len(prompts)), path)
+            image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
+        save_image(image, path)
 
     def _load_base(self) -> Base:
         b = self.config.base
@@ -326,6 +311,10 @@ class Run:
             whole.check_whole(self.config)
         else:
             recipe_for(self.config, base)
+        if self.config.lora.init:
+            check_start(self.config, base)
+        for note in self.config.notes():
+            self.reporter.say(note)
         return base
 
     def _make_parts(self) -> tuple[Batches, Engine]:
@@ -334,8 +323,9 @@ class Run:
         empty = {k: v.to(base.device) for k, v in self.cache.encoding([""]).items()}
         null = base.null_condition(empty)
         processes = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        size, total = config.train.batch_size, config.train.steps * config.train.accumulation
-        draws = {"size": size, "total": total, "seed": config.train.seed, "judged": a.weight > 0}
+        train = config.train
+        draws = {"size": train.batch_size, "updates": train.steps, "accumulation": train.accumulation}
+        draws |= {"seed": train.seed, "judged": a.weight > 0}
         batches = Batches(self.cache, base, config.objective, empty, **draws, **processes)
         some = range(min(8, len(self.cache)))
         x0 = self.cache.latents(some, torch.Generator().manual_seed(0)).to(base.device)

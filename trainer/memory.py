@@ -61,6 +61,9 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
         f"{what}, gradients, optimizer": learnt * (per_parameter + (4 if train.ema else 0)),
         f"activations, batch {train.batch_size}": kept * train.batch_size,
     }
+    kept_weights = bool(config.objective.target_decay()) + (config.objective.stage(1.0) > 0)
+    if kept_weights:
+        held["averaged or earlier weights"] = learnt * 4 * kept_weights
     if config.adversarial.weight:
         held |= _discriminator(config, family, network, trained, inputs, per_parameter)
     gib = {name: value / GIB for name, value in held.items()}

@@ -99,9 +99,9 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 }
 
 
-def _preset(name: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's preset, with changes by section; of the family's objective another one keeps what it knows."""
-    values = {"name": f"pcm-{name}", **deepcopy(FAMILIES[family])}
+def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
+    """A family's preset, its LoRA's name, and changes by section; another objective keeps what it knows of PCM's."""
+    values = {"name": lora, **deepcopy(FAMILIES[family])}
     for change in ({"train": {"gradient_checkpointing": True}}, *changes):
         for section, new in change.items():
             before = values.get(section, {})
@@ -114,7 +114,7 @@ def _preset(name: str, family: str, note: str, *changes: dict[str, dict[str, Any
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
     """A family's PCM preset of a kind ("4step-adv")."""
     note = SOURCES[family] + NOTES.get(kind.rsplit("-", 1)[-1], "")
-    return _preset(f"{family}-{kind}", family, note, *changes)
+    return _preset(f"{family}-{kind}", f"pcm-{family}-{kind}", family, note, *changes)
 
 
 def _presets_of(family: str) -> dict[str, Preset]:
@@ -127,7 +127,8 @@ def _presets_of(family: str) -> dict[str, Preset]:
     stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
     rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
     alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
-    rows += [_preset(f"{name}-{family}", family, note, alpha, changes) for name, (changes, note) in RELATIVES.items()]
+    for name, (changes, note) in RELATIVES.items():
+        rows.append(_preset(f"{name}-{family}", f"{name}-{family}", family, note, alpha, changes))
     return dict(rows)
 
 

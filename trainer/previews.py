@@ -1,4 +1,4 @@
-"""Labelled picture grids: rows are settings, columns are prompts."""
+"""Labelled picture grids: rows are settings, columns are prompts; and the one that a run draws as it goes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .config import Config
+from .data.cache import LatentCache
+from .export import recipe_for
+from .families import Base, Condition
+from .generate import generate
 
 LABEL_WIDTH, CAPTION_HEIGHT, GAP = 132, 44, 4
 
@@ -46,3 +52,21 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
+
+
+def preview_grid(config: Config, base: Base, cache: LatentCache, null: Condition, captions: bool) -> Image.Image:
+    """The fixed prompts and seed of `preview` at each of its steps, with the adapter as it stands."""
+    settings = config.preview
+    prompts = list(settings.prompts) or list(dict.fromkeys(cache.captions))[:4]
+    shape = base.latent_shape(config.data.resolution)
+    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
+    condition = {k: v.to(base.device) for k, v in cache.encoding(prompts).items()}
+    recipe = base.alone if base.whole else recipe_for(config, base)
+    how = {"gamma": recipe.gamma, "min_alpha": recipe.min_alpha, "seed": settings.seed}
+    how["target_time"] = config.objective.target_time
+    rows = []
+    for steps in settings.steps:
+        ticks = recipe.grid().plan(steps).ticks
+        latents = generate(base, condition, null, noise, ticks, settings.guidance or recipe.guidance, **how)
+        rows.append((f"{steps} step{'s' * (steps > 1)}", base.decode(latents)))
+    return draw_grid(rows, prompts if captions else [""] * len(prompts))

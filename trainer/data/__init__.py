@@ -60,7 +60,14 @@ def read_prompts(file: str | None) -> list[str]:
 
 
 def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
-    """What `data.images` names: `count` drawn digits, or a folder's pictures and the skipped ones (`find_pictures`)."""
+    """What `data.images` names: `count` drawn digits, or a folder's pictures and the skipped ones (`find_pictures`).
+
+    Raises ValueError where the word for the drawn ones is a folder's name, too.
+    """
+    if images == DIGITS and Path(images).is_dir():
+        raise ValueError(
+            f"data.images={images} means drawn digits, and a folder is called so: for that write ./{images}."
+        )
     return (drawn_digits(count), []) if images == DIGITS else find_pictures(images, skip_bad)
 
 

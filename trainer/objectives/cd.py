@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...samplers import Schedule
@@ -14,20 +14,29 @@ from .objective import Levels, Pair, SelfConsistency, Solver
 
 
 class CD(SelfConsistency):
-    """Start anywhere on Karras' levels, neighbour the next cleaner one by a Heun step, target x0, weight 1.
+    """Start anywhere on Karras' levels, neighbour the next cleaner one by a step of Heun's rule, target x0, weight 1.
 
     The metric is the paper's l2 (squared) or l1; its third, LPIPS, is for pixels and says nothing about latents.
-    Levels are rounded to the network's own, and beyond its noisiest there are none: `scales` (the paper's N) counts
-    them before that.
+    Levels are rounded to the network's own; below the cleanest of `scales` lies the clean end, where the paper's N
+    counts it among them. Heun's rule is taken on x0 here (see `engine`), the paper's on its dx/dsigma.
     """
 
     name: Literal["cd"] = "cd"
-    scales: int = Field(40, ge=2, le=1000, description="levels, the paper's N")
+    scales: int = Field(40, ge=2, le=1000, description="levels above the clean end, the paper's N - 1")
+    huber_c: float | None = Field(
+        None, gt=0, description="metric l1: where it turns from square to linear; default 1e-3"
+    )
     metric: Literal["l2", "l1"] = Field(
         "l2", description="l2: mean square; l1: mean absolute, as a narrow pseudo-Huber"
     )
     solver: Solver = Field("heun", description="the teacher's; the paper's is heun, of two evaluations a step")
     target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the averaged weights that make the target")
+
+    @model_validator(mode="after")
+    def _check_metric(self):
+        if self.huber_c is not None and self.metric == "l2":
+            raise ValueError("objective.huber_c is of the metric l1, and objective.metric is l2. Leave it out")
+        return self
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         ticks = torch.cat([torch.zeros(1, dtype=torch.long), karras_ticks(schedule, self.scales)])
@@ -36,5 +45,5 @@ class CD(SelfConsistency):
 
     def distance(self, pair: Pair) -> Tensor:
         if self.metric == "l1":
-            return huber(pair.student, pair.target, self.huber_c)
+            return huber(pair.student, pair.target, self.huber_c or 1e-3)
         return mean_square(pair.student, pair.target)

@@ -19,7 +19,7 @@ class CT(Objective):
 
     ict: Karras' levels, N = s0 of them at first and twice as many in each later stage, up to s1; their index is drawn
     with lognormal weight (iCT, Sec. 3.4, 3.5). For networks that start from nothing.
-    ect: lognormal levels t, and r = t (1 - q^-(stage + 1) (1 + k sigmoid(-b t))), at least 0 (ECT, Sec. 3.3): at the
+    ect: lognormal levels t, and r = t (1 - q^-(stage + 1) (1 + 8 sigmoid(-t / 2))), at least 0 (ECT, Sec. 3.3): at the
     first stage nearly a diffusion loss. For networks that start from a diffusion model.
     Both: pseudo-Huber of the whole sample, weight 1 / (t - r), the target is the student's own. Levels t are sigma /
     alpha for data of unit spread, rounded to the network's own.
@@ -46,6 +46,8 @@ class CT(Objective):
                 f"{' and '.join(given)}: a setting of the curriculum {other}, and objective.curriculum is "
                 f"{self.curriculum}. Leave it out, or set objective.curriculum={other}"
             )
+        if (self.s0 or 10) > (self.s1 or 1280):
+            raise ValueError(f"objective.s0 = {self.s0 or 10} is more than objective.s1 = {self.s1 or 1280}: lower it")
         return self
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
@@ -54,7 +56,10 @@ class CT(Objective):
         return Levels(u, r, torch.zeros_like(u))
 
     def scales(self, progress: float) -> int:
-        """iCT's N(k) - 1: s0 * 2^floor(k / K'), at most s1, with K' = K / (floor(log2(s1 / s0)) + 1)."""
+        """iCT's N(k) - 1: s0 * 2^floor(k / K'), at most s1, with K' = K / (floor(log2(s1 / s0)) + 1).
+
+        N counts the levels above the clean end here, which is one more: the network's cleanest level is no boundary.
+        """
         s0, s1 = self.s0 or 10, self.s1 or 1280
         doublings = math.floor(math.log2(s1 / s0)) + 1
         return min(s0 * 2 ** math.floor(progress * doublings), s1)
@@ -74,7 +79,7 @@ class CT(Objective):
         t = (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp().clamp(max=SIGMA_MAX)
         u = nearest_ticks(schedule, t)
         stage = math.floor(progress * (self.stages or 8))
-        gap = (self.q or 2.0) ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t))
+        gap = (self.q or 2.0) ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t / 2))  # the paper's t is of spread 0.5
         r = t * (1 - gap)
         r = torch.where(r > 0, nearest_ticks(schedule, r), 0)
         return u, torch.minimum(r, u - 1)

@@ -28,7 +28,8 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 def noise_to_signal(schedule: Schedule, tick: Tensor) -> Tensor:
     """sigma / alpha, the papers' sigma or t for data of unit spread, at ticks; at most `SIGMA_MAX`."""
-    return (schedule.sigma(tick) / schedule.alpha(tick)).clamp(max=SIGMA_MAX)
+    ratio = schedule.sigma(tick) / schedule.alpha(tick)
+    return ratio.clamp(max=SIGMA_MAX).to(tick.device)  # flow's tables are on the CPU where a device has no float64
 
 
 def nearest_ticks(schedule: Schedule, sigma: Tensor) -> Tensor:

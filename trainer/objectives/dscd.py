@@ -24,7 +24,7 @@ class DSCD(Distillation):
     """
 
     name: Literal["dscd"] = "dscd"
-    p_mean: float = Field(-0.8, description="mean of log(sigma / alpha) of the start")
+    p_mean: float = Field(-0.1, description="mean of log(sigma / alpha); the paper's -0.8 is for data of spread 0.5")
     p_std: float = Field(1.6, gt=0, description="spread of it")
     delta: float = Field(
         0.05, gt=0, le=0.5, description="angle between the levels, in radians; bf16 wants 0.02 or more"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
-from ...samplers import PhaseGrid, Schedule
-from .objective import Levels, OwnTarget
+from .objective import OwnTarget, Phased
 
 
-class LCF(OwnTarget):
+class LCF(Phased, OwnTarget):
     """Start anywhere on the grid; the neighbour, one point cleaner, is on the picture's own path, with the same noise.
 
     The pictures carry no guidance, so a run from the bare base forgets how to follow prompts closely: start from a
@@ -22,15 +20,13 @@ class LCF(OwnTarget):
     name: Literal["lcf"] = "lcf"
     points: int = Field(50, description="solver points; the paper's skipping step k is 1000 / points")
     phases: int = Field(1, description="1 for LCM LoRAs and bare bases; a PCM LoRA's own number")
+
     needs_teacher: ClassVar[bool] = False
 
-    def grid(self) -> PhaseGrid:
-        return PhaseGrid(self.points, self.phases)
-
-    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
-        u = self.start(count, generator)
-        return Levels(u, self.grid().previous(u), self.grid().target(u))
-
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         jumps = {"mode": "deterministic", "gamma": 0.0} if self.phases > 1 else {}
-        return super().sampling(fine_tuned) | jumps
+        return super().sampling() | jumps
+
+    def notes(self, pictures: bool, started: bool) -> list[str]:
+        without = "lcf is for few-step LoRAs: without lora.init it starts from the base, and unlearns its guidance."
+        return super().notes(pictures, started) + ([] if started else [without])

@@ -27,5 +27,5 @@ class LCM(SelfConsistency):
         u = self.start(count, generator)
         return Levels(u, self.grid().previous(u), torch.zeros_like(u))
 
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
-        return super().sampling(fine_tuned) | counted_from_noise(self.points)
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | counted_from_noise(self.points)

@@ -69,6 +69,8 @@ class Objective(Section):
     needs_teacher: ClassVar[bool] = True
     # Whether the network is told the level that it jumps to, if it has an input for it.
     target_time: ClassVar[bool] = False
+    # Whether the target takes a pass of the network; where r = s it is x_r itself.
+    target_network: ClassVar[bool] = True
     adversarial: ClassVar[Adversarial] = "none"
     # The share of fresh noise that its LoRA is sampled with (TCD's gamma).
     gamma: ClassVar[float] = 1.0
@@ -137,25 +139,50 @@ class Objective(Section):
 
     # --- sampling
 
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
-        """What the recipe says of this objective, as keyword arguments of `Recipe`.
-
-        fine_tuned: whether the run started from another few-step LoRA, whose distilled guidance it then has.
-        """
-        grid, baked = self.grid(), fine_tuned or self.guided()
-        best, low, high = (1.0, 1.0, 2.0) if baked else normalcfg_guidance(grid.phases)
+    def sampling(self) -> dict[str, Any]:
+        """What the recipe says of this objective, as keyword arguments of `Recipe`."""
+        grid = self.grid()
         return {
             "objective": self.name,
             "mode": "stochastic" if self.gamma else "deterministic",
             "gamma": self.gamma,
             "points": grid.points,
             "phases": grid.phases,
-            "guidance_mode": "smallcfg" if baked else "normalcfg",
-            "guidance": best,
-            "guidance_min": low,
-            "guidance_max": high,
-            "negative_prompts": not baked,
+            **guidance_of(self.guided(), grid.phases),
         }
+
+    # --- what a user should hear of it
+
+    def notes(self, pictures: bool, started: bool) -> list[str]:
+        """Sentences on a run with its own pictures or without, from a LoRA or from nothing, where it may disappoint."""
+        if self.needs_teacher or pictures:
+            return []
+        return [f"{self.name} learns from pictures, and data.images is not set: it learns the teacher's own."]
+
+
+def guidance_of(baked: bool, phases: int) -> dict[str, Any]:
+    """A recipe's fields on guidance, for a LoRA that has it in its weights or not."""
+    best, low, high = (1.0, 1.0, 2.0) if baked else normalcfg_guidance(phases)
+    return {
+        "guidance_mode": "smallcfg" if baked else "normalcfg",
+        "guidance": best,
+        "guidance_min": low,
+        "guidance_max": high,
+        "negative_prompts": not baked,
+    }
+
+
+class Phased(Objective):
+    """Objectives whose jumps end at the clean edge of the start's phase."""
+
+    phases: int = Field(4, description="phases, which is also the number of steps to sample with")
+
+    def grid(self) -> PhaseGrid:
+        return PhaseGrid(self.points, self.phases)
+
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        u = self.start(count, generator)
+        return Levels(u, self.grid().previous(u), self.grid().target(u))
 
 
 class Distillation(Objective):

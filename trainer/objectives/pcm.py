@@ -8,11 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...samplers import PhaseGrid, Schedule
-from .objective import Adversarial, Levels, SelfConsistency
+from .objective import Adversarial, Levels, Phased, SelfConsistency
 
 
-class PCM(SelfConsistency):
+class PCM(Phased, SelfConsistency):
     """Start anywhere on the grid, neighbour one point cleaner, target the edge of the start's phase.
 
     The target comes from the teacher's solver step and the student itself without gradient; the distance is the
@@ -20,7 +19,6 @@ class PCM(SelfConsistency):
     """
 
     name: Literal["pcm"] = "pcm"
-    phases: int = Field(4, description="phases, which is also the number of steps to sample with")
     mode: Literal["deterministic", "stochastic"] = Field(
         "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
     )
@@ -44,13 +42,6 @@ class PCM(SelfConsistency):
             )
         return self
 
-    def grid(self) -> PhaseGrid:
-        return PhaseGrid(self.points, self.phases)
-
-    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
-        u = self.start(count, generator)
-        return Levels(u, self.grid().previous(u), self.grid().target(u))
-
     def clamp(self) -> float:
         return self.min_alpha
 
@@ -61,7 +52,7 @@ class PCM(SelfConsistency):
         inside = grid.target(points) == levels.s[:, None]
         return points[torch.multinomial(inside.double(), 1, generator=generator).squeeze(1)]
 
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         gamma = 0.0 if self.mode == "deterministic" else 1.0
         how = {"mode": self.mode, "gamma": gamma, "min_alpha": self.min_alpha}
-        return super().sampling(fine_tuned) | how
+        return super().sampling() | how

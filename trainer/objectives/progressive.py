@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,6 +24,8 @@ class Progressive(Distillation):
     name: Literal["progressive"] = "progressive"
     phases: int = Field(4, ge=1, description="steps at last, which is also the number to sample with")
     halvings: int = Field(3, ge=1, le=8, description="stages; the first teacher takes phases * 2^halvings steps")
+
+    target_network: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _check_stages(self):
@@ -61,11 +63,13 @@ class Progressive(Distillation):
 
     def distance(self, pair: Pair) -> Tensor:
         u, s = pair.levels.u, pair.levels.s
-        (alpha, sigma), (alpha_s, sigma_s) = ((pair.schedule.alpha(t), pair.schedule.sigma(t)) for t in (u, s))
+        (alpha, sigma), (alpha_s, sigma_s) = (
+            (pair.schedule.alpha(t).to(u.device), pair.schedule.sigma(t).to(u.device)) for t in (u, s)
+        )
         per_x0 = alpha_s - sigma_s * alpha / sigma  # how far the landing point moves with x0
         snr = noise_to_signal(pair.schedule, u) ** -2
         square = (pair.student - pair.target).square().flatten(1).mean(1)
         return snr.clamp(min=1) * square / per_x0**2
 
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
-        return super().sampling(fine_tuned) | {"mode": "deterministic", "gamma": 0.0}
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | {"mode": "deterministic", "gamma": 0.0}

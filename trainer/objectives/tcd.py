@@ -29,8 +29,8 @@ class TCD(SelfConsistency):
         r = self.grid().previous(u)
         return Levels(u, r, self._anywhere_below(r, generator))
 
-    def sampling(self, fine_tuned: bool = False) -> dict[str, Any]:
-        return super().sampling(fine_tuned) | counted_from_noise(self.points)
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | counted_from_noise(self.points)
 
     def _anywhere_below(self, tick: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) points of the grid, uniform from 0 up to and including these."""

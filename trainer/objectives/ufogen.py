@@ -26,6 +26,7 @@ class UFOGen(Objective):
     reconstruction: float = Field(1.0, gt=0, description="weight of the distance, beside adversarial.weight")
 
     needs_teacher: ClassVar[bool] = False
+    target_network: ClassVar[bool] = False
     adversarial: ClassVar[Adversarial] = "required"
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:

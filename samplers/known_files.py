@@ -19,6 +19,8 @@ FAMILY_MARKS = (
 )
 FAMILY_SETTINGS = {"sd3": {"prediction": "flow", "shift": 3.0}}
 UNNAMED = ("pytorch_lora_weights", "adapter_model")  # as libraries save LoRAs: the folder has the name
+# Words that make no other LoRA of one: its kind, base, version, rank, steps and precision.
+PLAIN = r"(?:loras?|weights|s?sd(?:xl|v?\d+b?)?|xl|1b|base|converted|half|rank|(?:v|r|rank|dim|fp|bf)?\d+|\d*steps?)"
 
 # Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM, TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
@@ -26,6 +28,11 @@ DISTILLED = {"points": DISTILLED_POINTS, "sampling_points": DISTILLED_POINTS, "s
 STOCHASTIC = {"mode": "stochastic", "phases": 1}
 HYPER_CFG = dict.fromkeys((8, 12), (5.0, 5.0, 8.0))
 HYPER_SD3_CFG = {4: (3.0, 2.0, 4.0), 8: (5.0, 4.0, 6.0), 16: (7.0, 6.0, 8.0)}
+
+
+def _only(method: str) -> str:
+    """Pattern of a name that says nothing but this method and `PLAIN` words: a style's LoRA may have it in its name."""
+    return rf"^(?:{PLAIN} )*{method}(?: {PLAIN})*$"
 
 
 @dataclass(frozen=True)
@@ -79,19 +86,24 @@ KNOWN_FILES = (
     KnownFiles(r"\bpcm .*normalcfg (?P<steps>4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}, NORMALCFG),
     KnownFiles(r"\bpcm .*lcmlike\b", ("sd15", "sdxl"), "pcm", DISTILLED | STOCHASTIC),
     KnownFiles(
-        r"\bpcm deterministic (?P<steps>2|4)steps? shift(?P<shift>1|3)\b",
+        r"\bpcm (?:sd3 )?deterministic (?P<steps>2|4)steps? shift(?P<shift>1|3)\b",
         ("sd3",),
         "pcm",
         DISTILLED | {"points": 100, "guidance": 1.2},
     ),
     KnownFiles(
-        r"\bp[cd]m stochastic shift(?P<shift>3)\b",
+        r"\bp[cd]m (?:sd3 )?stochastic shift(?P<shift>3)\b",
         ("sd3",),
         "pcm",
         DISTILLED | STOCHASTIC | {"points": 100, "guidance": 1.2},
     ),
-    KnownFiles(r"\blcm\b", ("sd15", "sdxl"), "lcm", DISTILLED | STOCHASTIC),
-    KnownFiles(r"\btcd\b", ("sd15", "sd2", "sdxl"), "tcd", DISTILLED | STOCHASTIC | {"gamma": 0.3}),
+    KnownFiles(rf"\blcm ?lora|{_only('lcm')}", ("sd15", "sdxl"), "lcm", DISTILLED | STOCHASTIC),
+    KnownFiles(
+        rf"\btcd (?:sd\w+ (?:base )?)?lora\b|{_only('tcd')}",
+        ("sd15", "sd2", "sdxl"),
+        "tcd",
+        DISTILLED | STOCHASTIC | {"gamma": 0.3},
+    ),
     KnownFiles(r"\bhyper ?sd.*\b1 ?steps?\b", ("sd15", "sdxl"), "hyper", DISTILLED | STOCHASTIC | {"steps": 1}),
     KnownFiles(r"^(?!.*\bcfg).*\bhyper ?sd.*\b(?P<steps>2|4|8) ?steps?\b", ("sd15", "sdxl"), "hyper", TRAILING),
     KnownFiles(
@@ -100,7 +112,12 @@ KNOWN_FILES = (
     KnownFiles(
         r"\bhyper ?sd.*\b(?P<steps>4|8|16) ?steps?\b", ("sd3",), "hyper", TRAILING | {"strength": 0.125}, HYPER_SD3_CFG
     ),
-    KnownFiles(r"^(?=.*\blightning\b).*\b(?P<steps>2|4|8) ?steps?\b", ("sdxl",), "lightning", TRAILING),
+    KnownFiles(
+        rf"^(?=.*\blightning (?:lora )?\d ?steps?\b|{_only('lightning')}).*\b(?P<steps>2|4|8) ?steps?\b",
+        ("sdxl",),
+        "lightning",
+        TRAILING,
+    ),
     KnownFiles(r"\bdmd ?2\b", ("sdxl",), "dmd2", TRAILING | STOCHASTIC),
     KnownFiles(r"\bflash ?sd", ("sd15", "sdxl", "sd3"), "flash", TRAILING | STOCHASTIC),
 )
@@ -109,9 +126,10 @@ KNOWN_FILES = (
 def recipe_for_file(name: str, metadata: dict[str, str], family: str | None = None) -> Recipe | None:
     """The recipe in a LoRA's header, else that of a known public file of this name, else None.
 
-    name: file name or path; a file called as libraries save it goes by its folder. metadata: the safetensors
-    `__metadata__`. family: what the file's tensors are of (`LoraHeader.family`), where known: a name that tells no
-    family takes it, and one that tells another is not believed. Raises ValueError for an unreadable header.
+    name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache by its
+    repository. metadata: the safetensors `__metadata__`. family: what the file's tensors are of (`LoraHeader.family`),
+    where known: a name that tells no family takes it, and one that tells another is not believed. Raises ValueError for
+    an unreadable header.
     """
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY])
@@ -128,5 +146,7 @@ def recipe_for_file(name: str, metadata: dict[str, str], family: str | None = No
 
 def _words(name: str) -> str:
     path = PurePath(name.replace("\\", "/"))
-    name = path.parent.name if path.stem.lower() in UNNAMED else path.stem
+    name, folder = path.stem, path.parent
+    if name.lower() in UNNAMED:  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
+        name = folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
     return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phased_consistency.samplers import Recipe, VPSchedule, output_from_x0_eps
+from phased_consistency.trainer.evaluation import trial as trials
 from phased_consistency.trainer.evaluation.metrics import (
     agreement,
     consistency,
@@ -128,17 +129,19 @@ def test_consistency_compares_fewer_steps_with_more(latents):
 
 
 class Knowing:
-    """A base that knows the one clean picture of every prompt, and counts how many points it is asked for."""
+    """A base that knows the one clean picture of every prompt, counts how many points it is asked for, and remembers
+    the noise in them."""
 
     device, prediction, schedule = torch.device("cpu"), "epsilon", VPSchedule.from_betas()
 
     def __init__(self):
-        self.asked, self.network = 0, SimpleNamespace()
+        self.asked, self.network, self.noises = 0, SimpleNamespace(), []
 
     def denoise(self, x, tick, condition):
         self.asked += len(x)
         levels = self.schedule.alpha(tick), self.schedule.sigma(tick)
         eps = (x - levels[0].view(-1, 1, 1, 1) * condition["picture"]) / levels[1].view(-1, 1, 1, 1)
+        self.noises.append(eps)
         return output_from_x0_eps(condition["picture"], eps, *levels, self.prediction)
 
     @staticmethod
@@ -149,7 +152,7 @@ class Knowing:
 @pytest.fixture
 def known():
     pictures = torch.randn(3, 4, 8, 8)
-    return Trial({"picture": pictures}, {"picture": pictures[:1]}, torch.randn(3, 4, 8, 8))
+    return Trial({"picture": pictures}, {"picture": pictures[:1]}, torch.randn(3, 4, 8, 8), seed=0)
 
 
 @pytest.mark.parametrize("gamma", [None, 0.5, 1.0])
@@ -158,6 +161,25 @@ def test_a_perfect_one_phase_model_is_consistent_across_steps(known, gamma):
     made = {n: known.latents(Setting("perfect", n, 1.0, gamma), base, recipe) for n in (1, 2, 4, 8)}
     assert paired_error(made[1], known.condition["picture"]) < 1e-5
     assert all(error < 1e-4 for row in consistency(made).values() for error in row.values())
+
+
+def test_no_two_draws_are_one_and_the_same_trial_draws_the_same(known, monkeypatch):
+    """The noise at the start and between the steps, of two batches, from seeds that follow each other."""
+    monkeypatch.setattr(trials, "PLACES", 2 * 8 * 8)  # two pictures at once
+    recipe = Recipe(family="sd15", mode="stochastic", phases=1)
+
+    def drawn(trial, steps):
+        base = Knowing()
+        trial.latents(Setting("perfect", steps, 1.0), base, recipe)
+        return torch.stack([torch.cat(base.noises[i::steps]) for i in range(steps)])  # step, picture
+
+    whole = Trial(known.condition, known.null, torch.empty(3, 4, 8, 8), seed=0)
+    first, other = (drawn(whole.with_noise(seed), 3) for seed in (0, 1))
+    pictures = torch.cat([first, other]).flatten(0, 1).flatten(1)
+    distances = torch.cdist(pictures, pictures)
+    assert (distances + 100 * torch.eye(len(pictures))).min() > 10, "of noises of 256 numbers: about 22"
+    assert torch.equal(drawn(whole.with_noise(0), 3), first)
+    assert torch.allclose(drawn(whole.with_noise(0), 2), first[:2], atol=1e-3), "one gamma, one noise"
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

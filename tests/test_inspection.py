@@ -1,5 +1,6 @@
 """Checking SD3 LoRAs and sampling with them, as `pcm check` and `pcm sample` do."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,20 @@ def test_a_recipe_of_epsilon_tells_nothing_and_a_mismatch_is_warned_of(tiny_base
     assert "made for a base that predicts epsilon; base.safetensors predicts v_prediction" in warnings[0]
     warnings = grid(load_for_sample(TINY, "fp32", lora), lora, tmp_path / "eps.png")["warnings"]
     assert not any("predicts" in warning for warning in warnings)
+
+
+def test_the_recipes_strength_is_what_it_is_sampled_at(pcm, tmp_path):
+    def draw(lora, *options):
+        size = ("--steps", "1", "--resolution", "32")
+        out = ("--out", tmp_path / "g.png", "--json")
+        run = pcm("sample", "--base", TINY, "--lora", lora, "--prompt", "a red star", *size, *out, *options)
+        return json.loads(run.out)["strength"], (tmp_path / "g.png").read_bytes()
+
+    weak = tiny_lora(tmp_path / "weak.safetensors", strength=0.25)
+    assert draw(weak) == draw(weak, "--strength", "0.25") != draw(weak, "--strength", "1")
+    assert draw(weak)[0] == 0.25
+    assert draw(weak, "--strength", "0")[0] == 0, "which is none, and not the recipe's"
+    assert draw(tiny_lora(tmp_path / "plain.safetensors"))[0] == 1
 
 
 @pytest.fixture(scope="module")

@@ -77,9 +77,9 @@ def test_published_lcmlike_files(family):
 
 
 @pytest.mark.parametrize(("name", "steps", "shift", "levels"), SD3_FILES)
-@pytest.mark.parametrize("prefix", ["", "half_"])
-def test_published_sd3_files(prefix, name, steps, shift, levels):
-    recipe = known(prefix + name)
+@pytest.mark.parametrize("renamed", ["{}", "half_{}", "pcm_sd3_{}"])
+def test_published_sd3_files(renamed, name, steps, shift, levels):
+    recipe = known(renamed.format(name.removeprefix("pcm_") if "sd3" in renamed else name))
     assert (recipe.family, recipe.prediction, recipe.mode) == ("sd3", "flow", "deterministic")
     assert (recipe.steps, recipe.shift, recipe.guidance) == (steps, shift, 1.2)
     assert [tick / 1000 for tick in recipe.grid().plan().ticks[:-1]] == levels
@@ -87,9 +87,9 @@ def test_published_sd3_files(prefix, name, steps, shift, levels):
     assert sigmas.item() == pytest.approx({1.0: 0.5, 3.0: 0.75}[shift])
 
 
-@pytest.mark.parametrize("name", ["pcm_stochastic_shift3", "pdm_stochastic_shift3", "half_pcm_stochastic_shift3"])
+@pytest.mark.parametrize("name", ["pcm", "pdm", "half_pcm", "pcm_sd3"])
 def test_published_stochastic_sd3_file(name):
-    recipe = known(name)
+    recipe = known(f"{name}_stochastic_shift3")
     assert (recipe.family, recipe.mode, recipe.phases, recipe.steps, recipe.shift) == ("sd3", "stochastic", 1, 4, 3.0)
     assert recipe.grid().plan(4).ticks == (1000, 760, 500, 260, 0)
 
@@ -144,6 +144,33 @@ def test_published_files_of_other_methods(name, family, method, sampled, cfg):
     assert recipe.warnings(recipe.steps, recipe.guidance, family) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        *((n, "lcm-lora-sdxl") for n in ("lcmlorasdxl", "lcm sdxl", "SDXL_LCM_rank64_fp16", "sdxl lcm-lora mine")),
+        *((n, "lcm-lora-sdv1-5") for n in ("lcm_sd15", "LCM-SDv1.5", "sd15-lcm-v2")),
+        *((n, "TCD-SDXL-LoRA") for n in ("sdxl_tcd_fp16", "mine_TCD-SDXL-LoRA")),
+        *(
+            (n, "sdxl_lightning_4step_lora")
+            for n in ("sdxl_4step_lightning", "SDXL_lightning_lora_4steps_rank64", "mine_sdxl_lightning_4step")
+        ),
+    ],
+)
+def test_names_that_people_give_to_published_files(name, published):
+    assert known(name) == known(published)
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_files_in_the_hugging_face_cache_go_by_their_repository(slash):
+    def cached(repository, file):
+        return slash.join(("hub", f"models--{repository}", "snapshots", "a" * 40, file))
+
+    assert known(cached("latent-consistency--lcm-lora-sdxl", "pytorch_lora_weights")) == known("lcm-lora-sdxl")
+    assert known(cached("jasperai--flash-sd", "pytorch_lora_weights")) == known("flash-sd")
+    assert known(cached("someone--mine", "lcm-lora-sdxl")) == known("lcm-lora-sdxl")
+    assert recipe_for_file(cached("someone--mine", "pytorch_lora_weights.safetensors"), {}, "sdxl") is None
+
+
 def test_the_files_own_family_wins_over_its_name():
     assert known("lcm-lora-sdv1-5") == recipe_for_file("lcm-lora-sdv1-5.safetensors", {}, "sd15")
     assert recipe_for_file("lcm.safetensors", {}, "sdxl") == known("lcm-lora-sdxl")
@@ -188,6 +215,9 @@ def test_a_known_file_is_known_in_any_folder(folder):
         # other models' files of the same methods, and files of no family
         *("Hyper-FLUX.1-dev-8steps-lora", "Qwen-Image-Lightning-4steps-V1.0", "Wan2.2-Lightning_T2V-4steps-lora"),
         *("lcm_lora", "tcd", "lightning_4step_lora", "pytorch_lora_weights"),
+        # styles and the like with a method's name in theirs
+        *(f"sdxl_{method}_style_watercolor" for method in ("lcm", "tcd")),
+        *("lightning_strikes_8step_tutorial_sdxl", "8step_lightning_strikes_sdxl", "sdxl_lightning_style_4"),
     ],
 )
 def test_unknown_files_have_no_recipe(name):

@@ -17,6 +17,8 @@ from phased_consistency.trainer.evaluation.contestants import (
     find_contestants,
     teacher_guidance,
     teacher_settings,
+    tells_most,
+    unique_names,
 )
 from phased_consistency.trainer.evaluation.features import (
     INCEPTION,
@@ -112,6 +114,24 @@ def test_the_same_again_is_the_same(pcm, lora, prompts, tmp_path, without_plots)
     assert report("once") == report("again") != report("seed", 1)
 
 
+def test_a_report_whose_settings_all_cost_as_much_as_its_reference(pcm, lora, tmp_path, monkeypatch):
+    """They are drawn, and the figures are written before any plot can fail."""
+
+    def fail(report, out):
+        raise RuntimeError("no plots")
+
+    monkeypatch.setattr(reporting.plots, "draw", fail)
+    options = ("--guidance", "1", "--steps", "4", "--features", "latents", "--out", tmp_path / "r")
+    run = pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL[2:], *options)
+    assert run.code == 1 and "no plots" in run.err and (tmp_path / "r" / "report.md").exists()
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert {row["evaluations"] for row in report["rows"]} == {4} == {report["reference"]["evaluations"]}
+    panel = reporting.plots._quality(report, {lora.stem: "C0"}).axes[0]
+    assert {line.get_label() for line in panel.lines} == {
+        row["who"] + ", CFG 1" * (row["name"] == "teacher") for row in report["rows"][1:]
+    }
+
+
 def test_metrics_that_are_absent_are_named_and_the_rest_is_made(pcm, lora, tmp_path, monkeypatch, without_plots):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr("phased_consistency.trainer.evaluation.features.find_spec", lambda name: True)
@@ -137,6 +157,17 @@ def test_every_asked_space_absent_still_makes_the_rest(pcm, lora, tmp_path):
     assert pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL, *options).code == 0
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["features"] == {} and report["rows"][1]["paired_error"] > 0 and report["left_out"]
+
+
+def test_spaces_of_one_name_are_told_apart(clip, tmp_path):
+    second = tmp_path / clip.name
+    CLIPVisionModelWithProjection.from_pretrained(clip).save_pretrained(second)
+    found, _ = find_features([str(clip), "pixels", str(second)], CPU)
+    assert [space.name for space in found] == ["tiny-clip", "pixels", "tiny-clip (2)"]
+
+
+def test_names_are_never_given_twice():
+    assert unique_names(["a", "b", "a (2)", "a", "a"], taken=["b"]) == ["a", "b (2)", "a (2)", "a (3)", "a (4)"]
 
 
 def test_torchmetrics_that_is_not_installed(monkeypatch):
@@ -222,8 +253,36 @@ def copy(lora, path, **recipe):
 
 def test_loras_that_read_the_base_differently(lora, tmp_path):
     v = copy(lora, tmp_path / "v.safetensors", prediction="v_prediction")
-    with pytest.raises(ValueError, match="want the base read in different ways .*v: v_prediction"):
+    with pytest.raises(ValueError, match=rf"different ways \({lora.stem}: epsilon; v: v_prediction\)\. Make a report"):
         find_contestants([lora, v], "sd15", [4])
+    snr = copy(lora, tmp_path / "snr.safetensors", prediction="v_prediction", zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=r"\(v: no zero terminal SNR; snr: zero terminal SNR\)"):
+        find_contestants([v, snr], "sd15", [4])
+
+
+def test_a_known_file_says_epsilon_by_default_alone(lora, tmp_path, monkeypatch):
+    """Beside a v-prediction LoRA it is no contradiction, and the base is loaded by the one that tells."""
+    plain, known = copy(lora, tmp_path / "mine.safetensors"), copy(lora, tmp_path / "lcm-lora-sdv1-5.safetensors")
+    v = copy(lora, tmp_path / "v.safetensors", prediction="v_prediction")
+    found = find_contestants([plain, known, v], "sd15", [4])
+    assert [c.recipe and c.recipe.source for c in found] == [None, "known file", "header"]
+    assert tells_most(found[:1]).file == plain and tells_most(found[:2]).file == known
+    loaded = []
+    monkeypatch.setattr(reporting, "load_for_sample", lambda base, dtype, lora, **_: loaded.append(lora) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reporting.evaluate(TINY, [plain, known, v], tmp_path / "r", steps=[4], pictures=2, features=["latents"])
+    assert loaded == [v]
+
+
+def test_known_files_of_other_shifts(tmp_path):
+    """Their shift is theirs, by header or not."""
+    tensors = {f"transformer.pos_embed.proj.lora_{part}.weight": torch.zeros(1, 1, 1, 1) for part in "AB"}
+    names = ("pcm_deterministic_4step_shift1", "pcm_deterministic_4step_shift3")
+    files = [tmp_path / f"{name}.safetensors" for name in names]
+    for file in files:
+        save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"{names[0]}: shift 1; {names[1]}: shift 3"):
+        find_contestants(files, "sd3", [4])
 
 
 def test_a_lora_without_a_recipe_and_one_with_cfg(pcm, lora, tmp_path, without_plots):

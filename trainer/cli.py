@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Distil Phased Consistency LoRAs from your own checkpoint, sample with them, and look inside them.",
+    help="Train few-step LoRAs (phased consistency and its relatives) on your own checkpoint; sample and compare them.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Base = Annotated[
@@ -43,7 +43,7 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil a LoRA. The same command goes on where a stopped run left off.
+    """Train a few-step LoRA. The same command goes on where a stopped run left off.
 
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
@@ -85,7 +85,7 @@ def sample(
     steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
     guidance: Annotated[float, typer.Option(help="CFG scale, 1 is none; default: what the LoRA wants, or 7.5.")] = None,
     negative: Annotated[str, typer.Option(help="For guidance above 1; default: what the base has for none.")] = None,
-    strength: Annotated[float, typer.Option(help="LoRA strength.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Of the LoRA; default: what it wants, else 1.")] = None,
     gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.")] = None,
     seed: int = 0,
     resolution: Resolution = None,

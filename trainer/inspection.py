@@ -188,16 +188,23 @@ def sample_grid(
     steps: list[int],
     guidance: float | None,
     negative: str | None,
-    strength: float,
+    strength: float | None,
     gamma: float | None,
     seed: int,
     resolution: int | None,
 ) -> dict[str, Any]:
-    """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings."""
+    """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings.
+
+    guidance, strength, gamma: None is the recipe's. Without a recipe they are those of the base alone, and strength 1.
+    """
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
-    recipe = install_whole(lora, base, strength) if lora else None
+    recipe = recipe_of(header_of_family(lora, base.name)) if lora else None
     usual = recipe or base.alone
+    if strength is None:
+        strength = recipe.strength if recipe else 1.0
+    if lora:
+        install_whole(lora, base, strength)
     grid = usual.grid()
     guidance = usual.guidance if guidance is None else guidance
     gamma = usual.gamma if gamma is None else gamma
@@ -215,8 +222,8 @@ def sample_grid(
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
-    told = recipe and asdict(recipe)
-    return {"out": str(out), "rows": rows, "recipe": told, "warnings": list(dict.fromkeys(warnings))}
+    facts = {"out": str(out), "rows": rows, "strength": strength if lora else None}
+    return facts | {"recipe": recipe and asdict(recipe), "warnings": list(dict.fromkeys(warnings))}
 
 
 def mismatches(recipe: Recipe | None, base: Base) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 
 from ...samplers import Recipe
@@ -17,6 +17,7 @@ from ..tiny.scenes import Scene, held_out_scenes
 from .trial import SOLVERS, TEACHER, TRAILING, Setting
 
 GUIDANCE, TINY_GUIDANCE = 7.5, 4.0  # of the teacher, where no LoRA tells
+READ = ("prediction", "snr", "shift")  # how a base is read, see `_reading`
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,43 @@ def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[C
     at these steps, and for two that need the base read in different ways.
     """
     found = []
-    for file, name in zip(files, _names(files), strict=True):
+    for file, name in zip(files, unique_names((file.stem for file in files), taken=[TEACHER]), strict=True):
         header = header_of_family(file, family)
         recipe = recipe_of(header)
         for n in steps:
             (recipe.grid() if recipe else TRAILING).plan(n)
         found.append(Contestant(file, name, recipe, _distilled_guidance(header.metadata, recipe)))
-    readings = {(c.recipe.prediction, c.recipe.zero_terminal_snr, c.recipe.shift) for c in found if c.recipe}
-    if len(readings) > 1:
-        told = "; ".join(f"{c.name}: {c.recipe.prediction}, shift {c.recipe.shift}" for c in found if c.recipe)
+    readings = [(c.name, _reading(c.recipe)) for c in found if c.recipe]
+    if differ := [key for key in READ if len({told[key] for _, told in readings if key in told}) > 1]:
+        ways = [(name, ", ".join(told[key] for key in differ if key in told)) for name, told in readings]
+        told = "; ".join(f"{name}: {way}" for name, way in ways if way)
         raise ValueError(f"These LoRAs want the base read in different ways ({told}). Make a report for each.")
     return found
 
 
-def _names(files: list[Path]) -> list[str]:
-    """File names without ending, with a number where they are the same, and never the teacher's."""
-    seen: Counter[str] = Counter([TEACHER])
-    names = []
-    for stem in (file.stem for file in files):
-        seen[stem] += 1
-        names.append(stem if seen[stem] == 1 else f"{stem} ({seen[stem]})")
-    return names
+def _reading(recipe: Recipe) -> dict[str, str]:
+    """What a recipe tells of its base, in words. A known file's "epsilon" is what it has by default, and tells nothing;
+    a shift is told wherever there is one."""
+    told = {} if recipe.shift is None else {"shift": f"shift {recipe.shift:g}"}
+    if recipe.source == "header":
+        snr = "zero terminal SNR" if recipe.zero_terminal_snr else "no zero terminal SNR"
+        told |= {"prediction": recipe.prediction, "snr": snr}
+    return told
+
+
+def tells_most(contestants: list[Contestant]) -> Contestant:
+    """The one to load the base by: the first with a recipe in its header, else the first with any, else the first."""
+    return max(contestants, key=lambda c: 0 if c.recipe is None else 1 + (c.recipe.source == "header"))
+
+
+def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, with a number where one is taken or was given before."""
+    found, given = [], set(taken)
+    for name in names:
+        numbered = chain([name], (f"{name} ({n})" for n in count(2)))
+        found.append(next(candidate for candidate in numbered if candidate not in given))
+        given.add(found[-1])
+    return found
 
 
 def _distilled_guidance(metadata: dict[str, str], recipe: Recipe | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..families.loading import has_clip_words
+from .contestants import unique_names
 
 THUMBNAIL = 32
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -35,7 +36,7 @@ class Features:
 
 
 def find_features(names: Iterable[str], device: torch.device) -> tuple[list[Features], list[str]]:
-    """The spaces of these names, and a sentence for each that cannot be had.
+    """The spaces of these names, no two called the same, and a sentence for each that cannot be had.
 
     A name is a key of `SPACES`, or the folder of a CLIP with a vision tower. Raises ValueError for one that is neither.
     """
@@ -47,7 +48,8 @@ def find_features(names: Iterable[str], device: torch.device) -> tuple[list[Feat
             found.append(SPACES[name](device) if name in SPACES else clip_vision(Path(name), device))
         except Absent as missing:
             left_out.append(f"Features {name}: {missing}")
-    return found, left_out
+    names = unique_names(space.name for space in found)
+    return [replace(space, name=name) for space, name in zip(found, names, strict=True)], left_out
 
 
 def latents(_: torch.device) -> Features:

@@ -20,7 +20,7 @@ class GuidanceTrial:
 
     def __init__(self, trial: Trial, base: Base, prompts: list[str], reference: Setting, made: Tensor | None = None):
         self.base, self.trial, self.setting = base, trial, reference
-        self.avoiding = Trial(trial.condition, base.encode_prompts(prompts[1:] + prompts[:1]), trial.noise)
+        self.avoiding = replace(trial, null=base.encode_prompts(prompts[1:] + prompts[:1]))
         self._made = {} if made is None else {(reference.guidance, False): made}
 
     def reference(self, guidance: float, avoiding: bool = False) -> Tensor:

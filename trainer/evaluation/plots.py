@@ -41,7 +41,7 @@ def _panels(number: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
     """A panel for each figure over evaluations; the reference itself is where the errors are 0."""
-    rows = [row for row in report["rows"] if row["evaluations"] < report["reference"]["evaluations"]]
+    reference, *rows = report["rows"]
     panels: list[tuple[str, Callable[[Row], float | None], float | None, bool]] = [
         ("paired error", lambda r: r["paired_error"], None, True)
     ]
@@ -50,9 +50,9 @@ def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
             value = lambda r, name=name, kind=kind: r["distances"][name][kind]  # noqa: E731
             panels.append((f"{title}, {name}", value, level[kind], True))
     for key, title in (("clip_score", "CLIP score"), ("prompt_followed", "share of prompts followed")):
-        if key in rows[0]:
-            panels.append((title, lambda r, key=key: r[key], report["rows"][0][key], False))
-    for name, teacher in report["rows"][0]["diversity"].items():
+        if key in reference:
+            panels.append((title, lambda r, key=key: r[key], reference[key], False))
+    for name, teacher in reference["diversity"].items():
         share = lambda r, name=name, teacher=teacher: r["diversity"][name] / teacher if "diversity" in r else None  # noqa: E731
         if teacher:
             panels.append((f"seed diversity, {name} (1: reference)", share, 1.0, False))

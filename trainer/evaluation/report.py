@@ -34,6 +34,7 @@ from .contestants import (
     find_contestants,
     teacher_guidance,
     teacher_settings,
+    tells_most,
 )
 from .features import Absent, ClipScore, Features, find_features
 from .guidance import GuidanceTrial
@@ -120,7 +121,7 @@ def evaluate(
     spaces, left_out = find_features(features or FEATURES, device)
     scorer = _clip_score(clip, device, left_out)
     guidance = teacher_guidance(contestants, base) if guidance is None else guidance
-    loaded = load_for_sample(base, dtype, loras[0], **loading)
+    loaded = load_for_sample(base, dtype, tells_most(contestants).file, **loading)
     warnings = [line for c in contestants for line in _fits(c, loaded, guidance)]
 
     judge = Judge(loaded, spaces, scorer, chosen)
@@ -185,7 +186,7 @@ class Contest:
                 self._make(setting)
 
     def _make(self, setting: Setting, recipe: Recipe | None = None) -> None:
-        self.say(f"{setting.who}, {_cost(setting)}")
+        self.say(", ".join((setting.who, *_cost(setting))))
         self.made[setting] = self.trial.latents(setting, self.base, recipe)
         self.looks[setting] = self.judge.look(self.made[setting])
 
@@ -300,6 +301,8 @@ def _write(out: Path, report: dict[str, Any], contest: Contest, prompts: list[st
     """report.json, report.md, grid.png and the plots. The grid leaves out what shows nothing new: the teacher without
     guidance, and other solvers than DDIM at one step, where they are all the same."""
     out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "report.md", markdown(report))
     guided, single = contest.reference.guidance, Setting(TEACHER, 1, contest.reference.guidance)
     shown = lambda s: s.guidance == guided and (s.steps > 1 or s == single)  # noqa: E731
     order = sorted(contest.made, key=lambda s: (s != contest.reference, s.evaluations, s.name == TEACHER))
@@ -307,17 +310,16 @@ def _write(out: Path, report: dict[str, Any], contest: Contest, prompts: list[st
     side = min(CELL, rows[0][1].shape[-1])
     save_image(draw_grid(rows, prompts[:SHOWN], max(96, side)), out / "grid.png")
     plots.draw(report, out)
-    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text(out / "report.md", markdown(report))
 
 
 def _wrapped(setting: Setting) -> str:
     """A label for the grid's narrow margin."""
     who = "\n".join(textwrap.wrap(setting.who, 19, break_on_hyphens=False))
-    steps, guidance, evaluations = _cost(setting).split(", ")
+    steps, guidance, evaluations = _cost(setting)
     return f"{who}\n{steps}, {guidance}\n{evaluations}"
 
 
-def _cost(setting: Setting) -> str:
+def _cost(setting: Setting) -> tuple[str, str, str]:
+    """Its steps, its CFG and its evaluations, in words."""
     evaluations = f"{setting.evaluations} evaluation{'s' * (setting.evaluations > 1)}"
-    return f"{count_steps(setting.steps)}, CFG {setting.guidance:g}, {evaluations}"
+    return count_steps(setting.steps), f"CFG {setting.guidance:g}", evaluations

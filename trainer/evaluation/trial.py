@@ -12,6 +12,7 @@ from ...samplers import PhaseGrid, Recipe
 from ...samplers.phases import count_steps
 from ...samplers.schedule import TICKS
 from ..adapter import bare
+from ..batches import seed_of
 from ..families import Base, Condition
 from ..generate import generate
 from ..objectives import tells_target_time
@@ -23,6 +24,7 @@ SOLVERS = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM-Solver++(2M)"}
 TRAILING = PhaseGrid(points=1000, phases=1, from_noise=True)
 # How many latent places (h * w) are sampled at once: 64 pictures of the tiny bases, 4 of SD1.5, 1 of SDXL.
 PLACES = 64 * 16 * 16
+FRESH = -2  # in a seed: of the noise between steps. The batches of training have ranks from -1 on there.
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ class Trial:
     """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w).
 
     null: what guidance subtracts, (1, ...) for all or (N, ...) for each its own.
+    seed: of the noise, and of what a stochastic setting draws between its steps, which settings of one gamma share.
     """
 
     condition: Condition
     null: Condition
     noise: Tensor
+    seed: int
 
     @classmethod
     def of(
@@ -116,16 +120,18 @@ class Trial:
         """
         empty = base.encode_prompts([negative or ""])
         shape = len(prompts), *base.latent_shape(resolution or base.default_resolution)
-        return cls(base.encode_prompts(prompts), empty if negative else base.null_condition(empty), _noise(shape, seed))
+        null = empty if negative else base.null_condition(empty)
+        return cls(base.encode_prompts(prompts), null, _noise(shape, seed), seed)
 
     def first(self, number: int) -> Trial:
         """The first `number` pictures alone."""
         null = {k: v[:number] for k, v in self.null.items()}
-        return Trial({k: v[:number] for k, v in self.condition.items()}, null, self.noise[:number])
+        condition = {k: v[:number] for k, v in self.condition.items()}
+        return Trial(condition, null, self.noise[:number], self.seed)
 
     def with_noise(self, seed: int) -> Trial:
-        """The same prompts, other noise."""
-        return replace(self, noise=_noise(self.noise.shape, seed))
+        """The same prompts, other noise: at the start and between the steps."""
+        return replace(self, noise=_noise(self.noise.shape, seed), seed=seed)
 
     def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:
         """Latents (N, C, h, w) made with this setting. A LoRA must be installed in the base, and needs its recipe."""
@@ -142,7 +148,8 @@ class Trial:
                 part = slice(at, at + batch)
                 rows = {k: v[part] for k, v in self.condition.items()}
                 null = {k: v[part] if len(v) > 1 else v for k, v in self.null.items()}
-                made.append(generate(base, rows, null, self.noise[part], ticks, setting.guidance, seed=at, **how).cpu())
+                how["seed"] = seed_of(self.seed, at, FRESH)
+                made.append(generate(base, rows, null, self.noise[part], ticks, setting.guidance, **how).cpu())
         return torch.cat(made)
 
 

@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(set(rows) - set(ROWS)):
         parser.error(f"no such rows: {', '.join(unknown)}; available: {', '.join(ROWS)}")
     runs = [(row, _config(row, seed, args)) for seed in seeds for row in rows]
-    for _, config in runs:
+    missing = [(row, config) for row, config in runs if not _figures_file(config).is_file()]
+    for _, config in missing:
         with ProgressBar() as bar:
             train(config, bar)
     contest = Contest(args.base, args.pictures)
-    for row, config in runs:
-        if not _figures_file(config).is_file():
-            write_text(_figures_file(config), json.dumps(contest.of_lora(row, config), indent=2) + "\n")
+    for row, config in missing:
+        write_text(_figures_file(config), json.dumps(contest.of_lora(row, config), indent=2) + "\n")
     if not args.no_report:
         report(args.out, contest, runs)
     return 0

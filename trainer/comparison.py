@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..samplers import Recipe
+from ..samplers.phases import count_steps
 from .checkpoint import write_text
 from .config import Config, load_config
 from .data import read_prompts
@@ -188,7 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ):
         groups = grouped(rows, figure)
         steps = sorted({n for of_steps in groups.values() for n in of_steps})
-        lines = [f"**{title}**", "", f"| | how | {' | '.join(f'{n} steps' for n in steps)} |"]
+        lines = [f"**{title}**", "", f"| | how | {' | '.join(map(count_steps, steps))} |"]
         lines.append("|---" * (2 + len(steps)) + "|")
         for (name, how), of_steps in groups.items():
             cells = " | ".join(_cell(of_steps[n]) if n in of_steps else "" for n in steps)

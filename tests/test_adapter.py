@@ -144,7 +144,7 @@ def test_load_refuses_another_adapters_weights():
         ({n: w for n, w in before.items() if n != name}, 1),
         (before | {"elsewhere.lora_A": torch.zeros(1)}, 1),
     ):
-        with pytest.raises(ValueError, match=f"for another adapter: {count} tensors differ, such as"):
+        with pytest.raises(ValueError, match=f"of another run: {count} tensors differ, such as"):
             adapter.load(wrong)
     assert all(torch.equal(before[n], w) for n, w in adapter.state().items())
 

@@ -76,6 +76,11 @@ class PhaseGrid:
         """The neighbouring solver point, one teacher step cleaner."""
         return tick - self.ticks // self.points
 
+    def nearest(self, tick: float) -> int:
+        """The solver point nearest to a tick, or 0, the clean end."""
+        width = self.ticks // self.points
+        return width * round(tick / width)
+
     def target(self, tick: Tensor) -> Tensor:
         """The edge that a start tick (1..T, any shape) is mapped to: the highest edge below it."""
         edges = torch.tensor(self.edges, device=tick.device)

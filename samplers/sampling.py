@@ -15,6 +15,7 @@ from torch import Tensor
 from .schedule import Schedule, VPSchedule, eps_of, extrapolated, jump, renoise
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+Projection = Callable[[Tensor, int], Tensor]  # x0 and the number of steps still to come -> x0 as it may be
 
 
 def seeded_noise(x: Tensor, seed: int) -> NoiseSampler:
@@ -38,6 +39,7 @@ def sample_phased(
     schedule: Schedule,
     gamma: float = 0.0,
     min_alpha: float = 0.0,
+    project: Projection | None = None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Phase jumps from edge to edge (PCM, arXiv 2405.18407, Sec. 3.1), with TCD's noise (arXiv 2402.19159, Alg. 4).
@@ -45,7 +47,8 @@ def sample_phased(
     Each step jumps to level p between the next level n and the clean end, then re-noises from p to n:
     tick_p = (1 - gamma) * tick_n. gamma 0 lands on n with no noise (DDIM, PCM's deterministic mode); gamma 1 takes all
     noise fresh (LCM's). min_alpha: the clamp that `x0_eps_from_output` has, for a model that hands back the unclamped
-    x0 as the host's do. `disable` is the host's progress-bar switch and is not used here.
+    x0 as the host's do. project: what every x0 must agree with (`editing`); eps is then the noise that x holds beside
+    the projected x0. `disable` is the host's progress-bar switch and is not used here.
     Raises ValueError for gamma outside [0, 1], for gamma > 0 without a `noise_sampler` or a seed in `extra_args`, and
     for a min_alpha on a flow schedule.
     """
@@ -63,6 +66,9 @@ def sample_phased(
         x0 = model(x, sigma * x.new_ones(x.shape[0]), **extra_args).float()
         eps = (x - schedule.k_alpha(sigma) * x0) / sigma
         x0 = x0 * clamp_factor(schedule, sigma, min_alpha)
+        if project is not None:
+            x0 = project(x0, len(sigmas) - 2 - i)
+            eps = (x - schedule.k_alpha(sigma) * x0) / sigma
         _report(callback, x, i, sigma, x0)
         if sigma_next == 0:
             x = x0

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..samplers import sample_dpmpp_2m, sample_phased, x0_eps_from_output
+from ..samplers.editing import noised
+from ..samplers.sampling import NoiseSampler, Projection
 from .families import Base, Condition
 
 
@@ -58,19 +60,25 @@ def generate(
     seed: int | None = None,
     solver: str = "ddim",
     target_time: bool = False,
+    start: Tensor | None = None,
+    project: Projection | None = None,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) sampled from unit noise like them at the levels `ticks`, with the adapter as it stands.
 
     solver: "dpm++" is DPM-Solver++(2M), which knows neither gamma nor min_alpha; any other is first order, the phase
     jump that DDIM and Euler are too. target_time: tell the network where each jump ends, if it has an input for it, as
-    the objective of the same class variable trained it.
+    the objective of the same class variable trained it. start: clean latents that the noise is put on, for an edit.
+    project, noise_sampler: see `sample_phased`.
     """
     schedule, device = base.schedule, base.device
     sigmas = schedule.k_sigma(torch.tensor(ticks)).to(device)
-    x = noise.to(device) / schedule.k_scale(sigmas[0])
+    noise = noise.to(device)
+    x = noised(torch.zeros_like(noise) if start is None else start.to(device), noise, sigmas[0], schedule)
     ends = {tick: round((1 - gamma) * end) for tick, end in zip(ticks[:-1], ticks[1:], strict=True)}
     model = sampling_model(base, condition, null, guidance, ends if target_time else None)
     if solver == "dpm++":
         return sample_dpmpp_2m(model, x, sigmas, schedule=schedule)
     extra = {} if seed is None else {"seed": seed}
-    return sample_phased(model, x, sigmas, schedule=schedule, gamma=gamma, min_alpha=min_alpha, extra_args=extra)
+    how = {"gamma": gamma, "min_alpha": min_alpha, "project": project, "noise_sampler": noise_sampler}
+    return sample_phased(model, x, sigmas, schedule=schedule, extra_args=extra, **how)

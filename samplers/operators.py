@@ -1,0 +1,234 @@
+"""What an edit knows of a picture: operators that project any picture onto those that agree with it.
+
+Pictures are (B, 3, H, W) in [0, 1], in fp32. `project` is idempotent; what it must keep it keeps exactly, before the
+picture is rounded to 8 bits. These are the consistency-models paper's (A, Omega) of each task (arXiv 2303.01469, Alg. 4
+and App. D) in closed form, with the result pulled back into [0, 1] where plain clipping would break what was kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = torch.tensor([0.2989, 0.5870, 0.1140]) / (0.2989 + 0.5870 + 0.1140)  # of red, green, blue
+
+
+class Operator(ABC):
+    """One edit of one batch of pictures.
+
+    start: (B, 3, H, W) the picture that the edit begins with, as large as its result.
+    alpha: (B, 1, H, W) the result's transparency, from pictures that have one; None for others.
+    """
+
+    start: Tensor
+    alpha: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return tuple(self.start.shape[-2:])
+
+    def project(self, image: Tensor) -> Tensor:
+        """The picture next to `image` (B, 3, H, W) that agrees with what is known.
+
+        Raises ValueError for a picture of another size.
+        """
+        if tuple(image.shape[-2:]) != self.size:
+            raise ValueError(f"A picture of {size_text(image)} was given to an edit of {size_text(self.start)}.")
+        return self._project(image.float())
+
+    @abstractmethod
+    def _project(self, image: Tensor) -> Tensor:
+        """`project` of a picture of the right size."""
+
+    def finish(self, image: Tensor) -> Tensor:
+        """The result from the last decoded picture: projected, within [0, 1], and with its transparency, if any."""
+        result = self._composite(self.project(image.clamp(0, 1)).clamp(0, 1))
+        return (
+            result
+            if self.alpha is None
+            else torch.cat([result, self.alpha.to(result).expand(len(result), -1, -1, -1)], 1)
+        )
+
+    def _composite(self, image: Tensor) -> Tensor:
+        return image
+
+
+class Identity(Operator):
+    """Nothing is kept but where the edit starts: strokes, variations."""
+
+    def __init__(self, picture: Tensor):
+        self.start, self.alpha = rgb_and_alpha(picture)
+
+    def _project(self, image: Tensor) -> Tensor:
+        return image
+
+
+class Inpaint(Operator):
+    """What is outside the hole stays, pixel for pixel.
+
+    picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1 both are
+    blended in the result. grow: pixels around the mask that are drawn too, and blended so that no seam shows.
+    Raises ValueError for a mask of another size or number, and for a negative grow.
+    """
+
+    def __init__(self, picture: Tensor, mask: Tensor, grow: int = 8):
+        image, self.alpha = rgb_and_alpha(picture)
+        mask = (mask[:, None] if mask.ndim == 3 else mask).float().clamp(0, 1)
+        if mask.shape[-2:] != image.shape[-2:]:
+            raise ValueError(
+                f"The mask is {size_text(mask)} and the picture {size_text(image)}: they must be of one size. "
+                "Scale the mask to the picture, or draw it on the picture itself."
+            )
+        if 1 != len(mask) != len(image) != 1:
+            raise ValueError(f"{len(mask)} masks for {len(image)} pictures: give one mask, or one for each picture.")
+        if grow < 0:
+            raise ValueError(f"grow is {grow}; the mask can only be made larger: 0 or more pixels.")
+        blur = grow // 2
+        self.weight = _box_blur(_dilate(mask, grow - blur), blur)  # of the new picture: 1 on the mask, 0 beyond grow
+        self.hole = (self.weight > 0).float()
+        self.known = image
+        self.start = fill(image, self.hole)
+
+    def _project(self, image: Tensor) -> Tensor:
+        return torch.where(self.hole.to(image.device) > 0, image, self.known.to(image))
+
+    def _composite(self, image: Tensor) -> Tensor:
+        known, weight = self.known.to(image), self.weight.to(image)
+        return torch.where(weight > 0, known + weight * (image - known), known)
+
+    def cells(self, factor: int, canvas: tuple[int, int]) -> Tensor:
+        """(B, 1, h, w) which latent cells to draw, 1 for those that hold any pixel of the hole.
+
+        factor: pixels a cell. canvas: height and width of the encoded picture; what it has beyond this one is no hole.
+        """
+        right, below = (have - own for have, own in zip(canvas[::-1], self.size[::-1], strict=True))
+        return F.max_pool2d(F.pad(self.hole, (0, right, 0, below)), factor)
+
+
+def outpaint(picture: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, grow: int = 8) -> Inpaint:
+    """A picture with so many pixels more on its sides, as an inpainting of them; they are opaque.
+
+    Raises ValueError when there is none to add, or a negative number of them.
+    """
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    if min(sides.values()) < 0 or not any(sides.values()):
+        raise ValueError(f"Outpainting adds pixels on at least one side; got {sides}.")
+    pads = (left, right, top, bottom)
+    image, alpha = rgb_and_alpha(picture)
+    mask = F.pad(torch.zeros_like(image[:, :1]), pads, value=1.0)
+    wider = F.pad(image, pads)
+    if alpha is not None:
+        wider = torch.cat([wider, F.pad(alpha, pads, value=1.0)], 1)
+    return Inpaint(wider, mask, grow)
+
+
+class Colorize(Operator):
+    """The luminance stays: LUMA's weighted sum of red, green, blue. What is drawn brings the colours.
+
+    The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y, B - Y); a
+    pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it is.
+    """
+
+    def __init__(self, picture: Tensor):
+        image, self.alpha = rgb_and_alpha(picture)
+        self.grey = luminance(image)
+        self.start = self.grey.expand(-1, 3, -1, -1)
+
+    def _project(self, image: Tensor) -> Tensor:
+        grey = self.grey.to(image)
+        shifted = image + (grey - luminance(image))
+        return _into_range(shifted, grey.expand_as(shifted), lambda room: room.amin(1, keepdim=True))
+
+
+class SuperResolution(Operator):
+    """Every block of factor x factor pixels keeps its mean: the pixel of the small picture.
+
+    picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is added to the
+    whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a time.
+    Raises ValueError for a factor that is no whole number of at least 1.
+    """
+
+    def __init__(self, picture: Tensor, factor: int = 2):
+        if factor != int(factor) or factor < 1:
+            raise ValueError(f"factor is {factor}; it must be a whole number, 1 or more.")
+        self.factor = int(factor)
+        self.low, alpha = rgb_and_alpha(picture)
+        self.start = self._project(F.interpolate(self.low, scale_factor=float(self.factor), mode="bicubic"))
+        self.alpha = None if alpha is None else self._enlarged(alpha)
+
+    def _project(self, image: Tensor) -> Tensor:
+        low = self.low.to(image)
+        shifted = image + self._enlarged(low - F.avg_pool2d(image, self.factor))
+        least = lambda room: self._enlarged(-F.max_pool2d(-room, self.factor))  # noqa: E731
+        return _into_range(shifted, self._enlarged(low), least)
+
+    def _enlarged(self, small: Tensor) -> Tensor:
+        return small.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
+
+
+def rgb_and_alpha(picture: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, 1, 3 or 4, H, W) or, grey, (B, H, W) -> RGB within [0, 1] in fp32, and the fourth channel, or None.
+
+    Raises ValueError for another shape, an empty picture, and numbers that are not finite.
+    """
+    picture = picture[:, None] if picture.ndim == 3 else picture
+    if picture.ndim != 4 or picture.shape[1] not in (1, 3, 4) or not picture.numel():
+        raise ValueError(
+            f"Pictures must be (batch, 1, 3 or 4 channels, height, width), none of them 0; got {tuple(picture.shape)}."
+        )
+    if not picture.isfinite().all():
+        raise ValueError(f"The picture of {size_text(picture)} holds numbers that are not finite.")
+    picture = picture.float().clamp(0, 1)
+    rgb = picture[:, :3] if picture.shape[1] > 1 else picture.expand(-1, 3, -1, -1)
+    return rgb, picture[:, 3:] if picture.shape[1] == 4 else None
+
+
+def size_text(picture: Tensor) -> str:
+    """Width x height, as people write it."""
+    return f"{picture.shape[-1]}x{picture.shape[-2]}"
+
+
+def luminance(image: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    return (image * LUMA.to(image).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def fill(image: Tensor, hole: Tensor) -> Tensor:
+    """The picture with the hole (B, 1, H, W; 1 is unknown) filled by colours that flow in from its rim.
+
+    From coarse to fine: what is known is averaged until nothing is unknown, and handed back down. Grey where all is.
+    """
+    if not hole.any():
+        return image
+    if max(image.shape[-2:]) == 1:
+        return torch.where(hole > 0, 0.5, image)
+    known = F.avg_pool2d(1 - hole, 2, ceil_mode=True)
+    mean = F.avg_pool2d(image * (1 - hole), 2, ceil_mode=True) / known.clamp(min=1e-6)
+    coarse = fill(mean, (known == 0).float())
+    return torch.where(hole > 0, F.interpolate(coarse, image.shape[-2:], mode="bilinear"), image)
+
+
+def _into_range(image: Tensor, centre: Tensor, least: Callable[[Tensor], Tensor]) -> Tensor:
+    """The picture pulled toward a centre in [0, 1] by as little as brings it into [0, 1].
+
+    least: the smallest of the factors that pixels and channels must share, given back to each of them.
+    """
+    off = image - centre
+    room = torch.where(off > 0, 1 - centre, centre) / off.abs().clamp(min=1e-12)
+    return centre + least(room).clamp(max=1) * off
+
+
+def _dilate(mask: Tensor, radius: int) -> Tensor:
+    return F.max_pool2d(mask, 2 * radius + 1, 1, radius) if radius else mask
+
+
+def _box_blur(mask: Tensor, radius: int) -> Tensor:
+    if not radius:
+        return mask
+    padded = F.pad(mask, (radius,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, 2 * radius + 1, 1)

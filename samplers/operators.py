@@ -98,8 +98,7 @@ class Inpaint(Operator):
         return torch.where(self.hole.to(image.device) > 0, image, self.known.to(image))
 
     def _composite(self, image: Tensor) -> Tensor:
-        known, weight = self.known.to(image), self.weight.to(image)
-        return torch.where(weight > 0, known + weight * (image - known), known)
+        return torch.lerp(self.known.to(image), image, self.weight.to(image))  # exact at both ends
 
     def cells(self, factor: int, canvas: tuple[int, int]) -> Tensor:
         """(B, 1, h, w) which latent cells to draw, 1 for those that hold any pixel of the hole.

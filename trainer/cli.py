@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from .cli_edit import edit
+from .options import (
+    T5,
+    Base,
+    Configs,
+    Dtype,
+    Family,
+    Gamma,
+    Guidance,
+    Json,
+    Lora,
+    Negative,
+    Parts,
+    Resolution,
+    Seed,
+    Strength,
+    Tokenizer,
+    answer,
+)
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train few-step LoRAs (phased consistency and its relatives) on your own checkpoint; sample and compare them.",
+    help="Train few-step LoRAs (phased consistency and its relatives) on your own checkpoint; sample them, edit "
+    "pictures with them, compare them.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Base = Annotated[
-    str,
-    typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3."),
-]
-Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.")]
-Tokenizer = Annotated[str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.")]
 Settings = Annotated[
     list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
 ]
-Configs = Annotated[str, typer.Option(help="Folder of component configs, for an unusual single file.")]
-Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.")]
-Parts = Annotated[str, typer.Option(help="Diffusers folder that supplies what a single file lacks.")]
-T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.")]
-Resolution = Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")]
 
 
 @app.command()
@@ -62,7 +70,7 @@ def train(
         from .estimate import plan
 
         details = plan(config)
-        _print(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
+        answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
         return
     from .loop import train as run
     from .progress import ProgressBar
@@ -73,7 +81,7 @@ def train(
     except KeyboardInterrupt:  # before the first update; later ones are the run's own to handle
         raise RuntimeError("Interrupted. What was cached is kept; the same command goes on from there.") from None
     made = "base" if path.is_dir() else "lora"
-    _print({made: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
+    answer({made: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
 
 
 @app.command()
@@ -81,13 +89,13 @@ def sample(
     base: Base,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several columns.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    lora: Annotated[Path, typer.Option(help="LoRA to sample with.")] = None,
+    lora: Lora = None,
     steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
-    guidance: Annotated[float, typer.Option(help="CFG scale, 1 is none; default: what the LoRA wants, or 7.5.")] = None,
-    negative: Annotated[str, typer.Option(help="For guidance above 1; default: what the base has for none.")] = None,
-    strength: Annotated[float, typer.Option(help="Of the LoRA; default: what it wants, else 1.")] = None,
-    gamma: Annotated[float, typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.")] = None,
-    seed: int = 0,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    strength: Strength = None,
+    gamma: Gamma = None,
+    seed: Seed = 0,
     resolution: Resolution = None,
     dtype: Dtype = "fp32",
     family: Family = None,
@@ -110,7 +118,10 @@ def sample(
     details = sample_grid(loaded, prompt, out, lora, numbers, guidance, negative, strength, gamma, seed, resolution)
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
-    _print(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+    answer(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+
+
+app.add_typer(edit, name="edit")
 
 
 @app.command()
@@ -156,7 +167,7 @@ def evaluate(
     report = run(base, lora, out, steps=_steps(steps), prompts=prompts, pictures=pictures, seed=seed, say=say, **how)
     for line in [*report["warnings"], *(f"Left out. {line}" for line in report["left_out"])]:
         say(line)
-    _print(report, as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
+    answer(report, as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
 
 
 @app.command()
@@ -165,7 +176,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")
     from .inspection import describe, describe_text
 
     details = describe(file)
-    _print(details, as_json, describe_text(details))
+    answer(details, as_json, describe_text(details))
 
 
 @app.command()
@@ -186,7 +197,7 @@ def check(
 
     how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts}
     result = check_parity(file, load_for_check(base, **how))
-    _print(result, as_json, result["text"])
+    answer(result, as_json, result["text"])
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -208,11 +219,7 @@ def doctor(
 
         file = settings[0] if settings and "=" not in settings[0] else None
         details["run"] = plan(load_config(file, settings[1:] if file else settings, preset))
-    _print(details, as_json, report(details))
-
-
-def _print(details: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
+    answer(details, as_json, report(details))
 
 
 def _steps(text: str) -> list[int]:

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..samplers import Recipe, recipe_for_file
 from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, split_key, tensor_hash
 from .export import DTYPES, install
-from .families import Base, family_of, load_base
+from .families import Base, Condition, family_of, load_base
 from .generate import generate
 from .objectives import tells_target_time
-from .previews import draw_grid, save_image
+from .previews import check_png, draw_grid, save_image
 
 ADAPTER = "file"
 # kohya's names of SDXL's and SD3's blocks in the original layout
@@ -197,21 +197,16 @@ def sample_grid(
 
     guidance, strength, gamma: None is the recipe's. Without a recipe they are those of the base alone, and strength 1.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
-    recipe = recipe_of(header_of_family(lora, base.name)) if lora else None
+    check_png(out)
+    recipe, strength = install_for_sample(lora, base, strength)
     usual = recipe or base.alone
-    if strength is None:
-        strength = recipe.strength if recipe else 1.0
-    if lora:
-        install_whole(lora, base, strength)
     grid = usual.grid()
     guidance = usual.guidance if guidance is None else guidance
     gamma = usual.gamma if gamma is None else gamma
     shape = base.latent_shape(resolution or base.default_resolution)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
     condition = base.encode_prompts(prompts)
-    null = base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
+    null = null_of(base, negative)
     rows, pictures, warnings = [], [], mismatches(recipe, base)
     for n in steps:
         plan = grid.plan(n)
@@ -222,7 +217,7 @@ def sample_grid(
         pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
-    facts = {"out": str(out), "rows": rows, "strength": strength if lora else None}
+    facts = {"out": str(out), "rows": rows, "strength": strength}
     return facts | {"recipe": recipe and asdict(recipe), "warnings": list(dict.fromkeys(warnings))}
 
 
@@ -234,6 +229,25 @@ def mismatches(recipe: Recipe | None, base: Base) -> list[str]:
         f"This LoRA was made for a base that predicts {recipe.prediction}; {Path(base.path).name} predicts "
         f"{base.prediction}. Use the LoRA with a base like its own."
     ]
+
+
+def null_of(base: Base, negative: str | None) -> Condition:
+    """What guidance subtracts: a negative prompt's encoding, or (None) what the base has for no prompt."""
+    return base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
+
+
+def install_for_sample(lora: Path | None, base: Base, strength: float | None) -> tuple[Recipe | None, float | None]:
+    """`install_whole` at this strength (None: what the recipe wants, else 1); returns the recipe and the strength.
+
+    Both are None where there is no LoRA.
+    """
+    if lora is None:
+        return None, None
+    recipe = recipe_of(header_of_family(lora, base.name))
+    if strength is None:
+        strength = recipe.strength if recipe else 1.0
+    install_whole(lora, base, strength)
+    return recipe, strength
 
 
 def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | None:

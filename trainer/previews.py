@@ -44,8 +44,14 @@ def draw_grid(rows: list[tuple[str, Tensor]], captions: list[str], cell: int | N
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> picture."""
+    """(3, or 4 with transparency, H, W) in [0, 1] -> picture."""
     return Image.fromarray(pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def check_png(out: Path) -> None:
+    """Raise ValueError for a name that is no PNG's."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -2,10 +2,25 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .editing import PCMColorize, PCMInpaint, PCMOutpaint, PCMSuperResolution
 from .loader import PCMLoadLora
+from .operators import (
+    PCMColorizeOperator,
+    PCMEditDecode,
+    PCMEditSampler,
+    PCMInpaintOperator,
+    PCMOutpaintOperator,
+    PCMSuperResolutionOperator,
+)
+from .procedures import PCMDenoise, PCMInterpolate, PCMStroke
 from .sampling import PCMSample, PCMSampler, PCMScheduler
 
-NODES: list[type[io.ComfyNode]] = [PCMLoadLora, PCMScheduler, PCMSampler, PCMSample]
+NODES: list[type[io.ComfyNode]] = [
+    *(PCMLoadLora, PCMScheduler, PCMSampler, PCMSample),
+    *(PCMInpaint, PCMOutpaint, PCMColorize, PCMSuperResolution, PCMStroke, PCMDenoise, PCMInterpolate),
+    *(PCMInpaintOperator, PCMOutpaintOperator, PCMColorizeOperator, PCMSuperResolutionOperator),
+    *(PCMEditSampler, PCMEditDecode),
+]
 
 
 class PhasedConsistency(ComfyExtension):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
@@ -11,26 +12,13 @@ import latent_preview
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..samplers import Recipe, sample_phased
+from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
-from .host import RecipeType, fit_to_model, menu_of, schedule_of, show, supported
+from . import inputs
+from .edits import Edit
+from .host import fit_to_model, menu_of, schedule_of, show, supported
 from .lora import model_family, moves, on_schedule_of, shift_of
-
-STEPS = {
-    "default": 0,
-    "min": 0,
-    "max": 100,
-    "tooltip": "0: as the recipe recommends. A deterministic LoRA is made for exactly one number of steps.",
-}
-DENOISE = {
-    "default": 1.0,
-    "min": 0.01,
-    "max": 1.0,
-    "step": 0.01,
-    "tooltip": "1 draws from noise alone; below 1 keeps more of the given latent. The start moves to the nearest phase "
-    "edge of the LoRA, so fewer steps run, and the node says which strength that is.",
-}
 
 
 class PCMScheduler(io.ComfyNode):
@@ -48,9 +36,9 @@ class PCMScheduler(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
-                RecipeType.Input("recipe", tooltip="From Load PCM LoRA."),
-                io.Int.Input("steps", **STEPS),
-                io.Float.Input("denoise", **DENOISE),
+                inputs.recipe(),
+                inputs.steps(),
+                inputs.denoise(),
                 io.Combo.Input(
                     "edges",
                     options=["authors'", "trained"],
@@ -83,41 +71,13 @@ class PCMSampler(io.ComfyNode):
             description="The sampler for PCM and other few-step LoRAs, for core custom sampling: jumps from level to "
             "level, with as much fresh noise in between as the recipe says, or as you like.",
             search_aliases=["pcm", "phased consistency", "tcd", "gamma", "lcm", "lightning", "dmd2"],
-            inputs=[
-                RecipeType.Input(
-                    "recipe",
-                    optional=True,
-                    tooltip="From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any.",
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=["from recipe", "deterministic", "stochastic", "gamma"],
-                    default="from recipe",
-                    tooltip="deterministic adds no noise between steps. stochastic takes all noise fresh, as the lcm "
-                    "sampler does. gamma mixes the two. Other than the LoRA's own is for trying things out.",
-                ),
-                io.Float.Input(
-                    "gamma",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Used only in the mode 'gamma'. 0 is deterministic, 1 all noise fresh; TCD uses 0.3.",
-                ),
-            ],
+            inputs=inputs.mode(),
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(cls, mode: str, gamma: float, recipe: Recipe | None = None) -> io.NodeOutput:
-        if mode == "from recipe" and recipe is None:
-            raise ValueError(
-                "PCM Sampler has the mode 'from recipe' but no recipe: connect that of Load PCM LoRA, "
-                "or choose another mode."
-            )
-        modes = {"deterministic": 0.0, "stochastic": 1.0, "gamma": gamma}
-        gamma = recipe.gamma if mode == "from recipe" else modes[mode]
-        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0))
+        return io.NodeOutput(sampler(gamma_of("PCM Sampler", mode, gamma, recipe), recipe.min_alpha if recipe else 0.0))
 
 
 class PCMSample(io.ComfyNode):
@@ -136,35 +96,16 @@ class PCMSample(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="From Load PCM LoRA, with other LoRAs or patches after it if you like."
-                ),
-                RecipeType.Input("recipe", tooltip="From Load PCM LoRA."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="One seed is one picture, on every device.",
-                ),
-                io.Int.Input("steps", **STEPS),
-                io.Float.Input(
-                    "cfg",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="0: as the recipe recommends. 1 is no guidance: the negative prompt is not used, and a "
-                    "step takes half the time. Above the LoRA's range the picture burns.",
-                ),
-                io.Conditioning.Input("positive", tooltip="What to show."),
-                io.Conditioning.Input("negative", tooltip="What to avoid. Used only when CFG is not 1."),
+                inputs.model(),
+                inputs.recipe(),
+                inputs.seed(),
+                inputs.steps(),
+                inputs.cfg(),
+                *inputs.prompts(),
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent for text to image, an encoded picture for image to image."
                 ),
-                io.Float.Input("denoise", **DENOISE),
+                inputs.denoise(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent, for VAE Decode.")],
         )
@@ -176,43 +117,93 @@ class PCMSample(io.ComfyNode):
         recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        settings = f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode_text}."
-        warnings = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
-        if moves(model, plan.ticks):
-            warnings.append("ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node.")
-        text = show(cls, [*warnings, *plan.notes, settings])
+        text = show(cls, advice(model, recipe, steps, cfg, plan))
         latent = fit_to_model(model, latent_image)
-        latent["samples"] = comfy.sample.sample_custom(
-            model,
-            comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index")),
-            cfg,
-            sampler(recipe.gamma, recipe.min_alpha),
-            recipe.schedule().k_sigma(plan.ticks),
-            positive,
-            negative,
-            latent["samples"],
-            noise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, plan.steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+        noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
+        latent["samples"] = draw(model, recipe, plan, cfg, positive, negative, latent, noise, seed)
         return io.NodeOutput(latent, ui=text)
 
 
-def sampler(gamma: float, min_alpha: float) -> comfy.samplers.KSAMPLER:
-    """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it."""
-    return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha})
+def advice(model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
+    """What a node says of how it samples: what is wrong with the settings, what the plan changes, and the settings."""
+    warnings = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+    if moves(model, plan.ticks):
+        warnings.append("ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node.")
+    return [*warnings, *plan.notes, f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode_text}."]
 
 
-def _sample(model: Any, x: Tensor, sigmas: Tensor, *, min_alpha: float, **options: Any) -> Tensor:
-    schedule = schedule_of(model.inner_model.inner_model.model_sampling)
-    x = sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
-    extra = options.get("extra_args") or {}
-    mask = extra.get("denoise_mask")
-    if not min_alpha or mask is None:
-        return x
-    # The host has put the latent that is kept into x0 already, where the clamp has scaled it too: give back the rest.
-    sigma = sigmas[-2]
-    if masking := extra.get("model_options", {}).get("denoise_mask_function"):
-        mask = masking(sigma * x.new_ones(len(x)), mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
-    return x + (1 - clamp_factor(schedule, sigma, min_alpha)) * (1 - mask) * model.latent_image
+def draw(
+    model: Any,
+    recipe: Recipe,
+    plan: LevelPlan,
+    cfg: float,
+    positive: list,
+    negative: list,
+    latent: dict[str, Any],
+    noise: Tensor,
+    seed: int,
+    callback: Callable[..., None] | None = None,
+    **hooks: Any,
+) -> Tensor:
+    """The samples that a recipe makes of a host latent and noise; hooks are those of `sampler`."""
+    return comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        sampler(recipe.gamma, recipe.min_alpha, **hooks),
+        recipe.schedule().k_sigma(plan.ticks),
+        positive,
+        negative,
+        latent["samples"],
+        noise_mask=latent.get("noise_mask"),
+        callback=callback or latent_preview.prepare_callback(model, plan.steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+
+
+def gamma_of(title: str, mode: str, gamma: float, recipe: Recipe | None) -> float:
+    """What the inputs of `inputs.mode` say. Raises ValueError for the mode 'from recipe' without a recipe."""
+    inputs.check("mode", mode, inputs.MODES)
+    if mode == "from recipe" and recipe is None:
+        raise ValueError(
+            f"{title} has the mode 'from recipe' but no recipe: connect that of Load PCM LoRA, or choose another mode."
+        )
+    return recipe.gamma if mode == "from recipe" else {"deterministic": 0.0, "stochastic": 1.0, "gamma": gamma}[mode]
+
+
+def sampler(gamma: float, min_alpha: float, **hooks: Any) -> comfy.samplers.KSAMPLER:
+    """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it.
+
+    hooks: edit, whose `on` gives the projection (`edits.Edit`); noise_sampler, where the noise between steps is not
+    to come from the seed.
+    """
+    return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha, **hooks})
+
+
+def _sample(
+    model: Any, x: Tensor, sigmas: Tensor, *, min_alpha: float, edit: Edit | None = None, **options: Any
+) -> Tensor:
+    guider, extra = model.inner_model, options["extra_args"]
+    schedule = schedule_of(guider.inner_model.model_sampling)
+    options["project"] = edit.on(guider, x) if edit else None
+    if min_alpha and extra.get("denoise_mask") is not None:
+        model = _unclamped_rest(model, schedule, min_alpha)
+    return sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
+
+
+def _unclamped_rest(model: Any, schedule: Schedule, min_alpha: float) -> Callable[..., Tensor]:
+    """The model with an x0 in which the clamp to come leaves what a mask keeps as it is.
+
+    The host has put the latent that is kept into x0 already, and the clamp scales all of x0.
+    """
+
+    def denoised(x: Tensor, sigma: Tensor, denoise_mask: Tensor, model_options: dict[str, Any], **extra: Any) -> Tensor:
+        x0 = model(x, sigma, denoise_mask=denoise_mask, model_options=model_options, **extra)
+        if masking := model_options.get("denoise_mask_function"):
+            more = {"model": model.inner_model, "sigmas": model.sigmas}
+            denoise_mask = masking(sigma, denoise_mask, extra_options=more)
+        rest = (1 - denoise_mask) * model.latent_image
+        return x0 + (1 / clamp_factor(schedule, sigma[0], min_alpha) - 1) * rest
+
+    return denoised

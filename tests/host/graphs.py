@@ -57,3 +57,43 @@ def core_sampler(graph: Graph, name: str) -> str:
 
 def pcm_sampler(graph: Graph, mode: str, gamma: float = 0.3, **inputs: Any) -> str:
     return graph.add("PCMSampler", mode=mode, gamma=gamma, **inputs)
+
+
+def picture(graph: Graph, width: int = 70, height: int = 50, mask: str = "middle", **settings: Any) -> dict[str, list]:
+    """Add a random picture; returns its links: image, mask."""
+    node = graph.add(
+        "TestPicture", width=width, height=height, mask=mask, **{"channels": 3, "batch": 1, "seed": 5} | settings
+    )
+    return {"image": out(node), "mask": out(node, 1)}
+
+
+WIDGETS = {  # an edit's own, where a test does not say otherwise
+    "Inpaint": {"grow": 8, "denoise": 1.0},
+    "Outpaint": {"left": 8, "top": 0, "right": 16, "bottom": 0, "grow": 8, "denoise": 1.0},
+    "Colorize": {"denoise": 1.0},
+    "SuperResolution": {"factor": 2, "denoise": 0.5},
+    "Stroke": {"strength": 0.5},
+    "Denoise": {"noise": 0.0},
+    "Interpolate": {"frames": 3, "denoise": 1.0, "seed_b": 9},
+}
+SAMPLING, LOOP = ("seed", "steps", "cfg", "denoise"), ("every", "form", "projection")
+
+
+def edit(graph: Graph, links: dict[str, list], kind: str, **settings: Any) -> str:
+    """Add an artist's editing node, of 2 steps; returns its id. settings: its sockets, and widgets that differ."""
+    shared = {k: links[k] for k in ("model", "recipe", "vae", "positive", "negative")}
+    return graph.add(f"PCM{kind}", **shared | {"seed": 7, "steps": 2, "cfg": 0.0} | WIDGETS[kind] | settings)
+
+
+def composed(graph: Graph, links: dict[str, list], kind: str, **settings: Any) -> dict[str, list]:
+    """Add the composable form of the same; returns its links: operator, image, latent, encoded."""
+    own = {k: v for k, v in (WIDGETS[kind] | settings).items() if k not in (*SAMPLING, *LOOP)}
+    loop = {k: v for k, v in settings.items() if k in LOOP}
+    operator = graph.add(f"PCM{kind}Operator", **own)
+    encoded = out(graph.add("VAEEncode", pixels=out(operator, 1), vae=links["vae"]))
+    inputs = {"operator": out(operator), "vae": links["vae"], "recipe": links["recipe"]}
+    keeping = graph.add("PCMEditSampler", **inputs, mode="from recipe", gamma=0.3, **loop)
+    levels = scheduler(graph, links, steps=settings.get("steps", 2), denoise=WIDGETS[kind]["denoise"])
+    sampled = custom(graph, {**links, "latent": encoded}, keeping, out(levels))
+    decoded = graph.add("PCMEditDecode", operator=out(operator), vae=links["vae"], samples=out(sampled))
+    return {"operator": out(operator), "image": out(decoded), "latent": out(sampled), "encoded": encoded}

@@ -1,9 +1,11 @@
 """Nodes for the host tests alone: copied into the temporary custom_nodes, never part of the pack."""
 
+import copy
 import sys
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 class TestConditioning:
@@ -64,4 +66,118 @@ class TestSigmas:
         return {"ui": {"sigmas": sigmas.tolist(), "modules": list(sys.modules)}}
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TestConditioning, TestEncoding, TestLatent, TestSigmas)}
+class TestPicture:
+    """A random IMAGE, half of it even, of any size and number of channels, and a MASK of it as named."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE", "MASK"), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sizes = {name: ("INT", {}) for name in ("width", "height", "channels", "batch", "seed")}
+        return {"required": {**sizes, "mask": (["middle", "soft", "empty", "full"],)}}
+
+    def make(self, width, height, channels, batch, seed, mask):
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.rand(batch, height, width, channels, generator=generator)
+        image[:, height // 2 :] = 0.25 + 0.5 * image[:, :1, :1]
+        drawn = torch.full((1, height, width), float(mask == "full"))
+        if mask in ("middle", "soft"):
+            drawn[:, height // 4 : height // 2, width // 3 : width // 2] = 1.0 if mask == "middle" else 0.5
+        return image, drawn
+
+
+class TestImage:
+    """An IMAGE from a file, unrounded."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "read", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"path": ("STRING", {})}}
+
+    def read(self, path):
+        return (load_file(path)["image"],)
+
+
+class TestNoise:
+    """As core's RandomNoise, times a factor; and these sigmas."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("NOISE", "SIGMAS"), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {}), "amount": ("FLOAT", {"round": False}), "sigmas": ("STRING", {})}}
+
+    def make(self, seed, amount, sigmas):
+        from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+
+        class Scaled(Noise_RandomNoise):
+            def generate_noise(self, latent):
+                return amount * super().generate_noise(latent)
+
+        return Scaled(seed), torch.tensor([float(sigma) for sigma in sigmas.split()])
+
+
+class TestTensor:
+    """Saves an IMAGE or a LATENT as it is, unrounded."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "save", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("IMAGE,LATENT",), "name": ("STRING", {})}}
+
+    def save(self, value, name):
+        import folder_paths
+
+        tensor = value["samples"] if isinstance(value, dict) else value
+        path = Path(folder_paths.get_output_directory(), f"{name}.safetensors")
+        path.parent.mkdir(exist_ok=True)
+        save_file({"value": tensor.contiguous()}, path)
+        return {}
+
+
+class TestVAE:
+    """The VAE, logged at each `decode`, which may also fail, interrupt or unload all; or one whose latents are loud."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "how": (["memory", "interrupt", "unload", "log", "loud"],)}}
+
+    def make(self, vae, how):
+        import comfy.model_management as memory
+
+        class Odd(type(vae)):
+            def decode(self, latents, *options):
+                print(f"TestVAE {how} {tuple(latents.shape)}", flush=True)
+                if how == "interrupt":
+                    memory.interrupt_current_processing()
+                if how == "memory":
+                    return self.without_memory(latents)
+                pixels = super().decode(latents, *options)
+                if how == "unload":
+                    memory.unload_all_models()
+                return pixels
+
+            def encode(self, pixels):
+                return (200 if how == "loud" else 1) * super().encode(pixels)
+
+            def without_memory(self, latents):
+                def fail(*shape):
+                    raise memory.OOM_EXCEPTION("simulated")
+
+                needed, self.memory_used_decode = self.memory_used_decode, fail
+                try:
+                    return super().decode(latents)
+                finally:
+                    self.memory_used_decode = needed
+
+        odd = copy.copy(vae)
+        odd.__class__ = Odd
+        return (odd,)
+
+
+KINDS = (TestConditioning, TestEncoding, TestLatent, TestSigmas, TestPicture, TestImage, TestNoise, TestTensor, TestVAE)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in KINDS}

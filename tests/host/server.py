@@ -196,3 +196,12 @@ class Server:
         assert run.error is None, run.error["exception_message"]
         files = [run.outputs[node]["latents"][0] for node in saves]
         return run, [load_file(self.base / "output" / f["subfolder"] / f["filename"])["latent_tensor"] for f in files]
+
+    def tensors(self, graph: Graph, *links: list) -> tuple[Run, list[Tensor]]:
+        """Run the graph with these IMAGEs, (B, H, W, C), and LATENTs saved as they are, and read them back."""
+        names = [uuid.uuid4().hex for _ in links]
+        for name, link in zip(names, links, strict=True):
+            graph.add("TestTensor", value=link, name=name)
+        run = self.run(graph)
+        assert run.error is None, run.error["exception_message"]
+        return run, [load_file(self.base / "output" / f"{name}.safetensors")["value"] for name in names]

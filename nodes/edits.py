@@ -1,0 +1,198 @@
+"""The edits that keep what is known of a picture: what each is made of, its inputs, and what is done with it.
+
+The artists' nodes (`editing`) and the composable ones (`operators`) are both made of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..samplers.editing import CELL, Projected, ProjectedLatent, begin, canvas, extended, finish
+from ..samplers.operators import Colorize, Inpaint, Operator, SuperResolution, outpaint, size_text
+from ..samplers.sampling import Projection
+from . import inputs
+from .vae import ModelVAE, beside_model, check_family, decode_last, whole
+
+NO_MASK = 64  # sides of the empty mask that core's Load Image gives for a picture without transparency
+
+
+@dataclass(frozen=True)
+class EditKind:
+    """One edit. make: its operator, from the values of sockets() and widgets(), by name.
+
+    node_id, title: of the artist's node. sockets, widgets: its own inputs. denoise: the strength that suits it.
+    masked: whether the latent's own cells may take the place of pixels (`inputs.PROJECTIONS`).
+    """
+
+    node_id: str
+    title: str
+    description: str
+    aliases: tuple[str, ...]
+    make: Callable[..., Operator]
+    sockets: Callable[[], list[io.Input]]
+    widgets: Callable[[], list[io.Input]] = list
+    denoise: float = 1.0
+    masked: bool = False
+
+
+def image_input(tooltip: str) -> io.Input:
+    return io.Image.Input("image", tooltip=f"{tooltip} Of any size; grey and transparent ones too.")
+
+
+def grow_input(default: int) -> io.Input:
+    return io.Int.Input(
+        "grow",
+        default=default,
+        min=0,
+        max=512,
+        tooltip="Pixels beyond the edge of the hole that are drawn anew too, and blended so that no seam shows.",
+    )
+
+
+def side_inputs() -> list[io.Input]:
+    tooltip = "Pixels to add on this side."
+    sides = ("left", "top", "right", "bottom")
+    return [io.Int.Input(side, default=0, min=0, max=8192, step=8, tooltip=tooltip) for side in sides]
+
+
+def make_inpaint(image: Tensor, mask: Tensor, grow: int) -> Inpaint:
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if tuple(mask.shape[-2:]) == (NO_MASK, NO_MASK) != tuple(image.shape[1:3]) and not mask.any():
+        raise ValueError(
+            f"The mask is an empty one of {NO_MASK}x{NO_MASK} for a picture of {image.shape[2]}x{image.shape[1]}, as "
+            "Load Image gives for a picture without one. Paint one: right click on Load Image, Open in MaskEditor."
+        )
+    return Inpaint(picture(image), mask, grow)
+
+
+INPAINT = EditKind(
+    node_id="PCMInpaint",
+    title="PCM Inpaint",
+    description="Draws anew what a mask covers. Everything else stays, pixel for pixel, and every step is drawn to "
+    "agree with it.",
+    aliases=("inpaint", "fill", "remove object", "replace", "mask", "generative fill"),
+    make=make_inpaint,
+    sockets=lambda: [
+        image_input("The picture."),
+        io.Mask.Input(
+            "mask", tooltip="White is drawn anew; grey is blended. Of the picture's size, one or one for each picture."
+        ),
+    ],
+    widgets=lambda: [grow_input(8)],
+    masked=True,
+)
+OUTPAINT = EditKind(
+    node_id="PCMOutpaint",
+    title="PCM Outpaint",
+    description="Continues a picture beyond its sides. The picture itself stays, pixel for pixel, but for a rim that "
+    "is blended.",
+    aliases=("outpaint", "extend", "uncrop", "expand", "pad image", "zoom out"),
+    make=lambda image, **sides: outpaint(picture(image), **sides),
+    sockets=lambda: [image_input("The picture to continue.")],
+    widgets=lambda: [*side_inputs(), grow_input(24)],
+    masked=True,
+)
+COLORIZE = EditKind(
+    node_id="PCMColorize",
+    title="PCM Colorize",
+    description="Gives a black and white picture its colours. Every pixel keeps its lightness exactly.",
+    aliases=("colorize", "colourise", "recolor", "black and white", "grayscale", "old photo"),
+    make=lambda image: Colorize(picture(image)),
+    sockets=lambda: [image_input("The picture; of a coloured one only the lightness is used.")],
+)
+SUPER_RESOLUTION = EditKind(
+    node_id="PCMSuperResolution",
+    title="PCM Super-resolution",
+    description="Makes a picture larger by a whole number and draws the detail. Scaled down again, the result is the "
+    "picture it came from.",
+    aliases=("super resolution", "upscale", "enlarge", "enhance", "hires fix", "sharpen"),
+    make=lambda image, factor: SuperResolution(picture(image), factor),
+    sockets=lambda: [image_input("The small picture.")],
+    widgets=lambda: [
+        io.Int.Input("factor", default=2, min=1, max=16, tooltip="How many times as wide and as high the result is.")
+    ],
+    denoise=0.75,
+)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What an edit does to x0 at each step, whatever model is sampled.
+
+    operator: what is known. vae: the host VAE to project through. every, form: see `Projected`. projection: one of
+    `inputs.PROJECTIONS`. Raises ValueError for a form or a projection that there is not, which 0.3.64 lets through.
+    """
+
+    operator: Operator
+    vae: Any
+    every: int = 1
+    form: str = inputs.FORMS[0]
+    projection: str = inputs.PROJECTIONS[0]
+
+    def __post_init__(self):
+        inputs.check("form", self.form, inputs.FORMS)
+        inputs.check("projection", self.projection, inputs.PROJECTIONS)
+
+    def on(self, guider: Any, x: Tensor) -> Projection:
+        """The `project` of `sample_phased`, for what a guider samples, from x (B, C, h, w) on.
+
+        Raises ValueError for latents of another size than the operator's canvas, and for a VAE of another family.
+        """
+        expected = canvas(self.operator.size)
+        height, width = (CELL * side for side in x.shape[-2:])
+        if (height, width) != expected:
+            raise ValueError(
+                f"The latent is of a picture of {width}x{height}, and the edit works on {expected[1]}x{expected[0]}: "
+                "give the sampler the operator's own picture, encoded."
+            )
+        check_family(self.vae, guider.model_patcher)
+        codec = ModelVAE(whole(self.vae), guider.inner_model)
+        if self.projection == "latent":
+            return ProjectedLatent.of(self.operator, begin(self.operator, codec).to(x))
+        project = Projected(self.operator, codec, self.every, self.form == "residual")
+        return beside_model(project, guider, self.vae, x.shape)
+
+
+def picture(image: Tensor) -> Tensor:
+    """A host IMAGE (B, H, W, C) as the operators take pictures."""
+    return image.movedim(-1, 1)
+
+
+def image_of(pixels: Tensor) -> Tensor:
+    """A picture as a host IMAGE."""
+    return pixels.movedim(1, -1)
+
+
+def start_image(operator: Operator) -> Tensor:
+    """Where an edit starts, as an IMAGE of a size that the VAE and the model can work on."""
+    return image_of(extended(operator.start, canvas(operator.size)))
+
+
+def finished(operator: Operator, vae: Any, latents: Tensor, last_decode: str) -> tuple[Tensor, list[str]]:
+    """The result of an edit as an IMAGE, and a sentence where the VAE had to go over to tiles.
+
+    latents: as the host stores them. last_decode: one of `inputs.LAST_DECODES`.
+    """
+    image, told = decode_last(vae, last_decode, lambda codec: finish(operator, codec, latents))
+    return image_of(image), told
+
+
+def remarks(operator: Operator) -> list[str]:
+    """What is worth knowing of an edit before it runs, in sentences for its node."""
+    told = []
+    if isinstance(operator, Inpaint):
+        if not operator.hole.any():
+            told.append("The mask is empty: nothing is drawn.")
+        elif operator.hole.all():
+            told.append("The mask covers everything: nothing is kept.")
+    height, width = canvas(operator.size)
+    if (height, width) != operator.size:
+        told.append(f"{size_text(operator.start)} is worked on as {width}x{height}, then cut.")
+    if operator.alpha is not None:
+        told.append("The transparency is kept.")
+    return told

@@ -1,0 +1,168 @@
+"""Inputs that several nodes have: each is worded once, and its order is that of the lists here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .host import RecipeType, supported
+
+MODES = ("from recipe", "deterministic", "stochastic", "gamma")
+FORMS = ("residual", "plain")
+PROJECTIONS = ("picture", "latent")
+LAST_DECODES = ("whole", "tiled")
+
+
+def check(name: str, value: str, options: tuple[str, ...]) -> None:
+    """Raise ValueError for a choice that there is not: 0.3.64 lets those through."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; available: {', '.join(options)}.")
+
+
+def model() -> io.Input:
+    return io.Model.Input("model", tooltip="From Load PCM LoRA, with other LoRAs or patches after it if you like.")
+
+
+def recipe(tooltip: str = "From Load PCM LoRA.", **keywords: Any) -> io.Input:
+    return RecipeType.Input("recipe", tooltip=tooltip, **keywords)
+
+
+def vae(tooltip: str = "The VAE of the checkpoint, or another of its family.") -> io.Input:
+    return io.Vae.Input("vae", tooltip=tooltip)
+
+
+def prompts() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("positive", tooltip="What to show."),
+        io.Conditioning.Input("negative", tooltip="What to avoid. Used only when CFG is not 1."),
+    ]
+
+
+def seed(name: str = "seed", tooltip: str = "One seed is one picture, on every device.") -> io.Input:
+    return io.Int.Input(
+        name, default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=name == "seed", tooltip=tooltip
+    )
+
+
+def steps() -> io.Input:
+    return io.Int.Input(
+        "steps",
+        default=0,
+        min=0,
+        max=100,
+        tooltip="0: as the recipe recommends. A deterministic LoRA is made for exactly one number of steps.",
+    )
+
+
+def cfg() -> io.Input:
+    return io.Float.Input(
+        "cfg",
+        default=0.0,
+        min=0.0,
+        max=20.0,
+        step=0.1,
+        round=0.01,
+        tooltip="0: as the recipe recommends. 1 is no guidance: the negative prompt is not used, and a "
+        "step takes half the time. Above the LoRA's range the picture burns.",
+    )
+
+
+def denoise(default: float = 1.0, start: str = "the given latent") -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=default,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        tooltip=f"1 draws from noise alone; below 1 keeps more of {start}. The start moves to the nearest phase "
+        "edge of the LoRA, so fewer steps run, and the node says which strength that is.",
+    )
+
+
+def mode() -> list[io.Input]:
+    """How much of the noise between steps is fresh; `gamma_of` reads them."""
+    return [
+        recipe(
+            "From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any.", optional=True
+        ),
+        io.Combo.Input(
+            "mode",
+            options=list(MODES),
+            default=MODES[0],
+            tooltip="deterministic adds no noise between steps. stochastic takes all noise fresh, as the lcm "
+            "sampler does. gamma mixes the two. Other than the LoRA's own is for trying things out.",
+        ),
+        io.Float.Input(
+            "gamma",
+            default=0.3,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Used only in the mode 'gamma'. 0 is deterministic, 1 all noise fresh; TCD uses 0.3.",
+        ),
+    ]
+
+
+def loop() -> list[io.Input]:
+    """How the picture is made to agree with what is known, while it is drawn."""
+    return [
+        supported(
+            io.Int.Input,
+            "every",
+            default=1,
+            min=1,
+            max=100,
+            optional=True,
+            advanced=True,
+            tooltip="1 makes every step agree with the picture, through the VAE. 2 is every second step, which is "
+            "faster; the last step is always one of them.",
+        ),
+        supported(
+            io.Combo.Input,
+            "form",
+            options=list(FORMS),
+            default=FORMS[0],
+            optional=True,
+            advanced=True,
+            tooltip="residual adds only what has to change, so the VAE's own error stays out. plain encodes the whole "
+            "picture again, which is faster and softer.",
+        ),
+    ]
+
+
+def step_vae() -> io.Input:
+    return supported(
+        io.Vae.Input,
+        "step_vae",
+        optional=True,
+        advanced=True,
+        tooltip="A faster VAE of the same family, such as TAESD, for the steps in between. The last picture still "
+        "comes from vae.",
+    )
+
+
+def projection() -> io.Input:
+    return supported(
+        io.Combo.Input,
+        "projection",
+        options=list(PROJECTIONS),
+        default=PROJECTIONS[0],
+        optional=True,
+        advanced=True,
+        tooltip="picture: every step agrees with the pixels around the mask, through the VAE. latent: with the latent "
+        "around it, which takes no VAE and no time, and fits a little less well.",
+    )
+
+
+def last_decode() -> io.Input:
+    return supported(
+        io.Combo.Input,
+        "last_decode",
+        options=list(LAST_DECODES),
+        default=LAST_DECODES[0],
+        optional=True,
+        advanced=True,
+        tooltip="How the finished latent becomes the picture. tiled takes less memory, and may leave faint seams in "
+        "what was drawn.",
+    )

@@ -1,0 +1,115 @@
+"""The host's VAE in an edit: whole, never in tiles where steps build on it, and in memory beside the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as memory
+from torch import Tensor
+
+from ..samplers.sampling import Projection
+from . import inputs
+
+TILE, OVERLAP = 64, 16  # latent cells, as the host's own fallback takes them
+
+
+class Tiled(RuntimeError):
+    """Raised where the host would go over to tiles because memory has run out."""
+
+
+@dataclass(frozen=True)
+class HostVAE:
+    """A host VAE as a `Codec`: pictures (B, 3, H, W), and latents as the host stores them."""
+
+    vae: Any
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        return self.vae.encode(pixels.movedim(1, -1)).to(pixels.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        return self.vae.decode(latents).movedim(-1, 1).to(latents.device)
+
+
+@dataclass(frozen=True)
+class TiledVAE(HostVAE):
+    """The same, decoding in tiles that overlap."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode_tiled(latents, tile_x=TILE, tile_y=TILE, overlap=OVERLAP)
+        return pixels.movedim(-1, 1).to(latents.device)
+
+
+@dataclass(frozen=True)
+class ModelVAE(HostVAE):
+    """The same, for latents as this BaseModel works on them."""
+
+    model: Any
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.model.process_latent_in(super().encode(pixels).float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(self.model.process_latent_out(latents))
+
+
+def beside_model(project: Projection, guider: Any, vae: Any, shape: tuple[int, ...]) -> Projection:
+    """`project` with the VAE loaded beside all that the guider evaluates, which is loaded again where it had to go."""
+    models = [guider.model_patcher, *getattr(guider, "loaded_models", [])]
+    needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])
+    both = max(needed, vae.memory_used_decode(shape, vae.vae_dtype))
+    memory.load_models_gpu([*models, vae.patcher], memory_required=both)
+
+    def projected(x0: Tensor, steps_left: int) -> Tensor:
+        held = [model.loaded_size() for model in models]
+        x0 = project(x0, steps_left)
+        if steps_left and any(model.loaded_size() < size for model, size in zip(models, held, strict=True)):
+            memory.load_models_gpu(models, memory_required=needed)
+        return x0
+
+    return projected
+
+
+def whole(vae: Any) -> Any:
+    """A copy of a host VAE that raises `Tiled` where the VAE would go over to tiles with no more than a log line."""
+
+    def refuse(*args: Any, **keywords: Any) -> None:
+        raise Tiled(
+            "The VAE ran out of memory, and in tiles it would draw their seams into every step. Use a small VAE such "
+            "as TAESD for the steps (step_vae), or a smaller picture."
+        )
+
+    copied = copy.copy(vae)
+    for name in dir(vae):
+        if "code_tiled" in name:
+            setattr(copied, name, refuse)
+    return copied
+
+
+def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor]) -> tuple[Tensor, list[str]]:
+    """What `decode` makes of the VAE, and a sentence where memory ran out and it had to go over to tiles.
+
+    Raises ValueError for a last_decode that is none of `inputs.LAST_DECODES`.
+    """
+    inputs.check("last_decode", last_decode, inputs.LAST_DECODES)
+    if last_decode == "tiled":
+        return decode(TiledVAE(vae)), []
+    try:
+        return decode(HostVAE(whole(vae))), []
+    except Tiled:
+        told = ["Memory ran out: the last decode is tiled."]
+    return decode(TiledVAE(vae)), told
+
+
+def check_family(vae: Any, model: Any) -> None:
+    """Raise ValueError for a VAE whose latents have not the channels that a host MODEL works on."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"The VAE's latents have {vae.latent_channels} channels, the model's {channels}: "
+            "use the VAE of the model's own family."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,16 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bases import clip_config
-from host.graphs import loaded, sample
+from host.graphs import core_sampler, custom, edit, loaded, picture, sample, scheduler
 from host.sd3_checkpoint import LATENT_SCALE, LATENT_SHIFT
-from host.server import out
+from host.server import Graph, out
 from host.tiny import make_unet
+from host.tiny import make_vae as make_sd15_vae
 from host.tiny_sd3 import make_transformer, make_vae
 from host.tiny_sdxl import make_sdxl_unet
+from phased_consistency.samplers.operators import Colorize
+from phased_consistency.trainer.editing import Editor
+from phased_consistency.trainer.evaluation.baselines import cells_of, latent_mask
 from phased_consistency.trainer.export import install, recipe_for
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.generate import generate
@@ -42,6 +47,7 @@ KINDS = {
     "sdxl_v": ("sdxl", "sdxl_v.safetensors", lambda x: 0.13025 * x),
     "sd3": ("sd3", "sd3.safetensors", lambda x: (x - LATENT_SHIFT) * LATENT_SCALE),
 }
+WITH_VAE = pytest.mark.parametrize("trained", ["sd15", "sd3"], indirect=True)  # the host's SDXL file has none
 
 
 def pipeline(kind: str) -> DiffusionPipeline:
@@ -52,7 +58,7 @@ def pipeline(kind: str) -> DiffusionPipeline:
     two = {"tokenizer": words, "tokenizer_2": words}
     if kind == "sd15":
         scheduler, checker = DDIMScheduler(**BETAS), {"safety_checker": None, "feature_extractor": None}
-        parts = {"vae": AutoencoderTiny(), "text_encoder": CLIPTextModel(first), "tokenizer": words}
+        parts = {"vae": make_sd15_vae(), "text_encoder": CLIPTextModel(first), "tokenizer": words}
         return StableDiffusionPipeline(
             unet=make_unet(), scheduler=scheduler, requires_safety_checker=False, **parts, **checker
         )
@@ -95,11 +101,15 @@ def by_trainer(trained: SimpleNamespace, steps: int, guidance: float) -> torch.T
     return generate(base, prompt, negative, noise, recipe.grid().plan(steps).ticks, guidance, recipe.gamma)
 
 
+def prompts_of(graph: Graph, links: dict[str, list], trained: SimpleNamespace) -> None:
+    for number, name in enumerate(("positive", "negative")):
+        links[name] = out(graph.add("TestEncoding", path=str(trained.encodings), number=number, side=64))
+
+
 def by_host(server, trained: SimpleNamespace, steps: int, guidance: float) -> tuple[torch.Tensor, str]:
     family, checkpoint, in_model_units = KINDS[trained.kind]
     graph, links = loaded(trained.lora.name, checkpoint)
-    for number, name in enumerate(("positive", "negative")):
-        links[name] = out(graph.add("TestEncoding", path=str(trained.encodings), number=number, side=64))
+    prompts_of(graph, links, trained)
     if family == "sd3":
         links["latent"] = out(graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1))
     run, (latent,) = server.latents(graph, sample(graph, links, steps=steps, cfg=guidance))
@@ -119,3 +129,42 @@ def test_the_host_draws_what_the_trainer_draws(server, trained, steps, guidance)
     assert difference < 1e-4 and difference < 0.02 * effect, (difference, effect)
     modules = sum(hasattr(m, "lora_A") for m in trained.base.network.modules())
     assert f"{modules} of {modules} modules matched" in report
+
+
+@WITH_VAE
+def test_the_gallerys_baseline_is_the_hosts_masked_latent(server, trained):
+    """Core's VAE Encode, Set Latent Noise Mask and euler, which docs/editing.md compares PCM Inpaint with."""
+    _, checkpoint, in_model_units = KINDS[trained.kind]
+    graph, links = loaded(trained.lora.name, checkpoint)
+    prompts_of(graph, links, trained)
+    given = picture(graph, 64, 64)
+    encoded = graph.add("VAEEncode", pixels=given["image"], vae=links["vae"])
+    links["latent"] = out(graph.add("SetLatentNoiseMask", samples=out(encoded), mask=given["mask"]))
+    drawn = custom(graph, links, core_sampler(graph, "euler"), out(scheduler(graph, links)), cfg=1.7)
+    _, (known, theirs) = server.latents(graph, encoded, drawn)
+    prompt, negative = (trained.base.encode_prompts([p]) for p in PROMPTS)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:32, 21:32] = 1  # TestPicture's
+    known = in_model_units(known)
+    ticks = trained.recipe.grid().plan(4).ticks
+    ours = latent_mask(trained.base, prompt, negative, known, cells_of(mask, known), ticks, 1.7, seed=7)
+    plain = latent_mask(trained.base, prompt, negative, known, torch.ones(1, 1, 8, 8), ticks, 1.7, seed=7)
+    difference, effect = ((ours - x).norm() / ours.norm() for x in (in_model_units(theirs), plain))
+    assert difference < 1e-4 < 0.01 < effect, (difference, effect)
+
+
+@WITH_VAE
+def test_the_host_edits_as_the_trainer_does(server, trained, tmp_path):
+    """One picture, one VAE, one seed: *PCM Colorize* and `Editor.edit`."""
+    _, checkpoint, in_model_units = KINDS[trained.kind]
+    image = torch.rand(1, 3, 50, 60)
+    save_file({"image": image.movedim(1, -1).contiguous()}, tmp_path / "image.safetensors")
+    graph, links = loaded(trained.lora.name, checkpoint)
+    prompts_of(graph, links, trained)
+    node = edit(graph, links, "Colorize", image=out(graph.add("TestImage", path=str(tmp_path / "image.safetensors"))))
+    _, (theirs,) = server.tensors(graph, out(node, 1))
+    prompt, negative = (trained.base.encode_prompts([p]) for p in PROMPTS)
+    editor = Editor(trained.base, trained.recipe, negative, steps=2)
+    ours, bare = (replace(editor, projection=p).edit(Colorize(image), prompt, 7).latents for p in ("picture", "none"))
+    difference, effect = ((ours - x).norm() / ours.norm() for x in (in_model_units(theirs), bare))
+    assert difference < 0.05 * effect, (difference, effect)  # a random VAE hands little of an edit on

@@ -37,10 +37,16 @@ def make_unet() -> UNet2DConditionModel:
     ).eval()
 
 
+def make_vae() -> AutoencoderTiny:
+    """A TAESD; its scale is the one that the host has for SD1.5's latents."""
+    torch.manual_seed(2)
+    return AutoencoderTiny(scaling_factor=0.18215).eval()
+
+
 def make_checkpoint(path: Path) -> UNet2DConditionModel:
     """Write the checkpoint with TAESD's autoencoder and no text encoder; returns its UNet."""
     unet = make_unet()
-    save_single_file(path, unet, AutoencoderTiny())
+    save_single_file(path, unet, make_vae())
     return unet
 
 

@@ -1,0 +1,85 @@
+"""Sections of a page of measurements: tables of figures, rows of pictures, and goals that are met or not."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+LETTERS = 19  # of a label, in a line
+Figures = dict[str, float]
+
+
+@dataclass
+class Goal:
+    """What an edit has to reach."""
+
+    what: str
+    value: float
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    @property
+    def met(self) -> bool:
+        return self.least <= self.value <= self.most
+
+
+@dataclass
+class Section:
+    """One edit: rows of figures, rows of pictures, goals. measure: pictures, and what else decides -> their figures."""
+
+    title: str
+    captions: list[str]
+    measure: Callable[..., Figures] | None = None
+    rows: dict[str, Figures] = field(default_factory=dict)
+    shown: list[tuple[str, Tensor]] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+
+    def show(self, label: str, pictures: Tensor) -> None:
+        self.shown.append((textwrap.fill(label, LETTERS, break_long_words=False), pictures[: len(self.captions)]))
+
+    def add(self, label: str, pictures: Tensor, *told: Tensor, show: bool = True) -> None:
+        self.rows[label] = self.measure(pictures, *told)
+        if show:
+            self.show(label, pictures)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no number for what is exact."""
+        goals = [{k: _finite(v) for k, v in asdict(goal).items()} | {"met": goal.met} for goal in self.goals]
+        rows = {label: {k: _finite(v) for k, v in figures.items()} for label, figures in self.rows.items()}
+        return {"goals": goals, "rows": rows}
+
+
+def tables(sections: list[Section]) -> str:
+    """One table a section and, first, what each has to reach, as Markdown."""
+    lines = ["| edit | what | reached | goal | met |", "|---|---|---|---|---|"]
+    for s in sections:
+        lines += [
+            f"| {s.title} | {x.what} | {_cell(x.value)} | {_range(x)} | {'yes' if x.met else 'no'} |" for x in s.goals
+        ]
+    for s in sections:
+        columns = list(dict.fromkeys(c for figures in s.rows.values() for c in figures))
+        lines += ["", f"**{s.title}**", "", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for label, figures in s.rows.items():
+            cells = " | ".join(_cell(figures[c]) if c in figures else "" for c in columns)
+            lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(goal: Goal) -> str:
+    ends = [f"{text} {_cell(end)}" for text, end in (("at least", goal.least), ("at most", goal.most)) if isfinite(end)]
+    return ", ".join(ends)
+
+
+def _cell(value: float) -> str:
+    if not isfinite(value):
+        return "exact"
+    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not isfinite(value) else value

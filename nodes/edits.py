@@ -12,7 +12,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..samplers.editing import CELL, Projected, ProjectedLatent, begin, canvas, extended, finish
+from ..samplers.editing import Projected, ProjectedLatent, begin, canvas, check_latents, extended, finish
 from ..samplers.operators import Colorize, Inpaint, Operator, SuperResolution, outpaint, size_text
 from ..samplers.sampling import Projection
 from . import inputs
@@ -50,7 +50,8 @@ def grow_input(default: int) -> io.Input:
         default=default,
         min=0,
         max=512,
-        tooltip="Pixels beyond the edge of the hole that are drawn anew too, and blended so that no seam shows.",
+        tooltip="Width of the rim around the hole, in pixels, over which the new goes over into your picture, so that "
+        "no seam shows.",
     )
 
 
@@ -73,8 +74,8 @@ def make_inpaint(image: Tensor, mask: Tensor, grow: int) -> Inpaint:
 INPAINT = EditKind(
     node_id="PCMInpaint",
     title="PCM Inpaint",
-    description="Draws anew what a mask covers. Everything else stays, pixel for pixel, and every step is drawn to "
-    "agree with it.",
+    description="Draws anew what a mask covers. Everything else stays, pixel for pixel, but for a rim that is blended, "
+    "and what is drawn agrees with it.",
     aliases=("inpaint", "fill", "remove object", "replace", "mask", "generative fill"),
     make=make_inpaint,
     sockets=lambda: [
@@ -141,15 +142,9 @@ class Edit:
     def on(self, guider: Any, x: Tensor) -> Projection:
         """The `project` of `sample_phased`, for what a guider samples, from x (B, C, h, w) on.
 
-        Raises ValueError for latents of another size than the operator's canvas, and for a VAE of another family.
+        Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another family.
         """
-        expected = canvas(self.operator.size)
-        height, width = (CELL * side for side in x.shape[-2:])
-        if (height, width) != expected:
-            raise ValueError(
-                f"The latent is of a picture of {width}x{height}, and the edit works on {expected[1]}x{expected[0]}: "
-                "give the sampler the operator's own picture, encoded."
-            )
+        check_latents(self.operator, x)
         check_family(self.vae, guider.model_patcher)
         codec = ModelVAE(whole(self.vae), guider.inner_model)
         if self.projection == "latent":
@@ -176,8 +171,10 @@ def start_image(operator: Operator) -> Tensor:
 def finished(operator: Operator, vae: Any, latents: Tensor, last_decode: str) -> tuple[Tensor, list[str]]:
     """The result of an edit as an IMAGE, and a sentence where the VAE had to go over to tiles.
 
-    latents: as the host stores them. last_decode: one of `inputs.LAST_DECODES`.
+    latents: as the host stores them. last_decode: one of `inputs.LAST_DECODES`. Raises ValueError for latents that are
+    not of the operator's pictures.
     """
+    check_latents(operator, latents)
     image, told = decode_last(vae, last_decode, lambda codec: finish(operator, codec, latents))
     return image_of(image), told
 

@@ -116,7 +116,7 @@ def loop() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="1 makes every step agree with the picture, through the VAE. 2 is every second step, which is "
-            "faster; the last step is always one of them.",
+            "faster.",
         ),
         supported(
             io.Combo.Input,

@@ -15,10 +15,8 @@ from torch import Tensor
 from ..samplers import Recipe, seeded_noise
 from ..samplers.editing import (
     begin,
-    denoise_plan,
+    denoising,
     estimated_noise,
-    latent_noise,
-    noise_to_signal,
     slerp,
     slerped,
     stroke_plan,
@@ -107,16 +105,15 @@ class PCMDenoise(io.ComfyNode):
         std = noise / LEVELS or estimated_noise(operator.start)
         found = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
         recipe = on_schedule_of(model, recipe)
-        schedule, cfg = recipe.schedule(), cfg or recipe.guidance
-        ratio = latent_noise(ModelVAE(vae, model.model), operator.start, std, seed)
-        plan = denoise_plan(recipe.grid(), schedule, ratio, steps or 1)
+        cfg = cfg or recipe.guidance
+        codec = ModelVAE(vae, model.model)
+        plan, amount = denoising(codec, operator.start, std, recipe.grid(), recipe.schedule(), steps or None, seed)
         if not plan.steps:
             told = show(cls, [*found, "There is none to take out: the picture is given back as it is."])
             return io.NodeOutput(image, {"samples": begin(operator, HostVAE(vae))}, ui=told)
-        missing = max(0.0, 1 - (ratio / noise_to_signal(schedule)[plan.ticks[0]].item()) ** 2) ** 0.5
         lines = [*found, *advice(model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
         how = {"model": model, "recipe": recipe, "vae": vae, "seed": seed, "cfg": cfg}
-        return edited(cls, operator, plan, lines, amount=missing, **how, **shared)
+        return edited(cls, operator, plan, lines, amount=amount, **how, **shared)
 
 
 class PCMInterpolate(io.ComfyNode):

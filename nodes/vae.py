@@ -61,8 +61,8 @@ def beside_model(project: Projection, guider: Any, vae: Any, shape: tuple[int, .
     """`project` with the VAE loaded beside all that the guider evaluates, which is loaded again where it had to go."""
     models = [guider.model_patcher, *getattr(guider, "loaded_models", [])]
     needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])
-    both = max(needed, vae.memory_used_decode(shape, vae.vae_dtype))
-    memory.load_models_gpu([*models, vae.patcher], memory_required=both)
+    beside = vae.memory_used_decode(shape, vae.vae_dtype) if vae.device == guider.model_patcher.load_device else 0
+    memory.load_models_gpu([*models, vae.patcher], memory_required=max(needed, beside))
 
     def projected(x0: Tensor, steps_left: int) -> Tensor:
         held = [model.loaded_size() for model in models]
@@ -79,8 +79,8 @@ def whole(vae: Any) -> Any:
 
     def refuse(*args: Any, **keywords: Any) -> None:
         raise Tiled(
-            "The VAE ran out of memory, and in tiles it would draw their seams into every step. Use a small VAE such "
-            "as TAESD for the steps (step_vae), or a smaller picture."
+            "The VAE ran out of memory, and in tiles it would draw their seams into every step. Take a small VAE such "
+            "as TAESD for the steps, or a smaller picture."
         )
 
     copied = copy.copy(vae)

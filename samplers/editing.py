@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import Inpaint, Operator, size_text
-from .phases import LevelPlan, PhaseGrid
+from .phases import LevelPlan, PhaseGrid, count_steps
 from .schedule import Schedule
 
 CELL = 8  # pixels a latent cell, in every family
 STROKE_RATIO = 0.416  # of the stroke schedule's two noise levels: 2.24 / 5.38, arXiv 2303.01469, App. D
+NOISIEST = 14.6  # noise-to-signal ratio that is pure noise to the eye: the last of SD's; a flow model's is infinite
 
 
 class Codec(Protocol):
@@ -47,6 +48,22 @@ def extended(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(image, (0, right, 0, below), mode="replicate")
 
 
+def check_latents(operator: Operator, latents: Tensor) -> None:
+    """Raise ValueError for latents (B, C, h, w) that are not of this edit: of another canvas, or number."""
+    height, width = (CELL * side for side in latents.shape[-2:])
+    expected = canvas(operator.size)
+    if (height, width) != expected:
+        raise ValueError(
+            f"The latent is of a picture of {width}x{height}, and the edit works on {expected[1]}x{expected[0]}: "
+            "sample from the operator's own picture, encoded."
+        )
+    if len(operator.start) not in (1, len(latents)):
+        raise ValueError(
+            f"{len(latents)} latents for an edit of {len(operator.start)} pictures: there must be as many, or one "
+            "picture."
+        )
+
+
 def begin(operator: Operator, codec: Codec, multiple: int = CELL) -> Tensor:
     """The latent of where an edit starts."""
     return checked(codec.encode(extended(operator.start, canvas(operator.size, multiple))), operator.start)
@@ -64,7 +81,7 @@ class Projected:
 
     residual: x0 + encode(projected) - encode(decoded), which leaves x0 alone where the projection changes nothing and
     takes the VAE's own error out to first order; else encode(projected), as it is. every: project each n-th step,
-    counted so that the last is one of them.
+    counted back from the last that is (`Operator.to_the_end`).
     Raises ValueError for every < 1, and for a VAE that gives numbers that are not finite.
     """
 
@@ -78,7 +95,8 @@ class Projected:
             raise ValueError(f"every is {self.every}; 1 projects at each step, 2 at every second.")
 
     def __call__(self, x0: Tensor, steps_left: int) -> Tensor:
-        if steps_left % self.every:
+        due = steps_left - (not self.operator.to_the_end)
+        if due < 0 or due % self.every:
             return x0
         height, width = self.operator.size
         seen = checked(self.codec.decode(x0), self.operator.start).float().clamp(0, 1)
@@ -92,7 +110,8 @@ class Projected:
 
 @dataclass(frozen=True)
 class ProjectedLatent:
-    """Inpainting without the VAE: x0's cells outside the hole are those of the picture. Cheap; the host's way.
+    """Inpainting without the VAE: x0's cells outside the hole are those of the picture. Cheap; the host's way. The
+    last x0 too: no edge runs through a cell.
 
     known: latents (B, C, h, w) of the picture. cells: (B, 1, h, w), 1 where to draw.
     """
@@ -135,25 +154,47 @@ def stroke_plan(grid: PhaseGrid, schedule: Schedule, strength: float) -> LevelPl
     if grid.phases > 1:
         return grid.plan(denoise=strength)
     start = grid.plan(grid.points, strength).ticks[0]
-    ratios = noise_to_signal(schedule)
+    ratios = noise_to_signal(schedule).clamp(max=NOISIEST)
     second = grid.nearest(int((ratios - STROKE_RATIO * ratios[start]).abs().argmin()))
     ticks = tuple(dict.fromkeys((start, second, 0)))
     return LevelPlan(ticks, start / grid.ticks)
 
 
-def denoise_plan(grid: PhaseGrid, schedule: Schedule, ratio: float, steps: int = 1) -> LevelPlan:
+def denoise_plan(grid: PhaseGrid, schedule: Schedule, ratio: float, steps: int | None = None) -> LevelPlan:
     """Levels that take a latent of this noise-to-signal ratio to a clean one; none for a ratio of 0.
 
-    The first is the first solver point that is at least as noisy. The phases' edges below it follow; a single phase is
-    gone through in `steps` equal parts.
+    It starts at the first level that is at least as noisy, on a solver point or not, since the noise that a solver
+    point has more would have to be put in first. The phases' edges below follow; a single phase is gone through in
+    `steps` equal parts (default: 1).
     """
     if ratio <= 0:
         return LevelPlan((0,), 0.0)
-    ratios = noise_to_signal(schedule)[grid.start_ticks()]
-    start = int(grid.start_ticks()[int((ratios < ratio).sum().clamp(max=grid.points - 1))])
-    below = grid.edges if grid.phases > 1 else [grid.nearest(start * j / steps) for j in range(steps)]
+    start = min(int((noise_to_signal(schedule) < ratio).sum()), grid.ticks)
+    below = grid.edges if grid.phases > 1 else [round(start * j / (steps or 1)) for j in range(steps or 1)]
     ticks = (start, *sorted({tick for tick in below if tick < start}, reverse=True))
-    return LevelPlan(ticks, start / grid.ticks)
+    taken = len(ticks) - 1
+    there = f"From the level of this noise on there {'is' if taken == 1 else 'are'} {count_steps(taken)}, not {steps}."
+    return LevelPlan(ticks, start / grid.ticks, () if steps in (None, taken) else (there,))
+
+
+def denoising(
+    codec: Codec,
+    picture: Tensor,
+    std: float,
+    grid: PhaseGrid,
+    schedule: Schedule,
+    steps: int | None = None,
+    seed: int = 0,
+    multiple: int = CELL,
+) -> tuple[LevelPlan, float]:
+    """How to take white noise of this standard deviation out of pictures (B, 3, H, W): levels, and a share of noise.
+
+    The share of a unit noise is what the latent, whose own noise is measured, lacks at the first level.
+    """
+    ratio = latent_noise(codec, picture, std, seed, multiple)
+    plan = denoise_plan(grid, schedule, ratio, steps)
+    level = noise_to_signal(schedule)[plan.ticks[0]].item()
+    return plan, max(0.0, 1 - (ratio / level) ** 2) ** 0.5 if plan.steps else 0.0
 
 
 def noise_to_signal(schedule: Schedule) -> Tensor:
@@ -184,7 +225,7 @@ def estimated_noise(picture: Tensor) -> float:
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Between two noises (B, ...) on the great circle, the unit variance kept; share 0 is a and 1 is b, bit for bit."""
-    first, second = a.flatten(1).double(), b.flatten(1).double()
+    first, second = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # not every device has float64
     cosine = F.cosine_similarity(first, second).clamp(-1, 1)
     angle = cosine.acos()
     same = angle.sin() < 1e-6

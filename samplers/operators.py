@@ -22,10 +22,12 @@ class Operator(ABC):
 
     start: (B, 3, H, W) the picture that the edit begins with, as large as its result.
     alpha: (B, 1, H, W) the result's transparency, from pictures that have one; None for others.
+    to_the_end: whether the last x0 is projected in its latent too, or the result alone.
     """
 
     start: Tensor
     alpha: Tensor | None = None
+    to_the_end: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -37,8 +39,7 @@ class Operator(ABC):
 
         Raises ValueError for a picture of another size.
         """
-        if tuple(image.shape[-2:]) != self.size:
-            raise ValueError(f"A picture of {size_text(image)} was given to an edit of {size_text(self.start)}.")
+        self._check(image)
         return self._project(image.float())
 
     @abstractmethod
@@ -46,16 +47,24 @@ class Operator(ABC):
         """`project` of a picture of the right size."""
 
     def finish(self, image: Tensor) -> Tensor:
-        """The result from the last decoded picture: projected, within [0, 1], and with its transparency, if any."""
-        result = self._composite(self.project(image.clamp(0, 1)).clamp(0, 1))
+        """The result from the last decoded picture: it agrees with what is known, and has its transparency, if any.
+
+        Raises ValueError for a picture of another size.
+        """
+        self._check(image)
+        result = self._result(image.float().clamp(0, 1))
         return (
             result
             if self.alpha is None
             else torch.cat([result, self.alpha.to(result).expand(len(result), -1, -1, -1)], 1)
         )
 
-    def _composite(self, image: Tensor) -> Tensor:
-        return image
+    def _result(self, image: Tensor) -> Tensor:
+        return self._project(image).clamp(0, 1)
+
+    def _check(self, image: Tensor) -> None:
+        if tuple(image.shape[-2:]) != self.size:
+            raise ValueError(f"A picture of {size_text(image)} was given to an edit of {size_text(self.start)}.")
 
 
 class Identity(Operator):
@@ -69,10 +78,11 @@ class Identity(Operator):
 
 
 class Inpaint(Operator):
-    """What is outside the hole stays, pixel for pixel.
+    """What is outside the mask is known, and stays as it is, pixel for pixel, beyond a rim that is blended.
 
     picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1 both are
-    blended in the result. grow: pixels around the mask that are drawn too, and blended so that no seam shows.
+    blended in the result. grow: width of the rim around the mask, in pixels, over which the drawn picture (its version
+    of what is known there) goes over into the given one, so that no seam shows.
     Raises ValueError for a mask of another size or number, and for a negative grow.
     """
 
@@ -87,17 +97,19 @@ class Inpaint(Operator):
         if 1 != len(mask) != len(image) != 1:
             raise ValueError(f"{len(mask)} masks for {len(image)} pictures: give one mask, or one for each picture.")
         if grow < 0:
-            raise ValueError(f"grow is {grow}; the mask can only be made larger: 0 or more pixels.")
+            raise ValueError(f"grow is {grow}; the rim around the mask is 0 or more pixels wide.")
+        grow = min(grow, max(image.shape[-2:]))
         blur = grow // 2
-        self.weight = _box_blur(_dilate(mask, grow - blur), blur)  # of the new picture: 1 on the mask, 0 beyond grow
-        self.hole = (self.weight > 0).float()
+        self.weight = _box_blur(dilate(mask, grow - blur), blur)  # of the new picture: 1 on the mask, 0 beyond grow
+        self.hole = (mask > 0).float()
+        self.to_the_end = not grow  # a latent that must hold both sides of the mask's edge draws that edge into the rim
         self.known = image
         self.start = fill(image, self.hole)
 
     def _project(self, image: Tensor) -> Tensor:
         return torch.where(self.hole.to(image.device) > 0, image, self.known.to(image))
 
-    def _composite(self, image: Tensor) -> Tensor:
+    def _result(self, image: Tensor) -> Tensor:
         return torch.lerp(self.known.to(image), image, self.weight.to(image))  # exact at both ends
 
     def cells(self, factor: int, canvas: tuple[int, int]) -> Tensor:
@@ -203,7 +215,7 @@ def fill(image: Tensor, hole: Tensor) -> Tensor:
     From coarse to fine: what is known is averaged until nothing is unknown, and handed back down. Grey where all is.
     """
     if not hole.any():
-        return image
+        return image.expand(max(len(image), len(hole)), -1, -1, -1)
     if max(image.shape[-2:]) == 1:
         return torch.where(hole > 0, 0.5, image)
     known = F.avg_pool2d(1 - hole, 2, ceil_mode=True)
@@ -222,12 +234,13 @@ def _into_range(image: Tensor, centre: Tensor, least: Callable[[Tensor], Tensor]
     return centre + least(room).clamp(max=1) * off
 
 
-def _dilate(mask: Tensor, radius: int) -> Tensor:
-    return F.max_pool2d(mask, 2 * radius + 1, 1, radius) if radius else mask
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """A mask (B, 1, H, W), larger by so many pixels on every side and corner."""
+    across = F.max_pool2d(mask, (1, 2 * radius + 1), 1, (0, radius))
+    return F.max_pool2d(across, (2 * radius + 1, 1), 1, (radius, 0))
 
 
 def _box_blur(mask: Tensor, radius: int) -> Tensor:
-    if not radius:
-        return mask
     padded = F.pad(mask, (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(padded, 2 * radius + 1, 1)
+    across = F.avg_pool2d(padded, (1, 2 * radius + 1), 1)
+    return F.avg_pool2d(across, (2 * radius + 1, 1), 1)

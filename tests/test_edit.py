@@ -154,7 +154,7 @@ def test_an_empty_mask_gives_the_picture_and_says_so(edit, photo, tmp_path):
 def test_a_full_mask_keeps_nothing_and_says_so(edit, photo, tmp_path):
     white = save(tmp_path / "white.png", Image.new("L", (64, 64), 255))
     details, _ = edit("inpaint", "--image", photo, "--mask", white, *FAST)
-    assert "The part to draw, grown, is all of the picture: nothing of it is kept." in details["warnings"]
+    assert "The mask covers all of the picture: nothing of it is kept." in details["warnings"]
 
 
 def test_outpainting_keeps_the_picture_in_place(edit, photo):
@@ -190,13 +190,20 @@ def test_upscaling_by_one_is_the_picture(edit, photo):
 
 
 def test_strokes_start_at_their_level(edit, photo, lora):
-    one, _ = edit("stroke", "--image", photo, "--guidance", "1", "--denoise", "0.75")
-    assert one["ticks"][0] == 750 and one["steps"] == 2 and one["kept_error"] is None
-    assert 500 < one["ticks"][1] < 560  # 0.416 of the noise, on SD1.5's schedule
+    alone, _ = edit("stroke", "--image", photo, "--guidance", "1", "--denoise", "0.75")
+    assert alone["ticks"] == [750, 625, 500, 375, 250, 125, 0] and alone["kept_error"] is None
     edges, _ = edit("stroke", "--image", photo, "--lora", lora, "--denoise", "0.5")
     assert edges["ticks"] == [500, 250, 0]
     asked, _ = edit("stroke", "--image", photo, *FAST, "--denoise", "0.5")
     assert asked["ticks"] == [500, 0]
+
+
+def test_strokes_with_a_one_phase_lora_take_two_levels(tiny_base):
+    """The second has 0.416 of the first one's noise, on SD1.5's schedule."""
+    recipe = Recipe(family="sd15", mode="stochastic", phases=1, points=50)
+    editor = Editor(tiny_base, recipe, {}, guidance=1.0)
+    drawn = editor.stroke(torch.rand(1, 3, 64, 64), tiny_base.encode_prompts(["a red star"]), strength=0.76)
+    assert drawn.plan.ticks == (760, 520, 0)
 
 
 def test_a_weaker_stroke_stays_nearer(edit, photo):
@@ -230,7 +237,7 @@ def test_no_noise_is_said(edit, photo):
 
 def test_steps_that_phases_leave_no_room_for_are_said(edit, photo, lora):
     details, _ = edit("denoise", "--image", photo, "--noise", "20", "--lora", lora, "--steps", "4")
-    assert f"from there on: {details['steps']} step" in details["warnings"][-1]
+    assert details["warnings"][-1] == "From the level of this noise on there is 1 step, not 4."
 
 
 @pytest.mark.parametrize("gamma", [0, 0.3])
@@ -379,6 +386,7 @@ def test_transparency_is_kept(edit, tmp_path, mask):
         ("outpaint", {"--left": "-8", "--right": "8"}, "Outpainting adds pixels on at least one side"),
         ("colorize", {"--projection": "latent"}, "--projection latent is for inpaint and outpaint"),
         ("colorize", {"--mask": "{tmp}/mask.png"}, "No such option: --mask"),
+        ("colorize", {"--seed": str(2**64)}, "Invalid value for '--seed'"),
         ("upscale", {"--factor": "0"}, "factor is 0; it must be a whole number, 1 or more"),
         ("upscale", {"--factor": "1.5"}, "Invalid value for '--factor'"),
         ("upscale", {"--factor": "5", "--base": "tiny-sd3"}, "would be 320x320; tiny-sd3 draws at most 256 pixels"),
@@ -414,13 +422,15 @@ def test_bad_input(pcm, photo, mask, tmp_path, kind, changes, message):
     assert not (tmp_path / "made").exists() and result.out == ""
 
 
-def test_pictures_and_prompts_that_do_not_fit(pcm, photo, tmp_path):
+def test_pictures_prompts_and_masks_that_do_not_fit(pcm, photo, mask, tmp_path):
     small = save(tmp_path / "small.png", Image.new("RGB", (32, 16)))
     common = ("edit", "stroke", "--base", TINY, "--out", tmp_path / "out.png", "--image", photo)
     told = pcm(*common, "--image", small)
     assert told.code == 2 and "photo.png is 64x64" in told.err and "small.png is 32x16" in told.err
     told = pcm(*common, *("--prompt", "x") * 3)
     assert told.code == 2 and "3 prompts for 1 pictures" in told.err
+    told = pcm("edit", "inpaint", *common[2:], "--mask", mask, "--mask", mask)
+    assert told.code == 2 and "2 masks for 1 pictures: give one mask, or one for each picture" in told.err
 
 
 def test_bases_without_a_vae(tiny_base):

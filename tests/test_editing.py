@@ -13,7 +13,9 @@ from phased_consistency.samplers.editing import (
     ProjectedLatent,
     begin,
     canvas,
+    check_latents,
     denoise_plan,
+    denoising,
     estimated_noise,
     extended,
     finish,
@@ -92,7 +94,7 @@ def test_with_an_identity_for_a_vae_it_is_algorithm_4():
 @pytest.mark.parametrize("kind", ["inpaint", "colorize", "enlarge"])
 def test_every_x0_agrees_with_what_is_known(schedule, gamma, kind):
     y = picture()
-    operator = {"inpaint": Inpaint(y, mask()), "colorize": Colorize(y), "enlarge": SuperResolution(y, 2)}[kind]
+    operator = {"inpaint": Inpaint(y, mask(), grow=0), "colorize": Colorize(y), "enlarge": SuperResolution(y, 2)}[kind]
     seen, sigmas = [], schedule.k_sigma(torch.tensor([1000, 750, 500, 250, 0]))
     x = noised(operator.start, noises(1, operator.start)[0], sigmas[0], schedule)
     how = {"schedule": schedule, "gamma": gamma, "extra_args": {"seed": 1}, "project": Projected(operator, NoVae())}
@@ -144,6 +146,18 @@ def test_every_nth_step_counts_back_from_the_last(every, projected):
     assert (operator.project(x) - x).abs().max() < 1e-6
     with pytest.raises(ValueError, match="every is 0; 1 projects at each step"):
         Projected(operator, codec, 0)
+
+
+@pytest.mark.parametrize(("every", "projected"), [(1, [2, 1, 0]), (2, [2, 0]), (3, [2])])
+def test_a_blended_rim_takes_the_place_of_the_last_projection(every, projected):
+    """Counted in steps, from the first of 4: the last is left to the result, the others to every n-th before it."""
+    sigmas, codec, at = VP.k_sigma(torch.tensor([1000, 750, 500, 250, 0])), NoVae(), []
+    project = Projected(Inpaint(picture(), mask(), grow=4), codec, every)
+    for i in range(len(sigmas) - 1):
+        before = len(codec.calls)
+        project(picture(seed=1), 3 - i)
+        at += [i] * (len(codec.calls) > before)
+    assert at == sorted(projected)
 
 
 def test_the_clamp_of_one_step_models_comes_before_the_projection():
@@ -230,6 +244,13 @@ def test_strokes_take_two_levels_of_the_papers_ratio(schedule):
         assert ratios.tolist() == pytest.approx([4.08, 1.70, 0], abs=0.01)
 
 
+def test_strokes_from_pure_noise_take_two_levels_too():
+    """Where a flow model's ratio is infinite, SD's last is taken: 14.6, and 6.08 after it."""
+    start, second, end = stroke_plan(PhaseGrid(1000, 1), FLOW, 1.0).ticks
+    assert (start, end) == (1000, 0)
+    assert noise_to_signal(FLOW)[second].item() == pytest.approx(0.416 * 14.6, abs=0.05)
+
+
 def test_strokes_keep_to_the_phases_where_there_are_some():
     plan = stroke_plan(PhaseGrid(40, 4), VP, 0.7)
     assert plan.ticks == (750, 500, 250, 0)
@@ -240,12 +261,39 @@ def test_strokes_keep_to_the_phases_where_there_are_some():
 @SCHEDULES
 def test_denoising_starts_at_the_first_level_that_is_as_noisy(schedule):
     grid, ratios = PhaseGrid(40, 4), noise_to_signal(schedule)
-    for start, after in ((25, (0,)), (250, (0,)), (275, (250, 0)), (900, (750, 500, 250, 0))):
-        for ratio in (ratios[start], ratios[start] * 0.999):
+    for start, after in ((3, (0,)), (250, (0,)), (251, (250, 0)), (907, (750, 500, 250, 0))):
+        for ratio in (ratios[start], ratios[start] * 0.9999):
             assert denoise_plan(grid, schedule, ratio.item() * (1 - 1e-6)).ticks == (start, *after)
     assert denoise_plan(grid, schedule, 0.0).ticks == (0,)
-    assert denoise_plan(PhaseGrid(40, 1), schedule, ratios[300].item() * 0.999, steps=3).ticks == (300, 200, 100, 0)
+    assert denoise_plan(PhaseGrid(40, 1), schedule, ratios[300].item() * 0.9999, steps=3).ticks == (300, 200, 100, 0)
     assert denoise_plan(grid, schedule, 1e9).ticks[0] == 1000
+
+
+def test_steps_that_the_phases_leave_no_room_for_are_said():
+    grid, ratio = PhaseGrid(40, 4), noise_to_signal(VP)[300].item() * 0.9999
+    assert denoise_plan(grid, VP, ratio).notes == denoise_plan(grid, VP, ratio, 2).notes == ()
+    assert denoise_plan(grid, VP, ratio, 4).notes == ("From the level of this noise on there are 2 steps, not 4.",)
+
+
+@SCHEDULES
+def test_what_a_latent_lacks_of_its_level_is_put_in(schedule):
+    """Its own noise and the share that is added make up the level's, in variance."""
+    grey = torch.full((1, 3, 256, 256), 0.5)
+    plan, share = denoising(NoVae(), grey, 0.1, PhaseGrid(40, 4), schedule)
+    below, level = noise_to_signal(schedule)[plan.ticks[0] - 1 : plan.ticks[0] + 1].tolist()
+    assert below < 0.1 * 1.01 and plan.ticks[1:] == (0,)
+    assert (0.1**2 + (share * level) ** 2) ** 0.5 == pytest.approx(level, rel=0.02)
+    assert denoising(NoVae(), grey, 0.0, PhaseGrid(40, 4), schedule)[1] == 0
+
+
+def test_latents_of_another_picture_are_refused():
+    operator = Colorize(picture((50, 70)).expand(2, -1, -1, -1))
+    check_latents(operator, torch.zeros(2, 4, 8, 9))
+    check_latents(Colorize(picture((50, 70))), torch.zeros(3, 4, 8, 9))
+    with pytest.raises(ValueError, match="latent is of a picture of 128x64, and the edit works on 72x64"):
+        check_latents(operator, torch.zeros(2, 4, 8, 16))
+    with pytest.raises(ValueError, match="3 latents for an edit of 2 pictures"):
+        check_latents(operator, torch.zeros(3, 4, 8, 9))
 
 
 def test_the_noise_in_a_latent_is_measured():

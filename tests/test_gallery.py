@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import ImageFilter
 
+from phased_consistency.samplers.operators import Inpaint
 from phased_consistency.trainer import gallery
 from phased_consistency.trainer.evaluation.baselines import cells_of, filtered, greyed, latent_mask
 from phased_consistency.trainer.evaluation.edits import (
@@ -188,10 +189,12 @@ def test_what_is_known_stays(sections, edit):
 
 
 def test_no_seam_shows(sections):
-    """Beside the truth drawn through the VAE; the host's result has one when its known part is put back."""
+    """On more pictures, since chance decides how many edges lie on the border of few (its truth's: 1.1)."""
+    drawn = gallery.Gallery("tiny-sd15", None, 6, steps=4, guidance=1.0)
+    mask = gallery.holes(6)
+    assert 0.8 <= seam_ratio(drawn.edit(drawn.ours, Inpaint(drawn.truth, mask)).image, mask) <= 1.3
     ours, perfect = row(sections, "inpaint"), row(sections, "inpaint", "truth through the VAE")
-    for where in ("seam at the mask", "seam where drawing ends"):
-        assert 0.8 <= ours[where] / perfect[where] <= 1.3
+    assert 0.8 <= ours["seam where drawing ends"] / perfect["seam where drawing ends"] <= 1.3
     pasted = row(sections, "inpaint", "the same, pasted")["seam at the mask"]
     assert pasted / perfect["seam at the mask"] > 1.3
 

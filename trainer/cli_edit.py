@@ -15,7 +15,7 @@ edit = typer.Typer(
     help="Edit pictures with any few-step LoRA, or with none: nothing is trained for it. What an edit keeps it keeps "
     "exactly.",
 )
-Grow = Annotated[int, typer.Option(help="Pixels around it that are drawn too, and blended with the picture.")]
+Grow = Annotated[int, typer.Option(help="Width of the rim around it, in pixels, that is blended.")]
 Denoise = Annotated[
     float,
     typer.Option(help="How far to go from where it starts: 1 all the way; less snaps to the edges of a LoRA's phases."),
@@ -34,7 +34,7 @@ def inpaint(
     grow: Grow = 8,
     denoise: Denoise = 1.0,
 ) -> None:
-    """Draw where the mask is white. All other pixels stay as they are.
+    """Draw where the mask is white. All other pixels stay as they are, but for a rim that is blended.
 
     Without --mask the transparent parts of the picture are drawn, and the result has none. Repeat --mask for one of
     each picture.
@@ -58,10 +58,10 @@ def outpaint(
     top: Side = 0,
     right: Side = 0,
     bottom: Side = 0,
-    grow: Annotated[int, typer.Option(help="Pixels of the picture's rim that are drawn too, and blended.")] = 24,
+    grow: Annotated[int, typer.Option(help="Width of the picture's rim, in pixels, that is blended.")] = 24,
     denoise: Denoise = 1.0,
 ) -> None:
-    """Draw what is beyond the picture's sides. Its pixels stay as they are.
+    """Draw what is beyond the picture's sides. Its pixels stay as they are, but for a rim that is blended.
 
     Example: pcm edit outpaint --base base.safetensors --lora pcm.safetensors --image photo.png --left 64 --right 64
     --prompt "a wide beach" --out out.png
@@ -130,7 +130,7 @@ def denoise(
         typer.Option(help="Standard deviation of the noise, in levels of 255; default: estimated, and said."),
     ] = None,
 ) -> None:
-    """Take white noise out of a picture. It is drawn anew from the level of its noise.
+    """Take white noise out of a picture. It is drawn anew from the level of its noise; several are taken to have one.
 
     Example: pcm edit denoise --base base.safetensors --lora pcm.safetensors --image noisy.png --out out.png
     """
@@ -143,7 +143,7 @@ def denoise(
         noise = 255 * estimated_noise(pictures.pixels[:, :3])
         notes.append(f"The noise is estimated at {noise:.1f} of 255 levels; --noise says another.")
     if noise == 0:
-        notes.append("There is no noise to take out: the result is the picture, through the VAE.")
+        notes.append("There is no noise to take out: the result is the picture itself.")
     draw = lambda editor, prompt: editor.denoise(pictures.pixels, prompt, options.seed, noise / 255)  # noqa: E731
     options.run("denoise", pictures, draw, notes=notes, noise=noise)
 
@@ -166,6 +166,7 @@ def interpolate(
     Example: pcm edit interpolate --base base.safetensors --lora pcm.safetensors --prompt "a castle by day"
     --to-prompt "a castle by night" --frames 8 --out frames.png
     """
+    from ..samplers.editing import CELL
     from .pictures import numbered, sheet, write_pictures
 
     options.check()
@@ -177,7 +178,7 @@ def interpolate(
     editor = options.editor()
     _, height, width = editor.base.latent_shape(resolution or editor.base.default_resolution)
     ends = tuple(editor.base.encode_prompts([words]) for words in (prompt, to_prompt))
-    drawn = editor.interpolate((8 * height, 8 * width), ends, (options.seed, to_seed), frames)
+    drawn = editor.interpolate((CELL * height, CELL * width), ends, (options.seed, to_seed), frames)
     files = numbered(options.out, frames)
     write_pictures(drawn.image, files)
     write_pictures(sheet(drawn.image), [options.out])

@@ -45,7 +45,13 @@ Prompts = Annotated[
     list[str],
     typer.Option(help="What the finished picture shows; default: nothing is said. Repeat for one of each picture."),
 ]
-Steps = Annotated[int, typer.Option(help="Default: the LoRA's, or 8 without one.", rich_help_panel=SAMPLING)]
+Steps = Annotated[
+    int,
+    typer.Option(
+        help="Default: the LoRA's, or 8 without one; stroke and denoise take fewer where it has no phases.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 Projections = Annotated[
     str,
     typer.Option(
@@ -56,7 +62,9 @@ Projections = Annotated[
 ]
 Every = Annotated[
     int,
-    typer.Option(help="Only each n-th step, the last among them; default: 1, every step.", rich_help_panel=KEEPING),
+    typer.Option(
+        help="Only each n-th step, counted back from the end; default: 1, every step.", rich_help_panel=KEEPING
+    ),
 ]
 Form = Annotated[
     str,

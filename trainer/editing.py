@@ -20,17 +20,14 @@ from ..samplers.editing import (
     ProjectedLatent,
     begin,
     canvas,
-    denoise_plan,
+    denoising,
     estimated_noise,
     finish,
-    latent_noise,
-    noise_to_signal,
     slerp,
     slerped,
     stroke_plan,
 )
-from ..samplers.operators import Colorize, Identity, Inpaint, Operator, SuperResolution, luminance, rgb_and_alpha
-from ..samplers.phases import count_steps
+from ..samplers.operators import Colorize, Identity, Inpaint, Operator, SuperResolution, luminance
 from ..samplers.sampling import Projection
 from .families import Base, Condition
 from .families.base import Alone
@@ -103,11 +100,8 @@ class Editor:
         """Pixels that a side must be a multiple of: a latent cell, or a transformer's patch of them."""
         return CELL * getattr(self.base.network.config, "patch_size", 1)
 
-    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that the network works on for a result of this height and width.
-
-        Raises ValueError for a result beyond what its position embeddings, if it has any, can tell apart.
-        """
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError for a result beyond what the network's position embeddings, if any, can tell apart."""
         sides = canvas(size, self.multiple)
         largest = getattr(self.base.network.config, "pos_embed_max_size", 0) * self.multiple
         if largest and max(sides) > largest:
@@ -115,7 +109,6 @@ class Editor:
                 f"The result would be {size[1]}x{size[0]}; {Path(self.base.path).name} draws at most {largest} pixels "
                 "a side. Make the picture smaller first."
             )
-        return sides
 
     @property
     def recipe(self) -> Recipe | None:
@@ -146,25 +139,22 @@ class Editor:
     def stroke(self, picture: Tensor, condition: Condition, seed: int = 0, strength: float = 0.75) -> Edited:
         """Paint after strokes, or vary a picture: noised to the strength's level, and drawn from there."""
         grid = self.usual.grid()
-        if self.steps is None:
+        if self.steps is None and self.recipe:
             plan = stroke_plan(grid, self.base.schedule, strength)
         else:
-            plan = grid.plan(self.steps, strength)
+            plan = grid.plan(self._steps, strength)
         return self._edit(Identity(picture), condition, seed, plan)
 
     def denoise(self, picture: Tensor, condition: Condition, seed: int = 0, noise: float | None = None) -> Edited:
         """Take white noise of this standard deviation (of pictures in [0, 1]; None: estimated) out of a picture."""
-        image, _ = rgb_and_alpha(picture)
-        std = estimated_noise(image) if noise is None else noise
-        ratio = latent_noise(self.codec, image, std, seed, self.multiple)
-        grid = self.usual.grid()
-        plan = denoise_plan(grid, self.base.schedule, ratio, self.steps or 1)
-        if self.steps not in (None, plan.steps):
-            there = "Noise of this level is taken out through the phases from there on"
-            plan = replace(plan, notes=(f"{there}: {count_steps(plan.steps)}, not {self.steps}.",))
-        level = noise_to_signal(self.base.schedule)[plan.ticks[0]]
-        missing = (1 - (ratio / level) ** 2).clamp(min=0).sqrt() if plan.steps else 0.0
-        return self._edit(Identity(picture), condition, seed, plan, amount=float(missing))
+        operator = Identity(picture)
+        std = estimated_noise(operator.start) if noise is None else noise
+        steps = self.steps if self.recipe else self._steps
+        how = (self.usual.grid(), self.base.schedule, steps, seed, self.multiple)
+        plan, amount = denoising(self.codec, operator.start, std, *how)
+        if not plan.steps:
+            return Edited(operator.finish(operator.start), begin(operator, self.codec, self.multiple), plan)
+        return self._edit(operator, condition, seed, plan, amount)
 
     def interpolate(
         self, size: tuple[int, int], conditions: tuple[Condition, Condition], seeds: tuple[int, int], frames: int
@@ -198,7 +188,7 @@ class Editor:
         self, operator: Operator, condition: Condition, seed: int, plan: LevelPlan, amount: float = 1.0
     ) -> Edited:
         """amount: of the noise that is put on the start; less where the start brings its own."""
-        self.canvas(operator.size)
+        self.check_size(operator.size)
         start = begin(operator, self.codec, self.multiple)
         noise = amount * _noise(start.shape, seed)
         latents = self._sample(
@@ -228,7 +218,7 @@ def kept_error(operator: Operator, image: Tensor) -> dict[str, float] | None:
     """
     written = image[:, :3].mul(255).round() / 255
     if isinstance(operator, Inpaint):
-        off = (written - operator.known) * (1 - operator.hole)
+        off = (written - operator.known) * (operator.weight == 0)
     elif isinstance(operator, Colorize):
         off = luminance(written) - operator.grey
     elif isinstance(operator, SuperResolution):

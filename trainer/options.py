@@ -31,7 +31,7 @@ Gamma = Annotated[
     float,
     typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.", rich_help_panel=SAMPLING),
 ]
-Seed = Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=SAMPLING)]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise.", rich_help_panel=SAMPLING)]
 
 Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.", rich_help_panel=READING)]
 Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.", rich_help_panel=READING)]

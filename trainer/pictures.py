@@ -56,6 +56,10 @@ def with_mask(pictures: Pictures, masks: list[Path] | None) -> tuple[Tensor, Ten
     Raises ValueError for pictures without transparent parts and without masks.
     """
     if masks:
+        if len(masks) not in (1, len(pictures.files)):
+            raise ValueError(
+                f"{len(masks)} masks for {len(pictures.files)} pictures: give one mask, or one for each picture."
+            )
         return pictures.pixels, read_masks(masks)
     pixels, alpha = pictures.pixels[:, :3], pictures.pixels[:, 3:]
     if not alpha.numel() or alpha.min() == 1:
@@ -74,7 +78,7 @@ def hole_notes(hole: Tensor) -> list[str]:
         if share == 0:
             notes.append(f"The mask{which} is empty: nothing is drawn, and the result is the picture itself.")
         if share == 1:
-            notes.append(f"The part to draw{which}, grown, is all of the picture: nothing of it is kept.")
+            notes.append(f"The mask{which} covers all of the picture: nothing of it is kept.")
     return notes
 
 

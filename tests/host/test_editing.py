@@ -117,10 +117,10 @@ def test_what_no_mask_covers_stays(both, name):
 
 
 def test_cells_of_the_latent_stay_where_it_is_projected_itself(both):
-    """The mask with its rim is x 15 to 42, y 4 to 32: cells 1 to 5, 0 to 4."""
+    """The mask is x 23 to 34, y 12 to 24: cells 2 to 4, 1 to 3."""
     _, latent, _, _, start = both[0]["latent"]
     hole = torch.zeros(8, 9, dtype=torch.bool)
-    hole[0:5, 1:6] = True
+    hole[1:4, 2:5] = True
     assert (latent - start)[..., ~hole].abs().max() < 1e-5
     assert (latent - start)[..., hole].abs().amin((0, 1)).min() > 1e-3
 
@@ -249,10 +249,11 @@ def test_an_empty_mask_draws_nothing_and_says_so(server):
 
 @pytest.mark.parametrize("every, times", [(1, 4), (2, 2), (3, 2)])
 def test_every_so_many_steps_go_through_the_step_vae(server, every, times):
-    """Counted so that the last step is one of them; the last decode is the other VAE's."""
+    """Counted back from the last; the last decode is the other VAE's. With a rim, one step less: see `to_the_end`."""
     graph, links = loaded()
     counted = odd_vae(graph, links, "log")
-    node = edit(graph, links, "Inpaint", **picture(graph, 64, 64), steps=4, every=every, step_vae=counted)
+    how = {"steps": 4, "every": every, "step_vae": counted, "grow": 0}
+    node = edit(graph, links, "Inpaint", **picture(graph, 64, 64), **how)
     before = server.log.count("TestVAE log")
     server.tensors(graph, out(node))
     assert server.log.count("TestVAE log") - before == times
@@ -281,7 +282,7 @@ def test_a_model_that_had_to_go_comes_back(server):
     """With its LoRA and the ControlNet: the VAE may need their memory."""
     graph, links = loaded()
     guided = with_controlnet(graph, links, picture(graph, 64, 64)["image"])
-    own = picture(graph, 64, 64)
+    own = picture(graph, 64, 64) | {"grow": 0}
     unloading = odd_vae(graph, links, "unload")
     nodes = [edit(graph, guided, "Inpaint", **own), edit(graph, guided, "Inpaint", **own, step_vae=unloading)]
     nodes += [edit(graph, {**guided, "model": links["base"]}, "Inpaint", **own)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...samplers.operators import luminance
+from ...samplers.operators import dilate, luminance
 
 
 def as_saved(image: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def seam_ratio(made: Tensor, region: Tensor, near: int = 8) -> float:
     is its truth's own ratio.
     """
     inside = region.gt(0).float().expand(len(made), -1, -1, -1)
-    strip = _grown(inside, near) * _grown(1 - inside, near)
+    strip = dilate(inside, near) * dilate(1 - inside, near)
     across, beside = [], []
     for axis in (-1, -2):
         change = _levels(made).diff(dim=axis).abs().mean(1, keepdim=True)
@@ -89,10 +89,6 @@ def evenness(frames: Tensor) -> float:
     """Largest over mean distance between one frame (or latent) and the next: 1 is even, n - 1 a single jump of n."""
     steps = frames.diff(dim=0).flatten(1).norm(dim=1)
     return (steps.max() / steps.mean()).item()
-
-
-def _grown(mask: Tensor, radius: int) -> Tensor:
-    return F.max_pool2d(mask, 2 * radius + 1, 1, radius)
 
 
 def _levels(image: Tensor) -> Tensor:

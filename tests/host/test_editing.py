@@ -367,6 +367,12 @@ def other_latent(graph: Graph, links: dict[str, list]) -> list:
     return parts["latent"]
 
 
+def other_latent_at_the_end(graph: Graph, links: dict[str, list]) -> list:
+    parts = composed(graph, links, "Colorize", image=picture(graph)["image"])
+    graph[parts["image"][0]]["inputs"]["samples"] = links["latent"]
+    return parts["image"]
+
+
 def cells_of_colours(graph: Graph, links: dict[str, list]) -> list:
     return composed(graph, links, "Colorize", image=picture(graph)["image"], projection="latent")["latent"]
 
@@ -393,7 +399,8 @@ def two_latents(graph: Graph, links: dict[str, list]) -> list:
         (wrong_size, "The mask is 32x24 and the picture 70x50: they must be of one size."),
         (no_mask, "The mask is an empty one of 64x64 for a picture of 70x50, as Load Image gives for a picture "),
         (other_vae, "The VAE's latents have 16 channels, the model's 4: use the VAE of the model's own family."),
-        (other_latent, "The latent is of a picture of 64x64, and the edit works on 72x64: give the sampler the "),
+        (other_latent, "The latent is of a picture of 64x64, and the edit works on 72x64: "),
+        (other_latent_at_the_end, "The latent is of a picture of 64x64, and the edit works on 72x64: "),
         (cells_of_colours, "Colorize keeps sums of pixels, which no cell of a latent holds: "),
         (no_recipe, "PCM Edit Sampler has the mode 'from recipe' but no recipe: connect that of Load PCM LoRA"),
         (no_sides, "Outpainting adds pixels on at least one side; got "),

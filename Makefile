@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch
 PYTEST_ARGS ?=
+# test files that run at a time, on one thread each
+WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -20,8 +22,9 @@ demo: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo: venv
 	$(BIN)/python -m phased_consistency.trainer.demo
 
+test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,7 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import PCMCompare
 from .editing import PCMColorize, PCMInpaint, PCMOutpaint, PCMSuperResolution
+from .guidance import PCMCFGSchedule
+from .info import PCMLoraInfo, PCMStampRecipe
 from .loader import PCMLoadLora
 from .operators import (
     PCMColorizeOperator,
@@ -20,6 +23,8 @@ NODES: list[type[io.ComfyNode]] = [
     *(PCMInpaint, PCMOutpaint, PCMColorize, PCMSuperResolution, PCMStroke, PCMDenoise, PCMInterpolate),
     *(PCMInpaintOperator, PCMOutpaintOperator, PCMColorizeOperator, PCMSuperResolutionOperator),
     *(PCMEditSampler, PCMEditDecode),
+    *(PCMLoraInfo, PCMStampRecipe),
+    *(PCMCompare, PCMCFGSchedule),
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 from comfy_api.latest import io
 
 from .host import RecipeType, supported
@@ -18,6 +20,16 @@ def check(name: str, value: str, options: tuple[str, ...]) -> None:
     """Raise ValueError for a choice that there is not: 0.3.64 lets those through."""
     if value not in options:
         raise ValueError(f"{name} is {value!r}; available: {', '.join(options)}.")
+
+
+def lora(tooltip: str) -> io.Input:
+    return io.Combo.Input("lora", options=folder_paths.get_filename_list("loras"), tooltip=tooltip)
+
+
+def lora_state(lora: str) -> str:
+    """What changes when this LoRA's file does, for `fingerprint_inputs`."""
+    path = folder_paths.get_full_path("loras", lora)
+    return f"{Path(path).stat().st_mtime_ns}" if path else "absent"
 
 
 def model() -> io.Input:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import folder_paths
 from comfy_api.latest import io
 
-from ..samplers.known_files import recipe_for_file
 from ..samplers.lora_file import read_header
+from ..samplers.lora_info import recipe_of
 from ..samplers.recipe import MODES
+from . import inputs
 from . import lora as files
 from .host import RecipeType, menu_of, show, supported
 
@@ -36,11 +35,7 @@ class PCMLoadLora(io.ComfyNode):
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to speed up: of the family the LoRA was made for."),
-                io.Combo.Input(
-                    "lora",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A .safetensors file in models/loras. Its name matters only if it carries no recipe.",
-                ),
+                inputs.lora("A .safetensors file in models/loras. Its name matters only if it carries no recipe."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -62,8 +57,7 @@ class PCMLoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **others) -> str:
-        path = folder_paths.get_full_path("loras", lora)
-        return f"{Path(path).stat().st_mtime_ns}" if path else "absent"
+        return inputs.lora_state(lora)
 
     @classmethod
     def execute(
@@ -79,7 +73,7 @@ class PCMLoadLora(io.ComfyNode):
         levels: str = LEVELS[0],
     ) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
-        read = recipe_for_file(lora, header.metadata, header.family) if recipe == "auto" else None
+        read = recipe_of(header) if recipe == "auto" else None
         family = header.family or (read.family if read else None)
         found = files.match(header, model)
         files.check(header, found, model, family)

@@ -16,7 +16,7 @@ import torch
 from ..samplers import Recipe
 from ..samplers.lora_file import LoraHeader, LoraModule
 from ..samplers.phases import count_steps
-from ..samplers.recipe import DISTILLED_POINTS, FAMILIES
+from ..samplers.recipe import DISTILLED_POINTS, FAMILIES, SOURCES
 from ..samplers.schedule import TICKS
 
 CONFIGS = {
@@ -25,7 +25,6 @@ CONFIGS = {
     "sdxl": comfy.supported_models.SDXL,
     "sd3": comfy.supported_models.SD3,
 }
-SOURCES = {"header": "the file's header", "known file": "the table of known files", "settings": "the widgets"}
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 
 

@@ -17,6 +17,7 @@ from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
 from . import inputs
 from .edits import Edit
+from .guidance import schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, supported
 from .lora import model_family, moves, on_schedule_of, shift_of
 
@@ -126,10 +127,12 @@ class PCMSample(io.ComfyNode):
 
 def advice(model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
     """What a node says of how it samples: what is wrong with the settings, what the plan changes, and the settings."""
-    warnings = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+    schedule = schedule_in(model)
+    warnings = recipe.warnings(steps, schedule.cfg if schedule else cfg, model_family(model), shift_of(model))
     if moves(model, plan.ticks):
         warnings.append("ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node.")
-    return [*warnings, *plan.notes, f"{count_steps(plan.steps)} at CFG {cfg:g}, {recipe.mode_text}."]
+    cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
+    return [*warnings, *plan.notes, f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."]
 
 
 def draw(

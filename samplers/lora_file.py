@@ -15,6 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from .recipe import FAMILIES, HEADER_KEY, Recipe
 
 # suffix of a tensor's name -> which part of the module it is, most specific first
@@ -44,6 +46,9 @@ ARCHITECTURES = (
     ("stable-diffusion-v3", "sd3"),
     ("stable-diffusion-3", "sd3"),
 )
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
+DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 SD3_WIDTHS = (1536, 2432)
@@ -137,6 +142,15 @@ class LoraHeader:
                 found[name] = float(own)
         return found
 
+    def alphas(self) -> dict[str, float]:
+        """module -> alpha, from the file's tensors or the PEFT metadata, for the modules that have one.
+
+        Reads those few numbers and no other tensor. Raises ValueError for an alpha that is not one number.
+        """
+        keys = {name: module.keys["alpha"] for name, module in self.modules.items() if "alpha" in module.keys}
+        numbers = _read_numbers(self.path, set(keys.values()))
+        return self.scale_alphas() | {name: numbers[key] for name, key in keys.items()}
+
     def kohya_names(self) -> dict[str, str]:
         """Present tensor name -> kohya name, for every LoRA tensor."""
         suffix = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
@@ -168,12 +182,11 @@ def _module_name(path: str) -> str:
     return ("lora_transformer_" if path.startswith(SD3_ROOTS) else "lora_unet_") + path.replace(".", "_")
 
 
-def read_header(path: str | Path) -> LoraHeader:
-    """Read a safetensors header and check that the file is whole.
+def header_text(path: Path) -> bytes:
+    """A safetensors header's JSON with its padding: 8 bytes are before it, the tensors' after it.
 
-    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut short.
+    Raises FileNotFoundError, or ValueError for another format, or a file cut short within its header.
     """
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
     size = path.stat().st_size
@@ -188,16 +201,41 @@ def read_header(path: str | Path) -> LoraHeader:
             )
     if len(text) < length:
         raise ValueError(f"{path.name} is cut short: {size} bytes, less than its header of {length}. Get it again.")
+    return text
+
+
+def read_header(path: str | Path) -> LoraHeader:
+    """Read a safetensors header and check that the file is whole.
+
+    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut short.
+    """
+    path = Path(path)
+    text = header_text(path)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: TensorInfo(v["dtype"], tuple(v["shape"])) for name, v in header.items()}
-        end = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
+        end = 8 + len(text) + max((v["data_offsets"][1] for v in header.values()), default=0)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} has a damaged safetensors header ({error}). Get it again.") from error
-    if size < end:
+    if (size := path.stat().st_size) < end:
         raise ValueError(f"{path.name} is cut short: {size} bytes of the {end} that its header promises. Get it again.")
     return LoraHeader(path, tensors, metadata)
+
+
+def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:
+    """The values of these tensors, which hold one number each."""
+    text, found = header_text(path), {}
+    header = json.loads(text)
+    with path.open("rb") as file:
+        for name in names:
+            dtype, (first, last) = DTYPES.get(header[name]["dtype"]), header[name]["data_offsets"]
+            if dtype is None or last - first != dtype.itemsize:
+                told = f"{header[name]['dtype']} of shape {header[name]['shape']}"
+                raise ValueError(f"{path.name}: {name} is {told}, not one number. Get the file again.")
+            file.seek(8 + len(text) + first)
+            found[name] = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtype).item()
+    return found
 
 
 def family_from_metadata(metadata: dict[str, str]) -> str | None:

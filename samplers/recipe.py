@@ -24,6 +24,8 @@ METHODS = {
     "dscd": "dsCD",
     "unknown": "LoRA",
 }
+# where a recipe came from (`Recipe.source`), as people read it
+SOURCES = {"header": "the file's header", "known file": "the table of known files", "settings": "the widgets"}
 # (any noise, flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
 SOFTWARE = {
     (False, False): ("euler + simple", "DDIM with trailing spacing"),
@@ -57,7 +59,7 @@ class Recipe:
     strength: recommended LoRA strength.
     sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the trained one.
     base_name, base_hash: the checkpoint it was distilled from (SHA-256 of the file, where it is one file).
-    source: where this recipe came from: "header", "known file" or "settings"; not part of the header.
+    source: where this recipe came from, a key of `SOURCES`; not part of the header.
     """
 
     family: str

@@ -60,7 +60,7 @@ def test_train_sample_inspect_and_check_end_to_end(pcm, tmp_path, lora):
     assert all(torch.equal(mine[name], tensor) for name, tensor in load_file(lora).items()), "a name changes no weight"
 
     described = pcm("inspect", tmp_path / "run" / "mine.safetensors")
-    assert described.code == 0 and "SD1.5 LoRA" in described.out and "4 steps, CFG 1" in described.out
+    assert described.code == 0 and "SD1.5 PCM LoRA" in described.out and "4 steps, CFG 1" in described.out
     assert "AutoV3" in described.out and "which matches the header" in described.out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..samplers.lora_file import read_header
+from ..samplers.writing import written_whole
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -21,16 +21,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     Raises OSError naming the file when the disk is full or read-only; what stood there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
-        with part.open("rb+") as file:
-            _sort_metadata(file)
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with written_whole(path) as part:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
+            with part.open("rb+") as file:
+                _sort_metadata(file)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         advice = "Free space or choose another folder; nothing that was there is lost."
         raise OSError(f"Cannot write {path}: {error}. {advice}") from error
 
@@ -46,15 +42,12 @@ def _sort_metadata(file: BinaryIO) -> None:
         raise OSError("its header cannot be put in order")
     file.seek(8)
     file.write(text)
-    file.flush()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..samplers import Recipe, recipe_for_file
+from ..samplers import Recipe
 from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, split_key, tensor_hash
+from ..samplers.lora_info import facts, recipe_of, sentences
 from .export import DTYPES, install
 from .families import Base, Condition, family_of, load_base
 from .generate import generate
@@ -31,48 +30,20 @@ OTHER_LAYOUT = re.compile(
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """Everything a LoRA's header says, as JSON-ready values. Raises ValueError or FileNotFoundError for a bad file."""
+    """`facts` of a LoRA's header, and its hashes. Raises ValueError or FileNotFoundError for a bad file."""
     header = read_header(file)
-    modules = header.modules
-    recipe = recipe_of(header)
-    own = tensor_hash(file)
-    stored = header.metadata.get("sshs_model_hash")
-    return {
-        "file": str(file),
-        "bytes": file.stat().st_size,
-        "family": header.family,
-        "recipe": asdict(recipe) if recipe else None,
-        "usage": recipe.usage_hint() if recipe else None,
-        "modules": len(modules),
-        "tensors": len(header.tensors),
-        "not_lora_tensors": header.unmatched,
-        "ranks": dict(Counter(m.rank for m in modules.values())),
-        "alphas": _alphas(file, header),
-        "dtypes": dict(Counter(t.dtype for t in header.tensors.values())),
-        "sha256": file_hash(file),
-        "autov3": own[:12],
-        "hash_matches_header": None if stored is None else stored == own,
-        "metadata": header.metadata,
-    }
+    own, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
+    hashes = {"sha256": file_hash(file), "autov3": own[:12]}
+    return facts(header) | hashes | {"hash_matches_header": None if stored is None else stored == own}
 
 
 def describe_text(d: dict[str, Any]) -> str:
     """`describe` for people."""
-    counts = lambda c: ", ".join(f"{k} ({n})" for k, n in c.items()) or "none"  # noqa: E731
     hashes = {True: "matches", False: "DOES NOT MATCH", None: "is not in"}[d["hash_matches_header"]]
-    lines = [
-        d["file"],
-        f"  {family_title(d['family'])} LoRA, {d['modules']} modules, {d['bytes'] / 1e6:.1f} MB",
-        f"  rank   {counts(d['ranks'])}",
-        f"  alpha  {counts(d['alphas'])}",
-        f"  dtype  {counts(d['dtypes'])}",
-        f"  use    {d['usage'] or 'no recipe in the header, and not a known file: settings unknown'}",
-    ]
+    lines = [d["file"], *(f"  {line}" for line in sentences(d))]
     if d["recipe"]:
         told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
-        lines.append(f"  recipe from {d['recipe']['source']}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
-    if d["not_lora_tensors"]:
-        lines.append(f"  {len(d['not_lora_tensors'])} tensors are no LoRA's, such as {d['not_lora_tensors'][0]}")
+        lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in told.items()))
     lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
     lines += [f"    {k}: {v if len(v) <= 100 else v[:97] + '...'}" for k, v in sorted(d["metadata"].items())]
     return "\n".join(lines)
@@ -279,11 +250,6 @@ def _name_in_header(base: Base, module: str) -> str:
     return split_key(base.lora_key(module) + ".alpha")[0]
 
 
-def recipe_of(header: LoraHeader) -> Recipe | None:
-    """How a LoRA file must be sampled, from its header, or from its name and family where it is a known file."""
-    return recipe_for_file(str(header.path), header.metadata, header.family)
-
-
 def header_of_family(file: Path, family: str) -> LoraHeader:
     """A LoRA's header; ValueError where it is for a base of another family."""
     header = read_header(file)
@@ -301,16 +267,3 @@ def _probe(base: Base) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     x = torch.randn(1, *base.latent_shape(base.default_resolution), generator=generator).to(base.device)
     tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
     return x, tick, base.encode_prompts([""])
-
-
-def _alphas(file: Path, header: LoraHeader) -> dict[str, int]:
-    """How often each alpha occurs; modules without one count as "none (strength 1)"."""
-    keys = [m.keys["alpha"] for m in header.modules.values() if "alpha" in m.keys]
-    found: Counter[str] = Counter(f"{v:g}" for v in header.scale_alphas().values())
-    if keys:
-        with safe_open(file, "pt") as opened:
-            found.update(f"{opened.get_tensor(k).item():g}" for k in keys)
-    without = len(header.modules) - sum(found.values())
-    if without:
-        found["none (strength 1)"] = without
-    return dict(found)

@@ -179,5 +179,33 @@ class TestVAE:
         return (odd,)
 
 
+class TestCount:
+    """The MODEL, logged at each evaluation with the prompts it is for; it may interrupt at one of them."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {}), "stop_at": ("INT", {"default": 0})}}
+
+    def make(self, model, name, stop_at):
+        import comfy.model_management as memory
+
+        calls = []
+
+        def evaluate(apply_model, given):
+            prompts = "".join("+-"[kind] for kind in given["cond_or_uncond"])
+            print(f"TestCount {name} {float(given['timestep'][0]):.4f} {prompts}", flush=True)
+            calls.append(prompts)
+            if len(calls) == stop_at:
+                memory.interrupt_current_processing()
+            return apply_model(given["input"], given["timestep"], **given["c"])
+
+        counted = model.clone()
+        counted.set_model_unet_function_wrapper(evaluate)
+        return (counted,)
+
+
 KINDS = (TestConditioning, TestEncoding, TestLatent, TestSigmas, TestPicture, TestImage, TestNoise, TestTensor, TestVAE)
+KINDS += (TestCount,)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in KINDS}

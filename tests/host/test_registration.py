@@ -15,6 +15,8 @@ NODES = (
     *("PCMInpaint", "PCMOutpaint", "PCMColorize", "PCMSuperResolution", "PCMStroke", "PCMDenoise", "PCMInterpolate"),
     *("PCMInpaintOperator", "PCMOutpaintOperator", "PCMColorizeOperator", "PCMSuperResolutionOperator"),
     *("PCMEditSampler", "PCMEditDecode"),
+    *("PCMLoraInfo", "PCMStampRecipe"),
+    *("PCMCompare", "PCMCFGSchedule"),
 )
 DOCS = Path(__file__).parents[2] / "nodes" / "web" / "docs"
 

@@ -1,0 +1,218 @@
+"""The node that draws one picture at several settings, side by side."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import comfy.sample
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..samplers import LevelPlan, Recipe
+from ..samplers.phases import count_steps
+from . import inputs
+from .edits import image_of
+from .guidance import schedule_in
+from .host import fit_to_model, menu_of, show, supported
+from .lora import on_schedule_of
+from .sampling import advice, draw
+from .vae import check_family, decode_last
+
+SMALLEST, PAPER = 14, 0.1  # the labels' least height in pixels, and the grey behind them
+
+
+class PCMCompare(io.ComfyNode):
+    """PCM Compare: the same seed and prompt at several step counts and modes, as a labelled grid."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMCompare",
+            display_name="PCM Compare",
+            category=menu_of("KSampler"),
+            description="Draws the same seed and prompt at several step counts and modes, and puts the pictures side "
+            "by side with what each of them cost.",
+            search_aliases=["pcm", "phased consistency", "compare steps", "xy plot", "grid", "contact sheet"],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # what it says is repeated when the node is cached
+            inputs=[
+                inputs.model(),
+                inputs.recipe(),
+                inputs.vae(),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent for text to image, an encoded picture for image to image. Each of a batch "
+                    "is a column.",
+                ),
+                *inputs.prompts(),
+                inputs.seed(tooltip="The same for all rows."),
+                io.String.Input(
+                    "step_counts",
+                    default="1, 2, 4, 8",
+                    tooltip="Numbers of steps, with commas between them. 0: as the recipe recommends.",
+                ),
+                io.String.Input(
+                    "modes",
+                    default="from recipe",
+                    tooltip="With commas between them: from recipe, deterministic, stochastic, or gamma and a number, "
+                    "such as gamma 0.3. Each is drawn at every step count.",
+                ),
+                inputs.cfg(),
+                inputs.denoise(),
+                inputs.last_decode(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="A row for each setting, with its name and its cost."),
+                io.Image.Output(display_name="images", tooltip="The single pictures, row after row, as a batch."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        recipe: Recipe,
+        vae,
+        latent_image: dict[str, Any],
+        positive: list,
+        negative: list,
+        seed: int,
+        step_counts: str,
+        modes: str,
+        cfg: float,
+        denoise: float,
+        last_decode: str = inputs.LAST_DECODES[0],
+    ) -> io.NodeOutput:
+        check_family(vae, model)
+        recipe, cfg = on_schedule_of(model, recipe), cfg or recipe.guidance
+        rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
+        told = [advice(model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
+        lines = list(dict.fromkeys(line for each in told for line in each))
+        show(cls, lines or [f"{len(rows)} settings to draw."])
+        latent = fit_to_model(model, latent_image)
+        noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
+        schedule = schedule_in(model)
+        cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
+        model, evaluations = counted(model)
+        total = sum(plan.steps for _, _, plan in rows)
+        show_step, done = latent_preview.prepare_callback(model, total), 0
+        drawn, labels, costs = [], [], []
+        for steps, variant, plan in rows:
+            evaluations.clear()
+            progress = _shifted(show_step, done, total)
+            drawn.append(draw(model, variant, plan, cfg, positive, negative, latent, noise, seed, callback=progress))
+            done += plan.steps
+            setting, cost = (steps_text(steps, plan), variant.mode_text), cost_text(sum(evaluations))
+            labels.append([*setting, *cfg_text.replace(" on ", "\non ").splitlines(), cost])
+            costs.append(f"{', '.join(setting)}, {cfg_text}: {cost}.")
+        images, tiled = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
+        images = image_of(images)
+        grid = labelled_grid(images.chunk(len(rows)), labels)
+        return io.NodeOutput(grid, images, ui=show(cls, [*tiled, *lines, *costs]))
+
+
+def counted(model: Any) -> tuple[Any, list[int]]:
+    """A clone of a host MODEL, and a list that gets, at each step, how many prompts' predictions it was asked for:
+    1, or 2 with CFG."""
+    model, evaluations = model.clone(), []
+
+    def count(executor: Callable[..., Any], network: Any, conds: list, *rest: Any, **more: Any) -> Any:
+        evaluations.append(sum(cond is not None for cond in conds))
+        return executor(network, conds, *rest, **more)
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pcm_compare", count)
+    return model, evaluations
+
+
+def _shifted(show_step: Callable[..., None], done: int, total: int) -> Callable[..., None]:
+    """The host's callback for one run of several, of which so many steps are done."""
+    return lambda step, x0, x, _: show_step(done + step, x0, x, total)
+
+
+def read_step_counts(text: str) -> list[int]:
+    """Numbers of steps from text such as "1, 2, 4". Raises ValueError for any other."""
+    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    odd = [word for word in words if not re.fullmatch(r"[0-9]{1,4}", word)]
+    if odd or not words:
+        read = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
+        raise ValueError(f"step_counts is {text!r}, {read}. Write whole numbers, such as 1, 2, 4, 8.")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def read_modes(text: str, recipe: Recipe) -> list[Recipe]:
+    """The recipe in each mode of text such as "deterministic, gamma 0.3". Raises ValueError for any other."""
+    found = []
+    for word in filter(None, (" ".join(part.lower().split()) for part in re.split(r"[,;\n]", text))):
+        gamma = re.fullmatch(r"gamma (0|1|[01]?\.[0-9]+)", word)
+        if word == "from recipe":
+            found.append(recipe)
+        elif word in inputs.MODES[1:3]:
+            found.append(replace(recipe, mode=word, gamma=None))
+        elif gamma and float(gamma[1]) <= 1:
+            share = float(gamma[1])
+            found.append(replace(recipe, mode="stochastic" if share else "deterministic", gamma=share))
+        else:
+            raise ValueError(
+                f"modes is {text!r}, of which {word!r} is none. Write from recipe, deterministic, stochastic, or gamma "
+                "and a number from 0 to 1, such as: deterministic, stochastic, gamma 0.3."
+            )
+    if not found:
+        raise ValueError(f"modes is {text!r}, in which there is none. Write one or more, such as from recipe.")
+    return found
+
+
+def rows_of(recipe: Recipe, counts: list[int], modes: str, denoise: float) -> list[tuple[int, Recipe, LevelPlan]]:
+    """What each row draws: the number of steps asked for, the recipe in its mode, and the levels."""
+    counts = dict.fromkeys(steps or recipe.steps for steps in counts)
+    return [(n, variant, recipe.grid().plan(n, denoise)) for variant in read_modes(modes, recipe) for n in counts]
+
+
+def steps_text(steps: int, plan: LevelPlan) -> str:
+    """The steps that are run, and of how many: fewer where only a part of the noise is put in."""
+    return count_steps(steps) if plan.steps == steps else f"{plan.steps} of {count_steps(steps)}"
+
+
+def cost_text(evaluations: int) -> str:
+    return f"{evaluations} evaluation{'s' * (evaluations != 1)}"
+
+
+def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
+    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its lines of label at the left.
+
+    The letters grow with the pictures; beside small ones they keep a size that can be read, and the rows grow.
+    """
+    batch, height, width, channels = rows[0].shape
+    size = max(SMALLEST, height // 20)
+    gap = size // 2
+    strips = [label_strip(lines, size, gap) for lines in labels]
+    column = max(strip.shape[1] for strip in strips)
+    tall = max(height, *(strip.shape[0] for strip in strips))
+    grid = rows[0].new_full((gap + len(rows) * (tall + gap), column + batch * (width + gap), channels), PAPER)
+    for i, (pictures, strip) in enumerate(zip(rows, strips, strict=True)):
+        top = gap + i * (tall + gap)
+        grid[top : top + strip.shape[0], : strip.shape[1]] = strip[..., None]
+        for j, picture in enumerate(pictures):
+            left = column + j * (width + gap)
+            grid[top : top + height, left : left + width] = picture
+    return grid[None]
+
+
+def label_strip(lines: list[str], size: int, gap: int) -> Tensor:
+    """(h, w) lines of text in letters of this size, white on `PAPER`, with a gap at both sides."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, line = ImageFont.load_default(size), round(1.3 * size)
+    wide = math.ceil(max(font.getlength(text) for text in lines))
+    strip = Image.new("L", (gap + wide + gap, line * len(lines)))
+    for i, text in enumerate(lines):
+        ImageDraw.Draw(strip).text((gap, i * line), text, fill=255, font=font)
+    ink = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(strip.height, strip.width) / 255
+    return PAPER + (1 - PAPER) * ink

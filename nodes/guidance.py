@@ -1,0 +1,155 @@
+"""The node that has CFG on chosen steps only, and what it leaves in the model for every sampler to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..samplers import Recipe
+from . import inputs
+from .host import menu_of, show, supported
+from .lora import model_family, on_schedule_of, shift_of
+
+KEY = "pcm_cfg_schedule"
+SLACK = 2  # ticks of 1000 by which the levels of a sampler may miss those of the plan: sgm_uniform's miss them by 1
+
+
+@dataclass(frozen=True)
+class CFGSchedule:
+    """CFG `cfg` on the steps `first` to `last`, counted from 1, and 1 on the others.
+
+    ends: for each step of the plan, the sigma that it lies above; whatever levels a sampler has, they are in one step.
+    """
+
+    cfg: float
+    first: int
+    last: int
+    ends: tuple[float, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, steps: int, cfg: float, first: int, last: int) -> CFGSchedule:
+        """On the levels of a recipe. last: 0 is the last step. Raises ValueError for steps that there are not."""
+        ticks = torch.tensor(recipe.grid().plan(steps).ticks)
+        last = last or steps
+        if not 1 <= first <= last <= steps:
+            raise ValueError(
+                f"from_step is {first} and to_step {last}, of {steps} steps: the first may be 1 to {steps}, the last "
+                f"from there to {steps}, such as 1 and 1 for the first step alone; to_step 0 is the last one."
+            )
+        return cls(cfg, first, last, tuple(recipe.schedule().k_sigma(ticks[1:] + SLACK).tolist()))
+
+    def at(self, sigma: float) -> float:
+        """The CFG at this level."""
+        step = 1 + sum(sigma <= end for end in self.ends[:-1])
+        return self.cfg if self.first <= step <= self.last else 1.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.ends)
+
+    @property
+    def guided(self) -> int:
+        """How many steps have the CFG."""
+        return self.last - self.first + 1
+
+    @property
+    def text(self) -> str:
+        steps = f"step {self.first}" if self.guided == 1 else f"steps {self.first} to {self.last}"
+        rest = ", else 1" if self.guided < self.steps else ""
+        return f"CFG {self.cfg:g} on {steps} of {self.steps}{rest}"
+
+    @property
+    def evaluations(self) -> int:
+        """Of the model, for one picture: at CFG 1 the host leaves the negative prompt's out."""
+        return self.steps + self.guided * (self.cfg != 1)
+
+    def __call__(self, executor: Callable[..., Tensor], x: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """Predict with this level's CFG, as a PREDICT_NOISE wrapper of the host: before it chooses what to evaluate.
+
+        Raises ValueError where that needs a negative prompt, and the guider has none, or several CFGs.
+        """
+        guider = executor.class_obj
+        given, cfg = guider.cfg, self.at(float(sigma.flatten()[0]))
+        # core's DualCFGGuider has two, and its DualModelGuider has loaded no second model where its own CFG is 1
+        other = hasattr(guider, "cfg1") or getattr(guider, "uncond_inner", guider) is None
+        if cfg != 1 and (other or guider.conds.get("negative") is None):
+            lacks = "has another kind of CFG" if other else "has no negative prompt"
+            raise ValueError(
+                f"PCM CFG schedule asks for {self.text}, but {type(guider).__name__} {lacks}: use CFGGuider, or take "
+                "PCM CFG schedule out."
+            )
+        guider.cfg = cfg
+        try:
+            return executor(x, sigma, *rest, **more)
+        finally:
+            guider.cfg = given
+
+
+def schedule_in(model: Any) -> CFGSchedule | None:
+    """The CFG schedule that a host MODEL follows, if any: of several the last."""
+    return next(reversed(model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY)), None)
+
+
+class PCMCFGSchedule(io.ComfyNode):
+    """PCM CFG schedule: CFG on chosen steps only."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMCFGSchedule",
+            display_name="PCM CFG schedule",
+            category=menu_of("CFGGuider"),
+            description="CFG on chosen steps only, and none on the others, which then take half the time. Every "
+            "sampler after it follows, whatever CFG is set there.",
+            search_aliases=["pcm", "phased consistency", "cfg schedule", "dynamic cfg", "guidance interval", "faster"],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # what it says is repeated when the node is cached
+            inputs=[
+                inputs.model(),
+                inputs.recipe(),
+                inputs.cfg(),
+                inputs.steps(),
+                io.Int.Input(
+                    "from_step",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="The first step with CFG. Step 1 is the noisiest, which decides on the composition.",
+                ),
+                io.Int.Input(
+                    "to_step",
+                    default=1,
+                    min=0,
+                    max=100,
+                    tooltip="The last step with CFG. 0: the last of all, where the finest detail is drawn.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the schedule, for any sampler with CFG.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, recipe: Recipe, cfg: float, steps: int, from_step: int, to_step: int) -> io.NodeOutput:
+        recipe = on_schedule_of(model, recipe)
+        steps, cfg = steps or recipe.steps, cfg or recipe.guidance
+        schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
+        model = model.clone()
+        model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)
+        lines = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+        if cfg == 1:
+            lines.insert(0, "CFG 1 guides nothing: set cfg above 1.")
+        elif schedule.guided < steps and recipe.guidance_min > 1:
+            lines.append(f"The other steps are at CFG 1, below the LoRA's {recipe.guidance_min:g}.")
+        lines.append(
+            f"{schedule.text}: {schedule.evaluations} evaluations; with CFG on all {2 * steps}, with none {steps}."
+        )
+        return io.NodeOutput(model, ui=show(cls, lines))

@@ -1,0 +1,132 @@
+"""The nodes about a LoRA file itself: what its header tells, and a copy of it that carries a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..samplers import Recipe
+from ..samplers.lora_file import LoraHeader, read_header
+from ..samplers.lora_info import facts, noted, recipe_of, sentences
+from ..samplers.recipe import HEADER_KEY
+from ..samplers.writing import path_within, stamp_recipe
+from . import inputs
+from . import lora as files
+from .host import menu_of, show, supported
+
+
+class PCMLoraInfo(io.ComfyNode):
+    """PCM LoRA Info: the header as text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMLoraInfo",
+            display_name="PCM LoRA Info",
+            category=menu_of("LoraLoaderModelOnly"),
+            description="Tells what a LoRA file is: family, method, how to sample it, rank, alpha, size, what its "
+            "header says, and how much of it fits a model. Loads nothing.",
+            search_aliases=["pcm", "lora info", "lora metadata", "lora header", "inspect lora", "rank", "alpha"],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            has_intermediate_output=True,  # what it says is repeated when the node is cached
+            inputs=[
+                inputs.lora("A .safetensors file in models/loras: any LoRA, of a few steps or not."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="To count how many of the LoRA's modules have a place in this one."
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="info", tooltip="What the node says, to show in a text node and copy."),
+                io.String.Output(
+                    display_name="header", tooltip="Every entry of the file's header as it is, a line for each."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **others) -> str:
+        return inputs.lora_state(lora)
+
+    @classmethod
+    def execute(cls, lora: str, model=None) -> io.NodeOutput:
+        header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
+        lines = sentences(facts(header)) + noted(header.metadata)
+        if model is not None:
+            lines[1:1] = fit(header, model)
+        entries = "\n".join(f"{key}: {value}" for key, value in sorted(header.metadata.items()))
+        return io.NodeOutput("\n".join(lines), entries, ui=show(cls, lines))
+
+
+class PCMStampRecipe(io.ComfyNode):
+    """PCM Stamp Recipe: a copy of a LoRA file with a recipe in its header."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMStampRecipe",
+            display_name="PCM Stamp Recipe",
+            category=menu_of("LoraLoaderModelOnly"),
+            description="Writes a copy of a LoRA file that carries its recipe in the header, so that nobody has to set "
+            "the widgets again, whatever the file is called. The weights are copied byte for byte.",
+            search_aliases=["pcm", "save recipe", "write metadata", "lora metadata", "tag lora", "usage hint"],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            has_intermediate_output=True,
+            inputs=[
+                inputs.lora("The file to copy. It stays as it is."),
+                inputs.recipe("From Load PCM LoRA with the same file, its widgets set as the LoRA wants them."),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="Name of the copy in the first models/loras folder; subfolders are allowed, as in "
+                    "fast/style_4_steps. Empty: as the file, with _recipe after its name.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Whether another file of that name may be replaced. The file that is copied never is.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **others) -> str:
+        return inputs.lora_state(lora)
+
+    @classmethod
+    def execute(cls, lora: str, recipe: Recipe, name: str, overwrite: bool) -> io.NodeOutput:
+        source, folder = (
+            Path(folder_paths.get_full_path_or_raise("loras", lora)),
+            Path(folder_paths.get_folder_paths("loras")[0]),
+        )
+        target = path_within(folder, name.strip() or f"{Path(lora).with_suffix('')}_recipe")
+        stamp_recipe(source, target, recipe, overwrite)
+        lines = [f"Written: {target.relative_to(folder)}.", recipe.usage_hint()]
+        told = read_header(source).metadata
+        if HEADER_KEY in told:
+            lines.append("It takes the place of the recipe that the file had.")
+        elif "modelspec.usage_hint" in told:
+            lines.append("Its sentence takes the place of the usage hint that the file had.")
+        lines.append(f"Path: {target}")
+        return io.NodeOutput(ui=show(cls, lines))
+
+
+def fit(header: LoraHeader, model) -> list[str]:
+    """How much of a LoRA has a place in a host MODEL, or why nothing has."""
+    found, recipe = files.match(header, model), recipe_of(header)
+    try:
+        files.check(header, found, model, header.family or (recipe.family if recipe else None))
+    except ValueError as error:
+        return [str(error)]
+    lines = [f"{len(found.names)} of {found.total} modules match this {files.model_title(model)} model."]
+    if found.misfits:
+        lines.append(f"The others have no place in it, such as {found.misfits[0]}.")
+    if found.text_modules:
+        lines.append(f"{found.text_modules} more are a text encoder's.")
+    return lines

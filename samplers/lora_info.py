@@ -1,0 +1,93 @@
+"""What a LoRA file tells of itself, for people: `pcm inspect` and the node PCM LoRA Info say the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from .known_files import recipe_for_file
+from .lora_file import LoraHeader, family_title
+from .recipe import SOURCES, Recipe
+
+NO_ALPHA = "none (strength 1)"
+MOST_KINDS = 4  # of ranks, alphas or dtypes that are listed
+LONGEST = 200  # characters of a header's entry
+# entries of a header that people look for -> what they are called
+NOTED = {
+    "modelspec.title": "Title",
+    "modelspec.author": "Author",
+    "modelspec.description": "Description",
+    "modelspec.usage_hint": "Its own hint",
+    "modelspec.trigger_phrase": "Trigger phrase",
+    "modelspec.license": "License",
+    "ss_sd_model_name": "Made from",
+    "ss_base_model_version": "Base version",
+    "ss_training_comment": "Training comment",
+}
+
+
+def recipe_of(header: LoraHeader) -> Recipe | None:
+    """How a LoRA file must be sampled, from its header, or from its name and family where it is a known file."""
+    return recipe_for_file(str(header.path), header.metadata, header.family)
+
+
+def facts(header: LoraHeader) -> dict[str, Any]:
+    """Everything a LoRA's header says, as JSON-ready values.
+
+    Reads no tensor but the alphas. Raises ValueError for a file that holds no LoRA.
+    """
+    modules, recipe, alphas = header.modules, recipe_of(header), header.alphas()
+    return {
+        "file": str(header.path),
+        "bytes": header.path.stat().st_size,
+        "family": header.family,
+        "recipe": asdict(recipe) if recipe else None,
+        "method": recipe.method if recipe else None,
+        "usage": recipe.usage_hint() if recipe else None,
+        "modules": len(modules),
+        "tensors": len(header.tensors),
+        "not_lora_tensors": header.unmatched,
+        "ranks": dict(Counter(m.rank for m in modules.values())),
+        "alphas": dict(Counter(f"{alphas[name]:g}" if name in alphas else NO_ALPHA for name in modules)),
+        "dtypes": dict(Counter(t.dtype for t in header.tensors.values())),
+        "metadata": header.metadata,
+    }
+
+
+def sentences(told: dict[str, Any]) -> list[str]:
+    """`facts` for people, the most important first."""
+    method = "" if told["method"] in (None, "LoRA") else f"{told['method']} "
+    modules = f"{told['modules']} module{'s' * (told['modules'] != 1)}"
+    lines = [f"{family_title(told['family'])} {method}LoRA, {modules}, {told['bytes'] / 1e6:.1f} MB."]
+    if told["recipe"]:
+        lines += [told["usage"], f"Recipe from {SOURCES[told['recipe']['source']]}."]
+    else:
+        lines.append("No recipe in the header, and not a known file: settings unknown.")
+    kinds = (_kinds(told[of]) for of in ("ranks", "alphas", "dtypes"))
+    lines.append("Rank {}; alpha {}; stored as {}.".format(*kinds))
+    if others := told["not_lora_tensors"]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        lines.append(f"Tensors of no LoRA style known here: {others[0]}{more}.")
+    return lines
+
+
+def noted(metadata: dict[str, str]) -> list[str]:
+    """The entries of a header that people look for, a sentence each, and the hash that it stores."""
+    lines = [f"{title}: {_short(metadata[key])}." for key, title in NOTED.items() if metadata.get(key)]
+    stored = metadata.get("sshs_model_hash") or metadata.get("modelspec.hash_sha256", "").removeprefix("0x")
+    return [*lines, f"AutoV3 in the header: {stored[:12]}."] if stored else lines
+
+
+def _kinds(counts: dict[Any, int]) -> str:
+    """ "4" where all are alike, else "4 (60), 8 (6)", the most frequent first."""
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    often = Counter(counts).most_common()
+    rest = f" and {len(often) - MOST_KINDS} others" if len(often) > MOST_KINDS else ""
+    return ", ".join(f"{kind} ({n})" for kind, n in often[:MOST_KINDS]) + rest
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -1,0 +1,108 @@
+"""Files written whole or not at all, and LoRA files copied with another header."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from .lora_file import family_title, header_text, read_header
+from .recipe import HEADER_KEY, Recipe
+
+MOST_HEADER = 100_000_000  # bytes that safetensors reads
+BLOCK = 1 << 20
+UNUSABLE = re.compile(r'[\x00-\x1f<>:"|?*]')  # in names on some system; ":" ends a drive's
+
+
+def path_within(folder: Path, name: str) -> Path:
+    """The .safetensors file of this name in a folder: "style", "style.safetensors", "fast/style".
+
+    Raises ValueError for a name that leads out of the folder, or that a file cannot have.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if UNUSABLE.search(name) or any(not part.strip() or part.startswith(".") for part in parts):
+        raise ValueError(
+            f"The name is {name!r}; expected a file's name, with subfolders if you like, such as fast/style_4_steps. "
+            "It may not begin with a slash or a drive, nor have empty or hidden parts or '..' in it."
+        )
+    target = folder.joinpath(*parts)
+    if target.suffix.lower() != ".safetensors":
+        target = target.with_name(target.name + ".safetensors")
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"The name is {name!r}, which leads out of {folder} through a link: choose another subfolder.")
+    return target
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name of ours beside `path` to write to. What is there in the end is flushed to disk and renamed to `path`.
+
+    On any error or interruption it is removed, and what stood at `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.pcm.part")
+    try:
+        part.unlink(missing_ok=True)  # of a run that was killed
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = False) -> None:
+    """Copy a LoRA file with this recipe, and its usage hint, in the header.
+
+    Raises ValueError for a file that is no LoRA or one of another family, and what `copy_with_metadata` raises.
+    """
+    header = read_header(source)
+    if header.family not in (None, recipe.family):
+        raise ValueError(
+            f"{source.name} is a LoRA for {family_title(header.family)}, but the recipe is for "
+            f"{family_title(recipe.family)}. Take the recipe of a {family_title(header.family)} LoRA."
+        )
+    told = {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
+    copy_with_metadata(source, target, told, overwrite)
+
+
+def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str], overwrite: bool = False) -> None:
+    """Copy a safetensors file with these entries set in its header; the others, and every tensor's bytes, stay.
+
+    The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay true.
+    overwrite: whether another file at `target` may be replaced; the source itself never is.
+    Raises ValueError for a damaged source, a target that exists, or a header too large to be read again; OSError naming
+    the target when it cannot be written, and then no part of the file is left.
+    """
+    read_header(source)
+    _check_target(source, target, overwrite)
+    text = header_text(source)
+    header = json.loads(text)
+    header = {"__metadata__": (header.pop("__metadata__", None) or {}) | dict(metadata), **header}
+    new = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    new = new.ljust(-(-len(new) // 8) * 8)  # so that the tensors stay aligned
+    if len(new) > MOST_HEADER:
+        raise ValueError(f"The header would have {len(new)} bytes; at most {MOST_HEADER} are read. Add less to it.")
+    try:
+        with written_whole(target) as part, source.open("rb") as old, part.open("wb") as file:
+            file.write(struct.pack("<Q", len(new)) + new)
+            old.seek(8 + len(text))
+            shutil.copyfileobj(old, file, BLOCK)
+    except OSError as error:
+        advice = "Free space or choose another name; nothing that was there is lost."
+        raise OSError(f"Cannot write {target}: {error}. {advice}") from error
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if target.suffix.lower() != ".safetensors":
+        raise ValueError(f"{target.name} must end in .safetensors: a copy in no other format is made.")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target.name} is the file that is copied, which is never written over: choose another name.")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists already: choose another name, or switch overwrite on.")

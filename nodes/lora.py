@@ -25,6 +25,7 @@ CONFIGS = {
     "sdxl": comfy.supported_models.SDXL,
     "sd3": comfy.supported_models.SD3,
 }
+LOADED = "pcm_lora"  # what a patched model is told under: the name of the few-step LoRA that it has
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 
 
@@ -115,7 +116,9 @@ def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> 
         lora |= _host_tensors(modules[module], name, tensors)
         if module in alphas:
             lora[f"{name}.alpha"] = torch.tensor(alphas[module])
-    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    patched.set_attachments(LOADED, header.path.name)
+    return patched
 
 
 def _host_tensors(module: LoraModule, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -210,7 +213,9 @@ def report(
 ) -> list[str]:
     """What was loaded, and how it wants to be sampled, in a few lines for the node."""
     predicted = prediction_of(model.get_model_object("model_sampling"))
-    lines = []
+    lines, other = [], model.get_attachment(LOADED)
+    if other and strength:
+        lines.append(f"{other} is loaded too, and both speed the model up: remove one.")
     if predicted != recipe.prediction:
         lines.append(f"Made for models that predict {recipe.prediction}; this one predicts {predicted}: expect mush.")
     if strength not in (0, recipe.strength) and recipe.strength != 1:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from host.graphs import loaded, sample
-from host.server import Run
+from host.server import Run, out
 
 
 def report(server, lora: str, **widgets) -> str:
@@ -53,6 +53,20 @@ def test_the_report_counts_modules_and_names_the_source(server, models):
         f"SD1.5 PCM, {len(models.lora)} of {len(models.lora)} modules matched.\n"
         "Recipe from the file's header."
     )
+
+
+def test_a_second_few_step_lora_is_told(server):
+    graph, links = loaded()
+    widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0, "lora": "stochastic.safetensors"}
+    seconds = [graph.add("PCMLoadLora", model=links["model"], strength=s, **widgets) for s in (1.0, 0.0)]
+    style = graph.add(
+        "LoraLoaderModelOnly", model=links["model"], lora_name="style.safetensors", strength_model=1.0
+    )  # between them, and forgets nothing
+    third = graph.add("PCMLoadLora", model=out(style), strength=1.0, **widgets)
+    run, _ = server.latents(graph, *(sample(graph, {**links, "model": out(n)}, steps=1) for n in (*seconds, third)))
+    told = "kohya.safetensors is loaded too, and both speed the model up: remove one."
+    assert [run.text(node).splitlines()[0] == told for node in (*seconds, third)] == [True, False, True]
+    assert "is loaded too" not in run.text(links["model"][0])
 
 
 def test_a_known_file_needs_no_header(server):

@@ -11,24 +11,7 @@ from typing import Annotated
 import typer
 
 from .cli_edit import edit
-from .options import (
-    T5,
-    Base,
-    Configs,
-    Dtype,
-    Family,
-    Gamma,
-    Guidance,
-    Json,
-    Lora,
-    Negative,
-    Parts,
-    Resolution,
-    Seed,
-    Strength,
-    Tokenizer,
-    answer,
-)
+from .options import Base, Configs, Family, Json, Parts, Reading, Resolution, Sampling, Tokenizer, answer, with_options
 
 app = typer.Typer(
     add_completion=False,
@@ -85,48 +68,36 @@ def train(
 
 
 @app.command()
+@with_options
 def sample(
-    base: Base,
+    options: Sampling,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several columns.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    lora: Lora = None,
     steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
-    guidance: Guidance = None,
-    negative: Negative = None,
-    strength: Strength = None,
-    gamma: Gamma = None,
-    seed: Seed = 0,
     resolution: Resolution = None,
-    dtype: Dtype = "fp32",
-    family: Family = None,
-    tokenizer: Tokenizer = None,
-    config: Configs = None,
-    parts: Parts = None,
-    t5: T5 = None,
-    as_json: Json = False,
 ) -> None:
     """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
 
     Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
-    from .inspection import load_for_sample, sample_grid
+    from .inspection import sample_grid
 
-    numbers = _steps(steps)
-    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts, "t5": t5}
-    loaded = load_for_sample(base, dtype, lora, **how)
-    details = sample_grid(loaded, prompt, out, lora, numbers, guidance, negative, strength, gamma, seed, resolution)
+    numbers, o = _steps(steps), options
+    how = (o.lora, numbers, o.guidance, o.negative, o.strength, o.gamma, o.seed, resolution)
+    details = sample_grid(o.load(o.lora), prompt, out, *how)
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
-    answer(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+    answer(details, o.as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
 
 
 app.add_typer(edit, name="edit")
 
 
 @app.command()
+@with_options
 def evaluate(
-    base: Base,
+    options: Reading,
     lora: Annotated[list[Path], typer.Option(help="LoRA to evaluate. Repeat to compare several.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[str, typer.Option(help="The LoRAs' numbers of steps.")] = "1,2,4,8",
@@ -144,13 +115,6 @@ def evaluate(
     ] = None,
     clip: Annotated[Path, typer.Option(help="Folder of a CLIP model, for the CLIP score.")] = None,
     resolution: Resolution = None,
-    dtype: Dtype = "fp32",
-    family: Family = None,
-    tokenizer: Tokenizer = None,
-    config: Configs = None,
-    parts: Parts = None,
-    t5: T5 = None,
-    as_json: Json = False,
 ) -> None:
     """Compare LoRAs with the teacher at as many evaluations, from the same prompts and noise; write a report.
 
@@ -161,13 +125,15 @@ def evaluate(
     """
     from .evaluation.report import evaluate as run
 
-    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts, "t5": t5}
-    how |= {"resolution": resolution, "dtype": dtype, "clip": clip, "features": features, "guidance": guidance}
+    how = options.how() | {"dtype": options.dtype, "resolution": resolution}
+    how |= {"clip": clip, "features": features, "guidance": guidance}
     say = lambda line: typer.echo(line, err=True)  # noqa: E731
-    report = run(base, lora, out, steps=_steps(steps), prompts=prompts, pictures=pictures, seed=seed, say=say, **how)
+    report = run(
+        options.base, lora, out, steps=_steps(steps), prompts=prompts, pictures=pictures, seed=seed, say=say, **how
+    )
     for line in [*report["warnings"], *(f"Left out. {line}" for line in report["left_out"])]:
         say(line)
-    answer(report, as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
+    answer(report, options.as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
 
 
 @app.command()

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .edit_options import Changing, Drawing, Keeping, with_options
-from .options import Resolution
+from .edit_options import Changing, Drawing, Keeping
+from .options import Resolution, with_options
 
 edit = typer.Typer(
     no_args_is_help=True,
     help="Edit pictures with any few-step LoRA, or with none: nothing is trained for it. What an edit keeps it keeps "
     "exactly.",
 )
-Grow = Annotated[int, typer.Option(help="Width of the rim around it, in pixels, that is blended.")]
+Grow = Annotated[int, typer.Option(help="Width of the rim around the mask, in pixels, that is blended.")]
 Denoise = Annotated[
     float,
     typer.Option(help="How far to go from where it starts: 1 all the way; less snaps to the edges of a LoRA's phases."),
@@ -29,7 +29,9 @@ def inpaint(
     options: Keeping,
     mask: Annotated[
         list[Path],
-        typer.Option(help="White where to draw, black to keep, grey to blend; default: its transparent parts."),
+        typer.Option(
+            help="White where to draw, black to keep, grey to blend; default: the transparent parts of the picture."
+        ),
     ] = None,
     grow: Grow = 8,
     denoise: Denoise = 1.0,

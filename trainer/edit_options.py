@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import (
-    SAMPLING,
-    T5,
-    Base,
-    Configs,
-    Dtype,
-    Family,
-    Gamma,
-    Guidance,
-    Json,
-    Lora,
-    Negative,
-    Parts,
-    Seed,
-    Strength,
-    Tokenizer,
-    answer,
-)
+from .options import SAMPLING, Sampling, answer
 
 if TYPE_CHECKING:
     from ..samplers.operators import Operator
@@ -84,25 +65,11 @@ FastVae = Annotated[
 
 
 @dataclass(kw_only=True)
-class Drawing:
+class Drawing(Sampling):
     """Of every edit: what draws, how, and where to."""
 
-    base: Base
     out: Out
-    lora: Lora = None
     steps: Steps = None
-    guidance: Guidance = None
-    negative: Negative = None
-    strength: Strength = None
-    gamma: Gamma = None
-    seed: Seed = 0
-    dtype: Dtype = "fp32"
-    family: Family = None
-    tokenizer: Tokenizer = None
-    config: Configs = None
-    parts: Parts = None
-    t5: T5 = None
-    as_json: Json = False
 
     def check(self) -> None:
         """Raise ValueError for options that cannot be, or do not fit each other: before anything is loaded."""
@@ -117,12 +84,9 @@ class Drawing:
     def editor(self, **more) -> Editor:
         """The base and the LoRA, loaded; more: of `open_editor`."""
         from .editing import open_editor
-        from .inspection import load_for_sample
 
-        where = {"family": self.family, "tokenizer": self.tokenizer, "config": self.config, "parts": self.parts}
-        base = load_for_sample(self.base, self.dtype, self.lora, t5=self.t5, **where)
         how = {"steps": self.steps, "guidance": self.guidance, "gamma": self.gamma}
-        return open_editor(base, self.lora, self.strength, self.negative, **how, **more)
+        return open_editor(self.load(self.lora), self.lora, self.strength, self.negative, **how, **more)
 
     def report(
         self, kind: str, editor: Editor, edited: Edited, files: list[Path], notes: Sequence[str] = (), **facts
@@ -223,21 +187,3 @@ class Keeping(Changing):
                 "Choose picture or none."
             )
         self.run(kind, pictures, lambda editor, prompt: editor.edit(known, prompt, self.seed, denoise), known, **more)
-
-
-def with_options(run: Callable) -> Callable:
-    """The command of `run(options, own, ...)`: its own options, and one for each field of the dataclass `options`."""
-    first, *own = inspect.signature(run, eval_str=True).parameters.values()
-    kind = first.annotation
-    shared = inspect.signature(kind, eval_str=True).parameters
-
-    @wraps(run)
-    def command(**values) -> None:
-        run(kind(**{name: values.pop(name) for name in shared}), **values)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own)]
-    # the order in --help: what must be given, then the edit's own, then what they share
-    parameters.sort(key=lambda p: (p.default is not p.empty, p.name in shared))
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command

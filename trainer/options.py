@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from .families import Base as LoadedBase
 
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
@@ -50,3 +57,58 @@ T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the bas
 def answer(details: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a verb's result: for programs, or in words."""
     typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """Of every verb that runs a base: which one, and how it is read."""
+
+    base: Base
+    dtype: Dtype = "fp32"
+    family: Family = None
+    tokenizer: Tokenizer = None
+    config: Configs = None
+    parts: Parts = None
+    t5: T5 = None
+    as_json: Json = False
+
+    def how(self) -> dict[str, Any]:
+        """What `load_base` is told besides the path and the precision."""
+        return {name: getattr(self, name) for name in ("family", "tokenizer", "config", "parts", "t5")}
+
+    def load(self, lora: Path | None) -> LoadedBase:
+        """The base, as `load_for_sample` reads it for this LoRA."""
+        from .inspection import load_for_sample
+
+        return load_for_sample(self.base, self.dtype, lora, **self.how())
+
+
+@dataclass(kw_only=True)
+class Sampling(Reading):
+    """Of every verb that draws with a LoRA, or without one."""
+
+    lora: Lora = None
+    guidance: Guidance = None
+    negative: Negative = None
+    strength: Strength = None
+    gamma: Gamma = None
+    seed: Seed = 0
+
+
+def with_options(run: Callable) -> Callable:
+    """The command of `run(options, own, ...)`: its own options, and one for each field of the dataclass `options`."""
+    first, *own = inspect.signature(run, eval_str=True).parameters.values()
+    kind = first.annotation
+    hints = get_type_hints(kind, include_extras=True)  # each field's in the module of its own class
+    shared = {p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(kind).parameters.values()}
+
+    @wraps(run)
+    def command(**values) -> None:
+        run(kind(**{name: values.pop(name) for name in shared}), **values)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own)]
+    # the order in --help: what must be given, then the verb's own, then what it shares
+    parameters.sort(key=lambda p: (p.default is not p.empty, p.name in shared))
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command

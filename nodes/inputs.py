@@ -130,14 +130,10 @@ def loop() -> list[io.Input]:
             tooltip="1 makes every step agree with the picture, through the VAE. 2 is every second step, which is "
             "faster.",
         ),
-        supported(
-            io.Combo.Input,
+        _choice(
             "form",
-            options=list(FORMS),
-            default=FORMS[0],
-            optional=True,
-            advanced=True,
-            tooltip="residual adds only what has to change, so the VAE's own error stays out. plain encodes the whole "
+            FORMS,
+            "residual adds only what has to change, so the VAE's own error stays out. plain encodes the whole "
             "picture again, which is faster and softer.",
         ),
     ]
@@ -155,26 +151,31 @@ def step_vae() -> io.Input:
 
 
 def projection() -> io.Input:
-    return supported(
-        io.Combo.Input,
+    return _choice(
         "projection",
-        options=list(PROJECTIONS),
-        default=PROJECTIONS[0],
-        optional=True,
-        advanced=True,
-        tooltip="picture: every step agrees with the pixels around the mask, through the VAE. latent: with the latent "
+        PROJECTIONS,
+        "picture: every step agrees with the pixels around the mask, through the VAE. latent: with the latent "
         "around it, which takes no VAE and no time, and fits a little less well.",
     )
 
 
 def last_decode() -> io.Input:
+    return _choice(
+        "last_decode",
+        LAST_DECODES,
+        "How the finished latent becomes the picture. tiled takes less memory, and may leave faint seams in "
+        "what was drawn.",
+    )
+
+
+def _choice(name: str, options: tuple[str, ...], tooltip: str) -> io.Input:
+    """An advanced choice; the first is the default."""
     return supported(
         io.Combo.Input,
-        "last_decode",
-        options=list(LAST_DECODES),
-        default=LAST_DECODES[0],
+        name,
+        options=list(options),
+        default=options[0],
         optional=True,
         advanced=True,
-        tooltip="How the finished latent becomes the picture. tiled takes less memory, and may leave faint seams in "
-        "what was drawn.",
+        tooltip=tooltip,
     )

@@ -56,7 +56,7 @@ def run_python(code: str, cwd: Path, *folders: Path) -> subprocess.CompletedProc
     [
         ("samplers", {"samplers"}, HOST | TRAINING),
         ("trainer", {"samplers", "trainer"}, HOST),
-        ("nodes", {"samplers", "nodes"}, TRAINING),
+        ("nodes", {"samplers", "nodes"}, TRAINING - {"transformers"}),  # which the host requires
     ],
 )
 def test_imports_go_one_way(layer, may_import, never):
@@ -127,6 +127,15 @@ print(json.dumps([seen, [m for m in ("comfy", "torch", "diffusers", "phased_cons
     assert json.loads(run.stdout) == [[], []]
 
 
+def test_a_folder_called_comfy_is_not_the_host(tmp_path):
+    """comfy-cli makes one in the home, from where `python -m phased_consistency.trainer` may be started."""
+    (tmp_path / "comfy").mkdir()
+    run = run_python(
+        "import sys, comfy, phased_consistency as p; print(p.__name__ + '.nodes' in sys.modules)", tmp_path
+    )
+    assert (run.stderr, run.stdout) == ("", "False\n")
+
+
 def test_samplers_import_no_training_library(tmp_path):
     code = f"import sys, phased_consistency.samplers; print([m for m in {sorted(TRAINING)} if m in sys.modules])"
     assert run_python(code, tmp_path).stdout.strip() == "[]"
@@ -145,7 +154,7 @@ print(getattr(module, "comfy_entrypoint", None), module.WEB_DIRECTORY)
 
 @pytest.fixture
 def pack(tmp_path):
-    """Make a pack folder with our root file, the given nodes/__init__.py and our samplers, and a stand-in comfy."""
+    """Make a pack folder with our root file, the given nodes/__init__.py and our samplers, and a stand-in comfy_api."""
 
     def make(nodes: str) -> Path:
         folder = tmp_path / "custom_nodes" / "Phased-Consistency v1.2 (mine)"
@@ -155,15 +164,16 @@ def pack(tmp_path):
         (folder / "samplers").mkdir()
         for path in sources("samplers"):
             (folder / "samplers" / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-        (tmp_path / "host" / "comfy").mkdir(parents=True)
-        (tmp_path / "host" / "comfy" / "__init__.py").touch()
+        (tmp_path / "host" / "comfy_api").mkdir(parents=True)
+        (tmp_path / "host" / "comfy_api" / "__init__.py").touch()
         return folder
 
     return make
 
 
 def test_any_folder_name_loads_in_the_host(pack, tmp_path):
-    folder = pack("import comfy\nfrom ..samplers import PhaseGrid\ncomfy_entrypoint = PhaseGrid(40, 4).plan().ticks\n")
+    code = "import comfy_api\nfrom ..samplers import PhaseGrid\ncomfy_entrypoint = PhaseGrid(40, 4).plan().ticks\n"
+    folder = pack(code)
     run = run_python(LOAD.format(folder=str(folder)), tmp_path, tmp_path / "host")
     assert run.stdout.strip() == "(1000, 750, 500, 250, 0) ./nodes/web", run.stderr
 

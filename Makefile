@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint venv clean
+.PHONY: demo comfy test lint venv clean
 
 # glibc keeps freed memory for the next training step instead of handing it back: 1.25x faster steps on a CPU
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -21,6 +21,10 @@ demo: export DIFFUSERS_VERBOSITY = error
 demo: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo: venv
 	$(BIN)/python -m phased_consistency.trainer.demo
+
+# ComfyUI with the pack and the demo base: $COMFYUI_PATH, else comfy-cli's, which is installed where there is none
+comfy: venv
+	$(BIN)/python -m phased_consistency.trainer.comfy
 
 test: export OMP_NUM_THREADS = 1
 test: lint
@@ -39,4 +43,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv build out/demo phased_consistency.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build out/demo out/comfy phased_consistency.egg-info .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .compare import PCMCompare
+from .demo import PCMDemoPrompt
 from .editing import PCMColorize, PCMInpaint, PCMOutpaint, PCMSuperResolution
 from .guidance import PCMCFGSchedule
 from .info import PCMLoraInfo, PCMStampRecipe
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     *(PCMEditSampler, PCMEditDecode),
     *(PCMLoraInfo, PCMStampRecipe),
     *(PCMCompare, PCMCFGSchedule),
+    PCMDemoPrompt,
 ]
 
 

@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from phased_consistency.trainer.single_file import taesd
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -101,15 +103,9 @@ def _inside(kind: str, name: str) -> str:
 def ldm_vae(vae: AutoencoderKL | AutoencoderTiny) -> dict[str, Tensor]:
     """The autoencoder's weights by their LDM names (a tiny one by TAESD's), without the `first_stage_model.` prefix."""
     if isinstance(vae, AutoencoderTiny):
-        return {_tiny_vae_name(k): v for k, v in vae.state_dict().items()}
+        return taesd(vae.state_dict())
     top = len(vae.config.block_out_channels) - 1
     return dict(_vae_entry(k, v, top) for k, v in vae.state_dict().items())
-
-
-def _tiny_vae_name(name: str) -> str:
-    side, index, rest = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name).groups()
-    # TAESD's decoder counts its clamp as layer 0
-    return f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"
 
 
 def _vae_entry(name: str, weight: Tensor, top: int) -> tuple[str, Tensor]:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from bases import clip_config, make_vae, second_tokenizer
-from host.sd3_checkpoint import sd3_transformer
 from ldm_checkpoint import ldm_text_encoder, ldm_vae
+from phased_consistency.trainer.single_file import sd3_checkpoint, sd3_transformer
 
 JOINT, WIDTH_L, WIDTH_G, T5_WORDS = 96, 32, 48, 40
 
@@ -90,8 +90,7 @@ def make_sd3_folder(path: Path, words: CLIPTokenizer, dual: bool = False, t5: bo
 
 def save_sd3_single_file(path: Path, parts: SimpleNamespace, dtype: torch.dtype | None = None) -> Path:
     """Write the parts as one checkpoint, cast to `dtype` (default: as they are). Returns the path."""
-    tensors = {f"model.diffusion_model.{k}": v for k, v in sd3_transformer(parts.transformer).items()}
-    tensors |= {f"first_stage_model.{k}": v for k, v in ldm_vae(parts.vae).items()}
+    tensors = sd3_checkpoint(sd3_transformer(parts.transformer.state_dict()), ldm_vae(parts.vae))
     for short, encoder in (("clip_l", parts.text_encoder), ("clip_g", parts.text_encoder_2)):
         tensors |= {f"text_encoders.{short}.transformer.{k}": v for k, v in clip_weights(encoder).items()}
     del tensors["text_encoders.clip_l.transformer.text_projection.weight"]

@@ -159,6 +159,29 @@ PRESETS: dict[str, Preset] = {
         source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
         cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
     ),
+    "demo-sd3": Preset(
+        {
+            "name": "pcm_demo_sd3_4step",
+            "output": "out/demo-sd3",
+            "base": {"path": "tiny-sd3", "dtype": "fp32"},
+            "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
+            "lora": {"rank": 16, "alpha": 16.0},
+            "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
+            "train": {
+                "steps": 480,
+                "batch_size": 16,
+                "lr": 2e-3,
+                "lr_schedule": "cosine",
+                "warmup": 20,
+                "weight_decay": 0.0,
+                "ema": 0.98,
+                "save_every": 120,
+            },
+            "preview": {"every": 0},
+        },
+        source="The demo's settings at half its batch and rank, on the bundled SD3-type base (BENCHMARKS.md).",
+        cost="11 minutes of CPU time with one thread",
+    ),
     "lcf-demo": Preset(
         {
             "name": "lcf-demo",

@@ -11,11 +11,11 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from host.sd3_checkpoint import sd3_transformer
 from host.server import environment, hosts, python_of
 from ldm_checkpoint import ldm_unet
 from phased_consistency.trainer import families
 from phased_consistency.trainer.families.loading import CONFIGS
+from phased_consistency.trainer.single_file import sd3_transformer
 
 # size, a folder of `CONFIGS` -> family, the host's name for it, modules that a LoRA of ours has
 MODELS = {
@@ -47,7 +47,7 @@ def test_the_host_maps_every_module(folder, size):
     model = network(family, size)
     ours = names(model, families.FAMILIES[family])
     assert len(ours) == count
-    weights = ldm_unet(model) if kind == "SDXL" else sd3_transformer(model)
+    weights = ldm_unet(model) if kind == "SDXL" else sd3_transformer(model.state_dict())
     question = {"weights": {k: tuple(v.shape) for k, v in weights.items()}, "names": list(ours)}
     script = str(Path(__file__).with_name("lora_targets.py"))
     command = [python_of(folder), script, str(folder)]

@@ -17,6 +17,7 @@ NODES = (
     *("PCMEditSampler", "PCMEditDecode"),
     *("PCMLoraInfo", "PCMStampRecipe"),
     *("PCMCompare", "PCMCFGSchedule"),
+    "PCMDemoPrompt",
 )
 DOCS = Path(__file__).parents[2] / "nodes" / "web" / "docs"
 
@@ -44,7 +45,7 @@ def test_the_trainer_and_its_libraries_are_not_imported(server):
 def test_every_node_explains_itself(server, node):
     info = server.get(f"/object_info/{node}")[node]
     assert info["display_name"] and info["description"]
-    assert info["category"].split("/")[0] in ("model", "loaders", "sampling", "latent")
+    assert info["category"].split("/")[0] in ("model", "loaders", "sampling", "latent", "conditioning")
     inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
     assert [name for name, spec in inputs.items() if not spec[1].get("tooltip")] == []
     assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])

@@ -21,7 +21,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from bases import clip_config
 from host.graphs import core_sampler, custom, edit, loaded, picture, sample, scheduler
-from host.sd3_checkpoint import LATENT_SCALE, LATENT_SHIFT
 from host.server import Graph, out
 from host.tiny import make_unet
 from host.tiny import make_vae as make_sd15_vae
@@ -34,6 +33,7 @@ from phased_consistency.trainer.export import install, recipe_for
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.generate import generate
 from phased_consistency.trainer.loop import train
+from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
 from phased_consistency.trainer.tiny.making import SD15
 from runs import small_config
 
@@ -47,7 +47,7 @@ KINDS = {
     "sdxl_v": ("sdxl", "sdxl_v.safetensors", lambda x: 0.13025 * x),
     "sd3": ("sd3", "sd3.safetensors", lambda x: (x - LATENT_SHIFT) * LATENT_SCALE),
 }
-WITH_VAE = pytest.mark.parametrize("trained", ["sd15", "sd3"], indirect=True)  # the host's SDXL file has none
+WITH_VAE = pytest.mark.parametrize("trained", ["sd15", "sd3"], indirect=True)  # SDXL's has another than the file
 
 
 def pipeline(kind: str) -> DiffusionPipeline:

@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
 from safetensors.torch import save_file
 
-from host.sd3_checkpoint import save_sd3_file
 from host.tiny import ALPHA, RANK, Lora, make_lora
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
 
 RECIPE = Recipe(family="sd3", prediction="flow", shift=3.0, points=100, phases=4)
 # Every kind of module that can be adapted; block 0 has SD3.5's second attention, block 2 is the last.
@@ -70,7 +70,8 @@ def make_vae() -> AutoencoderTiny:
 def make_sd3(checkpoints: Path, loras: Path) -> dict[str, Lora]:
     """Write the checkpoint, a LoRA on everything, and one on each kind of module; returns them by kind."""
     transformer = make_transformer()
-    save_sd3_file(checkpoints / "sd3.safetensors", transformer, make_vae())
+    parts = sd3_transformer(transformer.state_dict()), sd3_tiny_vae(make_vae().state_dict())
+    save_file(sd3_checkpoint(*parts), checkpoints / "sd3.safetensors")
     whole = make_lora(transformer, targets=rf"^({ALL})$")
     write(loras / "sd3.safetensors", whole, RECIPE)
     write(loras / "sd3_shift1.safetensors", whole, Recipe(family="sd3", prediction="flow", shift=1.0, points=100))

@@ -6,6 +6,11 @@ Pictures and tokenizer are those of the SD1.5-type base. An autoencoder of its k
 first, then a transformer together with two small CLIP text models, on shifted uniform times with 10 % empty prompts.
 The transformer has SD3's proportions (64 channels of width per block), so that a host reads it as SD3 once its keys are
 renamed. The bundled base had as many steps as the defaults, an hour and a quarter on one busy CPU core.
+
+Its 4-step LoRA, which ComfyUI's demo draws with (`comfy`), was made on it by
+
+    OMP_NUM_THREADS=1 pcm train --preset demo-sd3
+    cp out/demo-sd3/pcm_demo_sd3_4step.safetensors trainer/tiny/sd3/
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""Diffusers SD3 weights under Stability's original names, in one .safetensors as shared: for tests."""
+"""Diffusers SD3 weights under Stability's original names, as one .safetensors holds them for ComfyUI."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderTiny, SD3Transformer2DModel
-from safetensors.torch import save_file
 from torch import Tensor
-
-from ldm_checkpoint import ldm_vae
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609  # of SD3's latents: sampled ones are (stored - shift) * scale
 ENDS = {
@@ -47,17 +43,19 @@ FUSED = {
 }
 
 
-def save_sd3_file(path: str | Path, transformer: SD3Transformer2DModel, vae: AutoencoderTiny | None = None) -> None:
-    """Write one checkpoint as SD3 and SD3.5 are shared, with no text encoders."""
-    tensors = {f"model.diffusion_model.{k}": v for k, v in sd3_transformer(transformer).items()}
-    if vae is not None:
-        tensors |= {f"first_stage_model.{k}": v for k, v in sd3_tiny_vae(vae).items()}
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path)
+def sd3_checkpoint(transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One checkpoint as SD3 and SD3.5 are shared, without text encoders, from parts by their original names."""
+    named = {f"model.diffusion_model.{k}": v for k, v in transformer.items()}
+    return named | {f"first_stage_model.{k}": v for k, v in vae.items()}
 
 
-def sd3_transformer(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
-    """The transformer's weights by their original names, without the `model.diffusion_model.` prefix."""
-    weights, last = transformer.state_dict(), len(transformer.transformer_blocks) - 1
+def sd3_transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of diffusers' `SD3Transformer2DModel` by their original names, q, k and v in one.
+
+    Raises ValueError, naming it, for a weight that SD3 and SD3.5 do not have.
+    """
+    weights = dict(weights)
+    last = max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
     # diffusers' AdaLayerNormContinuous has scale before shift
     swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
     named = {"pos_embed": weights.pop("pos_embed.pos_embed")}
@@ -72,18 +70,32 @@ def sd3_transformer(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
                 names = [f"transformer_blocks.{block}.{part}.{leaf}" for part in parts]
                 if names[0] in weights:
                     named[f"joint_blocks.{block}.{new}.{leaf}"] = torch.cat([weights.pop(n) for n in names])
-    assert not weights, f"no original name is known for {list(weights)}"
+    if weights:
+        raise ValueError(f"No SD3 has weights such as {next(iter(weights))}; expected an SD3 or SD3.5 transformer's.")
     return named
 
 
 def _name(module: str) -> str | None:
     if m := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module):
         return f"joint_blocks.{m[1]}.{BLOCK[m[2]]}" if m[2] in BLOCK else None
-    return ENDS[module]
+    return ENDS.get(module)
 
 
-def sd3_tiny_vae(vae: AutoencoderTiny) -> dict[str, Tensor]:
-    """TAESD's names, with the scale and shift by which the host decodes SD3's stored latents as diffusers would."""
-    scale = LATENT_SCALE / vae.config.scaling_factor
-    shift = LATENT_SHIFT - vae.config.shift_factor / scale
-    return ldm_vae(vae) | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
+def sd3_tiny_vae(weights: Mapping[str, Tensor], scaling: float = 1.0, shift: float = 0.0) -> dict[str, Tensor]:
+    """TAESD's weights, with the scale and shift by which a host decodes SD3's stored latents as diffusers would.
+
+    scaling, shift: the `AutoencoderTiny`'s scaling_factor and shift_factor.
+    """
+    scale = LATENT_SCALE / scaling
+    return taesd(weights) | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(LATENT_SHIFT - shift / scale)}
+
+
+def taesd(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of diffusers' `AutoencoderTiny` by TAESD's names."""
+    return {_taesd_name(name): weight for name, weight in weights.items()}
+
+
+def _taesd_name(name: str) -> str:
+    side, index, rest = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name).groups()
+    # TAESD's decoder counts its clamp as layer 0
+    return f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"

@@ -1,0 +1,117 @@
+"""The node that reads prompts for the bundled demo base, whose text encoders no core node loads."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from torch import Tensor
+
+from .host import menu_of, show, supported
+
+BASE = Path(__file__).parents[1] / "trainer" / "tiny" / "sd3"
+CONTEXT = 4096  # channels of SD3's joint context; what the encoders leave free is zero
+TOKENS = 77
+EXAMPLE = "a red star above a yellow heart on a striped blue background"
+
+
+class PCMDemoPrompt(io.ComfyNode):
+    """PCM Demo Prompt: text to CONDITIONING, for the demo base alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return supported(
+            io.Schema,
+            node_id="PCMDemoPrompt",
+            display_name="PCM Demo Prompt",
+            category=menu_of("CLIPTextEncode"),
+            description="A demo: reads the prompt for the checkpoint pcm_demo_sd3, which comes with this pack and "
+            "draws simple shapes, and for no other. For your own checkpoints use CLIP Text Encode.",
+            search_aliases=["pcm", "demo", "prompt", "text encode", "tiny"],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # what it says is repeated when the node is cached
+            is_experimental=True,
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default=EXAMPLE,
+                    tooltip="One or two shapes on a background, such as 'a large red star on the left on a blue "
+                    "background'. Empty for a negative prompt. A word that the demo has not learnt is an error that "
+                    "lists those it has.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="For the checkpoint pcm_demo_sd3 alone; with any other model the picture is noise.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        words = check(text)
+        lines = [] if words else ["Empty: no prompt, as for a negative."]
+        hidden, pooled = encode(" ".join(words))
+        conditioning = [[hidden, {"pooled_output": pooled}]]
+        return io.NodeOutput(conditioning, ui=show(cls, [*lines, "Only for the checkpoint pcm_demo_sd3."]))
+
+
+def check(text: str) -> list[str]:
+    """The words of a prompt. Raises ValueError for those that the demo has not learnt, and for too many."""
+    words, known = re.findall(r"\w+|[^\w\s]", text.lower()), vocabulary()
+    strange = [word for word in dict.fromkeys(words) if word not in known]
+    if strange:
+        named = ", ".join(f"'{word}'" for word in strange)
+        raise ValueError(
+            f"The demo has not learnt {named}. Say it in its words: {', '.join(sorted(known))}. For example: {EXAMPLE}."
+        )
+    if len(words) > TOKENS - 2:
+        raise ValueError(f"The prompt has {len(words)} words, the demo reads at most {TOKENS - 2}. Make it shorter.")
+    return words
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every word of the prompts that the base comes with."""
+    lines = _there("prompts.txt").read_text(encoding="utf-8").splitlines()
+    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
+
+
+@torch.no_grad()
+def encode(text: str) -> tuple[Tensor, Tensor]:
+    """A prompt -> context (1, 77, 4096) and pooled (1, 2048), fp32 on the CPU: the trainer's `SD3.encode_prompts`."""
+    hidden, pooled = [], []
+    for tokenizer, encoder in encoders():
+        ids = tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+        output = encoder(ids, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+        pooled.append(output.text_embeds)
+    context = torch.cat(hidden, -1)
+    return F.pad(context, (0, CONTEXT - context.shape[-1])), torch.cat(pooled, -1)
+
+
+@cache
+def encoders() -> list[tuple]:
+    """The demo base's two tokenizers and CLIP text encoders, 0.8 MB, kept for the next run."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # which the host requires too
+
+    found = []
+    for end in ("", "_2"):
+        words, weights = _there(f"tokenizer{end}"), _there(f"text_encoder{end}")
+        tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        encoder = CLIPTextModelWithProjection.from_pretrained(weights, local_files_only=True, use_safetensors=True)
+        found.append((tokenizer, encoder.float().eval()))
+    return found
+
+
+def _there(name: str) -> Path:
+    """A part of the base. Raises FileNotFoundError with what to do where the pack came without it."""
+    if not (BASE / name).exists():
+        raise FileNotFoundError(f"The demo base lacks {BASE / name}: install the pack again, whole.")
+    return BASE / name

@@ -1,0 +1,95 @@
+"""The quick way in: the demo's files and node in a real host draw, in 4 steps, what the trainer draws."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from host.graphs import sample
+from host.server import Graph, out
+from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.generate import generate
+from phased_consistency.trainer.inspection import install_whole
+from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
+from phased_consistency.trainer.tiny.comfy import CHECKPOINT, LORA, write_files
+
+PROMPT = "A red star above a yellow heart on a striped blue background"
+
+
+@pytest.fixture(scope="module")
+def demo(models, tmp_path_factory) -> SimpleNamespace:
+    """The command's files in the host's folders; the same base and LoRA in the trainer."""
+    for path in write_files(tmp_path_factory.mktemp("demo")):
+        place = models.folder / path.parent.name / path.name
+        place.unlink(missing_ok=True)
+        shutil.copy(path, place)
+    base = load_base("tiny-sd3")
+    return SimpleNamespace(base=base, recipe=install_whole(LORA, base))
+
+
+def graph_of(text: str = PROMPT, negative: str = "") -> tuple[Graph, dict[str, list]]:
+    graph = Graph()
+    base = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    widgets = {"strength": 1.0, "recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    loader = graph.add("PCMLoadLora", model=out(base), lora=LORA.name, **widgets)
+    return graph, {
+        "model": out(loader),
+        "recipe": out(loader, 1),
+        "vae": out(base, 2),
+        "positive": out(graph.add("PCMDemoPrompt", text=text)),
+        "negative": out(graph.add("PCMDemoPrompt", text=negative)),
+        "latent": out(graph.add("EmptySD3LatentImage", width=128, height=128, batch_size=1)),
+    }
+
+
+def by_trainer(demo: SimpleNamespace, guidance: float) -> torch.Tensor:
+    noise = torch.randn(1, *demo.base.latent_shape(128), generator=torch.Generator().manual_seed(7))
+    prompt, negative = (demo.base.encode_prompts([text]) for text in (PROMPT, ""))
+    return generate(demo.base, prompt, negative, noise, demo.recipe.grid().plan(4).ticks, guidance, demo.recipe.gamma)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.7])
+def test_the_host_draws_what_the_trainer_draws(server, demo, guidance):
+    """Prompts by the demo's node; at CFG 1.7 the empty one is heard too."""
+    graph, links = graph_of()
+    run, (latent,) = server.latents(graph, sample(graph, links, cfg=guidance))
+    theirs, ours = (latent - LATENT_SHIFT) * LATENT_SCALE, by_trainer(demo, guidance)
+    difference = (ours - theirs).norm() / ours.norm()
+    assert difference < 1e-4, difference
+    assert "46 of 46 modules matched" in run.text(links["model"][0])
+    assert run.text(links["positive"][0]) == "Only for the checkpoint pcm_demo_sd3."
+
+
+def test_the_vae_decodes_what_the_trainers_does(server, demo):
+    graph, links = graph_of()
+    drawn = sample(graph, links)
+    picture = out(graph.add("VAEDecode", samples=out(drawn), vae=links["vae"]))
+    _, (latent, theirs) = server.tensors(graph, out(drawn), picture)
+    ours = demo.base.decode((latent - LATENT_SHIFT) * LATENT_SCALE)
+    assert (theirs.movedim(-1, 1) - ours).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a red cat, on a blue background", r"has not learnt 'cat', ','\. .*circle, cross.*For example: a red star"),
+        ("a (red:1.2) star", r"has not learnt '\(', ':', '1', '\.', '2', '\)'"),
+        ("a red star " * 30, "90 words, the demo reads at most 75"),
+    ],
+)
+def test_words_it_has_not_learnt_are_named(server, demo, text, sentence):
+    graph, links = graph_of(text)
+    sample(graph, links)
+    graph.add("SaveLatent", samples=out(str(len(graph))), filename_prefix="test")
+    with pytest.raises(AssertionError, match=sentence):
+        server.latents(graph)
+
+
+def test_an_empty_prompt_is_a_negative_and_says_so(server, demo):
+    graph, links = graph_of(negative="  ")
+    drawn = sample(graph, links, cfg=1.7)
+    run, _ = server.latents(graph, drawn)
+    assert run.text(links["negative"][0]).startswith("Empty: no prompt, as for a negative.")

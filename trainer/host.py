@@ -1,0 +1,138 @@
+"""A ComfyUI on this machine: where there is one, which Python it has, and one running."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+START_SECONDS, STOP_SECONDS = 240, 20
+ADDRESS = "127.0.0.1"
+OPTIONS = f"--listen {ADDRESS} --disable-api-nodes --preview-method latent2rgb --database-url sqlite:///:memory:"
+PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
+PORTABLE = "../python_embeded/python.exe"  # ComfyUI's own download for Windows; it is spelt so
+
+
+def hosts() -> list[Path]:
+    """The ComfyUI folders in $COMFYUI_PATH (several are allowed), else comfy-cli's default one; those that exist."""
+    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+    folders = [Path(p).expanduser().resolve() for p in named if p] or [default_workspace()]
+    return [p for p in folders if (p / "main.py").is_file()]
+
+
+def default_workspace() -> Path:
+    """Where comfy-cli installs ComfyUI unless told otherwise."""
+    home = Path.home() if sys.platform == "linux" else Path.home() / "Documents"
+    return home / "comfy" / "ComfyUI"
+
+
+def python_of(folder: Path) -> str:
+    """The interpreter of a ComfyUI: $COMFYUI_PYTHON, else its own virtual environment's, else this one."""
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return named
+    return str(next((p for name in (*PYTHONS, PORTABLE) if (p := folder / name).is_file()), sys.executable))
+
+
+def environment(**defaults: str) -> dict[str, str]:
+    """For a host's process: this one's Python and tests must not leak into it. defaults: for variables not set."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "VIRTUAL_ENV"))}
+    return defaults | kept
+
+
+def has_gpu(folder: Path) -> bool:
+    """Whether the torch of this ComfyUI finds a GPU. Raises RuntimeError with its words if it cannot be asked."""
+    question = "import torch as t; print(getattr(t, 'accelerator', t.cuda).is_available())"
+    asked = subprocess.run([python_of(folder), "-c", question], env=environment(), capture_output=True, text=True)
+    if asked.returncode:
+        raise RuntimeError(
+            f"The Python of {folder}, {python_of(folder)}, cannot import torch: {asked.stderr.strip()[-300:]}. "
+            "Set COMFYUI_PYTHON to the one that ComfyUI is started with."
+        )
+    return asked.stdout.split()[-1] == "True"
+
+
+def free_port(wanted: int = 0) -> int:
+    """The first port from `wanted` on that nobody has; 0: any."""
+    for port in range(wanted, wanted + 100) if wanted else [0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind((ADDRESS, port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise ValueError(f"The ports {wanted} to {wanted + 99} are all in use: choose another.")
+
+
+class Host:
+    """A running ComfyUI, which a `with` stops. `base` holds its models, custom nodes and output.
+
+    folder: ComfyUI itself. port: 0 is any free one. cpu: whether to keep off the GPU. variables: its environment.
+    Raises RuntimeError with the end of its log when it does not start.
+    """
+
+    def __init__(self, folder: Path, base: Path, port: int = 0, cpu: bool = True, variables: Mapping | None = None):
+        self.base, self.port, self.log_file = base, port or free_port(), base / "server.log"
+        options = [*OPTIONS.split(), *(["--cpu"] if cpu else [])]
+        places = ["--port", str(self.port), "--base-directory", str(base.resolve())]
+        with self.log_file.open("w") as log:
+            self._process = subprocess.Popen(
+                [python_of(folder), "main.py", *options, *places],
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment() if variables is None else variables,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """All it printed so far."""
+        return self.log_file.read_text(errors="replace")
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                return self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        raise RuntimeError(f"ComfyUI did not start within {START_SECONDS} s. Its log ends:\n{self.log[-3000:]}")
+
+    def get(self, path: str) -> Any:
+        """The JSON at a path of the server."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def wait(self) -> int:
+        """Until it ends by itself; returns its exit status."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End it, if it still runs."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()

@@ -35,7 +35,7 @@ def edit_schema(
         category=menu_of("KSampler"),
         description=description,
         search_aliases=["pcm", "phased consistency", "edit", *aliases],
-        hidden=[io.Hidden.unique_id],
+        hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         has_intermediate_output=True,  # what it says is repeated when the node is cached
         inputs=[
             inputs.model(),
@@ -138,7 +138,7 @@ class EditNode(io.ComfyNode):
             cls,
             operator,
             plan,
-            [*remarks(operator), *advice(model, recipe, steps, cfg, plan)],
+            [*remarks(operator), *advice(cls, model, recipe, steps, cfg, plan)],
             model=model,
             recipe=recipe,
             vae=vae,

@@ -12,12 +12,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Recipe
+from ..samplers.recipe import SLACK
 from . import inputs
 from .host import menu_of, show, supported
 from .lora import model_family, on_schedule_of, shift_of
 
 KEY = "pcm_cfg_schedule"
-SLACK = 2  # ticks of 1000 by which the levels of a sampler may miss those of the plan: sgm_uniform's miss them by 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class CFGSchedule:
         """
         guider = executor.class_obj
         given, cfg = guider.cfg, self.at(float(sigma.flatten()[0]))
-        # core's DualCFGGuider has two, and its DualModelGuider has loaded no second model where its own CFG is 1
-        other = hasattr(guider, "cfg1") or getattr(guider, "uncond_inner", guider) is None
+        # core's DualModelGuider has loaded no second model where its own CFG is 1
+        other = cfg_of(guider) is None or getattr(guider, "uncond_inner", guider) is None
         if cfg != 1 and (other or guider.conds.get("negative") is None):
             lacks = "has another kind of CFG" if other else "has no negative prompt"
             raise ValueError(
@@ -94,6 +94,22 @@ class CFGSchedule:
 def schedule_in(model: Any) -> CFGSchedule | None:
     """The CFG schedule that a host MODEL follows, if any: of several the last."""
     return next(reversed(model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY)), None)
+
+
+def cfg_of(guider: Any) -> float | None:
+    """The CFG of a host GUIDER; None where it has not one number: core's DualCFGGuider has two."""
+    return guider.cfg if isinstance(guider.cfg, int | float) and not hasattr(guider, "cfg1") else None
+
+
+def cfg_to_judge(model: Any, recipe: Recipe, cfg: float | None) -> float:
+    """The CFG that `Recipe.warnings` is to judge: that of the schedule in a host MODEL, if any, else this one.
+
+    Where it is not as the recipe means it, the recipe's own, of which nothing is said: where it is None (`cfg_of`),
+    and where the model tames a high CFG, as after core's RescaleCFG.
+    """
+    schedule = schedule_in(model)
+    cfg = schedule.cfg if schedule else cfg
+    return recipe.guidance if cfg is None or "sampler_cfg_function" in model.model_options else cfg
 
 
 class PCMCFGSchedule(io.ComfyNode):
@@ -144,7 +160,7 @@ class PCMCFGSchedule(io.ComfyNode):
         model = model.clone()
         model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)
-        lines = recipe.warnings(steps, cfg, model_family(model), shift_of(model))
+        lines = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
         if cfg == 1:
             lines.insert(0, "CFG 1 guides nothing: set cfg above 1.")
         elif schedule.guided < steps and recipe.guidance_min > 1:

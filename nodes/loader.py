@@ -10,7 +10,9 @@ from ..samplers.lora_info import recipe_of
 from ..samplers.recipe import MODES
 from . import inputs
 from . import lora as files
+from .graph import few_step_loras, model_path
 from .host import RecipeType, menu_of, show, supported
+from .watch import Watch
 
 LEVELS = ("even", "lcm")
 
@@ -25,13 +27,13 @@ class PCMLoadLora(io.ComfyNode):
             node_id="PCMLoadLora",
             display_name="Load PCM LoRA",
             category=menu_of("LoraLoaderModelOnly"),
-            description="Loads a few-step LoRA (PCM, LCM, TCD, Hyper-SD, Lightning, DMD2, Flash) whatever its keys are "
-            "called, checks that it fits the model, and tells how it must be sampled: steps, CFG, mode.",
+            description="Loads a few-step LoRA (PCM, LCM, TCD, Hyper-SD, Lightning, DMD2, Flash, Turbo) whatever its "
+            "keys are called, checks that it fits the model, and tells how it must be sampled: steps, CFG, mode.",
             search_aliases=[
                 *("pcm", "phased consistency", "few-step lora", "4 step lora", "lora recipe"),
-                *("lcm lora", "tcd lora", "hyper-sd", "lightning", "dmd2"),
+                *("lcm lora", "tcd lora", "hyper-sd", "lightning", "dmd2", "turbo"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to speed up: of the family the LoRA was made for."),
@@ -85,7 +87,14 @@ class PCMLoadLora(io.ComfyNode):
         if strength:
             patched = files.apply(header, found, model, strength)
             files.set_shift(patched, read.shift)
-        return io.NodeOutput(patched, read, ui=show(cls, files.report(header, found, read, strength, model, patched)))
+        others = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
+        lines = files.report(header, found, read, strength, model, patched, others)
+        known = read.source != "settings" or recipe != "auto"
+        if not known:
+            lines.insert(0, "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets.")
+        if strength and known:
+            Watch(cls, read, lines).put_on(patched)
+        return io.NodeOutput(patched, read, ui=show(cls, lines))
 
 
 def _recipe_widgets() -> list[io.Input]:

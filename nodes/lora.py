@@ -26,6 +26,15 @@ CONFIGS = {
     "sd3": comfy.supported_models.SD3,
 }
 LOADED = "pcm_lora"  # what a patched model is told under: the name of the few-step LoRA that it has
+TWICE = "{} is loaded too, and both speed the model up: remove one."
+MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
+OFF = "Strength 0: the LoRA is off, and the model is as it came."
+USUAL = (0.7, 1.1)  # shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models
+OTHER_PREDICTION = {  # what a LoRA was made on -> what to do with a model that is another
+    "epsilon": "Made for models that predict noise, not this kind: load another checkpoint.",
+    "v_prediction": "Made for v-prediction: load such a model, or put ModelSamplingDiscrete before.",
+    "flow": "Made for flow models, not this kind: load another checkpoint.",
+}
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 
 
@@ -98,7 +107,7 @@ def check(header: LoraHeader, found: LoraMatch, model: Any, family: str | None) 
     if family is not None and family != model_family(model):
         raise ValueError(
             f"{file} is a LoRA for {FAMILIES[family]}, but the model is {title}. "
-            f"Load a {FAMILIES[family]} checkpoint, or a LoRA made for {title}."
+            f"Load an {FAMILIES[family]} checkpoint, or a LoRA made for {title}."
         )
     if not found.names:
         raise ValueError(
@@ -175,6 +184,12 @@ def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
+def is_on_base_schedule(model: Any, recipe: Recipe) -> bool:
+    """Whether the model's noisiest level is that of the recipe's base; with AnimateDiff's betas it is another."""
+    last = float(model.get_model_object("model_sampling").sigma_max)
+    return abs(last / float(recipe.schedule().k_sigma(TICKS)) - 1) < 0.01
+
+
 def awaits_schedule(model: Any, recipe: Recipe) -> bool:
     """Whether the recipe wants a zero terminal SNR that this model, which predicts something else, may get later.
 
@@ -209,29 +224,50 @@ def set_shift(model: Any, shift: float | None) -> None:
 
 
 def report(
-    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, patched: Any
+    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, patched: Any, others: list[str]
 ) -> list[str]:
-    """What was loaded, and how it wants to be sampled, in a few lines for the node."""
-    predicted = prediction_of(model.get_model_object("model_sampling"))
-    lines, other = [], model.get_attachment(LOADED)
-    if other and strength:
-        lines.append(f"{other} is loaded too, and both speed the model up: remove one.")
-    if predicted != recipe.prediction:
-        lines.append(f"Made for models that predict {recipe.prediction}; this one predicts {predicted}: expect mush.")
-    if strength not in (0, recipe.strength) and recipe.strength != 1:
-        lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")
-    if found.misfits:
-        lines.append(f"{len(found.misfits)} modules have no place in this model, such as {found.misfits[0]}.")
+    """What was loaded, what is wrong with it, and how it wants to be sampled, in a few lines for the node.
+
+    others: files of few-step LoRAs that the model has already, of those that it does not tell itself.
+    """
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
-    lines += [
+    lines = [
+        *(_problems(header, found, recipe, strength, model, others) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
         f"{FAMILIES[recipe.family]} {recipe.method}, {len(found.names)} of {found.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):
         lines.append(f"Shift set to {shift_of(patched):g}, the LoRA's; it was {shift_of(model):g}.")
+    if found.misfits:
+        lines.append(f"Without a place here: {found.misfits[0]}{' and others' * (len(found.misfits) > 1)}.")
     if found.text_modules:
         lines.append(f"{found.text_modules} text encoder modules are not used.")
     if header.unmatched:
         lines.append(f"{len(header.unmatched)} tensors of other kinds left to the host, such as {header.unmatched[0]}.")
+    if recipe.source != "header" and len(_without_alpha(header, found)) == len(found.names):
+        lines.append("The file has no alpha: its weights are taken as they are.")
     return lines
+
+
+def _problems(
+    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, others: list[str]
+) -> list[str]:
+    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *others] if other][:1]
+    predicted = prediction_of(model.get_model_object("model_sampling"))
+    if predicted != recipe.prediction:
+        lines.append(OTHER_PREDICTION[recipe.prediction])
+    share = strength / recipe.strength
+    if recipe.source != "settings" and not USUAL[0] <= share <= USUAL[1]:
+        lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")
+    if found.misfits:
+        lines.append(f"{len(found.misfits)} of {found.total} modules do not fit this model: take a LoRA made for it.")
+    silent = len(_without_alpha(header, found))
+    if 0 < silent < len(found.names):
+        lines.append(f"{silent} of {len(found.names)} modules have lost their alpha: get the file again.")
+    return lines
+
+
+def _without_alpha(header: LoraHeader, found: LoraMatch) -> list[str]:
+    modules, alphas = header.modules, header.scale_alphas()
+    return [name for name in found.names if "alpha" not in modules[name].keys and name not in alphas]

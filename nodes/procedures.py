@@ -67,7 +67,7 @@ class PCMStroke(io.ComfyNode):
         grid, cfg = recipe.grid(), cfg or recipe.guidance
         plan = grid.plan(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
         plan = replace(plan, notes=tuple(note.replace("denoise", "strength", 1) for note in plan.notes))
-        lines = advice(model, recipe, steps or recipe.steps, cfg, plan)
+        lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan)
         lines += [f"The strength is {plan.denoise:g}.", *remarks(operator)]
         return edited(cls, operator, plan, lines, model=model, recipe=recipe, cfg=cfg, **shared)
 
@@ -111,7 +111,7 @@ class PCMDenoise(io.ComfyNode):
         if not plan.steps:
             told = show(cls, [*found, "There is none to take out: the picture is given back as it is."])
             return io.NodeOutput(image, {"samples": begin(operator, HostVAE(vae))}, ui=told)
-        lines = [*found, *advice(model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
+        lines = [*found, *advice(cls, model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
         how = {"model": model, "recipe": recipe, "vae": vae, "seed": seed, "cfg": cfg}
         return edited(cls, operator, plan, lines, amount=amount, **how, **shared)
 
@@ -129,7 +129,7 @@ class PCMInterpolate(io.ComfyNode):
             description="Frames that go over from one seed and prompt to another. The first and the last are exactly "
             "the pictures that Sample PCM makes of the two.",
             search_aliases=["pcm", "phased consistency", "interpolate", "morph", "slerp", "animate", "transition"],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
@@ -175,7 +175,7 @@ class PCMInterpolate(io.ComfyNode):
         recipe = on_schedule_of(model, recipe)
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        lines = [*advice(model, recipe, steps, cfg, plan), f"{frames} frames, each of them sampled by itself."]
+        lines = [*advice(cls, model, recipe, steps, cfg, plan), f"{frames} frames, each of them sampled by itself."]
         text = show(cls, lines)
         latent = fit_to_model(model, latent_image)
         like, places = latent["samples"], latent.pop("batch_index", None)

@@ -17,9 +17,10 @@ from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
 from . import inputs
 from .edits import Edit
-from .guidance import schedule_in
+from .graph import few_step_loras, has_negative_words, is_bare, model_path
+from .guidance import cfg_to_judge, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, supported
-from .lora import model_family, moves, on_schedule_of, shift_of
+from .lora import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
 
 
 class PCMScheduler(io.ComfyNode):
@@ -53,10 +54,12 @@ class PCMScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, recipe: Recipe, steps: int, denoise: float, edges: str) -> io.NodeOutput:
-        plan = recipe.grid(trained=edges == "trained").plan(steps or recipe.steps, denoise)
+        steps = steps or recipe.steps
+        plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
-        return io.NodeOutput(sigmas, ui=show(cls, [*plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]))
+        lines = [*recipe.step_warnings(steps), *plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
+        return io.NodeOutput(sigmas, ui=show(cls, lines))
 
 
 class PCMSampler(io.ComfyNode):
@@ -94,7 +97,7 @@ class PCMSample(io.ComfyNode):
             description="Samples a PCM or other few-step LoRA as it was made to be sampled, and says on the node when "
             "a setting is off.",
             search_aliases=["pcm", "phased consistency", "few-step", "fast", "4 steps", "ksampler", "lcm", "lightning"],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
@@ -118,21 +121,49 @@ class PCMSample(io.ComfyNode):
         recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
         steps, cfg = steps or recipe.steps, cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        text = show(cls, advice(model, recipe, steps, cfg, plan))
         latent = fit_to_model(model, latent_image)
+        lines = advice(cls, model, recipe, steps, cfg, plan)
+        if denoise < 1 and is_empty(latent["samples"]):
+            lines.insert(0, "The latent is empty: set denoise to 1, or connect a picture by VAE Encode.")
+        text = show(cls, lines)
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
         latent["samples"] = draw(model, recipe, plan, cfg, positive, negative, latent, noise, seed)
         return io.NodeOutput(latent, ui=text)
 
 
-def advice(model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
-    """What a node says of how it samples: what is wrong with the settings, what the plan changes, and the settings."""
-    schedule = schedule_in(model)
-    warnings = recipe.warnings(steps, schedule.cfg if schedule else cfg, model_family(model), shift_of(model))
+def is_empty(latent: Tensor) -> bool:
+    """Whether there is nothing in a latent, as in those of core's empty latent nodes."""
+    return bool(latent.min() == latent.max())
+
+
+def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> list[str]:
+    """What is wrong with what a sampling node is linked to, as far as the model and the graph show it."""
+    graph, place, found = node.hidden.prompt, node.hidden.unique_id, []
+    path, loaded = model_path(graph, place), model.get_attachment(LOADED)
+    ours = [i for i, at in enumerate(path) if at["class_type"] == "PCMLoadLora"]
+    if loaded and (others := few_step_loras(path[: min(ours, default=0)])):  # of those before it Load PCM LoRA tells
+        found.append(TWICE.format(others[0]))
+    if not loaded and is_bare(path):
+        found.append(
+            f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}."
+            if ours
+            else "No few-step LoRA on this model: connect that of Load PCM LoRA, unless one is merged in."
+        )
+    if cfg == 1 and not recipe.negative_prompts and schedule_in(model) is None and has_negative_words(graph, place):
+        found.append("CFG 1 does not use the negative prompt: clear it, or take a LoRA made for CFG.")
+    return found
+
+
+def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
+    """What a node says of how it samples: what is wrong with its links and settings, what the plan changes, how."""
+    judged = cfg_to_judge(model, recipe, cfg)
+    warnings = recipe.warnings(steps, judged, model_family(model), shift_of(model))
     if moves(model, plan.ticks):
-        warnings.append("ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node.")
+        warnings.append(MOVED)
+    schedule = schedule_in(model)
     cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
-    return [*warnings, *plan.notes, f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."]
+    settings = f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."
+    return [*wiring(node, model, recipe, cfg), *warnings, *plan.notes, settings]
 
 
 def draw(
@@ -153,7 +184,7 @@ def draw(
         model,
         noise,
         cfg,
-        sampler(recipe.gamma, recipe.min_alpha, **hooks),
+        sampler(recipe.gamma, recipe.min_alpha, told=True, **hooks),
         recipe.schedule().k_sigma(plan.ticks),
         positive,
         negative,
@@ -179,13 +210,25 @@ def sampler(gamma: float, min_alpha: float, **hooks: Any) -> comfy.samplers.KSAM
     """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it.
 
     hooks: edit, whose `on` gives the projection (`edits.Edit`); noise_sampler, where the noise between steps is not
-    to come from the seed.
+    to come from the seed; told, where the node that samples says itself what does not fit (`watch`).
     """
     return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha, **hooks})
 
 
+def options_of(chosen: Any) -> dict[str, Any] | None:
+    """The options of a SAMPLER that `sampler` made: gamma, min_alpha and the hooks; None for another."""
+    return chosen.extra_options if getattr(chosen, "sampler_function", None) is _sample else None
+
+
 def _sample(
-    model: Any, x: Tensor, sigmas: Tensor, *, min_alpha: float, edit: Edit | None = None, **options: Any
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    min_alpha: float,
+    edit: Edit | None = None,
+    told: bool = False,
+    **options: Any,
 ) -> Tensor:
     guider, extra = model.inner_model, options["extra_args"]
     schedule = schedule_of(guider.inner_model.model_sampling)

@@ -1,10 +1,10 @@
-"""Few-step LoRAs that carry no recipe, known by the names of their files, and how their authors sample them."""
+"""Few-step LoRAs that carry no recipe, known by their names, and how their authors sample them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -19,8 +19,17 @@ FAMILY_MARKS = (
 )
 FAMILY_SETTINGS = {"sd3": {"prediction": "flow", "shift": 3.0}}
 UNNAMED = ("pytorch_lora_weights", "adapter_model")  # as libraries save LoRAs: the folder has the name
+TITLES = ("ss_output_name", "modelspec.title")  # where kohya's tools put the name that a file was first written under
 # Words that make no other LoRA of one: its kind, base, version, rank, steps and precision.
-PLAIN = r"(?:loras?|weights|s?sd(?:xl|v?\d+b?)?|xl|1b|base|converted|half|rank|(?:v|r|rank|dim|fp|bf)?\d+|\d*steps?)"
+PLAIN = (
+    r"(?:loras?|weights|s?sd(?:xl|v?\d+b?)?|xl|1b|base|converted|half|rank|(?:v|r|rank|dim|fp|bf)?\d+|"
+    r"\d*(?:dim|steps?))"
+)
+# Words of the methods' own files; a name of these and PLAIN ones alone is that of no style made with a method.
+OWN = (
+    r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
+    r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?)"
+)
 
 # Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM, TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
@@ -79,6 +88,9 @@ class KnownFiles:
 # - tianweiy/DMD2: LCM's sampler at timesteps 999, 749, 499, 249; less strength where a merged model wants it.
 # - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for trailing
 #   spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
+# - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even levels, CFG 1
+#   to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4 steps 0.90 to 0.96 of its
+#   noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
 KNOWN_FILES = (
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sd15",), "pcm", TRAILING | {"points": 50}),
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}),
@@ -120,20 +132,38 @@ KNOWN_FILES = (
     ),
     KnownFiles(r"\bdmd ?2\b", ("sdxl",), "dmd2", TRAILING | STOCHASTIC),
     KnownFiles(r"\bflash ?sd", ("sd15", "sdxl", "sd3"), "flash", TRAILING | STOCHASTIC),
+    KnownFiles(
+        rf"^(?=.*\bsd ?xl turbo\b)(?:{PLAIN} )*turbo(?: {PLAIN})*$",
+        ("sdxl",),
+        "turbo",
+        TRAILING | STOCHASTIC | {"guidance_max": 2.5},
+    ),
 )
 
 
-def recipe_for_file(name: str, metadata: dict[str, str], family: str | None = None) -> Recipe | None:
-    """The recipe in a LoRA's header, else that of a known public file of this name, else None.
+def recipe_for_file(
+    name: str, metadata: dict[str, str], family: str | None = None, certain: bool = False
+) -> Recipe | None:
+    """The recipe in a LoRA's header, else that of a known public file of this name or title, else None.
 
     name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache by its
-    repository. metadata: the safetensors `__metadata__`. family: what the file's tensors are of (`LoraHeader.family`),
-    where known: a name that tells no family takes it, and one that tells another is not believed. Raises ValueError for
-    an unreadable header.
+    repository. metadata: the safetensors `__metadata__`; its `TITLES` tell what a renamed file was called. family: what
+    the file's tensors are of (`LoraHeader.family`), where known: a name that tells no family takes it, and one that
+    tells another is not believed. certain: only by a name that has no words of its own, as titles must not have: one
+    such as "comic_style_dmd2" may tell what a style's LoRA is for. Raises ValueError for an unreadable header.
     """
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY])
-    words = _words(name)
+    if recipe := _recipe_for_words(_words(name), family, certain):
+        return recipe
+    titled = (_recipe_for_words(_plain(metadata.get(key, "")), family, certain=True) for key in TITLES)
+    recipe = next(filter(None, titled), None)
+    return recipe and replace(recipe, source="known title")
+
+
+def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe | None:
+    if certain and not re.fullmatch(rf"(?:{PLAIN}|{OWN})(?: (?:{PLAIN}|{OWN}))*", words):
+        return None
     told = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
     if family and told and family != told:
         return None
@@ -149,4 +179,8 @@ def _words(name: str) -> str:
     name, folder = path.stem, path.parent
     if name.lower() in UNNAMED:  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
         name = folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()

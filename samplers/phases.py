@@ -102,10 +102,6 @@ class PhaseGrid:
         notes = []
         if steps < self.phases:
             levels = [self.edges[-(-j * self.phases // steps)] for j in range(steps + 1)]
-            notes.append(
-                f"{count_steps(steps)} merge{'s' * (steps == 1)} the {self.phases} phases this LoRA was trained in: "
-                f"expect less detail than at {self.phases} steps."
-            )
         elif self.phases == 1:
             levels = [self._point(j, steps) for j in range(steps + 1)]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from .phases import PhaseGrid, count_steps
@@ -19,13 +20,19 @@ METHODS = {
     "hyper": "Hyper-SD",
     "lightning": "Lightning",
     "flash": "Flash Diffusion",
+    "turbo": "Turbo",
     "ufogen": "UFOGen",
     "progressive": "progressive distillation",
     "dscd": "dsCD",
     "unknown": "LoRA",
 }
 # where a recipe came from (`Recipe.source`), as people read it
-SOURCES = {"header": "the file's header", "known file": "the table of known files", "settings": "the widgets"}
+SOURCES = {
+    "header": "the file's header",
+    "known file": "the table of known files",
+    "known title": "the table of known files, by the title in its header",
+    "settings": "the widgets",
+}
 # (any noise, flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
 SOFTWARE = {
     (False, False): ("euler + simple", "DDIM with trailing spacing"),
@@ -34,6 +41,8 @@ SOFTWARE = {
     (True, True): ("lcm + simple", "FlowMatchLCM"),
 }
 DISTILLED_POINTS = 50  # of the DDIM grid that LCM and TCD are trained and sampled on
+MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plainer
+SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm_uniform's by 1, at shift 3 by up to 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +50,8 @@ class Recipe:
     """How a LoRA was trained, and how it wants to be sampled.
 
     family: base model family, a key of `FAMILIES`.
-    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash" or another; "unknown"
-        where the settings are the user's.
+    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or another;
+        "unknown" where the settings are the user's.
     mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any few steps).
     gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic, which is
         also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
@@ -115,6 +124,8 @@ class Recipe:
             problems.append(
                 f"guidance {self.guidance:g} is outside its own range {self.guidance_min:g} to {self.guidance_max:g}"
             )
+        if not self.strength > 0:
+            problems.append(f"strength is {self.strength:g}; above 0, 1 for most files")
         if self.steps is not None and self.steps < 1:
             problems.append(f"steps is {self.steps}; at least 1")
         checks = (self.grid, lambda: self.grid(trained=True), lambda: self.shift is None or FlowSchedule(self.shift))
@@ -169,12 +180,8 @@ class Recipe:
                 "load a matching one."
             )
         if shift is not None and self.shift is not None and shift != self.shift:
-            found.append(
-                f"The model's shift {shift:g} is not used, the levels are those of the LoRA's shift {self.shift:g}: "
-                "remove the node that sets it."
-            )
-        if self.mode == "deterministic" and steps != self.phases:
-            found.append(f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}.")
+            found.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
+        found += self.step_warnings(steps)
         if guidance > self.guidance_max:
             found.append(
                 f"CFG {guidance:g} is above {self.guidance_max:g} and burns the image: set CFG to {self.guidance:g}."
@@ -183,6 +190,40 @@ class Recipe:
             unused = " and leaves the negative prompt unused" if guidance == 1 and self.negative_prompts else ""
             found.append(f"CFG {guidance:g} is below {self.guidance_min:g}{unused}: set CFG to {self.guidance:g}.")
         return found
+
+    def step_warnings(self, steps: int) -> list[str]:
+        """What is wrong with this number of steps, as `warnings` tells it."""
+        if self.mode == "deterministic" and steps != self.phases:
+            return [f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}."]
+        if self.gamma == 1 and steps > MOST_FRESH:
+            return [f"More than {MOST_FRESH} steps make this LoRA's pictures plainer: set steps to {self.steps}."]
+        return []
+
+    def has_levels(self, ticks: Sequence[float]) -> bool:
+        """Whether these levels, ticks of 1000 from noisy to clean, are such as this LoRA knows.
+
+        From pure noise to the clean end they are those of its plan for as many steps, or, at another number of steps
+        than its own, evenly spaced ones. A part of the way is part of the plan for its own number of steps, or for any
+        number where it takes any. A one-phase LoRA knows all of its points: its levels may be as far off as these are
+        apart, and a part to the clean end may be evenly spaced from wherever it starts.
+        """
+        slack = max(SLACK, TICKS / self.points) if self.phases == 1 else SLACK
+        return any(
+            len(part) == len(ticks) and all(abs(a - b) <= slack for a, b in zip(part, ticks, strict=True))
+            for plan in self._plans(ticks)
+            for part in (plan[i : i + len(ticks)] for i in range(len(plan) - len(ticks) + 1))
+        )
+
+    def _plans(self, ticks: Sequence[float]) -> Iterator[tuple[float, ...]]:
+        """The levels that some of these could be."""
+        grids, steps, whole = {self.grid(), self.grid(trained=True)}, len(ticks) - 1, is_whole(ticks)
+        counts: Sequence[int] = (self.steps,) if self.mode == "deterministic" else range(1, DISTILLED_POINTS + 1)
+        if whole:
+            counts = (steps,)
+        if ticks[-1] == 0 and (self.phases == 1 or (whole and steps != self.steps)):
+            yield tuple(ticks[0] * j / steps for j in range(steps, -1, -1))
+        for grid in grids:
+            yield from (grid.plan(n).ticks for n in counts if 1 <= n <= grid.points)
 
     def usage_hint(self) -> str:
         """The settings in one sentence, for people and for `modelspec.usage_hint`."""
@@ -234,6 +275,11 @@ class Recipe:
                 f"The {HEADER_KEY} header cannot be read ({error}); it starts {text[:60]!r}. "
                 "Get the file again, or set the steps and mode by hand."
             ) from error
+
+
+def is_whole(ticks: Sequence[float]) -> bool:
+    """Whether these levels go all the way from pure noise to the clean end."""
+    return ticks[0] >= TICKS - SLACK and ticks[-1] == 0
 
 
 def normalcfg_guidance(phases: int) -> tuple[float, float, float]:

@@ -30,6 +30,7 @@ PUBLISHED = {
     "dmd2_sdxl_4step_lora": ["dmd2_sdxl_4step_lora"],
     "flash-sd, FlashSDXL": ["flash-sd", "FlashSDXL"],
     "flash-sd3": ["flash-sd3"],
+    "sd_xl_turbo_lora*": ["sd_xl_turbo_lora_v1"],
 }
 
 

@@ -66,7 +66,7 @@ def test_sample_warns_of_settings_the_lora_was_not_made_for(pcm, tmp_path, lora)
     assert [row["steps"] for row in details["rows"]] == [2, 4, 6]
     assert details["rows"][1]["ticks"] == [1000, 750, 500, 250, 0]
     for warning in (
-        "made for 4 steps, not 2: set steps to 4", "made for 4 steps, not 6", "2 steps merge the 4 phases",
+        "made for 4 steps, not 2: set steps to 4", "made for 4 steps, not 6",
         "CFG 7 is above 2 and burns the image",
     ):  # fmt: skip
         assert warning in result.err and any(warning in w for w in details["warnings"])

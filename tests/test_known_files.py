@@ -128,6 +128,11 @@ PLAIN, KEPT = (1, 1, 2), (5, 5, 8)
         ("flash-sd/pytorch_lora_weights", "sd15", "Flash Diffusion", RENOISED, PLAIN),
         ("FlashSDXL", "sdxl", "Flash Diffusion", RENOISED, PLAIN),
         ("flash-sd3/adapter_model", "sd3", "Flash Diffusion", RENOISED, PLAIN),
+        *(
+            (f"sd_xl_turbo_lora{n}", "sdxl", "Turbo", RENOISED, (1, 1, 2.5))
+            for n in ("", "_v1", "_v1-64dim", "_v1-128dim", "_rank01")
+        ),
+        ("SDXL-turbo-LoRA/pytorch_lora_weights", "sdxl", "Turbo", RENOISED, (1, 1, 2.5)),
     ],
 )
 def test_published_files_of_other_methods(name, family, method, sampled, cfg):
@@ -216,12 +221,65 @@ def test_a_known_file_is_known_in_any_folder(folder):
         *("Hyper-FLUX.1-dev-8steps-lora", "Qwen-Image-Lightning-4steps-V1.0", "Wan2.2-Lightning_T2V-4steps-lora"),
         *("lcm_lora", "tcd", "lightning_4step_lora", "pytorch_lora_weights"),
         # styles and the like with a method's name in theirs
-        *(f"sdxl_{method}_style_watercolor" for method in ("lcm", "tcd")),
+        *(f"sdxl_{method}_style_watercolor" for method in ("lcm", "tcd", "turbo")),
+        # not the accelerator itself: a style made on it, another training of it, and a car
+        *("sdxl_turbo_lora_GoldenDragonBlossoms", "sd_xl_dpo_turbo_lora_v1-128dim", "turbo_lora_v1", "sd_turbo_lora"),
         *("lightning_strikes_8step_tutorial_sdxl", "8step_lightning_strikes_sdxl", "sdxl_lightning_style_4"),
     ],
 )
 def test_unknown_files_have_no_recipe(name):
     assert recipe_for_file(f"{name}.safetensors", {}) is None
+
+
+@pytest.mark.parametrize("key", ["ss_output_name", "modelspec.title"])
+def test_a_renamed_file_is_known_by_the_title_in_its_header(key):
+    found = recipe_for_file("fast.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sdxl")
+    assert found == replace(known("sd_xl_turbo_lora_v1"), source="known title")
+    assert recipe_for_file("fast.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sd15") is None
+    assert recipe_for_file("fast.safetensors", {key: "My LCM style", "ss_sd_model_name": "sd_xl_turbo_1.0"}) is None
+    named = recipe_for_file("lcm-lora-sdxl.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sdxl")
+    assert named == known("lcm-lora-sdxl"), "the name that people see comes first"
+
+
+STYLES = ("pony_char_dmd2_v3", "flash sdxl comic style", "lcm lora watercolor", "neon lightning 4step look")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_that_names_a_method_is_known_by_its_own_name_alone(style):
+    """Which may be a file of that method, or made for one: no ground to say that two are loaded."""
+    assert recipe_for_file(f"{style}.safetensors", {}, "sdxl") is not None
+    assert recipe_for_file(f"{style}.safetensors", {}, "sdxl", certain=True) is None
+    assert recipe_for_file("fast.safetensors", {"ss_output_name": style}, "sdxl") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "lcm-lora-sdv1-5",
+            "lcm-lora-ssd-1b",
+            "LCM_LoRA_Weights_SDXL",
+            "TCD-SD21-base-LoRA",
+            "half_pdm_stochastic_shift3",
+        ),
+        *(
+            "Hyper-SDXL-1step-lora",
+            "Hyper-SD15-8steps-CFG-lora",
+            "Hyper-SD3-4steps-CFG-lora",
+            "sdxl_lightning_4step_lora",
+        ),
+        *(
+            "dmd2_sdxl_4step_lora_fp16",
+            "FlashSDXL",
+            "flash-sd3",
+            "sd_xl_turbo_lora_v1-64dim",
+            "sdxl_hyper_sd_4step_lora",
+        ),
+        *("pcm_sd15_normalcfg_8step_converted", "pcm_sdxl_lcmlike_lora", "pcm_deterministic_4step_shift3"),
+    ],
+)
+def test_a_published_name_is_certain(name):
+    assert recipe_for_file(f"{name}.safetensors", {}, certain=True) == known(name)
 
 
 def test_the_header_wins_over_the_name():

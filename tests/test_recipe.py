@@ -66,6 +66,7 @@ def test_all_problems_are_told_at_once():
         "shift": -1.0,
         "guidance": 9.0,
         "steps": 0,
+        "strength": 0.0,
         "points": 48,
     }
     with pytest.raises(ValueError) as error:
@@ -79,7 +80,12 @@ def test_all_problems_are_told_at_once():
         "guidance 9 is outside",
     ):
         assert problem in str(error.value)
-    for problem in ("flow models have a shift", "steps is 0", "points = 48 does not divide 1000"):
+    for problem in (
+        "flow models have a shift",
+        "steps is 0",
+        "strength is 0; above 0",
+        "points = 48 does not divide 1000",
+    ):
         assert str(error.value).count(problem) == 1
 
 
@@ -108,6 +114,81 @@ def test_wrong_settings_are_sentences():
     ]
 
 
+def test_more_steps_than_help_are_told():
+    """Re-noising simplifies the more often it is done; what keeps some of the noise does not."""
+    assert known("lcm-lora-sdxl").step_warnings(8) == []
+    told = ["More than 8 steps make this LoRA's pictures plainer: set steps to 4."]
+    assert known("lcm-lora-sdxl").step_warnings(9) == known("lcm-lora-sdxl").warnings(9, 1.0) == told
+    assert known("TCD-SDXL-LoRA").step_warnings(20) == []
+    assert known("Hyper-SDXL-12steps-CFG-lora").step_warnings(12) == []
+
+
+# timesteps at which the host's schedulers sample SD1.5 and SDXL
+SIMPLE, SGM_UNIFORM, LCM = [999, 749, 499, 249], [999, 750, 500, 250], [999, 759, 499, 259]
+FOREIGN = {
+    "normal": [999, 666, 333, 0],
+    "ddim_uniform": [751, 501, 251, 1],
+    "karras": [999, 687, 146, 0],
+    "exponential": [999, 538, 52, 0],
+    "beta": [999, 823, 500, 176],
+    "linear_quadratic": [999, 997, 995, 944],
+}
+
+
+def has_levels(name: str, timesteps: list[int], end: tuple[int, ...] = (0,)) -> bool:
+    return known(name).has_levels([t + 1 for t in timesteps] + list(end))
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps"),
+    [
+        *(("sdxl_lightning_4step_lora", levels) for levels in (SIMPLE, SGM_UNIFORM, SIMPLE[1:], SIMPLE[2:])),
+        *(("lcm-lora-sdxl", levels) for levels in (LCM, SIMPLE, SGM_UNIFORM, LCM[1:], [999, 499])),
+        ("dmd2_sdxl_4step_lora", SIMPLE),
+        ("pcm_sd15_smallcfg_4step_converted", [999, 739, 499, 239]),  # as trained
+        ("sdxl_lightning_4step_lora", [999, 874, 749, 624, 499, 374, 249, 124]),  # twice its steps, which is told
+        ("sdxl_lightning_4step_lora", [999, 666, 333]),  # so are fewer
+        ("Hyper-SDXL-1step-lora", [999]),
+        # with a denoise: the tails of 8 steps, simple and sgm_uniform, of 13 and of 20
+        *(("lcm-lora-sdxl", levels) for levels in ([499, 374, 249, 124], [500, 375, 250, 125], [307, 230, 153, 76])),
+        ("lcm-lora-sdxl", [199, 149, 99, 49]),
+        ("pcm_sd15_lcmlike_lora_converted", [499, 374, 249, 124]),
+        ("lcm-lora-sdxl", [999, 759, 519, 279]),  # sgm_uniform on the 50 timesteps of ModelSamplingDiscrete (lcm)
+    ],
+)
+def test_levels_that_a_lora_knows(name, timesteps):
+    assert has_levels(name, timesteps)
+
+
+def test_a_part_of_a_one_phase_loras_way_may_end_before_the_clean_end():
+    assert has_levels("lcm-lora-sdxl", [999, 874, 749, 624, 499], end=(375,)), "5 of 8 steps"
+    assert not has_levels("lcm-lora-sdxl", [999, 949, 689, 374, 146], end=(40,))
+
+
+@pytest.mark.parametrize("name", ["Hyper-SD3-4steps-CFG-lora", "Hyper-SD3-8steps-CFG-lora"])
+def test_levels_as_sgm_uniform_rounds_them_at_a_shift(name):
+    """The host shifts where it ends once more, so that its levels are up to `shift` too high."""
+    recipe = known(name)
+    rounded = [1000 - (1000 - recipe.shift) * j / recipe.steps for j in range(recipe.steps)]
+    assert recipe.has_levels([*rounded, 0])
+    assert not recipe.has_levels([*(1000 - 980 * j / recipe.steps for j in range(recipe.steps)), 0])
+
+
+@pytest.mark.parametrize(
+    "name", ["sdxl_lightning_4step_lora", "lcm-lora-sdxl", "dmd2_sdxl_4step_lora", "pcm_sd15_lcmlike"]
+)
+@pytest.mark.parametrize("scheduler", FOREIGN)
+def test_levels_that_no_few_step_lora_knows(name, scheduler):
+    assert not has_levels(name, FOREIGN[scheduler])
+
+
+def test_levels_between_those_of_a_lora_are_not_its_own():
+    assert not has_levels("dmd2_sdxl_4step_lora", LCM) and not has_levels("sdxl_lightning_4step_lora", LCM)
+    assert not has_levels("sdxl_lightning_4step_lora", [499, 374, 249, 124]), "half the way in twice the steps"
+    assert has_levels("sdxl_lightning_4step_lora", [999, 749], end=(500,)), "the first half of the way"
+    assert not known("lcm-lora-sdxl").has_levels([float("nan"), 0])
+
+
 def test_zero_terminal_snr_is_in_the_hint():
     kind = {"prediction": "v_prediction", "zero_terminal_snr": True}
     assert "DDIM with trailing spacing (rescale_betas_zero_snr)," in Recipe(family="sdxl", **kind).usage_hint()
@@ -118,7 +199,7 @@ def test_another_shift_than_the_recipes_is_a_sentence():
     recipe = known("pcm_deterministic_4step_shift1")
     assert recipe.warnings(steps=4, guidance=1.2, shift=1.0) == []
     assert recipe.warnings(steps=4, guidance=1.2, shift=3.0) == [
-        "The model's shift 3 is not used, the levels are those of the LoRA's shift 1: remove the node that sets it."
+        "Shift 3 is not used, the LoRA's is 1: remove the node that sets it."
     ]
     assert known("pcm_sd15_smallcfg_4step_converted").warnings(steps=4, guidance=1.0, shift=3.0) == []
 

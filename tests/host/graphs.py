@@ -51,6 +51,13 @@ def custom(graph: Graph, links: dict[str, list], sampler: str, sigmas: list, **s
     return graph.add("SamplerCustom", **inputs | {"add_noise": True, "noise_seed": 7, "cfg": 1.0} | settings)
 
 
+def ksampler(graph: Graph, links: dict[str, list], **settings: Any) -> str:
+    """Add core's KSampler as a 4-step LoRA wants it; returns its id."""
+    inputs = {k: links[k] for k in ("model", "positive", "negative")} | {"latent_image": links["latent"]}
+    right = {"seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return graph.add("KSampler", **inputs | right | settings)
+
+
 def core_sampler(graph: Graph, name: str) -> str:
     return graph.add("KSamplerSelect", sampler_name=name)
 

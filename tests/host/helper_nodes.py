@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -9,16 +10,16 @@ from safetensors.torch import load_file, save_file
 
 
 class TestConditioning:
-    """Random text conditioning of any width, so that no text encoder is needed."""
+    """Random text conditioning of any width, so that no text encoder is needed. The words are for the graph alone."""
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
 
     @classmethod
     def INPUT_TYPES(cls):
         widths = {"width": ("INT", {"default": 768}), "pooled": ("INT", {"default": 2048})}
-        return {"required": {"seed": ("INT", {"default": 0}), **widths}}
+        return {"required": {"seed": ("INT", {"default": 0}), **widths}, "optional": {"text": ("STRING", {})}}
 
-    def make(self, seed, width, pooled):
+    def make(self, seed, width, pooled, text=""):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randn(1, 77, width, generator=generator)
         return ([[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
@@ -206,6 +207,188 @@ class TestCount:
         return (counted,)
 
 
+class TestAlive:
+    """Puts the number of networks that are alive, loaded or not, into the history."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "count", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}, "optional": {"after": ("LATENT",)}}
+
+    def count(self, name, after=None):
+        import gc
+
+        from comfy.model_base import BaseModel
+
+        gc.collect()
+        return {"ui": {"alive": [sum(isinstance(each, BaseModel) for each in gc.get_objects())]}}
+
+
+class TestOffload:
+    """The MODEL, of which no more than a share is ever loaded: the host patches the rest layer by layer, as it runs."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "share": ("FLOAT", {"default": 0.5})}}
+
+    def make(self, model, share):
+        class Short(type(model)):
+            def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+                super().load(device_to, max(share * self.model_size(), 1), force_patch_weights)
+                print(f"TestOffload {self.loaded_size() / self.model_size():.2f}", flush=True)
+
+        short = model.clone()
+        short.__class__ = Short
+        return (short,)
+
+
+class TestUnload:
+    """The LATENT, once all models have been unloaded."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "unload", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",)}}
+
+    def unload(self, samples):
+        import comfy.model_management as memory
+
+        memory.unload_all_models()
+        return (samples,)
+
+
+class TestClock:
+    """The MODEL and the LATENT, and a clock that runs from here on, and tells apart what the network takes."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "LATENT", "CLOCK"), "start", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "samples": ("LATENT",), "name": ("STRING", {})}}
+
+    def start(self, model, samples, name):
+        spent = {"network": [0.0, 0.0]}
+
+        def evaluate(apply_model, given):
+            begin = _now()
+            result = apply_model(given["input"], given["timestep"], **given["c"])
+            spent["network"] = [sum(each) for each in zip(spent["network"], _since(begin), strict=True)]
+            return result
+
+        timed = model.clone()
+        timed.set_model_unet_function_wrapper(evaluate)
+        spent["start"] = _now()
+        return (timed, samples, spent)
+
+
+class TestClockStop:
+    """Puts the clock's seconds, by the wall and of the thread's processor, into the history: all, the network's."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "stop", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clock": ("CLOCK",), "samples": ("LATENT",)}}
+
+    def stop(self, clock, samples):
+        return {"ui": {"all": _since(clock["start"]), "network": clock["network"]}}
+
+
+class TestOtherPack:
+    """The MODEL as another pack would change it: a wrapper that calls by keywords, AnimateDiff's betas, or a LoRA."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "how": (["keywords", "betas", "lora"],)}}
+
+    def make(self, model, how):
+        changed = model.clone()
+        getattr(self, how)(changed)
+        return (changed,)
+
+    def keywords(self, model):
+        from comfy.patcher_extension import WrappersMP
+
+        def sample(executor, noise, latent_image, sampler, sigmas, *rest, **more):
+            more |= dict(zip(("denoise_mask", "callback", "disable_pbar", "seed"), rest, strict=False))
+            return executor(noise=noise, latent_image=latent_image, sampler=sampler, sigmas=sigmas, **more)
+
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", sample)
+
+    def betas(self, model):
+        import comfy.model_sampling
+
+        class Linear(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+            pass
+
+        bar = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64), 0)
+        linear = Linear(model.model.model_config)
+        linear.set_sigmas(((1 - bar) / bar) ** 0.5)
+        model.add_object_patch("model_sampling", linear)
+
+    def lora(self, model):
+        """What it puts on the model does not matter here."""
+
+
+class TestGuider:
+    """A GUIDER with a list of CFGs, of which it makes nothing."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("GUIDER",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}}
+
+    def make(self, model, positive, negative):
+        import comfy.samplers
+
+        class Listed(comfy.samplers.CFGGuider):
+            def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (as in the host)
+                given = (x, timestep, self.conds.get("negative"), self.conds.get("positive"), 1.0, model_options, seed)
+                return comfy.samplers.sampling_function(self.inner_model, *given)
+
+        guider = Listed(model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg([1.5, 1.0, 1.0, 1.0])
+        return (guider,)
+
+
+class TestNameless:
+    """A SAMPLER whose function passes for the host's own and has no name: euler in a wrapping."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("SAMPLER",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        from functools import partial
+
+        import comfy.samplers
+        from comfy.k_diffusion.sampling import sample_euler
+
+        euler = partial(sample_euler)
+        euler.__module__ = "comfy.test"
+        return (comfy.samplers.KSAMPLER(euler),)
+
+
+def _now():
+    return [time.perf_counter(), time.thread_time()]
+
+
+def _since(begin):
+    return [now - then for now, then in zip(_now(), begin, strict=True)]
+
+
 KINDS = (TestConditioning, TestEncoding, TestLatent, TestSigmas, TestPicture, TestImage, TestNoise, TestTensor, TestVAE)
-KINDS += (TestCount,)
+KINDS += (TestCount, TestAlive, TestOffload, TestUnload)
+KINDS += (TestClock, TestClockStop)
+KINDS += (TestOtherPack, TestGuider, TestNameless)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in KINDS}

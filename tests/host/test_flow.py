@@ -7,10 +7,10 @@ import torch
 
 from host.graphs import core_sampler, custom, loaded, pcm_sampler, sample, scheduler
 from host.reference import conditioning, flow_euler
-from host.sd3_checkpoint import LATENT_SCALE, LATENT_SHIFT
 from host.server import Graph, out
 from host.tiny import merge
 from host.tiny_sd3 import file_of, make_transformer, make_vae
+from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
 
 
 def sd3(lora: str = "sd3.safetensors") -> tuple[Graph, dict[str, list]]:
@@ -119,9 +119,7 @@ def test_a_shift_set_after_the_loader_is_told_and_not_used(server):
     told, plain = sample(graph, {**links, "model": shifted}), sample(graph, links)
     run, latents = server.latents(graph, told, plain)
     assert torch.equal(*latents)
-    assert run.text(told).splitlines()[0] == (
-        "The model's shift 5 is not used, the levels are those of the LoRA's shift 1: remove the node that sets it."
-    )
+    assert run.text(told).splitlines()[0] == ("Shift 5 is not used, the LoRA's is 1: remove the node that sets it.")
 
 
 def test_strength_0_leaves_the_shift_alone(server):

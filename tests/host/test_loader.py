@@ -88,7 +88,9 @@ def test_partial_matches_are_reported(server, models):
     lost = sum("mid_block" in name for name in models.lora)
     text = report(server, "partly.safetensors")
     assert f"{len(models.lora) - lost} of {len(models.lora)} modules matched" in text
-    assert f"{lost} modules have no place in this model, such as lora_unet_far_block" in text
+    lines = text.splitlines()
+    assert lines[0] == f"{lost} of {len(models.lora)} modules do not fit this model: take a LoRA made for it."
+    assert lines[-1].startswith("Without a place here: lora_unet_far_block") and lines[-1].endswith(" and others.")
 
 
 def test_another_family_is_refused_by_both_names(server):

@@ -95,7 +95,7 @@ def test_a_lora_for_the_other_prediction_is_told(server):
     graph, links = sdxl("sdxl_v", "sdxl_kohya.safetensors")
     run, _ = server.latents(graph, sample(graph, links))
     first = run.text(links["model"][0]).splitlines()[0]
-    assert first == "Made for models that predict epsilon; this one predicts v_prediction: expect mush."
+    assert first == "Made for models that predict noise, not this kind: load another checkpoint."
 
 
 def test_an_unmarked_v_checkpoint_draws_as_the_marked_one(server):

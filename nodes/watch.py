@@ -1,0 +1,119 @@
+"""What Load PCM LoRA sees of the samplers that run its model, the host's own among them, and says on itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+from torch import Tensor
+
+from ..samplers import Recipe
+from ..samplers.recipe import is_whole
+from .guidance import cfg_of, cfg_to_judge
+from .host import show
+from .lora import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, shift_of
+from .sampling import is_empty, options_of
+
+KEY = "pcm_watch"
+SUITED = {0.0: ("euler",), 1.0: ("lcm", "euler_ancestral")}  # gamma -> core's samplers that do it, or nearly so
+
+
+class Watch:
+    """Looks at each run of a model, and has the loader say what does not fit the LoRA. It changes nothing.
+
+    It tells of what ran: a sampler whose result is cached is not looked at again, nor repeated.
+
+    node: the loader, as it was executed. recipe: its LoRA's. report: what it says anyway.
+    """
+
+    def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
+        self.node, self.recipe, self.report = node, recipe, report
+        self._queued, self._found = "", []
+
+    def put_on(self, model: Any) -> None:
+        """Let it watch a clone of a host MODEL, in place of another that may be there."""
+        model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)
+
+    def __call__(
+        self,
+        executor: Callable[..., Tensor],
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        *rest: Any,
+        **more: Any,
+    ) -> Tensor:
+        """Sample, as an OUTER_SAMPLE wrapper of the host; other packs' wrappers may call it by its keywords."""
+        try:
+            self._look(executor.class_obj, latent_image, sampler, sigmas)
+        except Exception:  # a guider, sampler or schedule of another pack: it must be able to go on
+            logging.warning("Load PCM LoRA cannot tell whether this run suits its LoRA.", exc_info=True)
+        return executor(noise, latent_image, sampler, sigmas, *rest, **more)
+
+    def _look(self, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> None:
+        context = get_executing_context()
+        if context is None or context.prompt_id != self._queued:
+            self._queued, self._found = context.prompt_id if context else "", []
+        self._found += misfits(self.recipe, guider, latent, sampler, sigmas)
+        show(self.node, [*dict.fromkeys(self._found), *self.report])
+
+
+def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> list[str]:
+    """What of a run does not fit a LoRA, each as one sentence that says what to change.
+
+    Nothing of the nodes that say it themselves, of runs towards noise, of samplers that are neither the host's nor
+    ours, and of the levels of a model whose schedule is not its base's.
+    """
+    options, model = options_of(sampler), guider.model_patcher
+    if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or (options and options.get("told")):
+        return []
+    recipe = on_schedule_of(model, recipe)
+    ticks = recipe.schedule().tick(sigmas.cpu()).tolist()
+    steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
+    cfg = cfg_to_judge(model, recipe, cfg_of(guider))
+    found = [*recipe.warnings(steps, cfg, model_family(model)), *_sampler_misfit(recipe, sampler, options)]
+    return found + _level_misfit(recipe, model, ticks, is_empty(latent))
+
+
+def _sampler_misfit(recipe: Recipe, sampler: Any, options: dict[str, Any] | None) -> list[str]:
+    """Where some noise is fresh, as TCD's gamma is made to be changed, more of it, less, all and none suit as well."""
+    some = recipe.gamma not in SUITED
+    if options is not None:
+        fits = options["min_alpha"] == recipe.min_alpha and (some or options["gamma"] == recipe.gamma)
+        return [] if fits else ["PCM Sampler's mode is not this LoRA's: set it to 'from recipe'."]
+    function = getattr(sampler, "sampler_function", None)
+    if not getattr(function, "__module__", "").startswith("comfy.") or sampler.extra_options.get("eta") == 0:
+        return []
+    name = function.__name__.removeprefix("sample_").removesuffix("_function").replace("unipc", "uni_pc")
+    suited = () if recipe.min_alpha else sum(SUITED.values(), ()) if some else SUITED[recipe.gamma]
+    if name in suited:
+        return []
+    take = f"{suited[0]}, or " if suited and not some else ""
+    return [f"Sampler {name} does not suit this LoRA: take {take}PCM Sampler."]
+
+
+def _level_misfit(recipe: Recipe, model: Any, ticks: list[float], empty: bool) -> list[str]:
+    known, own = recipe.has_levels(ticks), recipe.grid().plan(recipe.steps).ticks
+    if moves(model, own) and (not known or moves(model, tuple(map(round, ticks)))):
+        return [MOVED]
+    if known or not is_on_base_schedule(model, recipe):
+        return []
+    if (shift := shift_of(model)) != recipe.shift:
+        return [f"Shift {shift:g} is not this LoRA's: remove the node that sets it."]
+    if not is_whole(ticks) and not empty:
+        return ["This LoRA never saw these sigmas: take the denoise of Sample PCM or PCM Scheduler."]
+    simple = "scheduler simple, or " if _simple_fits(recipe, model) else ""
+    return [f"This LoRA never saw these sigmas: take {simple}PCM Scheduler."]
+
+
+def _simple_fits(recipe: Recipe, model: Any) -> bool:
+    """Whether the host's scheduler `simple` has this LoRA's levels."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", recipe.steps)
+    return recipe.has_levels(recipe.schedule().tick(sigmas).tolist())

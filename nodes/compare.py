@@ -41,7 +41,7 @@ class PCMCompare(io.ComfyNode):
             description="Draws the same seed and prompt at several step counts and modes, and puts the pictures side "
             "by side with what each of them cost.",
             search_aliases=["pcm", "phased consistency", "compare steps", "xy plot", "grid", "contact sheet"],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
@@ -94,7 +94,7 @@ class PCMCompare(io.ComfyNode):
         check_family(vae, model)
         recipe, cfg = on_schedule_of(model, recipe), cfg or recipe.guidance
         rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
-        told = [advice(model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
+        told = [advice(cls, model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
         lines = list(dict.fromkeys(line for each in told for line in each))
         show(cls, lines or [f"{len(rows)} settings to draw."])
         latent = fit_to_model(model, latent_image)
@@ -207,12 +207,22 @@ def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
 
 def label_strip(lines: list[str], size: int, gap: int) -> Tensor:
     """(h, w) lines of text in letters of this size, white on `PAPER`, with a gap at both sides."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    font, line = ImageFont.load_default(size), round(1.3 * size)
+    font, line = label_font(size), round(1.3 * size)
     wide = math.ceil(max(font.getlength(text) for text in lines))
     strip = Image.new("L", (gap + wide + gap, line * len(lines)))
     for i, text in enumerate(lines):
         ImageDraw.Draw(strip).text((gap, i * line), text, fill=255, font=font)
     ink = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(strip.height, strip.width) / 255
     return PAPER + (1 - PAPER) * ink
+
+
+def label_font(size: int) -> Any:
+    """Pillow's own letters of this size. Before 10.1, and without FreeType, it has small ones alone."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError):
+        return ImageFont.load_default()

@@ -96,18 +96,17 @@ class PCMStampRecipe(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str, **others) -> str:
-        return inputs.lora_state(lora)
+    def fingerprint_inputs(cls, lora: str, name: str | None = None, **others) -> str | float:
+        if name is None:  # linked, and not known yet: always run, since the copy may be gone
+            return float("nan")  # a new one each time: math.nan is one object, which the host finds unchanged
+        return f"{inputs.lora_state(lora)} {state_of(copy_of(lora, name))}"
 
     @classmethod
     def execute(cls, lora: str, recipe: Recipe, name: str, overwrite: bool) -> io.NodeOutput:
-        source, folder = (
-            Path(folder_paths.get_full_path_or_raise("loras", lora)),
-            Path(folder_paths.get_folder_paths("loras")[0]),
-        )
-        target = path_within(folder, name.strip() or f"{Path(lora).with_suffix('')}_recipe")
-        stamp_recipe(source, target, recipe, overwrite)
-        lines = [f"Written: {target.relative_to(folder)}.", recipe.usage_hint()]
+        source, target = Path(folder_paths.get_full_path_or_raise("loras", lora)), copy_of(lora, name)
+        written = stamp_recipe(source, target, recipe, overwrite)
+        short = target.relative_to(folder_paths.get_folder_paths("loras")[0])
+        lines = [f"{'Written' if written else 'There already'}: {short}.", recipe.usage_hint()]
         told = read_header(source).metadata
         if HEADER_KEY in told:
             lines.append("It takes the place of the recipe that the file had.")
@@ -115,6 +114,17 @@ class PCMStampRecipe(io.ComfyNode):
             lines.append("Its sentence takes the place of the usage hint that the file had.")
         lines.append(f"Path: {target}")
         return io.NodeOutput(ui=show(cls, lines))
+
+
+def copy_of(lora: str, name: str) -> Path:
+    """Where the copy of a LoRA of this name goes. Raises ValueError for a name that leads out of models/loras."""
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    return path_within(folder, name.strip() or f"{Path(lora).with_suffix('')}_recipe")
+
+
+def state_of(path: Path) -> str:
+    """What changes when a file does, or goes, for `fingerprint_inputs`."""
+    return f"{path.stat().st_mtime_ns}" if path.exists() else "absent"
 
 
 def fit(header: LoraHeader, model) -> list[str]:

@@ -57,8 +57,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = False) -> None:
-    """Copy a LoRA file with this recipe, and its usage hint, in the header.
+def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = False) -> bool:
+    """Copy a LoRA file with this recipe, and its usage hint, in the header; returns as `copy_with_metadata` does.
 
     Raises ValueError for a file that is no LoRA or one of another family, and what `copy_with_metadata` raises.
     """
@@ -69,19 +69,20 @@ def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = F
             f"{family_title(recipe.family)}. Take the recipe of a {family_title(header.family)} LoRA."
         )
     told = {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
-    copy_with_metadata(source, target, told, overwrite)
+    return copy_with_metadata(source, target, told, overwrite)
 
 
-def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str], overwrite: bool = False) -> None:
+def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str], overwrite: bool = False) -> bool:
     """Copy a safetensors file with these entries set in its header; the others, and every tensor's bytes, stay.
 
+    Returns whether it was written: a target that is this very copy is left as it is.
     The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay true.
     overwrite: whether another file at `target` may be replaced; the source itself never is.
     Raises ValueError for a damaged source, a target that exists, or a header too large to be read again; OSError naming
     the target when it cannot be written, and then no part of the file is left.
     """
     read_header(source)
-    _check_target(source, target, overwrite)
+    _check_target(source, target)
     text = header_text(source)
     header = json.loads(text)
     header = {"__metadata__": (header.pop("__metadata__", None) or {}) | dict(metadata), **header}
@@ -89,20 +90,38 @@ def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str], 
     new = new.ljust(-(-len(new) // 8) * 8)  # so that the tensors stay aligned
     if len(new) > MOST_HEADER:
         raise ValueError(f"The header would have {len(new)} bytes; at most {MOST_HEADER} are read. Add less to it.")
+    new, tensors = struct.pack("<Q", len(new)) + new, 8 + len(text)
+    if _is_copy(target, new, source, tensors):
+        return False
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists already: choose another name, or switch overwrite on.")
     try:
         with written_whole(target) as part, source.open("rb") as old, part.open("wb") as file:
-            file.write(struct.pack("<Q", len(new)) + new)
-            old.seek(8 + len(text))
+            file.write(new)
+            old.seek(tensors)
             shutil.copyfileobj(old, file, BLOCK)
     except OSError as error:
         advice = "Free space or choose another name; nothing that was there is lost."
         raise OSError(f"Cannot write {target}: {error}. {advice}") from error
+    return True
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def _is_copy(target: Path, header: bytes, source: Path, tensors: int) -> bool:
+    """Whether there is a file that begins with this header and goes on as `source` does from byte `tensors` on."""
+    if not target.is_file() or target.stat().st_size - len(header) != source.stat().st_size - tensors:
+        return False
+    with target.open("rb") as file, source.open("rb") as old:
+        old.seek(tensors)
+        if file.read(len(header)) != header:
+            return False
+        while block := file.read(BLOCK):
+            if block != old.read(BLOCK):
+                return False
+    return True
+
+
+def _check_target(source: Path, target: Path) -> None:
     if target.suffix.lower() != ".safetensors":
         raise ValueError(f"{target.name} must end in .safetensors: a copy in no other format is made.")
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target.name} is the file that is copied, which is never written over: choose another name.")
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists already: choose another name, or switch overwrite on.")

@@ -98,6 +98,29 @@ def test_nothing_is_written_over_unasked(source, tmp_path):
     assert read_header(target).metadata[HEADER_KEY] == RECIPE.to_header()
 
 
+def test_a_copy_that_is_there_already_is_left(source, tmp_path):
+    target = tmp_path / "copy.safetensors"
+    assert stamp_recipe(source, target, RECIPE)
+    before = target.stat().st_mtime_ns
+    assert not stamp_recipe(source, target, RECIPE) and not stamp_recipe(source, target, RECIPE, overwrite=True)
+    assert target.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("at", [-1, 100, None], ids=["a tensor", "the header", "its length"])
+def test_a_file_that_differs_from_the_copy_is_not_it(source, tmp_path, at):
+    target = tmp_path / "copy.safetensors"
+    stamp_recipe(source, target, RECIPE)
+    other = bytearray(whole := target.read_bytes())
+    if at is None:
+        other += b"x"
+    else:
+        other[at] ^= 1
+    target.write_bytes(other)
+    with pytest.raises(ValueError, match="copy.safetensors exists already"):
+        stamp_recipe(source, target, RECIPE)
+    assert stamp_recipe(source, target, RECIPE, overwrite=True) and target.read_bytes() == whole
+
+
 @pytest.mark.parametrize("kind", ["itself", "symlink", "hard link"])
 def test_the_source_is_never_written_over(source, tmp_path, kind):
     target, before = source if kind == "itself" else tmp_path / "alias.safetensors", source.read_bytes()

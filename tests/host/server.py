@@ -1,12 +1,9 @@
-"""A real ComfyUI on loopback: where to find one, how to start it on a temporary folder, and how to queue graphs."""
+"""A real ComfyUI on loopback: how to start it on a temporary folder, and how to queue graphs."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,31 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from websocket import create_connection
 
-START_SECONDS, RUN_SECONDS = 240, 240
+from phased_consistency.trainer import host
+from phased_consistency.trainer.host import hosts as hosts
+from phased_consistency.trainer.host import python_of as python_of
 
-
-def hosts() -> list[Path]:
-    """The ComfyUI folders in $COMFYUI_PATH (several are allowed), else comfy-cli's default one; those that exist."""
-    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
-    folders = [Path(p).expanduser() for p in named if p] or [Path.home() / "comfy" / "ComfyUI"]
-    return [p for p in folders if (p / "main.py").is_file()]
-
-
-def python_of(folder: Path) -> str:
-    """The interpreter of a ComfyUI: $COMFYUI_PYTHON, else its own virtual environment's, else this one."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return named
-    own = (folder / env / "bin" / "python" for env in (".venv", "venv"))
-    return str(next((p for p in own if p.is_file()), sys.executable))
+RUN_SECONDS = 240
+HERE = Path(__file__).parent
+PACK = HERE.parents[1]
 
 
 def environment() -> dict[str, str]:
-    """For a host's process: the tests' own environment must not leak into it, nor bytecode into the pack.
-
-    It runs on one thread: small models gain little from more, and on a busy machine the threads wait for one another.
-    """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "VIRTUAL_ENV"))}
-    return {"OMP_NUM_THREADS": "1", **kept, "PYTHONDONTWRITEBYTECODE": "1"}
+    """For a host's process: no bytecode into the pack, and one thread, since small models gain little from more, and
+    on a busy machine the threads wait for one another."""
+    return host.environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
 
 
 class Graph(dict):
@@ -76,9 +61,10 @@ class Run:
 
 @dataclass
 class Watched:
-    """What a browser is told: text by node, preview pictures, and how far each node is."""
+    """What a browser is told: text by node, preview pictures, how far each node is, and the error if there was one."""
 
     texts: dict[str, str] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
     previews: int = 0
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     finished: bool = False
@@ -94,73 +80,32 @@ class Watched:
         event = json.loads(message)
         if event["type"] == "progress":
             self.progress[event["data"]["node"]] = (event["data"]["value"], event["data"]["max"])
+        if event["type"] == "executed" and "text" in (event["data"]["output"] or {}):  # all that a cached node sends
+            self.texts.setdefault(event["data"]["node"], event["data"]["output"]["text"][0])
         self.finished = event["type"] in ("execution_success", "execution_error")
+        if event["type"] == "execution_error":
+            self.error = event["data"]
 
 
-class Server:
-    """One running ComfyUI. `base` holds its models, custom nodes, output; `log` is all it printed so far."""
+class Server(host.Host):
+    """One running ComfyUI on the CPU, with ways to queue graphs."""
 
     def __init__(self, folder: Path, base: Path):
-        self.base, self._log = base, base / "server.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        options = (
-            "--cpu --listen 127.0.0.1 --disable-api-nodes --preview-method latent2rgb --database-url sqlite:///:memory:"
-        )
-        command = [
-            python_of(folder),
-            "main.py",
-            *options.split(),
-            "--port",
-            str(self.port),
-            "--base-directory",
-            str(base),
-        ]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-            )
-        self._wait_until_ready()
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self._process.poll() is None:
-            try:
-                return self.get("/system_stats")
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-        self.stop()
-        raise RuntimeError(f"ComfyUI did not start within {START_SECONDS} s. Its log ends:\n{self.log[-3000:]}")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+        super().__init__(folder, base, variables=environment())
+        self.folder = folder
 
     def queue(self, graph: dict[str, Any], client: str = "") -> str:
         """Queue a graph and return its id; raises ValueError with the server's words if it is refused."""
-        body = json.dumps({"prompt": graph, "client_id": client or uuid.uuid4().hex}).encode()
+        return json.loads(self.post("/prompt", prompt=graph, client_id=client or uuid.uuid4().hex))["prompt_id"]
+
+    def post(self, path: str, **body: Any) -> bytes:
+        """What the server answers; raises ValueError with its words if it refuses."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/prompt", body, {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)["prompt_id"]
+                return answer.read()
         except urllib.error.HTTPError as refusal:
             raise ValueError(refusal.read().decode()) from refusal
 
@@ -205,3 +150,13 @@ class Server:
         run = self.run(graph)
         assert run.error is None, run.error["exception_message"]
         return run, [load_file(self.base / "output" / f"{name}.safetensors")["value"] for name in names]
+
+
+def start(folder: Path, base: Path, models: Path) -> Server:
+    """Start a host on an empty base folder, with this pack, the tests' own nodes, and a folder of models."""
+    nodes = base / "custom_nodes"
+    nodes.mkdir()
+    (nodes / "phased-consistency").symlink_to(PACK, target_is_directory=True)
+    shutil.copy(HERE / "helper_nodes.py", nodes)
+    (base / "models").symlink_to(models, target_is_directory=True)
+    return Server(folder, base)

@@ -72,7 +72,6 @@ def test_the_evaluations_are_counted(compared):
     *_, lines, counted = compared
     assert counted == ["+-"] * (4 + 2 + 4 + 2)
     assert lines == [
-        "2 steps merge the 4 phases this LoRA was trained in: expect less detail than at 4 steps.",
         "4 steps, deterministic, CFG 1.5: 8 evaluations.",
         "2 steps, deterministic, CFG 1.5: 4 evaluations.",
         "4 steps, stochastic, gamma 0.3, CFG 1.5: 8 evaluations.",
@@ -224,6 +223,37 @@ def test_a_schedule_is_core_sampling_with_the_sigmas_split(guided):
     assert (latents["parts"] - latents["split"]).abs().max() < 1e-4 * scale
     assert torch.equal(latents["all"], latents["unscheduled"])
     assert (latents["ours"] - latents["all"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("steps", "counted"), [((4, 4), "+ + + +-"), ((1, 3), "+- +- +- +")])
+def test_a_schedule_finds_its_steps_in_levels_that_a_shift_has_moved(server, steps, counted):
+    """The host's sgm_uniform has the ticks 1000, 751, 502 and 252 at shift 3."""
+    graph, links = sd3()
+    count = Count(graph, out(schedule(graph, links, from_step=steps[0], to_step=steps[1])))
+    sgm = graph.add("BasicScheduler", model=links["model"], scheduler="sgm_uniform", steps=4, denoise=1.0)
+    node = custom(graph, {**links, "model": count.model}, core_sampler(graph, "euler"), out(sgm))
+    server.latents(graph, node)
+    assert count.of(server) == counted.split()
+
+
+def test_cores_override_has_the_last_word_where_it_comes_after(server):
+    """But where one comes before, too: the host then runs both of them first."""
+    if "CFGOverride" not in server.get("/object_info"):
+        pytest.skip("this ComfyUI has no CFGOverride")
+    graph, links = loaded()
+
+    def override(model: list, cfg: float, start: float) -> list:
+        return out(graph.add("CFGOverride", model=model, cfg=cfg, start_percent=start, end_percent=1.0))
+
+    scheduled = out(schedule(graph, links))
+    after_another = out(schedule(graph, {**links, "model": override(links["model"], 2.0, 0.0)}))
+    models = [override(scheduled, 2.0, 0.6), override(scheduled, 1.0, 0.0), override(after_another, 2.0, 0.6)]
+    counts = [Count(graph, model) for model in models]
+    server.latents(graph, *(sample(graph, {**links, "model": count.model}) for count in counts))
+    late, never, before_too = (count.of(server) for count in counts)
+    assert late == ["+-", "+", "+", "+-"]
+    assert never == ["+", "+", "+", "+"]
+    assert before_too == ["+-", "+", "+", "+"]
 
 
 def test_a_schedule_says_what_it_costs_and_the_samplers_what_they_follow(guided):

@@ -88,6 +88,32 @@ def test_a_stamped_file_is_read_by_our_loader_and_the_hosts(server, models):
     assert text.startswith("2 steps, CFG 3 (1 to 4), deterministic.") and "Recipe from the file's header." in text
 
 
+def test_a_copy_is_written_again_when_it_is_gone_and_only_then(server, models):
+    """Queued again and again without a change: the second finds its copy, the third is the host's cached one."""
+    name = f"again {server.port}"
+    target, said = models.folder / "loras" / f"{name}.safetensors", []
+    for i in range(5):
+        if i == 3:
+            target.unlink()
+        run, node = stamp(server, name=name)
+        assert run.error is None, run.error["exception_message"]
+        said.append(run.outputs[node]["text"][0].split(":")[0] if node in run.outputs else "")
+        assert tensor_hash(target) == tensor_hash(models.folder / "loras" / "unnamed.safetensors")
+    assert [said[0], said[1], said[3], said[4]] == ["Written", "There already"] * 2
+    assert said[2] != "Written"
+
+
+def test_a_name_may_come_from_another_node(server, models):
+    name = f"linked {server.port}"
+    graph, links = loaded("kohya.safetensors")
+    words = out(graph.add("PrimitiveString", value=name))
+    node = graph.add("PCMStampRecipe", lora="kohya.safetensors", recipe=links["recipe"], name=words, overwrite=False)
+    assert server.run(graph).text(node).startswith(f"Written: {name}.safetensors.")
+    assert server.run(graph).text(node).startswith(f"There already: {name}.safetensors.")
+    assert "fingerprint_inputs() missing" not in server.log
+    assert (models.folder / "loras" / f"{name}.safetensors").exists()
+
+
 def test_without_a_name_the_copy_is_beside_and_an_old_recipe_is_told_of(server, models):
     target = models.folder / "loras" / "kohya_recipe.safetensors"
     try:

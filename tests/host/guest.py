@@ -1,0 +1,173 @@
+"""Starts a ComfyUI up to its custom nodes, and prints as JSON what each of them did to it while it was loaded.
+
+Run with the host's own interpreter: `python guest.py COMFYUI_FOLDER BASE_FOLDER`. All that modules hold is compared, by
+identity: names, classes with their methods, tables with their entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import atexit
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HOST, BASE = (Path(folder).resolve() for folder in sys.argv[1:])
+sys.path[0] = str(HOST)  # not this file's own folder, which has a server.py too
+sys.argv = ["main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(BASE)]
+os.chdir(HOST)
+
+import main  # noqa: E402, F401  the host's: it imports all the rest, and starts no server where it is imported
+import torch  # noqa: E402
+
+import nodes  # noqa: E402
+
+LOADS = 4
+SKIPPED = ("__builtins__", "__warningregistry__")
+DEPTH = 4  # of tables in tables
+
+
+def held(path: str, value: Any, depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
+    """A value under the name that leads to it and, where it is a table, what is in it."""
+    yield path, value
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    if not depth or not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return
+    yield f"{path} length", len(value)
+    if isinstance(value, (set, frozenset)):
+        return
+    for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield from held(f"{path}[{key!r:.80}]", entry, depth - 1)
+
+
+def of_module(name: str, module: Any) -> dict[str, Any]:
+    """What a module holds, its classes' members included; modules in it count for themselves."""
+    found = {}
+    for key, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
+        if isinstance(value, ModuleType) or key in SKIPPED or value is sys.modules:
+            continue
+        found.update(held(f"{name}.{key}", value))
+        if isinstance(value, type) and value.__module__ == name:
+            for member, content in list(vars(value).items()):
+                found.update(held(f"{name}.{key}.{member}", content))
+    return found
+
+
+def of_process() -> dict[str, Any]:
+    """What could be changed that no module holds."""
+    loggers = [logging.root, *(log for log in logging.root.manager.loggerDict.values() if hasattr(log, "handlers"))]
+    found = {
+        "torch dtype": torch.get_default_dtype(),
+        "torch threads": torch.get_num_threads(),
+        "torch gradients": torch.is_grad_enabled(),
+        "torch deterministic": torch.are_deterministic_algorithms_enabled(),
+        "torch precision": torch.get_float32_matmul_precision(),
+        "torch random": torch.get_rng_state().numpy().tobytes(),
+        "random": random.getstate(),
+        "threads": threading.active_count(),
+        "atexit": atexit._ncallbacks(),
+    }
+    tables = {log.name: (log.level, *log.handlers, *log.filters) for log in loggers}
+    tables |= {str(number): signal.getsignal(number) for number in signal.valid_signals()} | dict(os.environ)
+    return found | {f"process {name}": value for name, value in tables.items()}
+
+
+def state(modules: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a pack could change, by name: what these modules hold, and the process beside them."""
+    found = of_process()
+    for name, module in modules.items():
+        found.update(of_module(name, module))
+    return found
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names under which something else is found than before.
+
+    Objects must be the same ones; plain values, which some tables make anew, need only be equal.
+    """
+    plain, gone = (int, float, str, bytes, tuple, type(None)), object()
+
+    def same(a: Any, b: Any) -> bool:
+        return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+
+    return sorted(name for name in {**before, **after} if not same(before.get(name, gone), after.get(name, gone)))
+
+
+class Watch:
+    """The work that is done from `start` to `stop`: files opened that are no Python, processes, connections."""
+
+    KINDS = ("open", "socket.", "subprocess.", "os.system")
+
+    def __init__(self):
+        self.on, self.seen = False, []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if self.on and event.startswith(self.KINDS):
+            name = str(arguments[0]) if event == "open" else ""
+            if not name.endswith((".py", ".pyc")):
+                self.seen.append(f"{event} {name}".strip())
+
+    def start(self) -> None:
+        self.on, self.seen = True, []
+
+    def stop(self) -> list[str]:
+        self.on = False
+        return self.seen
+
+
+class Visits:
+    """Takes the place of the host's `load_custom_node`, and notes what it does for each custom node."""
+
+    def __init__(self, load: Callable[..., Awaitable[bool]]):
+        self.load, self.watch = load, Watch()
+        self.reports, self.again = {}, {}
+
+    async def __call__(self, path: str, *rest: Any, **more: Any) -> bool:
+        if more.get("module_parent") != "custom_nodes":
+            return await self.load(path, *rest, **more)
+        known = dict(sys.modules)
+        before = state(known)
+        self.watch.start()
+        await self.load(path, *rest, **more)
+        work = self.watch.stop()
+        own = path.replace(".", "_x_")
+        self.reports[path] = {
+            "changed": changed(before, state(known)),
+            "modules": sorted(name for name in {*sys.modules} - {*known} if not name.startswith(own)),
+            "work": work,
+            "names": sorted(vars(sys.modules[own])),
+        }
+        self.again[path] = lambda: self.load(path, *rest, **more)
+        return True
+
+    async def time(self, path: str) -> list[float]:
+        """CPU seconds of the process to load a custom node, `LOADS` times as if it was the first; compiled once."""
+        sys.dont_write_bytecode, sys.pycache_prefix, seconds = False, str(BASE / "pycache"), []
+        for _ in range(LOADS):
+            for name in [name for name in sys.modules if name.startswith(path.replace(".", "_x_"))]:
+                del sys.modules[name]
+            start = time.process_time()
+            await self.again[path]()
+            seconds.append(time.process_time() - start)
+        return seconds
+
+
+async def visit() -> dict[str, dict[str, Any]]:
+    """What each custom node did, by its file's or folder's name."""
+    nodes.load_custom_node = visits = Visits(nodes.load_custom_node)
+    await nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False)
+    return {Path(path).name: report | {"seconds": await visits.time(path)} for path, report in visits.reports.items()}
+
+
+print(json.dumps(asyncio.run(visit())))

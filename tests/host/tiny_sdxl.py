@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from host.tiny import ALPHA, RANK, Lora, kohya, make_lora, peft
+from host.tiny import ALPHA, RANK, Lora, kohya, make_lora, make_vae, peft
 from ldm_checkpoint import save_single_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
@@ -43,7 +43,7 @@ def make_sdxl_unet() -> UNet2DConditionModel:
 def make_sdxl(checkpoints: Path, loras: Path) -> Lora:
     """Write the checkpoints `sdxl` and `sdxl_v` and their LoRAs; returns the LoRA that all of them are."""
     unet = make_sdxl_unet()
-    save_single_file(checkpoints / "sdxl.safetensors", unet, dtype=torch.float16)
+    save_single_file(checkpoints / "sdxl.safetensors", unet, make_vae(), dtype=torch.float16)
     markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(load_file(checkpoints / "sdxl.safetensors") | markers, checkpoints / "sdxl_v.safetensors")
 

@@ -1,4 +1,4 @@
-"""Workflows as the frontend saves them, from short descriptions (`templates`).
+"""Workflows as the frontend saves them, from short descriptions (`templates`), and as it queues them.
 
 A description names the nodes, their links, and what differs from a widget's default. The order and the types of inputs
 and outputs are the host's own (`/object_info`).
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOTE, TOP = -440, 90  # where the note begins, and with it every column
 ABOVE, BESIDE = 70, 20  # a group's title and frame around its nodes
@@ -34,7 +35,7 @@ class Out(NamedTuple):
 class Node:
     """A node of this height. inputs: links as `node[slot]`, and values of widgets."""
 
-    def __init__(self, kind: str, height: int, title: str = "", **inputs: Any):
+    def __init__(self, kind: str, height: int, title: str = "", /, **inputs: Any):
         self.kind, self.height, self.title, self.inputs = kind, height, title, inputs
 
     def __getitem__(self, slot: int) -> Out:
@@ -59,7 +60,6 @@ class Workflow:
     name: str
     note: str
     columns: tuple[Column, ...]
-    id: str = ""
 
     def graph(self, kinds: Kinds) -> dict[str, Any]:
         """The graph in the form that the frontend saves. Raises ValueError for an input that a node does not have."""
@@ -69,7 +69,7 @@ class Workflow:
         links = list(self._links(kinds, ids))
         nodes = [_saved(node, ids[node], place, kinds[node.kind], links) for node, place in self._places()]
         return {
-            "id": self.id or str(uuid.uuid5(uuid.NAMESPACE_URL, self.name)),
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, self.name)),
             "revision": 0,
             "last_node_id": len(nodes) + 1,
             "last_link_id": len(links),
@@ -197,3 +197,27 @@ def written(graph: dict[str, Any]) -> str:
         return "[\n" + ",\n".join(lines) + "\n  ]" if lines else json.dumps(value)
 
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {text(value)}" for key, value in graph.items()) + "\n}\n"
+
+
+def to_api(workflow: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    """The graph as the frontend would queue it, with the nodes' own schemas deciding which value is which."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in NOTES:
+            linked = {i["name"]: sources[i["link"]] for i in node["inputs"] if i["link"] is not None}
+            values = widget_values(specs_of(kinds[node["type"]]), node["widgets_values"])
+            graph[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **linked}}
+    return graph
+
+
+def widget_values(specs: dict[str, list], values: list[Any]) -> dict[str, Any]:
+    """Widgets by name; a seed is followed by its control-after-generate choice."""
+    rest, named = list(values), {}
+    for name, spec in specs.items():
+        if is_widget(spec):
+            named[name] = rest.pop(0)
+            if has_control(spec):
+                assert rest.pop(0) == "fixed"
+    assert rest == []
+    return named

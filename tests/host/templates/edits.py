@@ -1,53 +1,15 @@
-"""The templates that the pack ships. In tests/, with a ComfyUI running that has this pack:
-
-    python -m host.templates http://127.0.0.1:8188
-
-writes them anew; test_workflow.py compares.
-"""
+"""The templates that edit a picture, each as one node, and in parts with a ControlNet; and frames between prompts."""
 
 from __future__ import annotations
 
-import json
-import sys
-import urllib.request
-from pathlib import Path
 from typing import Any
 
-from host.workflows import Column, Node, Out, Workflow, written
+from host.templates.parts import AS_RECOMMENDED, FOX, GIRL, SD15, load_image, prompts, save
+from host.workflows import Column, Node, Workflow
 
-FOLDER = Path(__file__).parents[2] / "workflows"
-FILES = """\
-**Files**
-- models/checkpoints: any SD1.5 checkpoint, here v1-5-pruned-emaonly-fp16.safetensors
-- models/loras: a 4-step PCM LoRA for SD1.5, here pcm_sd15_smallcfg_4step_converted.safetensors \
-(wangfuyun/PCM_Weights on Hugging Face), or one you made with this pack's trainer"""
-PASSES = "4 passes of the network, where 25 steps with CFG take 50."
 THROUGH_VAE = """\
 passes of the network, and at each step the VAE decodes once and encodes twice. A fast VAE of the same family, such as \
 TAESD, on *step_vae* makes that cheap."""
-GIRL = "a girl with long yellow hair in a pink dress on a green hill, blue sky"
-FOX = "a red fox asleep in fresh snow, morning light, photograph"
-
-
-def model(height: int = 320) -> tuple[Node, Node]:
-    """A checkpoint and its few-step LoRA."""
-    base = Node("CheckpointLoaderSimple", 100, ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")
-    return base, Node("PCMLoadLora", height, model=base[0], lora="pcm_sd15_smallcfg_4step_converted.safetensors")
-
-
-def prompts(base: Node, positive: str, height: int = 140) -> tuple[Node, Node]:
-    return (
-        Node("CLIPTextEncode", height, "Positive prompt", clip=base[1], text=positive),
-        Node("CLIPTextEncode", 100, "Negative prompt (unused at CFG 1)", clip=base[1], text=""),
-    )
-
-
-def load_image(title: str = "", height: int = 340) -> Node:
-    return Node("LoadImage", height, title, image="example.png")
-
-
-def save(images: Out, height: int = 760) -> Node:
-    return Node("SaveImage", height, images=images, filename_prefix="pcm")
 
 
 def edit(kind: str, base: Node, lora: Node, positive: Node, negative: Node, **own: Any) -> Node:
@@ -56,47 +18,11 @@ def edit(kind: str, base: Node, lora: Node, positive: Node, negative: Node, **ow
     return Node(kind, 760, **shared, seed=42, **own)
 
 
-def text_to_image() -> Workflow:
-    base, lora = model()
-    positive, negative = prompts(base, FOX)
-    empty = Node("EmptyLatentImage", 110)
-    sampled = Node(
-        "PCMSample",
-        520,
-        model=lora[0],
-        recipe=lora[1],
-        positive=positive[0],
-        negative=negative[0],
-        latent_image=empty[0],
-        seed=42,
-    )
-    decoded = Node("VAEDecode", 50, samples=sampled[0], vae=base[2])
-    return Workflow(
-        "01_text_to_image_4_steps",
-        f"""\
-# Text to image in 4 steps
-
-{FILES}
-
-**Settings**: none to find. Steps 0 and CFG 0 mean as the LoRA recommends; both PCM nodes write what they do on \
-themselves.
-
-**Time**: {PASSES}""",
-        (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Sample", sampled, width=420),
-            Column("Result", decoded, save(decoded[0], 410), width=400, gap=60),
-        ),
-        id="2f0f6f7e-8f0a-4d51-9b44-6d0a1f7f0a01",
-    )
-
-
 def picture_to_picture(
     name: str, note: str, kind: str, prompt: str, *picture: Node, mask: bool = False, **own: Any
 ) -> Workflow:
     """A template of one artist's editing node. picture: Load Image, and what changes its picture before the edit."""
-    base, lora = model()
+    base, lora = SD15.model()
     positive, negative = prompts(base, prompt, 120)
     masks = {"mask": picture[0][1]} if mask else {}
     edited = edit(kind, base, lora, positive, negative, image=picture[-1][0], **masks, **own)
@@ -119,24 +45,23 @@ def inpaint() -> Workflow:
 **First**: right click on *Load Image*, Open in MaskEditor, paint over what is to be drawn anew, save. The example \
 comes without a mask.
 
-{FILES}
+{SD15.note}
 
 **Prompt**: the whole picture as it is to be, what is new first.
 
-**Settings**: steps 0 and CFG 0 mean as the LoRA recommends. All outside the mask and *grow* stays as it is, pixel for \
-pixel. More *grow* hides a seam. Under the mask the colours around it flow in first; *denoise* 0.75 stays near \
-them.
+**Settings**: {AS_RECOMMENDED}. All outside the mask and *grow* stays as it is, pixel for pixel. More *grow* \
+hides a seam. Under the mask the colours around it flow in first; *denoise* 0.75 stays near them.
 
 **Time**: 4 {THROUGH_VAE} *projection* latent (advanced) takes no VAE in the steps, and fits a little less well."""
     prompt = f"a blue dress with white dots, {GIRL.replace(' in a pink dress', '')}"
-    return picture_to_picture("02_inpaint", note, "PCMInpaint", prompt, load_image(), mask=True)
+    return picture_to_picture("07_inpaint", note, "PCMInpaint", prompt, load_image(), mask=True)
 
 
 def outpaint() -> Workflow:
     note = f"""\
 # Outpaint
 
-{FILES}
+{SD15.note}
 
 **Prompt**: the whole picture, with what is beyond its sides.
 
@@ -146,33 +71,32 @@ or a larger *grow*.
 
 **Time**: 4 {THROUGH_VAE} *projection* latent (advanced) takes no VAE in the steps."""
     prompt = f"{GIRL}, wide landscape, trees and clouds"
-    return picture_to_picture("03_outpaint", note, "PCMOutpaint", prompt, load_image(), left=128, right=128)
+    return picture_to_picture("08_outpaint", note, "PCMOutpaint", prompt, load_image(), left=128, right=128)
 
 
 def colorize() -> Workflow:
     note = f"""\
 # Colorize
 
-{FILES}
+{SD15.note}
 
 **Picture**: black and white; of a coloured one, as here, only the lightness is used. Every pixel keeps it exactly.
 
 **Prompt**: name the colours, thing by thing. The picture gives the shapes, so the prompt need not. The negative \
 prompt is unused at CFG 1: say what you want, not what to avoid.
 
-**Settings**: steps 0 and CFG 0 mean as the LoRA recommends. Another seed gives other colours where the prompt names \
-none.
+**Settings**: {AS_RECOMMENDED}. Another seed gives other colours where the prompt names none.
 
 **Time**: 4 {THROUGH_VAE}"""
     prompt = "yellow hair, pale skin, red dress, green grass, blue sky, white clouds"
-    return picture_to_picture("04_colorize", note, "PCMColorize", prompt, load_image())
+    return picture_to_picture("09_colorize", note, "PCMColorize", prompt, load_image())
 
 
 def super_resolution() -> Workflow:
     note = f"""\
 # Super-resolution
 
-{FILES}
+{SD15.note}
 
 **Picture**: for the trial it is first made four times smaller. For a small picture of your own, select *Make it \
 small* and bypass it (Ctrl+B).
@@ -185,14 +109,14 @@ small* and bypass it (Ctrl+B).
 **Time**: 3 {THROUGH_VAE} *denoise* 0.5 takes 2 passes, 1 takes 4."""
     image = load_image()
     small = Node("ImageScaleBy", 90, "Make it small", image=image[0], upscale_method="area", scale_by=0.25)
-    return picture_to_picture("05_super_resolution", note, "PCMSuperResolution", GIRL, image, small, factor=4)
+    return picture_to_picture("10_super_resolution", note, "PCMSuperResolution", GIRL, image, small, factor=4)
 
 
 def stroke() -> Workflow:
     note = f"""\
 # Stroke to image
 
-{FILES}
+{SD15.note}
 
 **Picture**: rough strokes, each in the colour of what is to be there, as in any paint program.
 
@@ -206,14 +130,14 @@ paints, 1 takes hardly more than their colours.
 **Time**: as many passes of the network as the node says, 3 of 4 at *strength* 0.75; the VAE encodes and \
 decodes once."""
     prompt = f"{GIRL}, oil painting, detailed"
-    return picture_to_picture("06_stroke_to_image", note, "PCMStroke", prompt, load_image())
+    return picture_to_picture("11_stroke_to_image", note, "PCMStroke", prompt, load_image())
 
 
 def denoise() -> Workflow:
     note = f"""\
 # Denoise
 
-{FILES}
+{SD15.note}
 
 **Picture**: for the trial, noise is added first. For a noisy picture of your own, select *Noise for the trial* and \
 bypass it (Ctrl+B).
@@ -226,16 +150,16 @@ number where the estimate is off: more smooths more, and draws more.
 **Time**: as many passes of the network as the node says; the VAE decodes once."""
     image = load_image()
     noisy = Node("ImageAddNoise", 110, "Noise for the trial", image=image[0], seed=7, strength=0.1)
-    return picture_to_picture("07_denoise", note, "PCMDenoise", GIRL, image, noisy)
+    return picture_to_picture("12_denoise", note, "PCMDenoise", GIRL, image, noisy)
 
 
 def interpolate() -> Workflow:
-    base, lora = model()
+    base, lora = SD15.model()
     first, negative = prompts(base, FOX)
     other = FOX.replace("fresh snow, morning", "autumn leaves, evening")
     last = Node("CLIPTextEncode", 140, "Last prompt", clip=base[1], text=other)
     first.title = "First prompt"
-    empty = Node("EmptyLatentImage", 110)
+    empty = SD15.empty_latent()
     sampled = edit(
         "PCMInterpolate", base, lora, first, negative, positive_b=last[0], latent_image=empty[0], seed_b=43, frames=16
     )
@@ -243,17 +167,17 @@ def interpolate() -> Workflow:
     note = f"""\
 # Interpolate
 
-{FILES}
+{SD15.note}
 
 **Frames**: from the first prompt and *seed* to the last prompt and *seed_b*. The two ends are exactly the pictures \
 that *Sample PCM* makes of them. With the same seed only the prompt moves; with the same prompt only the noise.
 
-**Settings**: steps 0 and CFG 0 mean as the LoRA recommends. More *frames* go over more smoothly. Put Save Image in \
-place of the last node for the single frames.
+**Settings**: {AS_RECOMMENDED}. More *frames* go over more smoothly. Put Save Image in place of the last node \
+for the single frames.
 
 **Time**: 4 passes of the network for each frame."""
     return Workflow(
-        "08_interpolate",
+        "13_interpolate",
         note,
         (
             Column("Model", base, lora, gap=60),
@@ -265,7 +189,7 @@ place of the last node for the single frames.
 
 
 def inpaint_with_controlnet() -> Workflow:
-    base, lora = model()
+    base, lora = SD15.model()
     net = Node("ControlNetLoader", 80, control_net_name="control_v11p_sd15_canny_fp16.safetensors")
     image = load_image()
     lines = Node("Canny", 90, image=image[0])
@@ -303,7 +227,7 @@ covers, and the prompt gives it another look.
 
 **First**: right click on *Load Image*, Open in MaskEditor, paint over the dress, save.
 
-{FILES}
+{SD15.note}
 - models/controlnet: a Canny ControlNet for SD1.5, here control_v11p_sd15_canny_fp16.safetensors \
 (comfyanonymous/ControlNet-v1-1_fp16_safetensors on Hugging Face)
 
@@ -315,7 +239,7 @@ Edit Sampler* and *PCM Edit Decode* take the same operator.
 **Time**: 4 passes of the network, each with the ControlNet, and at each step the VAE decodes once and encodes twice; \
 a fast one such as TAESD on *PCM Edit Sampler* makes that cheap."""
     return Workflow(
-        "09_inpaint_with_controlnet",
+        "14_inpaint_with_controlnet",
         note,
         (
             Column("Model", base, lora, levels),
@@ -328,7 +252,6 @@ a fast one such as TAESD on *PCM Edit Sampler* makes that cheap."""
 
 
 TEMPLATES = (
-    text_to_image,
     inpaint,
     outpaint,
     colorize,
@@ -338,15 +261,3 @@ TEMPLATES = (
     interpolate,
     inpaint_with_controlnet,
 )
-
-
-def files(kinds: dict[str, Any]) -> dict[Path, str]:
-    """Every template's file, for a host with these nodes (*/object_info*)."""
-    workflows = [make() for make in TEMPLATES]
-    return {FOLDER / f"{workflow.name}.json": written(workflow.graph(kinds)) for workflow in workflows}
-
-
-if __name__ == "__main__":
-    with urllib.request.urlopen(f"{sys.argv[1].rstrip('/')}/object_info") as answer:
-        for path, text in files(json.load(answer)).items():
-            path.write_text(text, encoding="utf-8")

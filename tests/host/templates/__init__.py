@@ -1,0 +1,24 @@
+"""The templates that the pack ships. In tests/, with a ComfyUI running that has this pack:
+
+    python -m host.templates http://127.0.0.1:8188
+
+writes them anew; test_workflow.py compares.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from host.templates import edits, pictures
+from host.workflows import written
+
+FOLDER = Path(__file__).parents[3] / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))  # as they are shipped
+TEMPLATES = (*pictures.TEMPLATES, *edits.TEMPLATES, pictures.cfg_schedule)
+
+
+def files(kinds: dict[str, Any]) -> dict[Path, str]:
+    """Every template's file, for a host with these nodes (*/object_info*)."""
+    workflows = [make() for make in TEMPLATES]
+    return {FOLDER / f"{workflow.name}.json": written(workflow.graph(kinds)) for workflow in workflows}

@@ -8,9 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from host.fixtures import models as models  # for tests/host and tests/web: one server for both
+from host.fixtures import picture as picture
+from host.fixtures import server as server
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDS = {"web": "Chromium and a ComfyUI (set CHROMIUM, COMFYUI_PATH)", "host": "a ComfyUI (set COMFYUI_PATH)"}
+LACKING = re.compile("no (ComfyUI|Playwright|Chromium) found")  # other tests are skipped for what the host is
 # With the root on sys.path (`python -m pytest`), our nodes/ folder would shadow the host's module `nodes`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
@@ -87,16 +93,23 @@ def lora(trained):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Name every skipped test in the run's last lines; the very last one tells whether host tests are among them."""
+    """Name every skipped test in the run's last lines; the very last ones tell what those of a kind lack here."""
     result = yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     for report in skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        reporter.write_line(f"not run: {report.nodeid}: {str(reason).removeprefix('Skipped: ')}")
-    host = sum(
-        report.nodeid.startswith("tests/host/") or "host" in getattr(report, "keywords", ()) for report in skipped
-    )
-    if host:
-        reporter.write_line(f"{host} host tests were NOT run: they need a ComfyUI (set COMFYUI_PATH).", yellow=True)
+        reporter.write_line(f"not run: {report.nodeid}: {_reason(report)}")
+    lacking = [report for report in skipped if LACKING.match(_reason(report))]
+    for kind, needs in NEEDS.items():
+        number = sum(
+            report.nodeid.startswith(f"tests/{kind}/") or kind in getattr(report, "keywords", ()) for report in lacking
+        )
+        if number:
+            reporter.write_line(f"{number} {kind} tests were NOT run, see above: they need {needs}.", yellow=True)
     return result
+
+
+def _reason(report) -> str:
+    """Why a test was skipped."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    return str(reason).removeprefix("Skipped: ")

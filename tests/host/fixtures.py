@@ -1,0 +1,54 @@
+"""One server per host for the whole session, on a temporary folder with the pack and tiny models in it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from host.server import hosts, start
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The small files, made once: their folder, and the LoRAs in them as tensors by module."""
+    from host.stand_ins import add_stand_ins
+    from host.tiny import make_checkpoint, make_controlnet, make_loras
+    from host.tiny_sd3 import make_sd3
+    from host.tiny_sdxl import make_sdxl
+
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("checkpoints", "controlnet", "diffusion_models", "loras"):
+        (folder / kind).mkdir()
+    unet = make_checkpoint(folder / "checkpoints" / "tiny.safetensors")
+    (folder / "diffusion_models" / "tiny.safetensors").symlink_to(folder / "checkpoints" / "tiny.safetensors")
+    make_controlnet(folder / "controlnet" / "tiny.safetensors", unet)
+    places = folder / "checkpoints", folder / "loras"
+    made = SimpleNamespace(
+        folder=folder,
+        lora=make_loras(folder / "loras", unet),
+        sdxl_lora=make_sdxl(*places),
+        sd3_loras=make_sd3(*places),
+    )
+    add_stand_ins(folder)
+    return made
+
+
+@pytest.fixture(scope="session", params=hosts() or [None], ids=lambda p: p.parent.name if p else "none")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: SimpleNamespace):
+    """A running host with this pack; its log is in the failure report through `server.log`."""
+    running = start(request.param, tmp_path_factory.mktemp("base"), models.folder)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def picture(server) -> None:
+    """A picture of the name that ComfyUI ships one by, with a mask painted as its mask editor does: transparent."""
+    pixels = np.random.default_rng(3).integers(0, 256, (64, 64, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[16:40, 24:48, 3] = 0
+    (server.base / "input").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(server.base / "input" / "example.png")

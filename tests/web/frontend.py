@@ -1,0 +1,187 @@
+"""ComfyUI's page in a headless browser, as an artist uses it: templates, widgets, Run, what nodes show, help."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, TimeoutError
+
+SECONDS = 120  # to wait for anything: a busy machine draws a frame a second
+SIZE = {"width": 1600, "height": 900}
+SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothing over the graph; 00 first
+    "Comfy.TutorialCompleted": True,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Templates.SortBy": "alphabetical",
+}
+# milliseconds until complaints have come, until notices have gone, and until a picture of a few kB is there
+COMPLAINING, NOTICES, PICTURE = 500, 6000, 15000
+MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
+SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
+COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
+TEXTS = ".dom-widget, .lg-node-widget"  # texts on nodes, and those in Nodes 2.0
+OURS = re.compile("PCM|phased-consistency")
+IN_A_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md$")  # a help page is looked for in the artist's language first
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the page showed while a graph ran. prompt: what it queued; progress: of nodes by kind, in order of time."""
+
+    prompt: dict[str, Any]
+    error: str | None
+    progress: dict[str, list[float]]
+    previews: set[str]
+
+
+class Frontend:
+    """The page of one running ComfyUI.
+
+    stand_in changes a prompt on its way to the server, for what the tests do not have. errors: exceptions in the page,
+    and what its console says of us.
+    """
+
+    def __init__(self, browser: Browser, url: str, stand_in: Callable[[dict[str, Any]], None]):
+        self.url, self.errors, self._stand_in, self._queued = url, [], stand_in, []
+        self.page: Page = browser.new_page(viewport=SIZE, reduced_motion="reduce")
+        self.page.set_default_timeout(SECONDS * 1000)
+        self.page.add_init_script(path=Path(__file__).with_name("page.js"))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
+        # beyond this machine is nothing to wait for, and the core templates' moving pictures take all the time there is
+        self.page.route(lambda at: not at.startswith((url, "blob:", "data:")), lambda route: route.abort())
+        self.page.route(re.compile(r"/templates/.*\.(webp|png|mp4)"), lambda route: route.abort())
+        self.page.route(re.compile("/prompt$"), self._queue)
+        self.open()
+
+    def open(self) -> None:
+        """Load the page, or load it again."""
+        self.page.goto(self.url, wait_until="commit")
+        self.page.wait_for_function("tests.ready()")
+        self.page.evaluate("tests.record()")
+
+    def _note(self, message: ConsoleMessage) -> None:
+        source = message.location["url"]
+        text = f"{message.text} {source}"
+        ours = source.startswith(self.url) and OURS.search(text) and not IN_A_LANGUAGE.search(source)
+        if message.type == "error" and ours:
+            self.errors.append(text)
+
+    def _queue(self, route: Route) -> None:
+        body = route.request.post_data_json
+        if body is None:
+            return route.continue_()
+        self._queued.append(json.loads(json.dumps(body["prompt"])))
+        self._stand_in(body["prompt"])
+        route.continue_(post_data=json.dumps(body))
+
+    def panel(self) -> Locator:
+        """The template browser, open at this pack's templates."""
+        self.page.locator(SIDEBAR).get_by_text("Templates").first.click()
+        panel = self.page.get_by_role("dialog")
+        panel.get_by_text("phased-consistency", exact=True).first.click()
+        return panel
+
+    def open_template(self, name: str) -> int:
+        """Open a template of this pack from the template browser; returns the width of its picture there, or 0."""
+        panel = self.panel()
+        panel.get_by_placeholder(re.compile("search", re.IGNORECASE)).fill(name)
+        card = panel.get_by_test_id(f"template-workflow-{name}")
+        card.wait_for()
+        width = self._thumbnail(name)
+        self.page.evaluate("tests.leave()")
+        card.click()
+        panel.wait_for(state="detached")
+        self.page.wait_for_function("tests.arrived()")
+        self.page.wait_for_timeout(COMPLAINING)
+        return width
+
+    def _thumbnail(self, name: str) -> int:
+        try:
+            return self.page.wait_for_function("name => tests.thumbnail(name)", arg=name, timeout=PICTURE).json_value()
+        except TimeoutError:
+            return 0
+
+    def load(self, graph: dict[str, Any]) -> None:
+        """Put a graph into the page, without the template browser."""
+        self.page.evaluate("graph => app.loadGraphData(graph)", graph)
+        self.page.wait_for_timeout(COMPLAINING)
+
+    def complaints(self) -> list[str]:
+        """What the page says of missing nodes, missing files and refused graphs."""
+        return self.page.locator(COMPLAINTS).all_inner_texts()
+
+    def unknown_nodes(self) -> list[str]:
+        """Kinds of nodes in the graph that this ComfyUI does not have."""
+        return self.page.evaluate("tests.unknown()")
+
+    def set(self, kind: str, widget: str, value: float) -> None:
+        """Type a number into a widget of the node of this kind."""
+        self.page.mouse.click(*self.page.evaluate("([kind, name]) => tests.place(kind, name)", [kind, widget]))
+        self.page.locator(".graphdialog input").fill(str(value))
+        self.page.keyboard.press("Enter")
+        is_set = "([kind, name, value]) => tests.widget(kind, name).value === value"
+        self.page.wait_for_function(is_set, arg=[kind, widget, value])
+
+    def run(self) -> Seen:
+        """Press Run, and wait until the graph has ended or the page complains."""
+        self.page.evaluate("() => { tests.moments.length = 0; }")
+        self.page.get_by_test_id("queue-button").click()
+        self.page.wait_for_function(f"tests.ended() || document.querySelector('{COMPLAINTS}')")
+        moments = self.page.evaluate("tests.moments")
+        ended = next((moment for moment in moments if moment["kind"].startswith("execution")), {})
+        progress = defaultdict(list)
+        for moment in moments:
+            for kind, value in moment["progress"].items():
+                progress[kind].append(value)
+        return Seen(
+            prompt=self._queued[-1],
+            error=None if ended.get("kind") == "execution_success" else ended.get("error") or str(self.complaints()),
+            progress=dict(progress),
+            previews={kind for moment in moments for kind in moment["previews"]},
+        )
+
+    def said(self, kind: str) -> str:
+        """The text on the node of this kind, which must be there to see."""
+        text = self.page.wait_for_function("kind => tests.widget(kind, '$$node-text-preview')?.value", arg=kind)
+        said = text.json_value()
+        self.page.locator(TEXTS).filter(has_text=said.splitlines()[0]).first.wait_for()
+        return said
+
+    def picture(self, kind: str) -> tuple[str, int]:
+        """The address and the width of the picture that the node of this kind shows."""
+        self.page.wait_for_function("kind => tests.node(kind).imgs?.[0]?.naturalWidth", arg=kind)
+        return tuple(self.page.evaluate("kind => tests.node(kind).imgs.map((i) => [i.src, i.naturalWidth])[0]", kind))
+
+    def help(self, kind: str) -> Locator:
+        """The help page of the node of this kind, opened as an artist does: by the node, and the i above it."""
+        self.look_at(kind)
+        self.page.mouse.click(*self.page.evaluate("kind => tests.place(kind)", kind))
+        self.page.get_by_test_id("info-button").click()
+        page = self.page.locator(".node-help-content")
+        page.locator("table").first.wait_for()
+        return page
+
+    def look_at(self, *kinds: str) -> None:
+        """Show nodes of these kinds as large as they fit beside what is always there."""
+        self.page.evaluate("([kinds, margin]) => tests.lookAt(kinds, margin)", [kinds, MARGIN])
+
+    def use(self, setting: str, value: Any) -> None:
+        """Change a setting."""
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+
+    def screenshot(self, name: str, crop: tuple[str, ...] = ()) -> None:
+        """Write NAME.png into the folder $PCM_SCREENSHOTS, where that is set. crop: to nodes of these kinds."""
+        if folder := os.environ.get("PCM_SCREENSHOTS"):
+            self.page.mouse.move(SIZE["width"] / 2, 2)
+            self.page.wait_for_timeout(NOTICES)
+            clip = self.page.evaluate("kinds => tests.area(kinds)", crop) if crop else None
+            self.page.screenshot(path=Path(folder, f"{name}.png"), clip=clip)

@@ -1,0 +1,59 @@
+// What the tests ask of ComfyUI's page; it is there before the page's own scripts.
+window.tests = {
+  ready: () => window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 300,
+
+  node: (kind) => app.graph.nodes.find((node) => node.type === kind),
+  widget: (kind, name) => tests.node(kind).widgets.find((widget) => widget.name === name),
+  unknown: () => app.graph.nodes.map((node) => node.type).filter((kind) => !(kind in LiteGraph.registered_node_types)),
+
+  // The width of a template's picture in the template browser.
+  thumbnail: (name) => document.querySelector(`[data-testid="template-workflow-${name}"] img`)?.naturalWidth,
+
+  // The graph that is open is about to be replaced; later: whether it has been.
+  leave: () => (tests.left = new Set(app.graph.nodes)),
+  arrived: () => app.graph.nodes.length && !app.graph.nodes.some((node) => tests.left.has(node)),
+
+  // Where a node's title is in the page, or the middle of one of its widgets.
+  place(kind, name) {
+    const { pos, size } = tests.node(kind), { ds, canvas } = app.canvas, page = canvas.getBoundingClientRect();
+    const [x, y] = name ? [size[0] / 2, tests.widget(kind, name).last_y + 10] : [60, -15];
+    return [page.x + (pos[0] + x + ds.offset[0]) * ds.scale, page.y + (pos[1] + y + ds.offset[1]) * ds.scale];
+  },
+
+  // Where the nodes of these kinds and their titles are in the graph: left and top, right and bottom.
+  bounds(kinds) {
+    const nodes = app.graph.nodes.filter((node) => kinds.includes(node.type));
+    const from = [0, 1].map((i) => Math.min(...nodes.map((node) => node.pos[i] - 30 * i)));
+    return [from, [0, 1].map((i) => Math.max(...nodes.map((node) => node.pos[i] + node.size[i])))];
+  },
+
+  // The same in the page, and a little more: above is the title of their group.
+  area(kinds) {
+    const [from, to] = tests.bounds(kinds), { scale, offset } = app.canvas.ds;
+    const [x, y] = from.map((at, i) => (at + offset[i] - [15, 45][i]) * scale);
+    return { x, y, width: (to[0] - from[0] + 30) * scale, height: (to[1] - from[1] + 60) * scale };
+  },
+
+  // Show them as large as they fit, with so many pixels free above, right, below and left of them.
+  lookAt(kinds, [above, right, below, left]) {
+    const [from, to] = tests.bounds(kinds), { ds, canvas } = app.canvas;
+    const room = [canvas.clientWidth - left - right, canvas.clientHeight - above - below];
+    ds.scale = Math.min(...room.map((pixels, i) => pixels / (to[i] - from[i])));
+    ds.offset = [left, above].map((edge, i) => (edge + room[i] / 2) / ds.scale - (from[i] + to[i]) / 2);
+    app.canvas.draw(true, true); // at once: a click finds nodes where they were drawn last
+  },
+
+  // What nodes show at every news of a run, after the page has dealt with it.
+  moments: [],
+  record() {
+    for (const kind of ["progress", "b_preview", "execution_success", "execution_error", "execution_interrupted"])
+      app.api.addEventListener(kind, ({ detail }) => queueMicrotask(() => tests.moments.push(tests.moment(kind, detail))));
+  },
+  moment: (kind, detail) => ({
+    kind,
+    error: detail?.exception_message,
+    progress: Object.fromEntries(app.graph.nodes.filter((node) => node.progress).map((n) => [n.type, n.progress])),
+    previews: Object.keys(app.nodePreviewImages).map((id) => app.graph.getNodeById(id)?.type),
+  }),
+  ended: () => tests.moments.some((moment) => moment.kind.startsWith("execution")),
+};

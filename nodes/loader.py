@@ -116,7 +116,7 @@ def _recipe_widgets() -> list[io.Input]:
             min=1,
             max=40,
             advanced=True,
-            tooltip="Steps that the LoRA was made for. Used only for a file without a recipe.",
+            tooltip="Steps that the LoRA was made for. Read only where the recipe comes from the widgets.",
         ),
         supported(
             io.Combo.Input,
@@ -125,7 +125,7 @@ def _recipe_widgets() -> list[io.Input]:
             default=MODES[0],
             advanced=True,
             tooltip="deterministic for PCM, Hyper-SD and Lightning LoRAs, stochastic for LCM, TCD and DMD2. "
-            "Used only for a file without a recipe.",
+            "Read only where the recipe comes from the widgets.",
         ),
         supported(
             io.Float.Input,
@@ -135,7 +135,8 @@ def _recipe_widgets() -> list[io.Input]:
             max=20.0,
             step=0.1,
             advanced=True,
-            tooltip="CFG that the LoRA was made for; 1 is no guidance. Used only for a file without a recipe.",
+            tooltip="CFG that the LoRA was made for; 1 is no guidance. "
+            "Read only where the recipe comes from the widgets.",
         ),
         supported(
             io.Float.Input,
@@ -147,7 +148,7 @@ def _recipe_widgets() -> list[io.Input]:
             step=0.05,
             advanced=True,
             tooltip="How much of the noise between steps is fresh, in the mode stochastic: 1 for LCM and DMD2, 0.3 for "
-            "TCD. Used only for a file without a recipe.",
+            "TCD. Read only where the recipe comes from the widgets.",
         ),
         supported(
             io.Combo.Input,
@@ -157,6 +158,6 @@ def _recipe_widgets() -> list[io.Input]:
             default=LEVELS[0],
             advanced=True,
             tooltip="even: timesteps 999, 749, 499, 249 for 4 steps, as PCM, Hyper-SD, Lightning and DMD2. "
-            "lcm: 999, 759, 499, 259, as LCM and TCD. Used only for a file without a recipe.",
+            "lcm: 999, 759, 499, 259, as LCM and TCD. Read only where the recipe comes from the widgets.",
         ),
     ]

@@ -43,4 +43,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv build out/demo out/comfy phased_consistency.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build out/demo phased_consistency.egg-info .pytest_cache .ruff_cache

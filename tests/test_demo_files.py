@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -87,6 +89,32 @@ def test_without_the_variable_it_is_comfy_clis(comfyui, monkeypatch):
     assert comfy.find() is None
 
 
+def test_the_comfyui_around_the_pack_comes_first(comfyui, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(comfy, "PACK", comfyui / "custom_nodes" / "phased-consistency")
+    assert comfy.find() == comfyui
+
+
+def test_another_copy_of_the_pack_is_left_alone(tmp_path, monkeypatch):
+    """As where --out is a ComfyUI that has one already."""
+    place = tmp_path / "custom_nodes" / "phased-consistency"
+    place.mkdir(parents=True)
+    (place / "mine.py").touch()
+    with pytest.raises(ValueError, match="is another copy of the pack. Choose another folder with --out"):
+        comfy.prepare(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["mine.py"]
+    monkeypatch.setattr(comfy, "PACK", place)
+    comfy.prepare(tmp_path)
+    assert (place / "mine.py").is_file() and not place.is_symlink()
+
+
+def test_a_comfyui_that_ends_at_once_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
+    (tmp_path / "main.py").write_text("raise SystemExit('no torch here')")
+    with pytest.raises(RuntimeError, match=r"ComfyUI ended with status 1\. Its log ends:\nno torch here"):
+        host.Host(tmp_path, tmp_path)
+
+
 def test_a_port_in_use_gives_the_next():
     wanted = host.free_port()
     with host.socket.socket() as taken:
@@ -95,7 +123,7 @@ def test_a_port_in_use_gives_the_next():
         assert wanted < host.free_port(wanted) < wanted + 100
 
 
-def test_the_folder_holds_pack_and_files(tmp_path, monkeypatch):
+def test_the_folder_holds_pack_and_files(tmp_path):
     comfy.prepare(tmp_path)
     place = tmp_path / "custom_nodes" / "phased-consistency"
     assert place.is_symlink() and place.resolve() == comfy.PACK

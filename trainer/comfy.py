@@ -2,8 +2,9 @@
 
     python -m phased_consistency.trainer.comfy [--out out/comfy] [--port 8188]
 
-ComfyUI is the one in $COMFYUI_PATH, else comfy-cli's in its default place; where there is neither, comfy-cli installs
-it there. It runs on `out` as its --base-directory, so nothing of its own changes. Ctrl-C ends it.
+ComfyUI is the one in $COMFYUI_PATH, else the one that this pack is in, else comfy-cli's in its default place; where
+there is none, comfy-cli installs it there. It runs on `out` as its --base-directory, so nothing of its own changes.
+Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 from .host import PYTHONS, Host, default_workspace, environment, free_port, has_gpu, hosts
 from .tiny.comfy import write_files
 
-PACK = Path(__file__).parents[1]
+PACK = Path(__file__).resolve().parents[1]
 NAME = "phased-consistency"
+COPIED = ".copied"  # marks a copy of the pack that was made here, and may be made anew
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "out", "runs", "tests")  # of a copy of the pack
 NEXT = """
 ComfyUI is at {url}
@@ -65,26 +67,44 @@ def serve(base: Path, port: int) -> int:
 
 def find() -> Path | None:
     """The first ComfyUI on this machine. Raises ValueError when $COMFYUI_PATH names none."""
-    found, named = hosts(), os.environ.get("COMFYUI_PATH")
+    found, named, around = hosts(), os.environ.get("COMFYUI_PATH"), PACK.parents[1]
     if named and not found:
         raise ValueError(
             f"COMFYUI_PATH is {named}, where there is no main.py. Set it to the folder of a ComfyUI, or unset it."
         )
+    if not named and PACK.parent.name == "custom_nodes" and (around / "main.py").is_file():
+        return around
     return next(iter(found), None)
 
 
 def prepare(base: Path) -> None:
-    """Lay out what ComfyUI is to run on: this pack, the demo's checkpoint and LoRA."""
-    write_files(base, overwrite=True)
+    """Lay out what ComfyUI is to run on: this pack, the demo's checkpoint and LoRA.
+
+    Raises ValueError where another copy of the pack is in the way.
+    """
     place = base / "custom_nodes" / NAME
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_symlink():
-        place.unlink()
+    if place.is_dir() and not place.is_symlink() and place.resolve() != PACK and not (place / COPIED).is_file():
+        raise ValueError(f"{place} is another copy of the pack. Choose another folder with --out, or move it away.")
+    write_files(base, overwrite=True)
+    if place.resolve() != PACK:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_symlink():
+            place.unlink()
+        elif place.exists():
+            shutil.rmtree(place)
+        _link_or_copy(place, base.resolve())
+
+
+def _link_or_copy(place: Path, base: Path) -> None:
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        own = {name for name in names if Path(folder, name).resolve() == base}
+        return own | shutil.ignore_patterns(*LEFT_OUT)(folder, names)
+
     try:
         place.symlink_to(PACK, target_is_directory=True)
-    except OSError:  # Windows without developer mode, or the copy of an earlier run
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(PACK, place, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    except OSError:  # Windows without developer mode
+        shutil.copytree(PACK, place, ignore=left_out)
+        (place / COPIED).touch()
 
 
 def install(folder: Path, tools: Path) -> Path:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ START_SECONDS, STOP_SECONDS = 240, 20
 ADDRESS = "127.0.0.1"
 OPTIONS = f"--listen {ADDRESS} --disable-api-nodes --preview-method latent2rgb --database-url sqlite:///:memory:"
 PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
 PORTABLE = "../python_embeded/python.exe"  # ComfyUI's own download for Windows; it is spelt so
 
 
@@ -43,7 +43,7 @@ def python_of(folder: Path) -> str:
 
 def environment(**defaults: str) -> dict[str, str]:
     """For a host's process: this one's Python and tests must not leak into it. defaults: for variables not set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "VIRTUAL_ENV"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CONDA", "PYTEST", "PYTHON", "VIRTUAL_ENV"))}
     return defaults | kept
 
 
@@ -116,13 +116,15 @@ class Host:
         while time.monotonic() < end and self._process.poll() is None:
             try:
                 return self.get("/system_stats")
-            except (urllib.error.URLError, ConnectionError):
+            except OSError:  # nobody listens yet, or not in time
                 time.sleep(0.5)
-        raise RuntimeError(f"ComfyUI did not start within {START_SECONDS} s. Its log ends:\n{self.log[-3000:]}")
+        status = self._process.poll()
+        what = f"did not start within {START_SECONDS} s" if status is None else f"ended with status {status}"
+        raise RuntimeError(f"ComfyUI {what}. Its log ends:\n{self.log[-3000:]}")
 
     def get(self, path: str) -> Any:
         """The JSON at a path of the server."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with DIRECT.open(self.url + path, timeout=30) as answer:
             return json.load(answer)
 
     def wait(self) -> int:

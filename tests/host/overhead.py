@@ -17,9 +17,8 @@ from statistics import median
 
 import torch
 
-from host.graphs import loaded, sample
+from host.graphs import ksampler, loaded, sample
 from host.server import Server, hosts, out, start
-from host.test_batches import ksampler
 from host.tiny import make_checkpoint, make_loras
 
 NODES = {"Sample PCM": sample, "KSampler": ksampler}

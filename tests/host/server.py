@@ -18,6 +18,7 @@ from torch import Tensor
 from websocket import create_connection
 
 from phased_consistency.trainer import host
+from phased_consistency.trainer.host import DIRECT
 from phased_consistency.trainer.host import hosts as hosts
 from phased_consistency.trainer.host import python_of as python_of
 
@@ -101,10 +102,10 @@ class Server(host.Host):
     def post(self, path: str, **body: Any) -> bytes:
         """What the server answers; raises ValueError with its words if it refuses."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with DIRECT.open(request, timeout=30) as answer:
                 return answer.read()
         except urllib.error.HTTPError as refusal:
             raise ValueError(refusal.read().decode()) from refusal

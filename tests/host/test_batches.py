@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from host.graphs import core_sampler, custom, edit, loaded, pcm_sampler, picture, sample, scheduler
+from host.graphs import core_sampler, custom, edit, ksampler, loaded, pcm_sampler, picture, sample, scheduler
 from host.server import Graph, out
 from host.test_sampling import largest_difference
 
 LINKS = dict[str, list]
-
-
-def ksampler(graph: Graph, links: LINKS, **settings: Any) -> str:
-    """Add core's KSampler with the words that sample a deterministic 4-step LoRA; returns its id."""
-    inputs = {k: links[k] for k in ("model", "positive", "negative")} | {"latent_image": links["latent"]}
-    widgets = {"seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    return graph.add("KSampler", **inputs | widgets | settings)
 
 
 def batch(graph: Graph, links: LINKS, length: int = 3) -> LINKS:

@@ -70,7 +70,7 @@ def opened(server, browser):
     write_files(server.base)
     shutil.copytree(server.folder / "input", server.base / "input", dirs_exist_ok=True)
     server.post("/settings", **SETTINGS)
-    return Frontend(browser, f"http://127.0.0.1:{server.port}/", stand_in)
+    return Frontend(browser, f"{server.url}/", stand_in)
 
 
 def stand_in(prompt: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image
 
+from host.templates import WORKFLOWS
+
 LOADED = "4 steps, CFG 1 (1 to 2), deterministic."
 NODES = ("PCMLoadLora", "PCMDemoPrompt", "PCMSample", "SaveImage")
 
@@ -70,7 +72,9 @@ def test_the_help_page_is_ours(demo):
 
 
 def test_the_template_browser_shows_what_there_is(frontend):
-    frontend.panel()
+    panel = frontend.panel()
+    for path in WORKFLOWS:
+        panel.get_by_test_id(f"template-workflow-{path.stem}").wait_for()
     frontend.screenshot("templates")
     frontend.page.keyboard.press("Escape")
 

@@ -2,7 +2,8 @@
 
     python -m phased_consistency.trainer.tiny.comfy FOLDER [--overwrite]
 
-FOLDER is a ComfyUI, or any folder that it is given as --base-directory. The checkpoint holds the transformer and the
+FOLDER is a ComfyUI, or any folder that it is given as --base-directory. ComfyUI's own Python will do for it, after
+`python -m pip install -e .` in this pack's folder. The checkpoint holds the transformer and the
 tiny VAE; the node *PCM Demo Prompt* takes the place of text encoders, which ComfyUI builds full size only.
 """
 

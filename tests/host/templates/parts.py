@@ -48,8 +48,8 @@ class Files:
 
 def _published(steps: int, family: str, folder: str, size: int) -> str:
     return (
-        f"a {steps}-step PCM LoRA for {family} ({size} MB, in the folder {folder} of wangfuyun/PCM_Weights on Hugging "
-        "Face), or one you made with this pack's trainer"
+        f"{'an' if steps == 8 else 'a'} {steps}-step PCM LoRA for {family} ({size} MB, in the folder {folder} of "
+        "wangfuyun/PCM_Weights on Hugging Face), or one you made with this pack's trainer"
     )
 
 

@@ -30,7 +30,8 @@ A tiny base that draws coloured shapes, and a 4-step LoRA for it: a picture take
 
 {DEMO.note}
 
-*make comfy* in this pack's folder puts both there and starts ComfyUI. Into a ComfyUI that you have: *python -m \
+*make comfy* in this pack's folder puts both there and starts ComfyUI. Into a ComfyUI that you have, in this \
+pack's folder and with its Python: *python -m pip install -e .*, then *python -m \
 phased_consistency.trainer.tiny.comfy FOLDER*, with its folder.
 
 **Prompt**: the base has no text encoders. *PCM Demo Prompt* takes their place, and knows these words alone, and no \

@@ -71,10 +71,11 @@ def test_the_help_page_is_ours(demo):
     demo.screenshot("help")
 
 
-def test_the_template_browser_shows_what_there_is(frontend):
-    panel = frontend.panel()
-    for path in WORKFLOWS:
-        panel.get_by_test_id(f"template-workflow-{path.stem}").wait_for()
+def test_the_template_browser_shows_our_templates(frontend):
+    cards = frontend.panel().locator("[data-testid^=template-workflow-]")
+    cards.first.wait_for()
+    shown = {card.get_attribute("data-testid") for card in cards.all()}  # older frontends add more on scrolling
+    assert shown <= {f"template-workflow-{path.stem}" for path in WORKFLOWS}
     frontend.screenshot("templates")
     frontend.page.keyboard.press("Escape")
 

@@ -20,7 +20,7 @@ from ..samplers.phases import count_steps
 from . import inputs
 from .edits import image_of
 from .guidance import schedule_in
-from .host import fit_to_model, menu_of, show, supported
+from .host import fit_to_model, menu_of, show, speaking
 from .lora import on_schedule_of
 from .sampling import advice, draw
 from .vae import check_family, decode_last
@@ -33,16 +33,13 @@ class PCMCompare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMCompare",
             display_name="PCM Compare",
             category=menu_of("KSampler"),
             description="Draws the same seed and prompt at several step counts and modes, and puts the pictures side "
             "by side with what each of them cost.",
             search_aliases=["pcm", "phased consistency", "compare steps", "xy plot", "grid", "contact sheet"],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
                 inputs.recipe(),

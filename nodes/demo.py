@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
-from .host import menu_of, show, supported
+from .host import menu_of, show, speaking
 
 BASE = Path(__file__).parents[1] / "trainer" / "tiny" / "sd3"
 CONTEXT = 4096  # channels of SD3's joint context; what the encoders leave free is zero
@@ -24,16 +24,13 @@ class PCMDemoPrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMDemoPrompt",
             display_name="PCM Demo Prompt",
             category=menu_of("CLIPTextEncode"),
             description="A demo: reads the prompt for the checkpoint pcm_demo_sd3, which comes with this pack and "
             "draws simple shapes, and for no other. For your own checkpoints use CLIP Text Encode.",
             search_aliases=["pcm", "demo", "prompt", "text encode", "tiny"],
-            hidden=[io.Hidden.unique_id],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             is_experimental=True,
             inputs=[
                 io.String.Input(

@@ -12,7 +12,7 @@ from ..samplers.editing import begin
 from ..samplers.operators import Operator
 from . import inputs
 from .edits import COLORIZE, INPAINT, OUTPAINT, SUPER_RESOLUTION, Edit, EditKind, finished, remarks
-from .host import menu_of, show, supported
+from .host import menu_of, show, speaking
 from .lora import on_schedule_of
 from .sampling import advice, draw
 from .vae import HostVAE, check_family
@@ -28,15 +28,12 @@ def edit_schema(
     advanced: list[io.Input],
 ) -> io.Schema:
     """What every artist's editing node looks like, around its own sockets, widgets and advanced inputs."""
-    return supported(
-        io.Schema,
+    return speaking(
         node_id=node_id,
         display_name=title,
         category=menu_of("KSampler"),
         description=description,
         search_aliases=["pcm", "phased consistency", "edit", *aliases],
-        hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-        has_intermediate_output=True,  # what it says is repeated when the node is cached
         inputs=[
             inputs.model(),
             inputs.recipe(),

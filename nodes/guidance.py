@@ -14,7 +14,7 @@ from torch import Tensor
 from ..samplers import Recipe
 from ..samplers.recipe import SLACK
 from . import inputs
-from .host import menu_of, show, supported
+from .host import menu_of, show, speaking
 from .lora import model_family, on_schedule_of, shift_of
 
 KEY = "pcm_cfg_schedule"
@@ -117,16 +117,13 @@ class PCMCFGSchedule(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMCFGSchedule",
             display_name="PCM CFG schedule",
             category=menu_of("CFGGuider"),
             description="CFG on chosen steps only, and none on the others, which then take half the time. Every "
             "sampler after it follows, whatever CFG is set there.",
             search_aliases=["pcm", "phased consistency", "cfg schedule", "dynamic cfg", "guidance interval", "faster"],
-            hidden=[io.Hidden.unique_id],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
                 inputs.recipe(),

@@ -30,6 +30,15 @@ def menu_of(core_node: str) -> str:
     return core.NODE_CLASS_MAPPINGS[core_node].CATEGORY
 
 
+def speaking(**keywords: Any) -> io.Schema:
+    """The schema of a node that says what it did (`show`).
+
+    The host tells it its place in the graph and, where newer, repeats what it said when its result is cached.
+    """
+    hidden = [io.Hidden.unique_id, io.Hidden.prompt]
+    return supported(io.Schema, hidden=hidden, has_intermediate_output=True, **keywords)
+
+
 def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:
     """Write the lines on the node as it stands in the graph; what is returned puts them into the history too.
 

@@ -14,7 +14,7 @@ from ..samplers.recipe import HEADER_KEY
 from ..samplers.writing import path_within, stamp_recipe
 from . import inputs
 from . import lora as files
-from .host import menu_of, show, supported
+from .host import menu_of, show, speaking
 
 
 class PCMLoraInfo(io.ComfyNode):
@@ -22,17 +22,14 @@ class PCMLoraInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMLoraInfo",
             display_name="PCM LoRA Info",
             category=menu_of("LoraLoaderModelOnly"),
             description="Tells what a LoRA file is: family, method, how to sample it, rank, alpha, size, what its "
             "header says, and how much of it fits a model. Loads nothing.",
             search_aliases=["pcm", "lora info", "lora metadata", "lora header", "inspect lora", "rank", "alpha"],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.lora("A .safetensors file in models/loras: any LoRA, of a few steps or not."),
                 io.Model.Input(
@@ -66,17 +63,14 @@ class PCMStampRecipe(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMStampRecipe",
             display_name="PCM Stamp Recipe",
             category=menu_of("LoraLoaderModelOnly"),
             description="Writes a copy of a LoRA file that carries its recipe in the header, so that nobody has to set "
             "the widgets again, whatever the file is called. The weights are copied byte for byte.",
             search_aliases=["pcm", "save recipe", "write metadata", "lora metadata", "tag lora", "usage hint"],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=[
                 inputs.lora("The file to copy. It stays as it is."),
                 inputs.recipe("From Load PCM LoRA with the same file, its widgets set as the LoRA wants them."),
@@ -99,7 +93,7 @@ class PCMStampRecipe(io.ComfyNode):
     def fingerprint_inputs(cls, lora: str, name: str | None = None, **others) -> str | float:
         if name is None:  # linked, and not known yet: always run, since the copy may be gone
             return float("nan")  # a new one each time: math.nan is one object, which the host finds unchanged
-        return f"{inputs.lora_state(lora)} {state_of(copy_of(lora, name))}"
+        return f"{inputs.lora_state(lora)} {inputs.file_state(copy_of(lora, name))}"
 
     @classmethod
     def execute(cls, lora: str, recipe: Recipe, name: str, overwrite: bool) -> io.NodeOutput:
@@ -120,11 +114,6 @@ def copy_of(lora: str, name: str) -> Path:
     """Where the copy of a LoRA of this name goes. Raises ValueError for a name that leads out of models/loras."""
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     return path_within(folder, name.strip() or f"{Path(lora).with_suffix('')}_recipe")
-
-
-def state_of(path: Path) -> str:
-    """What changes when a file does, or goes, for `fingerprint_inputs`."""
-    return f"{path.stat().st_mtime_ns}" if path.exists() else "absent"
 
 
 def fit(header: LoraHeader, model) -> list[str]:

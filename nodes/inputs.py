@@ -28,8 +28,12 @@ def lora(tooltip: str) -> io.Input:
 
 def lora_state(lora: str) -> str:
     """What changes when this LoRA's file does, for `fingerprint_inputs`."""
-    path = folder_paths.get_full_path("loras", lora)
-    return f"{Path(path).stat().st_mtime_ns}" if path else "absent"
+    return file_state(folder_paths.get_full_path("loras", lora))
+
+
+def file_state(path: str | Path | None) -> str:
+    """What changes when a file does, comes or goes."""
+    return f"{Path(path).stat().st_mtime_ns}" if path and Path(path).exists() else "absent"
 
 
 def model() -> io.Input:

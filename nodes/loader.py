@@ -11,7 +11,7 @@ from ..samplers.recipe import MODES
 from . import inputs
 from . import lora as files
 from .graph import few_step_loras, model_path
-from .host import RecipeType, menu_of, show, supported
+from .host import RecipeType, menu_of, show, speaking, supported
 from .watch import Watch
 
 LEVELS = ("even", "lcm")
@@ -22,8 +22,7 @@ class PCMLoadLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMLoadLora",
             display_name="Load PCM LoRA",
             category=menu_of("LoraLoaderModelOnly"),
@@ -33,8 +32,6 @@ class PCMLoadLora(io.ComfyNode):
                 *("pcm", "phased consistency", "few-step lora", "4 step lora", "lora recipe"),
                 *("lcm lora", "tcd lora", "hyper-sd", "lightning", "dmd2", "turbo"),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to speed up: of the family the LoRA was made for."),
                 inputs.lora("A .safetensors file in models/loras. Its name matters only if it carries no recipe."),

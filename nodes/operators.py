@@ -25,7 +25,7 @@ from .edits import (
     remarks,
     start_image,
 )
-from .host import menu_of, show, supported
+from .host import menu_of, show, speaking, supported
 from .sampling import gamma_of, sampler
 
 OperatorType = io.Custom("PCM_OPERATOR")
@@ -39,16 +39,13 @@ class OperatorNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         kind = cls.KIND
-        return supported(
-            io.Schema,
+        return speaking(
             node_id=f"{kind.node_id}Operator",
             display_name=f"{kind.title} Operator",
             category=menu_of("KSamplerSelect"),
             description=f"The parts of {kind.title}, for core custom sampling: what is known of the picture, and where "
             "to start.",
             search_aliases=["pcm", "phased consistency", "edit", "operator", *kind.aliases],
-            hidden=[io.Hidden.unique_id],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[*kind.sockets(), *kind.widgets()],
             outputs=[
                 OperatorType.Output(display_name="operator", tooltip="For PCM Edit Sampler and PCM Edit Decode."),
@@ -134,16 +131,13 @@ class PCMEditDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMEditDecode",
             display_name="PCM Edit Decode",
             category=menu_of("VAEDecode"),
             description="VAE Decode for editing: the picture keeps exactly what the operator knows, its own size, and "
             "its transparency.",
             search_aliases=["pcm", "phased consistency", "edit", "decode", "composite"],
-            hidden=[io.Hidden.unique_id],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 OperatorType.Input("operator", tooltip="The one that PCM Edit Sampler had."),
                 inputs.vae(),

@@ -25,7 +25,7 @@ from ..samplers.operators import Identity
 from . import inputs
 from .editing import edit_schema, edited
 from .edits import image_input, image_of, picture, remarks
-from .host import fit_to_model, menu_of, show, supported
+from .host import fit_to_model, menu_of, show, speaking
 from .lora import on_schedule_of
 from .sampling import advice, draw
 from .vae import HostVAE, ModelVAE, check_family, decode_last
@@ -121,16 +121,13 @@ class PCMInterpolate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMInterpolate",
             display_name="PCM Interpolate",
             category=menu_of("KSampler"),
             description="Frames that go over from one seed and prompt to another. The first and the last are exactly "
             "the pictures that Sample PCM makes of the two.",
             search_aliases=["pcm", "phased consistency", "interpolate", "morph", "slerp", "animate", "transition"],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
                 inputs.recipe(),

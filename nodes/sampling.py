@@ -19,7 +19,7 @@ from . import inputs
 from .edits import Edit
 from .graph import few_step_loras, has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, schedule_in
-from .host import fit_to_model, menu_of, schedule_of, show, supported
+from .host import fit_to_model, menu_of, schedule_of, show, speaking
 from .lora import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
 
 
@@ -28,15 +28,12 @@ class PCMScheduler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMScheduler",
             display_name="PCM Scheduler",
             category=menu_of("BasicScheduler"),
             description="Noise levels for a PCM or other few-step LoRA, exactly its own, for core custom sampling.",
             search_aliases=["pcm", "phased consistency", "trailing", "few-step sigmas", "lcm", "tcd", "sgm uniform"],
-            hidden=[io.Hidden.unique_id],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.recipe(),
                 inputs.steps(),
@@ -67,8 +64,7 @@ class PCMSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMSampler",
             display_name="PCM Sampler",
             category=menu_of("KSamplerSelect"),
@@ -89,16 +85,13 @@ class PCMSample(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return supported(
-            io.Schema,
+        return speaking(
             node_id="PCMSample",
             display_name="Sample PCM",
             category=menu_of("KSampler"),
             description="Samples a PCM or other few-step LoRA as it was made to be sampled, and says on the node when "
             "a setting is off.",
             search_aliases=["pcm", "phased consistency", "few-step", "fast", "4 steps", "ksampler", "lcm", "lightning"],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            has_intermediate_output=True,  # what it says is repeated when the node is cached
             inputs=[
                 inputs.model(),
                 inputs.recipe(),

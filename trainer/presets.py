@@ -101,14 +101,21 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 
 def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
     """A family's preset, its LoRA's name, and changes by section; another objective keeps what it knows of PCM's."""
-    values = {"name": lora, **deepcopy(FAMILIES[family])}
-    for change in ({"train": {"gradient_checkpointing": True}}, *changes):
-        for section, new in change.items():
-            before = values.get(section, {})
-            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
+    own = {"train": {"gradient_checkpointing": True}}
+    values = {"name": lora, **_changed(FAMILIES[family], own, *changes)}
     train = values["train"]
     seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
     return name, Preset(values, note, f"{seen:,} samples; not measured on a GPU yet")
+
+
+def _changed(values: dict[str, Any], *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A copy of these settings with changes by section."""
+    values = deepcopy(values)
+    for change in changes:
+        for section, new in change.items():
+            before = values.get(section, {})
+            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
+    return values
 
 
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
@@ -132,53 +139,41 @@ def _presets_of(family: str) -> dict[str, Preset]:
     return dict(rows)
 
 
+DEMO: dict[str, Any] = {
+    "base": {"path": "tiny-sd15", "dtype": "fp32"},
+    "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
+    "lora": {"rank": 32, "alpha": 32.0},
+    "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
+    "train": {
+        "steps": 600,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "lr_schedule": "cosine",
+        "warmup": 20,
+        "weight_decay": 0.0,
+        "ema": 0.98,
+        "save_every": 200,
+    },
+    "preview": {"every": 300},
+}
+DEMO_SD3 = {
+    "base": {"path": "tiny-sd3"},
+    "lora": {"rank": 16, "alpha": 16.0},
+    "train": {"steps": 480, "batch_size": 16, "save_every": 120},
+    "preview": {"every": 0},
+}
+
 PRESETS: dict[str, Preset] = {
     **_presets_of("sd15"),
     **_presets_of("sdxl"),
     **_presets_of("sd3"),
     "demo": Preset(
-        {
-            "name": "lora",
-            "output": "out/demo/run",
-            "base": {"path": "tiny-sd15", "dtype": "fp32"},
-            "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
-            "lora": {"rank": 32, "alpha": 32.0},
-            "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
-            "train": {
-                "steps": 600,
-                "batch_size": 32,
-                "lr": 2e-3,
-                "lr_schedule": "cosine",
-                "warmup": 20,
-                "weight_decay": 0.0,
-                "ema": 0.98,
-                "save_every": 200,
-            },
-            "preview": {"every": 300},
-        },
+        {"name": "lora", "output": "out/demo/run", **DEMO},
         source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
         cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
     ),
     "demo-sd3": Preset(
-        {
-            "name": "pcm_demo_sd3_4step",
-            "output": "out/demo-sd3",
-            "base": {"path": "tiny-sd3", "dtype": "fp32"},
-            "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
-            "lora": {"rank": 16, "alpha": 16.0},
-            "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
-            "train": {
-                "steps": 480,
-                "batch_size": 16,
-                "lr": 2e-3,
-                "lr_schedule": "cosine",
-                "warmup": 20,
-                "weight_decay": 0.0,
-                "ema": 0.98,
-                "save_every": 120,
-            },
-            "preview": {"every": 0},
-        },
+        {"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **_changed(DEMO, DEMO_SD3)},
         source="The demo's settings at half its batch and rank, on the bundled SD3-type base (BENCHMARKS.md).",
         cost="11 minutes of CPU time with one thread",
     ),

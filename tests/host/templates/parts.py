@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from host.workflows import Node, Out
+from host.workflows import Column, Node, Out
 
 PASSES = "4 passes of the network, where 25 steps with CFG take 50."
 AS_RECOMMENDED = "steps 0 and CFG 0 mean as the LoRA recommends"
@@ -123,3 +123,9 @@ def decode(samples: Node, base: Node) -> Node:
 
 def save(images: Out, height: int = 760) -> Node:
     return Node("SaveImage", height, images=images, filename_prefix="pcm")
+
+
+def finished(samples: Node, base: Node, height: int = 410) -> Column:
+    """The picture, decoded and saved. height: of the node that shows it."""
+    decoded = decode(samples, base)
+    return Column("Result", decoded, save(decoded[0], height), width=400, gap=60)

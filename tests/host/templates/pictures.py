@@ -14,6 +14,7 @@ from host.templates.parts import (
     SDXL,
     Files,
     decode,
+    finished,
     load_image,
     prompts,
     sample,
@@ -73,7 +74,6 @@ def text_to_image(name: str, kind: Files, prompt: str, note: str) -> Workflow:
     positive, negative = prompts(base, prompt)
     empty = kind.empty_latent()
     sampled = sample(lora, positive, negative, empty)
-    decoded = decode(sampled, base)
     return Workflow(
         name,
         f"# {kind.family}: text to image in 4 steps\n\n{kind.note}\n\n{note}",
@@ -81,7 +81,7 @@ def text_to_image(name: str, kind: Files, prompt: str, note: str) -> Workflow:
             Column("Model", base, lora, gap=60),
             Column("Prompt and size", positive, negative, empty),
             Column("Sample", sampled, width=420),
-            Column("Result", decoded, save(decoded[0], 410), width=400, gap=60),
+            finished(sampled, base),
         ),
     )
 
@@ -190,7 +190,6 @@ in between, on levels that the LoRA was not made for.
     scaled = Node("ImageScale", 180, image=image[0], upscale_method="lanczos", width=512, height=0, crop="disabled")
     encoded = Node("VAEEncode", 50, pixels=scaled[0], vae=base[2])
     sampled = sample(lora, positive, negative, encoded, denoise=0.5)
-    decoded = decode(sampled, base)
     return Workflow(
         "05_image_to_image",
         note,
@@ -199,7 +198,7 @@ in between, on levels that the LoRA was not made for.
             Column("Picture", image, scaled, encoded),
             Column("Prompt", positive, negative),
             Column("Sample", sampled, width=420),
-            Column("Result", decoded, save(decoded[0], 620), width=400, gap=60),
+            finished(sampled, base, 620),
         ),
     )
 
@@ -268,7 +267,6 @@ guides all. *cfg* 0 means as the LoRA recommends, here 4.5; the CFG of *Sample P
     empty = SD15_NORMAL.empty_latent()
     scheduled = Node("PCMCFGSchedule", 340, model=lora[0], recipe=lora[1], to_step=4)
     sampled = sample(lora, positive, negative, empty, model=scheduled[0])
-    decoded = decode(sampled, base)
     return Workflow(
         "15_cfg_schedule",
         note,
@@ -277,7 +275,7 @@ guides all. *cfg* 0 means as the LoRA recommends, here 4.5; the CFG of *Sample P
             Column("Prompt and size", positive, negative, empty),
             Column("CFG", scheduled),
             Column("Sample", sampled, width=420),
-            Column("Result", decoded, save(decoded[0], 410), width=400, gap=60),
+            finished(sampled, base),
         ),
     )
 

@@ -60,13 +60,19 @@ def by_loader(lora: str = "kohya.safetensors", **widgets: Any) -> Callable[[], M
     return make
 
 
+def with_latent(lora: str, picture: bool) -> tuple[Graph, dict[str, list]]:
+    """What `loaded` has; its latent is a picture's, or empty."""
+    graph, links = loaded(lora)
+    if picture:
+        links["latent"] = out(graph.add("TestLatent", seed=3, batch=1))
+    return graph, links
+
+
 def by_ksampler(lora: str = "kohya.safetensors", picture: bool = False, **settings: Any) -> Callable[[], Made]:
     """Core's KSampler, which our loader watches."""
 
     def make() -> Made:
-        graph, links = loaded(lora)
-        if picture:
-            links["latent"] = out(graph.add("TestLatent", seed=3, batch=1))
+        graph, links = with_latent(lora, picture)
         ksampler(graph, links, **settings)
         return graph, links["model"][0]
 
@@ -75,9 +81,7 @@ def by_ksampler(lora: str = "kohya.safetensors", picture: bool = False, **settin
 
 def by_sample(lora: str = "kohya.safetensors", picture: bool = False, **settings: Any) -> Callable[[], Made]:
     def make() -> Made:
-        graph, links = loaded(lora)
-        if picture:
-            links["latent"] = out(graph.add("TestLatent", seed=3, batch=1))
+        graph, links = with_latent(lora, picture)
         return graph, sample(graph, links, **settings)
 
     return make

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..samplers import eps_of, extrapolated, jump
 from .adapter import Average, Learner
 from .adversarial import Adversary, Judged
+from .clock import Clock
 from .families import Base, Condition
 from .generate import predict
 from .objectives import Levels, Objective, Pair
@@ -67,11 +68,18 @@ class Engine:
     """The networks of one run: a frozen base, its adapter, what stands for no prompt, and perhaps an adversary."""
 
     def __init__(
-        self, base: Base, adapter: Learner, objective: Objective, null: Condition, adversary: Adversary | None = None
+        self,
+        base: Base,
+        adapter: Learner,
+        objective: Objective,
+        null: Condition,
+        adversary: Adversary | None = None,
+        clock: Clock | None = None,
     ):
         self.base, self.adapter, self.objective, self.null = base, adapter, objective, null
         self.adversary = adversary
         self.average = Average(adapter, objective.target_decay()) if objective.target_decay() else None
+        self.clock = clock or Clock()
         self.earlier: dict[str, Tensor] = {}  # the adapter's weights that are the teacher's, after the first stage
 
     def step(self, batch: Batch) -> Losses:
@@ -80,17 +88,20 @@ class Engine:
         u, r, s = levels.u, levels.r, levels.s
         x_u = self._on_path(batch, u)
         with torch.no_grad():
-            x_r = self._teacher(x_u, u, r, batch) if self.objective.needs_teacher else self._on_path(batch, r)
-            with self._target_weights():
+            with self.clock.part("teacher"):
+                x_r = self._teacher(x_u, u, r, batch) if self.objective.needs_teacher else self._on_path(batch, r)
+            with self.clock.part("target"), self._target_weights():
                 target = self._target(x_r, r, s, batch.condition)
         # torch before 2.11 keeps autocast's copies of the weights from a block without gradients, and uses them again
         torch.clear_autocast_cache()
-        student = self._jump(x_u, u, s, batch.condition)
-        pair = Pair(x_u, x_r, student, target, levels, schedule, self.base.prediction, batch.progress)
-        distance = self.objective.distance(pair)
+        with self.clock.part("student"):
+            student = self._jump(x_u, u, s, batch.condition)
+            pair = Pair(x_u, x_r, student, target, levels, schedule, self.base.prediction, batch.progress)
+            distance = self.objective.distance(pair)
         if self.adversary is None:
             return Losses(distance)
-        return Losses(distance, *self.adversary.losses(student, target, s, batch.judged, batch.condition))
+        with self.clock.part("discriminator"):
+            return Losses(distance, *self.adversary.losses(student, target, s, batch.judged, batch.condition))
 
     def updated(self, step: int, before: float, after: float) -> None:
         """Take in the weights after update `step` (from 1), which took the run from one share done to another."""

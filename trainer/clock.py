@@ -1,0 +1,58 @@
+"""Where a run's time goes: seconds by the name of the part, measured without making a GPU wait."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Adds up the seconds of named parts, which may not lie in one another.
+
+    On a GPU a part is the time between two events on the stream, read only when `seconds` is asked, so that the host
+    runs on ahead; what the GPU waits for the host in a part counts there too.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._sums: Counter[str] = Counter()
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count this block as part of `name`."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            after = self._now()
+            if self.on_gpu:
+                self._events.append((name, before, after))
+            else:
+                self._sums[name] += after - before
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part since the last reset, and "other": what lies in none of them. Waits for the GPU."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            for name, before, after in self._events:
+                self._sums[name] += before.elapsed_time(after) / 1000
+            self._events.clear()
+        elapsed = time.perf_counter() - self._started
+        return {**self._sums, "other": max(0.0, elapsed - sum(self._sums.values()))}
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

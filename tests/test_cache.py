@@ -11,13 +11,20 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from phased_consistency.samplers import PhaseGrid
-from phased_consistency.trainer.data import PROMPTS, cache, find_pictures, load_picture, read_prompts
+from phased_consistency.trainer.data import PROMPTS, cache, find_pictures, read_prompts, sources, store
+from phased_consistency.trainer.data.folders import load_picture
 from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.generate import generate
 from phased_consistency.trainer.loop import train
 from runs import sha256, small_config
 
 SIDE = 32
+
+
+def small_files(monkeypatch):
+    """Two samples or prompts a file."""
+    for module in (cache, sources, store):
+        monkeypatch.setattr(module, "SHARD", 2)
 
 
 class StubBase:
@@ -145,7 +152,7 @@ def test_broken_pictures_stop_the_run_or_are_left_out_by_name(folder, build):
         build()
     assert "a.png: cannot be read" in str(raised.value) and "b.jpg: cannot be read" in str(raised.value)
     made = build(data__skip_bad="true")
-    assert made.captions == [f"a picture called {n}" for n in ("c.webp", "d.PNG", "more/e.bmp")]
+    assert list(made.captions) == [f"a picture called {n}" for n in ("c.webp", "d.PNG", "more/e.bmp")]
     assert [line.split(":")[0] for line in made.skipped] == ["a.png", "b.jpg"]
 
 
@@ -166,7 +173,7 @@ def test_a_folder_of_broken_pictures_is_refused(folder, build):
 
 def test_a_cached_sample_is_its_picture(folder, build):
     made = build()
-    latent = made.latents([0], torch.Generator())[0]
+    latent = made.latents([0], [torch.Generator()])[0]
     expected = StubBase().encode_images(load_picture(folder / "a.png", SIDE)[0][None])[0][0]
     torch.testing.assert_close(latent, expected, atol=1e-3, rtol=1e-3)
     assert made.encoding([made.captions[0]])["hidden"].item() == len("a picture called a.png")
@@ -204,6 +211,7 @@ def test_nothing_else_makes_a_new_cache(folder, build, tmp_path):
         {"preview__prompts": '["a new prompt"]'},
         {"lora__rank": 2},
         {"base__dtype": "bf16"},
+        {"data__workers": 0},
     ):
         assert build(**changes).folder.name == before, changes
     folder.rename(tmp_path / "moved")
@@ -226,7 +234,7 @@ def test_a_cache_is_made_once(build):
 
 
 def test_a_lost_shard_is_made_again_to_the_bit(build, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 2)
+    small_files(monkeypatch)
     shards = sorted(build().folder.glob("latents-*"))
     hashes = [sha256(s) for s in shards]
     assert len(shards) == 3
@@ -236,7 +244,7 @@ def test_a_lost_shard_is_made_again_to_the_bit(build, monkeypatch):
 
 
 def test_an_interrupted_caching_goes_on(build, monkeypatch, tmp_path):
-    monkeypatch.setattr(cache, "SHARD", 2)
+    small_files(monkeypatch)
     whole = [sha256(s) for s in sorted(build(data__cache=tmp_path / "whole").folder.glob("*"))]
 
     def interrupt(what, done, total):
@@ -247,7 +255,8 @@ def test_an_interrupted_caching_goes_on(build, monkeypatch, tmp_path):
         build(progress=interrupt, data__batch_size=2)
     reports = []
     made = build(progress=lambda *report: reports.append(report), data__batch_size=2)
-    assert reports == [("pictures", 4, 5), ("pictures", 5, 5)], "the first shard and the prompts were there"
+    prompts = [("prompts", done, 6) for done in (2, 4, 6)]
+    assert reports == [("pictures", 4, 5), ("pictures", 5, 5), *prompts], "the first shard was there"
     assert [sha256(s) for s in sorted(made.folder.glob("*"))] == whole
 
 
@@ -255,7 +264,7 @@ def test_a_spread_is_drawn_afresh_at_each_visit(build):
     base = StubBase()
     base.spread = 0.5
     made, generator = build(base), torch.Generator().manual_seed(0)
-    drawn = made.latents([0] * 4000, generator)
+    drawn = made.latents([0] * 4000, [generator] * 4000)
     mean = base.encode_images(torch.stack([torch.ones(SIDE, SIDE), *-torch.ones(2, SIDE, SIDE)])[None])[0][0]
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.05, rtol=0)
     torch.testing.assert_close(drawn.std(0), torch.full_like(mean, 0.5), atol=0.03, rtol=0)
@@ -268,7 +277,7 @@ def test_an_autoencoders_own_mean_and_spread_are_cached(tiny_base, build, folder
     made, generator = build(base), torch.Generator().manual_seed(0)
     with torch.no_grad():
         posterior = vae.encode(load_picture(folder / "a.png", SIDE)[0][None]).latent_dist
-    scale, drawn = vae.config.scaling_factor, made.latents([0] * 2000, generator)
+    scale, drawn = vae.config.scaling_factor, made.latents([0] * 2000, [generator] * 2000)
     torch.testing.assert_close(drawn.mean(0), scale * posterior.mean[0], atol=0.03, rtol=0.01)
     torch.testing.assert_close(drawn.std(0), scale * posterior.std[0], atol=0.01, rtol=0.08)
 
@@ -284,22 +293,22 @@ def test_the_teachers_latents_are_its_pictures(tiny_base, tmp_path):
     )
     config = small_config(tmp_path / "run", data__prompts=tmp_path / "prompts.txt", data__count=5)
     made = cache.build_cache(config, tiny_base, lambda *_: None)
-    assert made.captions == ["a red star", "a blue ring on a white background"] * 2 + ["a red star"]
+    assert list(made.captions) == ["a red star", "a blue ring on a white background"] * 2 + ["a red star"]
 
     batch = [3, 4]
     noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in batch])
     condition = tiny_base.encode_prompts([made.captions[i] for i in batch])
     ticks = PhaseGrid(points=1000, phases=1).plan(config.data.teacher_steps).ticks
     direct = generate(tiny_base, condition, tiny_base.encode_prompts([""]), noise, ticks, config.data.teacher_guidance)
-    assert torch.equal(made.latents(batch, None), direct.half().float())
+    assert torch.equal(made.latents(batch, [None] * 2), direct.half().float())
 
 
 @pytest.mark.parametrize("change", [{"data__teacher_steps": 5}, {"data__teacher_guidance": 2}, {"data__count": 5}])
 def test_how_the_teacher_samples_is_in_the_fingerprint(tmp_path, change):
-    fingerprints = {
-        cache._fingerprint(small_config(tmp_path, **changes), StubBase(), None, ["a", "b"]) for changes in ({}, change)
-    }
-    assert len(fingerprints) == 2
+    contents = [
+        cache._content(small_config(tmp_path, **changes), StubBase(), None, ["a", "b"]) for changes in ({}, change)
+    ]
+    assert contents[0] != contents[1]
 
 
 def test_latents_that_are_not_finite_are_not_cached(tiny_base, tmp_path):

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..samplers import PhaseGrid
+from .data.digits import NAME as DIGITS
 from .objectives import OBJECTIVES, PCM, AnyObjective, Section, known_to
 from .presets import PRESETS
 
@@ -49,14 +52,24 @@ class BaseConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="precision of the frozen weights and the forward pass"
     )
+    quantize: Literal["int8", "fp8"] | None = Field(
+        None, description="weights of the blocks' linear layers in 8 bits, by torchao; the run says what that changes"
+    )
 
 
 class DataConfig(Section):
-    """What the student learns on: a folder of pictures, or only prompts (the teacher then makes the latents)."""
+    """What the student learns on: pictures in a folder or in shards, or only prompts (the teacher then makes the
+    latents)."""
 
     images: str | None = Field(
         None,
-        description="folder of pictures with .txt captions beside them, or digits: drawn ones; none: prompts only",
+        description="folder of pictures with .txt captions beside them or a metadata.jsonl, or digits: drawn ones; "
+        "none, and no shards: prompts only",
+    )
+    shards: tuple[str, ...] = Field(
+        (),
+        description="webdataset tar files or addresses of pictures with captions, such as set-{0000..0012}.tar, "
+        "instead of images",
     )
     prompts: str | None = Field(
         None, description="text file, one prompt a line; default: the list that ships with the pack"
@@ -65,11 +78,44 @@ class DataConfig(Section):
     teacher_steps: int = Field(25, ge=1, le=1000, description="prompts only: DDIM steps for each")
     teacher_guidance: float = Field(7.5, ge=1, description="prompts only: CFG scale for each")
     resolution: int = Field(512, ge=8, description="side of the square pictures in pixels")
+    buckets: bool | tuple[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")], ...] = Field(
+        False,
+        description="keep the pictures' shapes: true for sizes of about resolution^2 from 1:2 to 2:1, or a list such "
+        'as ["768x512", "512x768"], width by height',
+    )
     batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
+    workers: int = Field(
+        min(8, os.cpu_count() or 1), ge=0, description="threads that read pictures while caching; 0: none beside it"
+    )
     cache: str | None = Field(
         None, description="folder of cached latents and embeddings; default: cache/ in the run folder"
     )
-    skip_bad: bool = Field(False, description="leave out unreadable pictures and missing captions instead of stopping")
+    skip_bad: bool = Field(
+        False, description="leave out unreadable pictures and shards and missing captions instead of stopping"
+    )
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.images is not None and self.shards:
+            raise ValueError("data.images and data.shards are both set: set the one that holds the pictures")
+        if self.buckets and (self.images in (None, DIGITS) and not self.shards):
+            raise ValueError(
+                "data.buckets is for pictures in data.images or data.shards: what the teacher makes of prompts, and "
+                "drawn digits, are square. Leave it out"
+            )
+        if self.buckets == ():
+            raise ValueError('data.buckets is an empty list: name sizes such as ["768x512", "512x768"], or say true')
+        return self
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the samples are pictures, and not the teacher's own."""
+        return self.images is not None or bool(self.shards)
 
 
 class LoraConfig(Section):
@@ -108,7 +154,16 @@ class TrainConfig(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal[False, True, "auto"] = Field(
+        False, description="compute blocks again instead of keeping them; auto: as few as fit the device's free memory"
+    )
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="what gradient_checkpointing=auto may fill; default: what is free on the GPU"
+    )
+    offload: bool = Field(
+        False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"
+    )
+    compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
     seed: int = Field(0, ge=0)
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
@@ -127,7 +182,7 @@ class PreviewConfig(Section):
 
 PLACES = (
     *(("base", key) for key in ("path", "tokenizer", "config", "parts")),
-    *(("data", key) for key in ("images", "prompts")),
+    *(("data", key) for key in ("images", "shards", "prompts")),
     ("lora", "init"),
 )
 
@@ -185,16 +240,19 @@ class Config(Section):
 
     def notes(self) -> list[str]:
         """Sentences on where this run may disappoint."""
-        return self.objective.notes(pictures=self.data.images is not None, started=self.lora.init is not None)
+        return self.objective.notes(pictures=self.data.has_pictures, started=self.lora.init is not None)
 
     def what_decides_the_weights(self) -> dict[str, Any]:
         """The settings for the LoRA's header and for `resume`'s check: places on this machine by their last name, and
         without what a run only shows or keeps, which may change between two starts."""
         shown = {"train": {"tensorboard", "save_every", "keep_checkpoints"}, "preview": True}
-        values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache"}, **shown})
+        values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache", "workers"}, **shown})
         for section, key in PLACES:
-            if values[section][key] is not None:
-                values[section][key] = Path(values[section][key]).name
+            place = values[section][key]
+            if isinstance(place, list):
+                values[section][key] = [Path(urlsplit(p).path).name for p in place]  # a query may hold a secret
+            elif place is not None:
+                values[section][key] = Path(place).name
         return values
 
 

@@ -1,188 +1,234 @@
-"""Cached latents and prompt encodings: made once, fingerprinted, packed in shards, read by row.
+"""Cached latents and prompt encodings: made once, fingerprinted, packed in files that `store` reads.
 
-A cache is a folder named by the fingerprint of everything that decides its content. Each shard is written whole or not
+A cache is a folder named by the fingerprint of everything that decides its content. Each file is written whole or not
 at all, so an interrupted caching goes on where it stopped. Latents keep the VAE's mean and standard deviation, so each
-visit of a picture draws a fresh latent; the teacher's own latents have no spread.
+visit of a picture draws a fresh latent; the teacher's own latents have no spread. First come the latents, shared out
+over the processes; then the first process writes the index; then the prompts are encoded, shared out again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ...samplers import PhaseGrid
 from ..checkpoint import write_tensors
-from ..config import Config
-from ..families import Base, bundled_folder
+from ..config import Config, DataConfig
+from ..families import Base
 from ..generate import generate
-from . import Digit, Picture, pictures_of, read_prompts, stop_or_skip
+from .buckets import Buckets, buckets_for
+from .index import count_texts, is_whole, latents_name, pieces_there, texts_of, write_index
+from .reading import ahead, stop_or_skip
+from .sources import Source, open_source, prompts_of
+from .sources import own_prompts as own_prompts
+from .store import FORMAT, INDEX, SHARD, TEXTS, LatentCache, prompts_name
 
-SHARD = 256
 TEACHER = PhaseGrid(points=1000, phases=1)
 # Of the two latents on which a base's reading is tried: the teacher's steps, and a spread that no scaled latents have.
 TRIAL_STEPS, PLAUSIBLE_STD = 10, 4.0
-Pictures = list[Picture] | list[Digit]
 Progress = Callable[[str, int, int], None]
 
 
-class LatentCache:
-    """The cached samples of one run: `captions`, `skipped`, and latents, sizes and encodings by index or prompt."""
+class Share(NamedTuple):
+    """Which part of the work is this process's."""
 
-    def __init__(self, folder: Path, skipped: Iterable[str] = ()):
-        self.folder = folder
-        self.shards = [safe_open(f, "pt") for f in sorted(folder.glob("latents-*.safetensors"))]
-        details = [s.metadata() for s in self.shards]
-        self.captions = [c for d in details for c in json.loads(d["captions"])]
-        self.skipped = [*skipped, *(line for d in details for line in json.loads(d["skipped"]))]
-        self._row = [(i, j) for i, d in enumerate(details) for j in range(len(json.loads(d["captions"])))]
-        self._prompts = safe_open(folder / "prompts.safetensors", "pt")
-        self._prompt_row = {p: i for i, p in enumerate(json.loads(self._prompts.metadata()["prompts"]))}
-        self._keys = list(self._prompts.keys())
-        self._more: dict[str, dict[str, Tensor]] = {}
+    rank: int = 0
+    processes: int = 1
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def latents(self, indices: Iterable[int], generator: torch.Generator) -> Tensor:
-        """(B, C, h, w) latents in fp32, drawn from their posteriors where they have one."""
-        rows = []
-        for index in indices:
-            shard, row = self._row[index]
-            mean = self.shards[shard].get_slice("mean")[row].float()
-            if "std" in self.shards[shard].keys():  # noqa: SIM118 (a safetensors file, not a dict)
-                spread = self.shards[shard].get_slice("std")[row].float()
-                mean = mean + spread * torch.randn(mean.shape, generator=generator)
-            rows.append(mean)
-        return torch.stack(rows)
-
-    def sizes(self, indices: Iterable[int]) -> Tensor:
-        """(B, 6) of each sample: see `load_picture`."""
-        places = (self._row[index] for index in indices)
-        return torch.stack([self.shards[shard].get_slice("sizes")[row] for shard, row in places])
-
-    def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
-        """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
-        return {k: torch.stack([self._encoded(k, p) for p in prompts]).float() for k in self._keys}
-
-    def add_prompts(self, prompts: list[str], encoded: dict[str, Tensor]) -> None:
-        """Know the encodings of prompts that are no sample's (a preview's) too, without writing them down."""
-        self._more |= {p: {k: v[i] for k, v in encoded.items()} for i, p in enumerate(prompts)}
-
-    def _encoded(self, key: str, prompt: str) -> Tensor:
-        if prompt in self._prompt_row:
-            return self._prompts.get_slice(key)[self._prompt_row[prompt]]
-        return self._more[prompt][key]
+    def of(self, numbers: Iterable[int]) -> Iterator[int]:
+        return (number for number in numbers if number % self.processes == self.rank)
 
 
-def build_cache(config: Config, base: Base, progress: Progress) -> LatentCache:
+def build_cache(
+    config: Config,
+    base: Base,
+    progress: Progress,
+    rank: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> LatentCache:
     """Make what is missing of the run's cache and open it.
 
-    progress(what, done, total) is called as it goes. Raises ValueError that lists every unreadable picture and missing
-    caption, unless `data.skip_bad`.
+    progress(what, done, total) is called as it goes. Each process makes its share; wait() returns in each once all have
+    called it. Raises ValueError that lists every unreadable picture and missing caption, unless `data.skip_bad`.
     """
-    data = config.data
-    pictures, skipped = pictures_of(data.images, data.count, data.skip_bad) if data.images else (None, [])
-    prompts = (
-        read_prompts(data.prompts or own_prompts(config.base.path))[: data.count]
-        if pictures is None
-        else sorted({p.caption for p in pictures})
-    )
-    folder = config.cache_folder / _fingerprint(config, base, pictures, prompts)[:16]
+    data, share = config.data, Share(rank, processes)
+    buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
+    if rank > 0:
+        wait()  # for the hashes that the first process takes
+    source = open_source(config, buckets, write=rank == 0) if data.has_pictures else None
+    if rank == 0:
+        wait()
+    prompts = None if source else prompts_of(config)
+    content = _content(config, base, buckets, source.identity if source else prompts)
+    folder = config.cache_folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    _cache_prompts(folder, base, ["", *dict.fromkeys(prompts)], data.batch_size, progress)
-    if pictures is not None:
-        _cache_pictures(folder, base, config, pictures, progress)
+    parts = len(source.parts) if source else -(-data.count // SHARD)
+    there = pieces_there(folder)
+    missing = list(share.of(number for number in range(parts) if not is_whole(there.get(number, {}))))
+    if source:
+        bad = _cache_pictures(folder, base, data, source, buckets or data.resolution, missing, progress)
     else:
-        _cache_teacher_latents(folder, base, config, prompts, progress)
-    cache = LatentCache(folder, skipped)
+        bad = []
+        _cache_teacher_latents(folder, base, config, prompts, missing, progress)
+    wait()
+    _check_whole(folder, parts, bad, source)
+    if rank == 0 and not ((folder / INDEX).is_file() and (folder / TEXTS).is_file()):
+        write_index(folder, buckets, listed=isinstance(data.buckets, tuple))
+    wait()
+    _cache_prompts(folder, base, data.batch_size, share, progress)
+    wait()
+    cache = LatentCache(folder, *((source.skipped, source.notes) if source else ()))
     if not len(cache):
         some = "; ".join(cache.skipped[:10])
-        raise ValueError(f"None of the {len(pictures)} pictures in {data.images} can be used: {some}.")
+        raise ValueError(f"None of {source.name} can be used: {some}.")
     if previews := list(config.preview.prompts):
         cache.add_prompts(previews, _encode(base, previews))
     return cache
 
 
-def own_prompts(base: str) -> str | None:
-    """The prompt file that comes with a bundled tiny base, whose language is not that of the default list."""
-    folder = bundled_folder(base)
-    return str(folder / "prompts.txt") if folder else None
-
-
-def _fingerprint(config: Config, base: Base, pictures: Pictures | None, prompts: list[str]) -> str:
+def _content(config: Config, base: Base, buckets: Buckets | None, identity: list[Any]) -> dict[str, Any]:
+    """What decides a cache. identity: of the pictures, or the prompts of which the teacher makes latents."""
     data = config.data
-    content = {"base": base.base_hash, "encoders": base.encoder_settings}
-    content |= {"resolution": data.resolution, "prompts": prompts}
-    if pictures is None:
+    content = {"format": FORMAT, "base": base.base_hash, "encoders": base.encoder_settings}
+    content |= {"size": buckets or data.resolution, "data": identity}
+    if not data.has_pictures:
         content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "null": base.null}
         content |= {"prediction": base.prediction, "schedule": base.schedule_settings}
         content |= {"count": data.count, "batch": data.batch_size, "dtype": config.base.dtype}
-    else:
-        content["pictures"] = [(p.content(), p.caption) for p in pictures]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content
 
 
-def _cache_prompts(folder: Path, base: Base, prompts: list[str], batch: int, progress: Progress) -> None:
-    path = folder / "prompts.safetensors"
-    if path.is_file():
-        return
-    encodings: list[dict[str, Tensor]] = []
-    for at in range(0, len(prompts), batch):
-        encodings.append(_encode(base, prompts[at : at + batch]))
-        progress("prompts", min(at + batch, len(prompts)), len(prompts))
-    packed = {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}
-    write_tensors(path, packed, {"prompts": json.dumps(prompts)})
+def _check_whole(folder: Path, parts: int, bad: list[str], source: Source | None) -> None:
+    """Raise ValueError for the bad items that kept a piece from being written, and for those of another process."""
+    there = pieces_there(folder)
+    lacking = [number for number in range(parts) if not is_whole(there.get(number, {}))]
+    if lacking:
+        stop_or_skip(bad, False, f"of {source.name} cannot be used")
+        raise ValueError(
+            f"{len(lacking)} of {parts} parts of the cache are not there: another process found pictures that cannot "
+            "be used. Its own message names them."
+        )
 
 
-def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
-    return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}
+@dataclass
+class Piece:
+    """What becomes one file of latents; pictures wait here, by size, until there is a batch of them."""
+
+    base: Base
+    batch: int
+    captions: list[str] = field(default_factory=list)
+    sizes: list[Tensor] = field(default_factory=list)
+    frames: list[tuple[int, ...]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    waiting: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    latents: dict[tuple[int, ...], list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+
+    def add(self, caption: str, pixels: Tensor, sizes: Tensor) -> None:
+        """A picture (3, H, W) with its caption and sizes."""
+        frame = tuple(pixels.shape[1:])
+        self.captions.append(caption)
+        self.sizes.append(sizes)
+        self.frames.append(frame)
+        self.waiting.setdefault(frame, []).append(pixels)
+        if len(self.waiting[frame]) == self.batch:
+            self._encode(frame)
+
+    def _encode(self, frame: tuple[int, ...]) -> None:
+        mean, std = self.base.encode_images(torch.stack(self.waiting.pop(frame)))
+        encoded = mean.half().cpu(), None if std is None else std.half().cpu()
+        self.latents.setdefault(frame, []).append(encoded)
+
+    def write(self, path: Path) -> None:
+        """Encode what still waits and write the file."""
+        for frame in list(self.waiting):
+            self._encode(frame)
+        tensors, shapes = {}, {}
+        for frame in sorted(self.latents):
+            means, stds = zip(*self.latents[frame], strict=True)
+            shapes[frame] = "x".join(map(str, means[0].shape[2:]))
+            tensors[f"mean.{shapes[frame]}"] = torch.cat(means)
+            if stds[0] is not None:
+                tensors[f"std.{shapes[frame]}"] = torch.cat(stds)
+        if self.sizes:
+            order = list(shapes)
+            tensors["sizes"] = torch.stack(self.sizes)
+            tensors["shape"] = torch.tensor([order.index(frame) for frame in self.frames], dtype=torch.int16)
+        write_latents(path, tensors, list(shapes.values()), self.captions, self.bad)
 
 
-def _cache_pictures(folder: Path, base: Base, config: Config, pictures: Pictures, progress: Progress) -> None:
-    data, bad = config.data, []
-    for path, start in _missing_shards(folder, len(pictures)):
-        means, stds, sizes, captions, bad_here = [], [], [], [], []
-        for at in range(start, min(start + SHARD, len(pictures)), data.batch_size):
-            pixels = []
-            for picture in pictures[at : min(at + data.batch_size, start + SHARD)]:
-                try:
-                    picture_pixels, picture_sizes = picture.load(data.resolution)
-                    pixels.append(picture_pixels)
-                    sizes.append(picture_sizes)
-                    captions.append(picture.caption)
-                except ValueError as error:
-                    bad_here.append(f"{picture.name}: {error}")
-            if pixels:
-                mean, std = base.encode_images(torch.stack(pixels))
-                means.append(mean.half().cpu())
-                if std is not None:
-                    stds.append(std.half().cpu())
-            progress("pictures", min(at + data.batch_size, len(pictures)), len(pictures))
-        bad += bad_here
-        if bad_here and not data.skip_bad:
-            continue
-        tensors = {"mean": torch.cat(means), "sizes": torch.stack(sizes)} if means else {}
-        if stds:
-            tensors["std"] = torch.cat(stds)
-        _write_shard(path, tensors, captions, bad_here)
-    stop_or_skip(bad, data.skip_bad, f"of the {len(pictures)} pictures in {data.images} cannot be used")
+def write_latents(
+    path: Path, tensors: dict[str, Tensor], shapes: list[str], captions: list[str], skipped: list[str]
+) -> None:
+    """Write one file of latents. tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes
+    ("64x64"), and for each caption, in order, its row of "sizes" (6) and the number of its "shape"."""
+    facts = {"captions": captions, "shapes": shapes, "skipped": skipped}
+    write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
 
-def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: list[str], progress: Progress) -> None:
+def _cache_pictures(
+    folder: Path,
+    base: Base,
+    data: DataConfig,
+    source: Source,
+    size: int | Buckets,
+    parts: Iterable[int],
+    progress: Progress,
+) -> list[str]:
+    """Encode the pictures of these parts. Returns the bad ones that kept their piece from being written."""
+
+    def load(item):
+        try:
+            return item, item.load(size)
+        except ValueError as error:
+            return item, error
+
+    bad: list[str] = []
+    for number in parts:
+        part, there, seen = source.parts[number], pieces_there(folder).get(number, {}), 0
+        items = iter(part.items())
+        item, index = next(items, None), 0
+        while item is not None:
+            chunk, piece = chain([item], islice(items, SHARD - 1)), Piece(base, data.batch_size)
+            # a stream can only be gone through, but the pictures of a piece that is there are not looked at
+            for item, loaded in ahead(load, chunk, data.workers) if index not in there else zip(chunk, repeat(None)):
+                seen += 1
+                if isinstance(loaded, ValueError):
+                    piece.bad.append(f"{item.name}: {loaded}")
+                elif loaded:
+                    piece.add(item.caption, *loaded)
+                if loaded and seen % data.batch_size == 0:
+                    progress(source.what, part.start + min(seen, part.length), source.total)
+            item = next(items, None)
+            bad += [] if data.skip_bad else piece.bad
+            if index not in there and (data.skip_bad or not piece.bad):
+                piece.write(folder / latents_name(number, index, last=item is None))
+            index += 1
+        if seen % data.batch_size:
+            progress(source.what, part.start + part.length, source.total)
+    return bad
+
+
+def _cache_teacher_latents(
+    folder: Path, base: Base, config: Config, prompts: list[str], parts: Iterable[int], progress: Progress
+) -> None:
     """The teacher's own pictures: DDIM with guidance from noise that depends only on the sample's number."""
     data = config.data
     null = base.null_condition(base.encode_prompts([""]))
     ticks = TEACHER.plan(data.teacher_steps).ticks
     shape, side = base.latent_shape(data.resolution), data.resolution
     _check_reading(base, prompts[:2], shape)
-    for path, start in _missing_shards(folder, data.count):
-        end = min(start + SHARD, data.count)
+    name = "x".join(map(str, shape[1:]))
+    for part in parts:
+        start, end = part * SHARD, min((part + 1) * SHARD, data.count)
         captions = [prompts[i % len(prompts)] for i in range(start, end)]
         latents = []
         for at in range(start, end, data.batch_size):
@@ -196,7 +242,9 @@ def _cache_teacher_latents(folder: Path, base: Base, config: Config, prompts: li
             latents.append(x.half().cpu())
             progress("teacher's latents", numbers[-1] + 1, data.count)
         sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(len(captions), 1)
-        _write_shard(path, {"mean": torch.cat(latents), "sizes": sizes}, captions, [])
+        tensors = {f"mean.{name}": torch.cat(latents), "sizes": sizes}
+        tensors["shape"] = torch.zeros(len(captions), dtype=torch.int16)
+        write_latents(folder / latents_name(part, 0, last=True), tensors, [name], captions, [])
 
 
 @torch.no_grad()
@@ -217,12 +265,20 @@ def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) 
         base.check_prediction(x0, condition)
 
 
-def _missing_shards(folder: Path, count: int) -> Iterable[tuple[Path, int]]:
-    for start in range(0, count, SHARD):
-        path = folder / f"latents-{start // SHARD:05d}.safetensors"
-        if not path.is_file():
-            yield path, start
+def _cache_prompts(folder: Path, base: Base, batch: int, share: Share, progress: Progress) -> None:
+    total = count_texts(folder)
+    for number in share.of(range(-(-total // SHARD))):
+        path = folder / prompts_name(number)
+        if path.is_file():
+            continue
+        start = number * SHARD
+        prompts = list(texts_of(folder, start, min(start + SHARD, total)))
+        encodings: list[dict[str, Tensor]] = []
+        for at in range(0, len(prompts), batch):
+            encodings.append(_encode(base, prompts[at : at + batch]))
+            progress("prompts", start + min(at + batch, len(prompts)), total)
+        write_tensors(path, {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}, {})
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], captions: list[str], skipped: list[str]) -> None:
-    write_tensors(path, tensors, {"captions": json.dumps(captions), "skipped": json.dumps(skipped)})
+def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
+    return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}

@@ -1,0 +1,106 @@
+"""What is written of a cache once its latents are there: where each sample is, and every prompt once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import write_tensors
+from .buckets import Buckets, bucket_notes
+from .store import INDEX, TEXTS, hash_of, open_file
+
+
+def latents_name(part: int, piece: int, last: bool) -> str:
+    """File of a piece of a part of the data; the last of a part says so, which shows whether all are there."""
+    return f"latents-{part:05d}-{piece:05d}{'-last' * last}.safetensors"
+
+
+def pieces_there(folder: Path) -> dict[int, dict[int, bool]]:
+    """By part and piece the latents' files in a folder, and whether each is its part's last."""
+    found: dict[int, dict[int, bool]] = {}
+    for file in folder.glob("latents-*.safetensors"):
+        _, part, piece, *last = file.stem.split("-")
+        found.setdefault(int(part), {})[int(piece)] = bool(last)
+    return found
+
+
+def is_whole(pieces: dict[int, bool]) -> bool:
+    """Whether these pieces are all of a part."""
+    last = [piece for piece, is_last in pieces.items() if is_last]
+    return bool(last) and all(piece in pieces for piece in range(last[0]))
+
+
+def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
+    """Write the index and the texts of a folder whose latents are all there.
+
+    buckets: those that were used, if any; listed: whether the user named them. Raises ValueError for a listed bucket
+    that no picture went to.
+    """
+    files = sorted(file.name for file in folder.glob("latents-*.safetensors"))
+    shapes: dict[str, int] = {}
+    prompts: dict[str, int] = {"": 0}
+    counts, columns, skipped, spread = [0], {"shape": [], "row": [], "prompt": [], "sizes": []}, [], False
+    for name in files:
+        with open_file(folder / name) as file:
+            facts = file.metadata()
+            captions, own = json.loads(facts["captions"]), json.loads(facts["shapes"])
+            skipped += json.loads(facts["skipped"])
+            counts.append(len(captions))
+            if captions:
+                shape = file.get_tensor("shape")
+                columns["sizes"].append(file.get_tensor("sizes"))
+                spread = spread or any(key.startswith("std") for key in file.keys())  # noqa: SIM118 (no dict)
+                columns["row"].append(_rows(shape))
+                columns["shape"].append(np.array([shapes.setdefault(s, len(shapes)) for s in own], np.int16)[shape])
+                numbers = (prompts.setdefault(caption, len(prompts)) for caption in captions)
+                columns["prompt"].append(np.fromiter(numbers, np.int32, len(captions)))
+    table = {key: np.concatenate(c) if c else np.zeros(0, np.int32) for key, c in columns.items()}
+    sizes = table.pop("sizes")
+    if listed and len(sizes):
+        buckets.check_filled(sizes[:, 1] / sizes[:, 0])
+    notes = bucket_notes(sizes) if buckets and len(sizes) else []
+    facts = {"files": files, "shapes": list(shapes), "skipped": skipped, "notes": notes}
+    facts = {key: json.dumps(value) for key, value in facts.items()} | {"spread": "yes" if spread else "no"}
+    _write_texts(folder / TEXTS, prompts)
+    _write(folder / INDEX, table | {"first": np.cumsum(counts)[:-1] if files else np.zeros(0, np.int64)}, facts)
+
+
+def _rows(shape: np.ndarray) -> np.ndarray:
+    """The row of each sample among those of its own shape."""
+    rows = np.empty(len(shape), np.int16)
+    for number in np.unique(shape):
+        mine = shape == number
+        rows[mine] = np.arange(mine.sum())
+    return rows
+
+
+def _write_texts(path: Path, prompts: Iterable[str]) -> None:
+    texts = [prompt.encode() for prompt in prompts]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    hashes = np.fromiter((hash_of(prompt) for prompt in prompts), np.int64, len(texts))
+    order = np.argsort(hashes, kind="stable")
+    text = np.frombuffer(b"".join(texts) or b"\0", np.uint8)
+    table = {"text": text, "offset": offsets, "hash": hashes[order], "number": order.astype(np.int32)}
+    _write(path, table, {})
+
+
+def _write(path: Path, table: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+    write_tensors(path, {key: torch.from_numpy(np.array(column)) for key, column in table.items()}, facts)
+
+
+def texts_of(folder: Path, start: int, end: int) -> Iterator[str]:
+    """The prompts of a cache with these numbers."""
+    with open_file(folder / TEXTS) as file:
+        offsets = file.get_slice("offset")[start : end + 1].tolist()
+        text = file.get_slice("text")[offsets[0] : offsets[-1]].tobytes()
+    return (text[a - offsets[0] : b - offsets[0]].decode() for a, b in zip(offsets, offsets[1:], strict=False))
+
+
+def count_texts(folder: Path) -> int:
+    """How many prompts a cache has."""
+    with open_file(folder / TEXTS) as file:
+        return file.get_slice("number").get_shape()[0]

@@ -1,0 +1,89 @@
+"""Many files at once: work done ahead in threads, hashes that are remembered, and what is said of bad items."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from ..checkpoint import write_text
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+# How many items each thread may be ahead of who takes the results.
+AHEAD = 2
+BLOCK = 1 << 20
+# A file written so shortly before its hash was taken may change again without a later time (in ns).
+RACY = 2_000_000_000
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """work(item) of each item in their order, done by so many threads; 0: done here, one after the other.
+
+    Items are taken and results held only as far ahead as keeps the threads busy.
+    """
+    if workers == 0:
+        yield from map(work, items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(work, item) for item in islice(items, AHEAD * workers))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(work, item) for item in islice(items, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True) -> list[str]:
+    """SHA-256 of each file. `known` remembers them, so that a file of the same path, size and time is not read again.
+
+    write: whether to bring `known` up to date. Raises OSError for a file that cannot be read.
+    """
+    try:
+        seen = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: it only saves time
+        seen = {}
+    now, kept = time.time_ns(), {}
+
+    def hash_of(file: Path) -> str:
+        path, stat = str(file.resolve()), file.stat()
+        entry = seen.get(path)
+        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+            entry = [stat.st_size, stat.st_mtime_ns, content_hash(file)]
+        if now - stat.st_mtime_ns > RACY:
+            kept[path] = entry
+        return entry[2]
+
+    hashes = list(ahead(hash_of, files, workers))
+    if write and not kept.items() <= seen.items():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, json.dumps(dict(sorted((seen | kept).items()))))
+    return hashes
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
+    """Raise ValueError that names the bad items, unless they may be skipped."""
+    if bad and not skip_bad:
+        more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
+        shown = "".join(f"  {line}\n" for line in bad[:10] + more)
+        raise ValueError(
+            f"{len(bad)} {what}:\n{shown}Mend or remove them, or set data.skip_bad=true to leave them out."
+        )

@@ -1,0 +1,207 @@
+"""webdataset shards: tar files here or far away, streamed by webdataset's own readers, never whole in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, url2pathname, urlopen
+
+from torch import Tensor
+from webdataset import tariterators
+from webdataset.gopen import gopen, gopen_schemes
+from webdataset.shardlists import expand_urls
+
+from .buckets import Buckets
+from .folders import PICTURES, load_picture
+
+KINDS = tuple(suffix[1:] for suffix in PICTURES)
+# What webdataset opens by running a program with the address as its argument; "pipe" would run the address itself.
+REMOTE = sorted(gopen_schemes.keys() - {"__default__", "pipe"})
+BLOCK = 512  # bytes of tar's blocks; two of zeros end an archive
+PATIENCE = 30  # seconds for a server's answer
+GONE = (404, 410)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of a shard, still as its file's bytes, and its caption; problem: why it is none."""
+
+    name: str
+    caption: str = ""
+    data: bytes = b""
+    problem: str = ""
+
+    def load(self, size: int | Buckets) -> tuple[Tensor, Tensor]:
+        """See `load_picture`."""
+        if self.problem:
+            raise ValueError(self.problem)
+        return load_picture(BytesIO(self.data), size)
+
+
+def list_shards(given: Iterable[str]) -> list[str]:
+    """The shards that `data.shards` names, by webdataset's brace expansion: "set-{0000..0012}.tar" are thirteen.
+
+    Raises ValueError for an address that is not read, for a pattern that cannot be expanded, and for one named twice.
+    """
+    shards: list[str] = []
+    for pattern in given:
+        _check_scheme(pattern)
+        try:
+            shards += expand_urls(pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"data.shards = {pattern!r} cannot be expanded ({error}). Write it like set-{{0000..0012}}.tar."
+            ) from error
+    for shard in shards:
+        _check_scheme(shard)
+    twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
+    if twice:
+        raise ValueError(f"data.shards names {twice[0]} more than once. Name every shard once.")
+    return shards
+
+
+def _check_scheme(shard: str) -> None:
+    scheme = _scheme(shard)
+    if scheme == "pipe":
+        raise ValueError(
+            f"data.shards = {shard!r} would run a command, and a configuration runs none. Name files or addresses; "
+            "for what only a command can fetch, fetch it first."
+        )
+    if scheme and scheme not in REMOTE:
+        raise ValueError(f"data.shards = {shard!r}: {scheme}: is not read; files and {', '.join(REMOTE)} are.")
+
+
+def _scheme(shard: str) -> str:
+    """An address's scheme, "" for a file."""
+    scheme = urlsplit(shard).scheme
+    return "" if scheme == "file" or len(scheme) == 1 else scheme  # a letter is a drive
+
+
+def local_path(shard: str) -> Path | None:
+    """The file, or None for a shard that is elsewhere."""
+    if _scheme(shard):
+        return None
+    return Path(url2pathname(urlsplit(shard).path)) if shard.startswith("file:") else Path(shard)
+
+
+def shown(shard: str) -> str:
+    """A shard's name for people and headers: without its place, and without what an address carries of a key."""
+    return urlsplit(shard).path.rsplit("/", 1)[-1] if _scheme(shard) else local_path(shard).name
+
+
+def remote_identity(shard: str) -> tuple[str, str]:
+    """What tells this copy of a remote shard from another, without reading it; what is wrong with it, or "".
+
+    It is what the server says: ETag, or length and date; "" where it says none of them.
+    """
+    if not _scheme(shard).startswith("http"):
+        return "", ""
+    try:
+        with urlopen(Request(shard, method="HEAD"), timeout=PATIENCE) as answer:
+            told = answer.headers
+    except HTTPError as error:
+        # others (403, 405) may mean that only this question is not answered
+        return "", f"the server answers {error.code} {error.reason}" if error.code in GONE else ""
+    except OSError as error:
+        return "", f"cannot be reached ({getattr(error, 'reason', error)})"
+    etag, length, date = (told.get(key) for key in ("ETag", "Content-Length", "Last-Modified"))
+    return etag or (f"{length} {date or ''}".strip() if length else ""), ""
+
+
+def read_shard(shard: str) -> Iterator[Sample]:
+    """The samples of a shard in its order, one in memory at a time. What is wrong is a sample with a `problem`: one
+    without a picture or a caption, and a last one where the shard is missing or ends early."""
+    name, read = shown(shard), 0
+    try:
+        path = local_path(shard)
+        stream = _Watched(gopen(shard) if path is None else path.open("rb"))
+        files = tariterators.tar_file_expander([{"url": shard, "stream": stream}], select_files=_is_wanted)
+        samples = tariterators.group_by_keys(files)
+    except Exception as error:  # each of webdataset's openers fails in its own way
+        yield Sample(name, problem=f"cannot be opened ({_words(error)}). {_ADVICE}")
+        return
+    try:
+        while (found := _next(samples)) is not None:
+            if isinstance(found, str):
+                with suppress(Exception):
+                    stream.close()
+                yield _ended(name, read, found)
+                return
+            read += 1
+            yield _sample(f"{name}/{found['__key__']}", found)
+        problem = stream.ended()
+        if problem or not read:
+            yield _ended(name, read, problem) if problem else Sample(name, problem="holds no pictures")
+    finally:
+        with suppress(Exception):
+            stream.close()
+
+
+_ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
+
+
+def _ended(name: str, read: int, why: str) -> Sample:
+    return Sample(name, problem=f"ends early, after {read} sample{'s' * (read != 1)} ({why}). {_ADVICE}")
+
+
+def _next(samples: Iterator[dict]) -> dict | str | None:
+    """The next sample, what went wrong instead, or None at the end."""
+    try:
+        return next(samples, None)
+    except Exception as error:  # tar, its compressions and the programs that fetch fail in their own ways
+        return _words(error)
+
+
+def _words(error: Exception) -> str:
+    """An error's first argument, without what webdataset adds to it."""
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error))
+
+
+def _is_wanted(file: str) -> bool:
+    return (tariterators.base_plus_ext(file)[1] or "").lower() in (*KINDS, "txt", "json")
+
+
+def _sample(name: str, found: dict) -> Sample:
+    kinds = [kind for kind in KINDS if kind in found]
+    if len(kinds) != 1:
+        return Sample(name, problem=f"several pictures ({', '.join(kinds)})" if kinds else "no picture")
+    try:
+        caption = found["txt"].decode("utf-8-sig") if "txt" in found else json.loads(found["json"])["caption"]
+    except (KeyError, TypeError):
+        return Sample(name, problem='no caption (.txt, or "caption" in .json)')
+    except ValueError:
+        return Sample(name, problem=f"not UTF-8{'' if 'txt' in found else ' or not JSON'}: its caption")
+    if not isinstance(caption, str) or not caption.strip():
+        return Sample(name, problem="empty caption")
+    return Sample(name, caption.strip(), found[kinds[0]])
+
+
+class _Watched:
+    """A stream with its first and its last block kept: tarfile takes an archive that is cut between files for whole."""
+
+    def __init__(self, stream):
+        self.stream, self.first, self.last = stream, b"", b""
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.first = (self.first + data[:BLOCK])[:BLOCK]
+        self.last = (self.last + data[-BLOCK:])[-BLOCK:]
+        return data
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def ended(self) -> str:
+        """What is wrong with how the stream ended, or ""."""
+        try:
+            self.close()
+        except Exception as error:  # the program that fetched it says only now how it went
+            return _words(error)
+        plain = self.first[257:262] == b"ustar"  # a compressed one has checks of its own
+        return "no end of the archive" if plain and self.last.strip(b"\0") else ""

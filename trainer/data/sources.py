@@ -1,0 +1,102 @@
+"""Where a run's samples come from, and what identifies them: a folder, drawn digits, webdataset shards, or prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import Config
+from ..families import bundled_folder
+from . import pictures_of, read_prompts
+from .buckets import Buckets
+from .digits import Digit
+from .folders import Picture, aspect_of
+from .reading import ahead, file_hashes, stop_or_skip
+from .shards import Sample, list_shards, local_path, read_shard, remote_identity, shown
+from .store import SHARD
+
+# In the folder of caches: the hashes of files that were read before.
+HASHES = "hashes.json"
+
+
+class Part(NamedTuple):
+    """A share of the data that is cached by itself: its pictures, and what progress counts of it, from `start` on."""
+
+    items: Callable[[], Iterable[Picture | Digit | Sample]]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures to be cached. what: they are counted in; name: of all together, for messages; identity: what decides
+    them; skipped, notes: what is known already that is to be said."""
+
+    what: str
+    name: str
+    parts: Sequence[Part]
+    identity: list[Any]
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.parts[-1].start + self.parts[-1].length
+
+
+def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
+    """What `data.images` or `data.shards` names. write: whether to remember the files' hashes.
+
+    Raises ValueError for what is missing, bad captions (both unless `data.skip_bad`) and listed buckets that none of a
+    folder's pictures fits.
+    """
+    data, known = config.data, config.cache_folder / HASHES
+    if data.shards:
+        return _shards(list_shards(data.shards), known, data.workers, data.skip_bad, write)
+    pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
+    files = [p.path for p in pictures if isinstance(p, Picture)]
+    if isinstance(data.buckets, tuple):
+        buckets.check_filled(aspect for aspect in ahead(aspect_of, files, data.workers) if aspect)
+    contents = file_hashes(files, known, data.workers, write) if files else map(repr, pictures)
+    identity = [(content, p.caption) for content, p in zip(contents, pictures, strict=True)]
+    shares = [pictures[at : at + SHARD] for at in range(0, len(pictures), SHARD)]
+    parts = [Part(partial(iter, share), number * SHARD, len(share)) for number, share in enumerate(shares)]
+    name = f"the {len(pictures)} pictures in {data.images}"
+    return Source("pictures", name, parts, identity, skipped)
+
+
+def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write: bool) -> Source:
+    paths = {shard: path for shard in shards if (path := local_path(shard))}
+    here = {shard: path for shard, path in paths.items() if path.is_file()}
+    hashes = dict(zip(here, file_hashes(list(here.values()), known, workers, write), strict=True))
+    remote = [shard for shard in shards if shard not in paths]
+    answers = dict(zip(remote, ahead(remote_identity, remote, workers), strict=True))
+    bad = [f"{shard}: no such file" for shard in paths if shard not in here]
+    bad += [f"{shown(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
+    stop_or_skip(bad, skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
+    good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
+    if not good:
+        raise ValueError(f"None of the {len(shards)} shards in data.shards can be read: {'; '.join(bad[:10])}.")
+    identity = [(shown(s), hashes[s]) if s in here else (s, answers[s][0]) for s in good]
+    silent = sum(not answers[shard][0] for shard in good if shard in answers)
+    notes = [
+        f"{silent} of the {len(shards)} shards are known by their addresses alone, as their servers tell no ETag or "
+        "length: if one changes under its address, delete the cache"
+    ]
+    parts = [Part(partial(read_shard, shard), at, 1) for at, shard in enumerate(good)]
+    name = f"the samples of the {len(good)} shards in data.shards"
+    return Source("shards", name, parts, identity, bad, notes if silent else [])
+
+
+def prompts_of(config: Config) -> list[str]:
+    """The prompts that the teacher makes latents of."""
+    return read_prompts(config.data.prompts or own_prompts(config.base.path))[: config.data.count]
+
+
+def own_prompts(base: str) -> str | None:
+    """The prompt file that comes with a bundled tiny base, whose language is not that of the default list."""
+    folder = bundled_folder(base)
+    return str(folder / "prompts.txt") if folder else None

@@ -1,0 +1,182 @@
+"""Reading a finished cache: nothing is held in memory but a few numbers for each sample.
+
+Files of a cache, all safetensors: `latents-<part>-<piece>` with up to `SHARD` samples each, `prompts-<number>` with the
+encodings of up to `SHARD` prompts, `texts` with the prompts themselves, and `index`, which says where each sample is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
+FORMAT = 2
+SHARD = 256
+INDEX, TEXTS = "index.safetensors", "texts.safetensors"
+# How many files of a cache are kept open; each is mapped into memory.
+OPEN = 64
+
+
+class LatentCache:
+    """The cached samples of one run: `captions`, `skipped`, and latents, sizes and encodings by index or prompt.
+
+    skipped: a line for each item left out. notes: sentences on what was done to the others. Reads are safe from
+    several threads. Raises ValueError for a file that is damaged.
+    """
+
+    def __init__(self, folder: Path, skipped: Iterable[str] = (), notes: Iterable[str] = ()):
+        self.folder = folder
+        self._open = OpenFiles(folder)
+        with open_file(folder / INDEX) as index:
+            facts = index.metadata()
+            self._first, self._shape, self._row, self._prompt = (
+                index.get_tensor(key) for key in ("first", "shape", "row", "prompt")
+            )
+        self._files: list[str] = json.loads(facts["files"])
+        self._shapes: list[str] = json.loads(facts["shapes"])
+        self._spread = facts["spread"] == "yes"
+        self.skipped = [*skipped, *json.loads(facts["skipped"])]
+        self.notes = [*notes, *json.loads(facts["notes"])]
+        self.prompts = Texts(folder)
+        self.captions = Captions(self.prompts, self._prompt)
+        self._more: dict[str, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @cached_property
+    def buckets(self) -> list[NDArray]:
+        """Sample numbers of each latent shape."""
+        found = [np.flatnonzero(self._shape == shape).astype(np.int32) for shape in range(len(self._shapes))]
+        return [numbers for numbers in found if len(numbers)]
+
+    def latents(self, indices: Iterable[int], generators: Iterable[torch.Generator]) -> Tensor:
+        """(B, C, h, w) latents of one shape in fp32, each drawn from its posterior by its own generator where the
+        posterior has a spread."""
+        rows = []
+        for index, generator in zip(indices, generators, strict=True):
+            file, shape, row = self._file(index), self._shapes[self._shape[index]], int(self._row[index])
+            latent = torch.from_numpy(file.get_slice(f"mean.{shape}")[row]).float()
+            if self._spread:
+                spread = torch.from_numpy(file.get_slice(f"std.{shape}")[row]).float()
+                latent = latent + spread * torch.randn(latent.shape, generator=generator)
+            rows.append(latent)
+        return torch.stack(rows)
+
+    def sizes(self, indices: Iterable[int]) -> Tensor:
+        """(B, 6) of each sample: see `load_picture`."""
+        rows = [self._file(index).get_slice("sizes")[int(index - self._first[self._shard(index)])] for index in indices]
+        return torch.from_numpy(np.stack(rows))
+
+    def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
+        rows = [self._encoded(prompt) for prompt in prompts]
+        return {key: torch.stack([row[key] for row in rows]).float() for key in rows[0]}
+
+    def add_prompts(self, prompts: list[str], encoded: dict[str, Tensor]) -> None:
+        """Know the encodings of prompts that are no sample's (a preview's) too, without writing them down."""
+        self._more |= {p: {k: v[i] for k, v in encoded.items()} for i, p in enumerate(prompts)}
+
+    def _encoded(self, prompt: str) -> dict[str, Tensor]:
+        number = self.prompts.find(prompt)
+        if number is None:
+            return self._more[prompt]
+        shard, row = divmod(number, SHARD)
+        file = self._open.get(prompts_name(shard))
+        return {key: torch.from_numpy(file.get_slice(key)[row]) for key in file.keys()}  # noqa: SIM118 (no dict)
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def _file(self, index: int):
+        return self._open.get(self._files[self._shard(index)])
+
+
+class Texts(Sequence):
+    """The prompts of a cache, each once, in the order in which they first came; the empty one is the first.
+
+    They stay on disk, and so do no pages of theirs in memory: the file is opened for each.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / TEXTS
+        with open_file(self._path) as file:
+            self._hashes, self._numbers = file.get_tensor("hash"), file.get_tensor("number")
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __getitem__(self, number: int) -> str:
+        number = range(len(self))[number]
+        with open_file(self._path) as file:
+            start, end = file.get_slice("offset")[number : number + 2].tolist()
+            return file.get_slice("text")[start:end].tobytes().decode()
+
+    def find(self, text: str) -> int | None:
+        """The number of a prompt, or None."""
+        at = int(np.searchsorted(self._hashes, hash_of(text)))
+        while at < len(self) and self._hashes[at] == hash_of(text):
+            number = int(self._numbers[at])
+            if self[number] == text:
+                return number
+            at += 1
+        return None
+
+
+class Captions(Sequence):
+    """Each sample's caption."""
+
+    def __init__(self, prompts: Texts, numbers: NDArray):
+        self._prompts, self._numbers = prompts, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> str:
+        return self._prompts[int(self._numbers[index])]
+
+
+class OpenFiles:
+    """safetensors files of a folder, of which the last used stay open."""
+
+    def __init__(self, folder: Path, most: int = OPEN):
+        self.folder, self.most = folder, most
+        self._files: dict[str, safe_open] = {}
+        self._lock = Lock()
+
+    def get(self, name: str) -> safe_open:
+        """A file by name, open for as long as the caller holds it."""
+        with self._lock:
+            file = self._files.pop(name, None) or open_file(self.folder / name)
+            self._files[name] = file  # to the end, the last used
+            if len(self._files) > self.most:
+                del self._files[next(iter(self._files))]
+            return file
+
+
+def open_file(path: Path) -> safe_open:
+    """A cache's file, its tensors as numpy arrays of their own. Raises ValueError for a damaged one."""
+    try:
+        return safe_open(path, "np")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it: the same command makes it again.") from error
+
+
+def prompts_name(number: int) -> str:
+    """File of the prompts number * SHARD and on."""
+    return f"prompts-{number:05d}.safetensors"
+
+
+def hash_of(text: str) -> int:
+    """A signed 64-bit hash, the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -72,7 +72,7 @@ class VPSchedule(Schedule):
             )
         self.ticks = len(bar)
         bar = torch.cat([torch.ones(1, dtype=torch.float64), bar])
-        self._alpha, self._sigma = bar.sqrt(), (1 - bar).sqrt()
+        self._alpha, self._sigma = _Table(bar.sqrt()), _Table((1 - bar).sqrt())
         finite = bar.clamp(min=TERMINAL_ALPHA_BAR)
         self._k_sigma = ((1 - finite) / finite).sqrt()
 
@@ -108,10 +108,10 @@ class VPSchedule(Schedule):
         return cls(1 / (1 + k**2))
 
     def alpha(self, tick: int | float | Tensor) -> Tensor:
-        return _lookup(self._alpha, tick)
+        return self._alpha.at(tick)
 
     def sigma(self, tick: int | float | Tensor) -> Tensor:
-        return _lookup(self._sigma, tick)
+        return self._sigma.at(tick)
 
     def network_time(self, tick: int | float | Tensor) -> Tensor:
         return torch.as_tensor(tick).float() - 1
@@ -181,13 +181,26 @@ def _double(level: float | Tensor) -> Tensor:
     return (level if level.device.type == "cuda" else level.cpu()).double()
 
 
-def _lookup(table: Tensor, tick: int | float | Tensor) -> Tensor:
-    n = torch.as_tensor(tick)
-    if n.is_floating_point() and (n != n.round()).any():
-        raise ValueError(
-            f"alpha and sigma exist at whole ticks only; got {n.tolist()}. Use k_sigma for levels between."
-        )
-    return table.float().to(n.device)[n.long()]
+class _Table:
+    """A float64 row by whole ticks, read in float32 on the device where they are; moved there once."""
+
+    def __init__(self, row: Tensor):
+        self.rows = {torch.device("cpu"): row.float()}
+
+    def at(self, tick: int | float | Tensor) -> Tensor:
+        n = torch.as_tensor(tick)
+        if n.is_floating_point() and (n != n.round()).any():
+            raise ValueError(
+                f"alpha and sigma exist at whole ticks only; got {n.tolist()}. Use k_sigma for levels between."
+            )
+        if n.device not in self.rows:
+            self.rows[n.device] = self.rows[torch.device("cpu")].to(n.device)
+        return self.rows[n.device][n.long()]
+
+
+def _seen(condition: Tensor) -> bool:
+    """Whether a condition holds anywhere; levels on a GPU are not looked at, since every step would wait for it."""
+    return condition.device.type == "cpu" and bool(condition.any())
 
 
 def _columns(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -231,12 +244,12 @@ def renoise(x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, alpha_to: Te
     q(x_to | x) is normal with mean alpha_to / alpha * x and variance sigma_to^2 - (alpha_to / alpha * sigma)^2: exact
     for VP and for flow, so that x at its level's marginal gives x_to at its own (arXiv 2107.00630, App. A.1).
     x, noise: (B, ...), noise standard normal. The levels: () or (B,), in any one convention; alpha_to may be 0.
-    Raises ValueError when a target level is the cleaner one: noise cannot be taken out this way.
+    Raises ValueError when a target level is the cleaner one (see `_seen`): noise cannot be taken out this way.
     """
     a, s, a_to, s_to = (_columns(torch.as_tensor(c), x) for c in (alpha, sigma, alpha_to, sigma_to))
     ratio = a_to / a.clamp(min=torch.finfo(torch.float32).tiny)  # from pure noise to pure noise: all of it fresh
     kept = ratio * s
-    if (kept > s_to * (1 + 1e-4)).any():
+    if _seen(kept > s_to * (1 + 1e-4)):
         raise ValueError(
             f"renoise goes up in noise only; got sigma / alpha from {(s / a).flatten().tolist()} "
             f"to {(s_to / a_to).flatten().tolist()}. Use jump to go down."
@@ -253,7 +266,8 @@ def x0_eps_from_output(
     output, x: (B, ...). alpha, sigma: () or (B,). prediction: "epsilon", "v_prediction" (v = alpha * eps - sigma * x0,
     arXiv 2202.00512) or "flow" (v = eps - x0). min_alpha: eps-prediction divides by max(alpha, min_alpha), PCM's clamp
     for one-step models (arXiv 2405.18407, Eq. 39); 0 for none. Raises ValueError for another prediction, for
-    "epsilon" where alpha is 0 (the output of an eps-network holds no x0 there), and for a clamp without "epsilon".
+    "epsilon" where alpha is 0 (the output of an eps-network holds no x0 there; see `_seen`), and for a clamp without
+    "epsilon".
     """
     a, s = _columns(alpha, x), _columns(sigma, x)
     output, x = output.float(), x.float()
@@ -263,7 +277,7 @@ def x0_eps_from_output(
             "Set min_alpha to 0."
         )
     if prediction == "epsilon":
-        if (a == 0).any():
+        if _seen(a == 0):
             raise ValueError("eps-prediction has no x0 where alpha is 0: a zero-terminal-SNR model must predict v.")
         return (x - s * output) / a.clamp(min=min_alpha), output
     if prediction == "v_prediction":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config import Config, load_config
+from phased_consistency.trainer.loop import Reporter
 
 TINY = "tiny-sd15"
 SMALL = {
@@ -39,6 +40,19 @@ def settings(output: Path, **changes) -> list[str]:
 
 def small_config(output: Path, **changes) -> Config:
     return load_config(overrides=settings(output, **changes))
+
+
+class Notes(Reporter):
+    """Keeps what a run says, and the updates that it shows."""
+
+    def __init__(self):
+        self.said, self.steps = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def update(self, status):
+        self.steps.append(status.step)
 
 
 def start_pcm(*args, cwd: Path | None = None) -> subprocess.Popen:

@@ -39,7 +39,7 @@ def test_a_run_goes_on_to_the_same_bytes(objective, cache, tmp_path):
     whole = train(small_config(tmp_path / "whole", **settings))
     stopped = Run(small_config(tmp_path / "stopped", **settings), Reporter())
     for _ in range(4):
-        stopped._update()
+        stopped.update()
     stopped._save(export_too=False)
     assert sha256(train(stopped.config)) == sha256(whole)
 
@@ -47,7 +47,7 @@ def test_a_run_goes_on_to_the_same_bytes(objective, cache, tmp_path):
 def test_the_target_is_made_with_the_averaged_weights(cache, tmp_path):
     run = Run(small_config(tmp_path, data__cache=cache, objective__name="lcm", objective__target_ema=0.99), Reporter())
     for _ in range(2):  # the average starts as the first update leaves the weights
-        run._update()
+        run.update()
     engine, batch = run.engine, run.batches.at(7)[1]
     moved = engine.step(batch).distance
     engine.average.weights = {n: torch.zeros_like(w) for n, w in run.adapter.named_parameters().items()}
@@ -62,11 +62,11 @@ def test_the_target_is_made_with_the_averaged_weights(cache, tmp_path):
 def test_in_a_later_stage_the_teacher_is_the_student_that_was(cache, tmp_path):
     settings = {"objective__name": "progressive", "objective__halvings": 2, "train__steps": 4}
     run = Run(small_config(tmp_path, data__cache=cache, **settings), Reporter())
-    run._update()
+    run.update()
     assert not run.engine.earlier
-    run._update()
+    run.update()
     left = run.adapter.state()
-    run._update()
+    run.update()
     assert all(torch.equal(run.engine.earlier[n].cpu(), w) for n, w in left.items())
     assert any(not torch.equal(run.adapter.state()[n], w) for n, w in left.items())
 

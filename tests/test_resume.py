@@ -8,8 +8,8 @@ import time
 import pytest
 
 from phased_consistency.trainer.checkpoint import load_latest_state
-from phased_consistency.trainer.loop import Reporter, RunFailed, train
-from runs import metadata, settings, sha256, small_config, start_pcm
+from phased_consistency.trainer.loop import RunFailed, train
+from runs import Notes, metadata, settings, sha256, small_config, start_pcm
 
 STEPS = 12
 CHANGES = {
@@ -56,17 +56,6 @@ def stop_in_the_middle(config, number):
     finally:
         process.kill()
     return process.returncode, errors
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.said, self.steps = [], []
-
-    def say(self, text):
-        self.said.append(text)
-
-    def update(self, status):
-        self.steps.append(status.step)
 
 
 def test_a_killed_run_ends_in_the_same_bytes(whole, tmp_path):

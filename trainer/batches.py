@@ -1,27 +1,69 @@
-"""What each forward pass of a run sees: samples in shuffled order, and every random draw, from (seed, samples seen,
-rank) alone, so that a resumed run sees what it would have seen."""
+"""What each forward pass of a run sees, made ahead by a thread while the networks run.
+
+Every random draw belongs to one sample's place in the run's endless stream, from (seed, place) alone. So a resumed run
+sees what it would have seen, and an update sees the same samples, noise and levels however it is split into passes and
+processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .adversarial import Judged
 from .data.cache import LatentCache
+from .data.order import Order, seed_of
 from .engine import Batch
 from .families import Base, Condition
 from .objectives import Levels, Objective
 
+T = TypeVar("T")
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the samples of an update are shared out: `size` a forward pass, `accumulation` passes, `processes` abreast."""
+
+    size: int
+    accumulation: int = 1
+    processes: int = 1
+
+    @property
+    def update(self) -> int:
+        """Samples of one update, all processes together."""
+        return self.size * self.accumulation * self.processes
+
+    @classmethod
+    def of_update(cls, samples: int, processes: int, most: int) -> Split:
+        """An update of `samples` over this many processes, in passes of at most `most` samples, as few as there can be.
+
+        Raises ValueError where the processes cannot share it evenly.
+        """
+        share, rest = divmod(samples, processes)
+        if rest:
+            able = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+            raise ValueError(
+                f"The run takes {samples} samples an update, which {processes} processes cannot share evenly. "
+                f"Start one of these numbers: {able}; or use another output folder to start anew."
+            )
+        size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
+        return cls(size, share // size, processes)
+
 
 class Batches:
-    """The batches of one process: `size` samples each, `processes` of them side by side.
+    """The batches of one process, on the CPU, in pinned memory where the base is on a GPU.
 
-    updates, accumulation: of the whole run, and forward passes for each: an objective's curriculum goes by the updates.
-    empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever guidance subtracts.
-    judged: whether an adversary needs its own levels and noise.
+    split: of each update; rank: which of its processes this is. updates: of the whole run, which an objective's
+    curriculum goes by. empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever
+    guidance subtracts. judged: whether an adversary needs its own levels and noise.
     """
 
     def __init__(
@@ -31,63 +73,72 @@ class Batches:
         objective: Objective,
         empty: Condition,
         *,
-        size: int,
+        split: Split,
         updates: int,
-        accumulation: int = 1,
         seed: int,
         rank: int = 0,
-        processes: int = 1,
         judged: bool = False,
     ):
         self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
-        self.size, self.updates, self.accumulation, self.judged = size, updates, accumulation, judged
-        self.seed, self.rank, self.processes = seed, rank, processes
-        self._epoch: int | None = None
-        self._order: list[int] = []
+        self.split, self.updates, self.judged = split, updates, judged
+        self.seed, self.rank = seed, rank
+        self.order = Order(cache.buckets, split.update, seed)
 
     def at(self, number: int) -> tuple[list[int], Batch]:
         """The sample numbers and the batch of the run's forward pass `number`, from 0."""
-        seen = number * self.size * self.processes
-        samples = [self._shuffled(seen + self.rank * self.size + i) for i in range(self.size)]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, seen, self.rank))
-        x0 = self.cache.latents(samples, generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        progress = number // self.accumulation / self.updates
-        levels = self.objective.levels(self.size, self.base.schedule, progress, generator)
-        guidance = self.objective.draw_guidance(self.size, progress, generator)
-        dropped = self.objective.draw_dropped(self.size, generator)
-        judged = None
-        if self.judged:
-            tick = self.objective.judged_at(levels, generator)
-            judged = Judged(self._move(tick), *self._move(torch.randn(2, *x0.shape, generator=generator)))
-        guidance = None if guidance is None else self._move(guidance)
+        split = self.split
+        first = (number * split.processes + self.rank) * split.size
+        samples = self.order.samples(first, split.size)
+        generators = [torch.Generator().manual_seed(seed_of(self.seed, first + i)) for i in range(split.size)]
+        x0 = self.cache.latents(samples, generators)
+        progress = number // split.accumulation / self.updates
+        draws = [self._draw(x0.shape[1:], progress, generator) for generator in generators]
+        noise, u, r, s, guidance, dropped, *judged = (_stacked(of_each) for of_each in zip(*draws, strict=True))
         condition = self.condition(samples, dropped)
-        levels = Levels(*map(self._move, (levels.u, levels.r, levels.s)))
-        return samples, Batch(self._move(x0), self._move(noise), levels, guidance, condition, progress, judged)
+        inner = (r > s).nonzero().squeeze(1)
+        batch = Batch(
+            x0, noise, Levels(u, r, s), guidance, condition, progress, Judged(*judged) if judged else None, inner
+        )
+        return samples, batch.pinned() if self.base.device.type == "cuda" else batch
+
+    def _draw(self, shape: Sequence[int], progress: float, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+        """One sample's draws, each with a first dimension of 1; what comes later changes nothing before it."""
+        objective = self.objective
+        noise = torch.randn(1, *shape, generator=generator)
+        levels = objective.levels(1, self.base.schedule, progress, generator)
+        guidance = objective.draw_guidance(1, progress, generator)
+        drawn = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
+        if not self.judged:
+            return drawn
+        return *drawn, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
 
     def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
         """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""
-        encodings = self.cache.encoding([self.cache.captions[i] for i in samples])
-        condition = {k: self._move(v) for k, v in encodings.items()}
+        condition = self.cache.encoding([self.cache.captions[i] for i in samples])
         if dropped is not None and dropped.any():
             for key, row in self.empty.items():
-                condition[key][dropped.to(row.device)] = row[0]
+                condition[key][dropped] = row[0]
         if self.base.knows_sizes:
-            condition["time_ids"] = self._move(self.cache.sizes(samples))
+            condition["time_ids"] = self.cache.sizes(samples)
         return condition
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.base.device, non_blocking=True)
-
-    def _shuffled(self, position: int) -> int:
-        """Sample number at a position of the endless, epoch-wise shuffled stream."""
-        epoch, at = divmod(position, len(self.cache))
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, -1))
-            self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator).tolist()
-        return self._order[at]
+    def ahead(self, first: int) -> Iterator[tuple[list[int], Batch]]:
+        """`at` of every forward pass from `first` to the end of the run, made before it is asked for."""
+        return made_ahead(self.at, range(first, self.updates * self.split.accumulation))
 
 
-def seed_of(*parts: int) -> int:
-    """A 63-bit seed from integers."""
-    return int(np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+def made_ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """make(n) for each number, by a thread that is up to AHEAD of them before; what it raises is raised here."""
+    pool, coming = ThreadPoolExecutor(1, "batches"), iter(numbers)
+    try:
+        waiting = deque(pool.submit(make, n) for n in islice(coming, AHEAD))
+        while waiting:
+            made = waiting.popleft()
+            waiting.extend(pool.submit(make, n) for n in islice(coming, 1))
+            yield made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stacked(of_each: Sequence[Tensor | None]) -> Tensor | None:
+    return None if of_each[0] is None else torch.cat(of_each)

@@ -15,6 +15,9 @@ from torch import Tensor
 from ..samplers.lora_file import read_header
 from ..samplers.writing import written_whole
 
+# (step, tensors by group, facts)
+State = tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
+
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all: to a temporary name, flushed to disk, renamed.
@@ -60,8 +63,8 @@ def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], fa
     return path
 
 
-def load_latest_state(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(step, tensors by group, facts) of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+def load_latest_state(folder: Path) -> State | None:
+    """That of the newest checkpoint, or None. Raises ValueError when it is damaged."""
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         return None

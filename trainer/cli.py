@@ -55,6 +55,8 @@ def train(
         details = plan(config)
         answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
         return
+    from accelerate import PartialState
+
     from .loop import train as run
     from .progress import ProgressBar
 
@@ -63,6 +65,8 @@ def train(
             path = run(config, bar)
     except KeyboardInterrupt:  # before the first update; later ones are the run's own to handle
         raise RuntimeError("Interrupted. What was cached is kept; the same command goes on from there.") from None
+    if not PartialState().is_main_process:
+        return
     made = "base" if path.is_dir() else "lora"
     answer({made: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
 

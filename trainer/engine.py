@@ -17,8 +17,10 @@ is made with the student's weights or their moving average.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,9 @@ from .objectives import Levels, Objective, Pair
 @dataclass(frozen=True)
 class Batch:
     """Latents x0 (B, C, h, w), noise like them, the step's levels, CFG scales (B,) or None for a teacher without
-    guidance, the prompts' encodings, share of the run that is done, and where the adversary judges, if there is one."""
+    guidance, the prompts' encodings, share of the run that is done, where the adversary judges, if there is one, and
+    `inner`, the rows whose target takes a pass of the network (r > s; without it a GPU must wait until they are found).
+    """
 
     x0: Tensor
     noise: Tensor
@@ -44,6 +48,25 @@ class Batch:
     condition: Condition
     progress: float = 0.0
     judged: Judged | None = None
+    inner: Tensor | None = None
+
+    def pinned(self) -> Batch:
+        """A copy from which a GPU can fetch while the host goes on."""
+        return _each_tensor(self, Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on another device; from pinned memory without waiting."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each_tensor(value: Any, do: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return do(value)
+    if isinstance(value, dict):
+        return {key: _each_tensor(v, do) for key, v in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), do) for f in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class Engine:
             with self.clock.part("teacher"):
                 x_r = self._teacher(x_u, u, r, batch) if self.objective.needs_teacher else self._on_path(batch, r)
             with self.clock.part("target"), self._target_weights():
-                target = self._target(x_r, r, s, batch.condition)
+                target = self._target(x_r, batch)
         # torch before 2.11 keeps autocast's copies of the weights from a block without gradients, and uses them again
         torch.clear_autocast_cache()
         with self.clock.part("student"):
@@ -172,12 +195,15 @@ class Engine:
     def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.schedule.alpha(tick), self.base.schedule.sigma(tick)
 
-    def _target(self, x_r: Tensor, r: Tensor, s: Tensor, condition: Condition) -> Tensor:
-        inside = (r > s).nonzero().squeeze(1)
+    def _target(self, x_r: Tensor, batch: Batch) -> Tensor:
+        r, s, inner = batch.levels.r, batch.levels.s, batch.inner
+        inner = (r > s).nonzero().squeeze(1) if inner is None else inner
+        if len(inner) == len(r):
+            return self._jump(x_r, r, s, batch.condition)
         target = x_r.clone()
-        if len(inside):
-            rows = {k: v[inside] for k, v in condition.items()}
-            target[inside] = self._jump(x_r[inside], r[inside], s[inside], rows)
+        if len(inner):
+            rows = {k: v[inner] for k, v in batch.condition.items()}
+            target[inner] = self._jump(x_r[inner], r[inner], s[inner], rows)
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections import Counter
+from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,22 +16,29 @@ from torch import Tensor
 
 from . import whole
 from .adapter import Average, learner
-from .adversarial import BETAS, WEIGHT_DECAY, Adversary
-from .batches import Batches
+from .adversarial import Adversary
+from .batches import Batches, Split
 from .checkpoint import (
+    State,
     check_same_run,
     load_latest_state,
     load_optimizer_tensors,
     optimizer_tensors,
     save_state,
 )
+from .clock import Clock
 from .config import Config
 from .data.cache import LatentCache, build_cache
-from .engine import Engine, Losses
+from .engine import Engine
 from .export import DTYPES, export, recipe_for, self_test
 from .families import Base, load_base
 from .initial import check_start, start_from
 from .previews import preview_grid, save_image
+from .processes import Processes, ProcessLost
+from .update import Learners, Outcome, Updater, lr_factor, make_optimizer
+
+# Updates under way before the first one's numbers are read, so that no GPU waits for the host.
+LAG = 1
 
 
 class RunFailed(RuntimeError):
@@ -47,6 +54,19 @@ class Status:
     loss: float
     samples_per_second: float
     peak_memory: float
+
+
+class Progress:
+    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since the run was started."""
+
+    def __init__(self, step: int, samples: int):
+        self.first, self.samples, self.started, self.loss = step, samples, time.monotonic(), float("nan")
+
+    def after(self, step: int, steps: int, loss: float) -> Status:
+        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
+        rate = (step - self.first) * self.samples / (time.monotonic() - self.started)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        return Status(step, steps, self.loss, rate, memory)
 
 
 class Reporter:
@@ -72,12 +92,13 @@ class Run:
     """One run's parts, and the loop over them."""
 
     def __init__(self, config: Config, reporter: Reporter):
-        self.config, self.reporter = config, reporter
-        self.folder = config.run_folder
+        self.config, self.folder = config, config.run_folder
         precision = {"fp32": "no"}.get(config.base.dtype, config.base.dtype)
-        # the other processes wait while the first one caches, which may take hours
+        # caching may take one process hours longer than another
         patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
         self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+        self.processes = Processes(self.accelerator)
+        self.reporter = reporter if self.accelerator.is_main_process else Reporter()
         if self.accelerator.is_main_process:
             check_same_run(self.folder, config.what_decides_the_weights())
         self.base = self._load_base()
@@ -85,16 +106,24 @@ class Run:
         self.base.drop_encoders()
         lora = config.lora
         self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
-        reporter.say(self.adapter.sentence())
+        self.reporter.say(self.adapter.sentence())
         if config.lora.init:
-            reporter.say(start_from(config, self.base, self.adapter))
+            self.reporter.say(start_from(config, self.base, self.adapter))
         if config.train.gradient_checkpointing:
             self.adapter.checkpoint_gradients()
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
+        kept = load_latest_state(self.folder / "checkpoints")
+        self.split = self._split(kept)
+        self.clock = Clock(self.base.device)
         self.batches, self.engine = self._make_parts()
-        self.optimizer = self.accelerator.prepare(_make_optimizer(config, self._learners()))
-        self.step = self._resume()
-        self.stop_asked = False
+        self.optimizer = self.accelerator.prepare(make_optimizer(config, self._learners(), self.base.device))
+        self.step = self._resume(kept)
+        coming, passes = self.batches.ahead(self.step * self.split.accumulation), self.split.accumulation
+        how = (self.optimizer, self._learners(), self.processes)
+        self.updater = Updater(config, self.engine, coming, passes, *how)
+        self.unread: deque[Outcome] = deque()
+        self.stop_asked = self.stopping = False
+        self.progress, self.writer = Progress(self.step, self.split.update), None
 
     @property
     def lora_path(self) -> Path:
@@ -106,94 +135,72 @@ class Run:
 
     def go(self) -> Path:
         """Train to the end; on SIGINT or SIGTERM save and stop."""
-        writer = self._tensorboard()
+        self.writer = self._tensorboard()
         handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        started, at_start, seen_loss = time.monotonic(), self.step, float("nan")
+        self.clock.reset()
+        self.progress = Progress(self.step, self.split.update)
         try:
             while self.step < self.config.train.steps:
-                shown = self._update()
-                loss = shown["loss"]
-                seen_loss = loss if math.isnan(seen_loss) else 0.95 * seen_loss + 0.05 * loss
-                rate = (self.step - at_start) * self.samples_per_update / (time.monotonic() - started)
-                memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-                self.reporter.update(Status(self.step, self.config.train.steps, seen_loss, rate, memory))
-                if writer:
-                    for tag, value in (shown | {"samples per second": rate}).items():
-                        writer.add_scalar(tag, value, self.step)
+                self.update()
                 self._between_updates()
+            self._read(keep=0)
+            self.reporter.say(self._where_time_went())
         finally:
+            self.updater.coming.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if writer:
-                writer.close()
+            if self.writer:
+                self.writer.close()
         return self._finish()
 
-    @property
-    def samples_per_update(self) -> int:
-        return self.config.train.batch_size * self.config.train.accumulation * self.accelerator.num_processes
-
-    def _update(self) -> dict[str, float]:
-        """One optimizer update of the adapter, and of the heads where there are any; returns what to plot of it."""
-        train = self.config.train
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * self._lr_factor()
-        shown, seen = Counter(), []
-        for part in range(train.accumulation):
-            numbers, batch = self.batches.at(self.step * train.accumulation + part)
-            seen += numbers
-            with self.accelerator.autocast():
-                losses = self.engine.step(batch)
-            total = self._total(losses)
-            self._check_finite(total, numbers)
-            self.accelerator.backward(total.mean() / train.accumulation)
-            shown.update({k: v.mean().item() / train.accumulation for k, v in losses.named().items()})
-        self._share_gradients()
-        self.accelerator.unscale_gradients()
-        for name, parameters in self._learners().items():
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm).item()
-            if not math.isfinite(norm) and self.accelerator.scaler is None:
-                raise RunFailed(self._not_finite("The gradient", seen))
-            shown[f"gradient norm of the {name}"] = norm
-        self.optimizer.step()
+    def update(self) -> None:
+        """One optimizer update of all that is trained; the numbers of the one before it are read."""
+        try:
+            outcome = self.updater(self.step + 1, self.stop_asked)
+        except ProcessLost as error:
+            kept = f"{error}. {self._kept()}; the same command goes on from there, with fewer processes too."
+            raise RunFailed(kept) from error
         self.step += 1
         if self.average:
             self.average.update(self.step)
-        self.engine.updated(self.step, (self.step - 1) / train.steps, self.step / train.steps)
-        return {**shown, "lr": train.lr * self._lr_factor()}
+        self.engine.updated(self.step, (self.step - 1) / self.config.train.steps, self.step / self.config.train.steps)
+        self.unread.append(outcome)
+        self._read(keep=LAG)
 
-    def _total(self, losses: Losses) -> Tensor:
-        """(B,) what is minimised: each part reaches its own weights alone, so one backward pass serves all."""
-        if losses.generator is None:
-            return losses.distance
-        return losses.distance + self.config.adversarial.weight * losses.generator + losses.discriminator
+    def _read(self, keep: int) -> None:
+        """Show what the updates gave, but for the last `keep`. Raises `RunFailed` for numbers that are not finite."""
+        while len(self.unread) > keep:
+            outcome = self.unread.popleft()
+            shown = outcome.read()
+            if shown.pop("bad"):
+                raise RunFailed(self._not_finite(outcome))
+            self.stopping = bool(shown.pop("stop")) or self.stopping
+            shown["lr"] = self.config.train.lr * lr_factor(self.config, outcome.step)
+            status = self.progress.after(outcome.step, self.config.train.steps, shown["loss"])
+            self.reporter.update(status)
+            if self.writer:
+                for tag, value in (shown | {"samples per second": status.samples_per_second}).items():
+                    self.writer.add_scalar(tag, value, outcome.step)
 
-    def _share_gradients(self) -> None:
-        """Mean of the gradients over all processes: the learners are all there is to share."""
-        if self.accelerator.num_processes > 1:
-            for parameter in (p for learner in self._learners().values() for p in learner.values()):
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+    def _not_finite(self, outcome: Outcome) -> str:
+        bad = outcome.bad_samples()
+        named = "; ".join(f"{n}: {self.cache.captions[n]!r}" for n in (bad or outcome.samples)[:4])
+        what = f"The loss is not finite at update {outcome.step}, samples {named}"
+        if not bad:
+            others = ", or another process's loss" * (self.processes.count > 1)
+            what = f"The gradient{others} is not finite at update {outcome.step}, samples {named}"
+        return f"{what}. {self._kept()}. Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
 
-    def _lr_factor(self) -> float:
-        """Warm-up and schedule, the same for every learner."""
-        train = self.config.train
-        warm = min(1.0, (self.step + 1) / (train.warmup + 1))
-        falling = 0.5 * (1 + math.cos(math.pi * self.step / train.steps)) if train.lr_schedule == "cosine" else 1.0
-        return warm * falling
-
-    def _check_finite(self, losses: Tensor, numbers: list[int]) -> None:
-        if not losses.isfinite().all():
-            bad = [numbers[i] for i in (~losses.isfinite()).nonzero().flatten().tolist()]
-            raise RunFailed(self._not_finite("The loss", bad))
-
-    def _not_finite(self, what: str, numbers: list[int]) -> str:
-        captions = "; ".join(f"{n}: {self.cache.captions[n]!r}" for n in numbers[:4])
+    def _kept(self) -> str:
         folder = self.folder / "checkpoints"
-        kept = f"The last checkpoint is kept in {folder}" if folder.is_dir() else "No checkpoint was due yet"
-        return (
-            f"{what} is not finite at update {self.step + 1}, samples {captions}. {kept}. "
-            "Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
-        )
+        return f"The last checkpoint is kept in {folder}" if folder.is_dir() else "No checkpoint was due yet"
+
+    def _where_time_went(self) -> str:
+        """One sentence on the parts of the time since the start, the largest first."""
+        seconds = self.clock.seconds()
+        whole = sum(seconds.values()) or 1.0
+        parts = sorted(seconds.items(), key=lambda item: -item[1])
+        return "Time: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts) + "."
 
     def _between_updates(self) -> None:
         config, last = self.config, self.step == self.config.train.steps
@@ -201,7 +208,7 @@ class Run:
             self._save(export_too=True)
         if config.preview.every and self.step % config.preview.every == 0 and not last:
             self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
-        if self.stop_asked and not last:
+        if self.stopping and not last:
             self._save(export_too=False)
             where = f"Stopped at update {self.step} of {config.train.steps}"
             raise RunFailed(f"{where}; all is saved. The same command goes on from here.")
@@ -218,7 +225,8 @@ class Run:
         return {n: w.cpu() for n, w in self.average.weights.items()} if self.average else self.adapter.state()
 
     def _save(self, export_too: bool) -> None:
-        """Checkpoint, LoRA and self-test, on the first process."""
+        """Checkpoint, LoRA and self-test, on the first process, once all that led here is seen to be finite."""
+        self._read(keep=0)
         if not self.accelerator.is_main_process:
             return
         groups = {
@@ -231,7 +239,7 @@ class Run:
         scaler = self.accelerator.scaler
         facts = {
             "scaler": scaler.state_dict() if scaler else None,
-            "processes": self.accelerator.num_processes,
+            "samples per update": self.split.update,
             "cache": self.cache.folder.name,
         }
         save_state(self.folder / "checkpoints", self.step, groups, facts, self.config.train.keep_checkpoints)
@@ -251,21 +259,31 @@ class Run:
                 "pcm doctor prints."
             )
 
-    def _resume(self) -> int:
-        found = load_latest_state(self.folder / "checkpoints")
-        if found is None:
+    def _split(self, kept: State | None) -> Split:
+        """How each update is shared out. A run that goes on takes as many samples as before, whatever the number of
+        processes; raises ValueError where they cannot share them."""
+        train, count = self.config.train, self.processes.count
+        split = Split(train.batch_size, train.accumulation, count)
+        then = kept[2].get("samples per update") if kept else split.update
+        if then is None:
+            raise ValueError(
+                f"{self.folder} holds a run of an earlier version, which drew other samples. "
+                "Use another output folder to start anew, or delete the folder."
+            )
+        if then != split.update:
+            split = Split.of_update(then, count, train.batch_size)
+            shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
+            self.reporter.say(f"The run takes {then} samples an update: {shared}.")
+        return split
+
+    def _resume(self, kept: State | None) -> int:
+        if kept is None:
             return 0
-        step, groups, facts = found
+        step, groups, facts = kept
         if facts["cache"] != self.cache.folder.name:
             raise ValueError(
                 f"{self.folder} holds a run on other data: the base, the pictures or the captions have changed since. "
                 "Restore them to go on, use another output folder to start anew, or delete the folder."
-            )
-        then, now = facts["processes"], self.accelerator.num_processes
-        if then != now:
-            raise ValueError(
-                f"{self.folder} holds a run of {then} processes, and there are {now} now, which would draw other "
-                "samples. Start as many again, or use another output folder."
             )
         self.adapter.load(groups["adapter"])
         load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self._names())
@@ -320,25 +338,23 @@ class Run:
     def _make_parts(self) -> tuple[Batches, Engine]:
         """Batches and engine, once the base is seen to predict what it is said to on this run's own data."""
         config, base, a = self.config, self.base, self.config.adversarial
-        empty = {k: v.to(base.device) for k, v in self.cache.encoding([""]).items()}
-        null = base.null_condition(empty)
-        processes = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        train = config.train
-        draws = {"size": train.batch_size, "updates": train.steps, "accumulation": train.accumulation}
-        draws |= {"seed": train.seed, "judged": a.weight > 0}
-        batches = Batches(self.cache, base, config.objective, empty, **draws, **processes)
-        some = range(min(8, len(self.cache)))
-        x0 = self.cache.latents(some, torch.Generator().manual_seed(0)).to(base.device)
-        condition = batches.condition(some)
+        empty = self.cache.encoding([""])
+        null = {k: v.to(base.device) for k, v in base.null_condition(empty).items()}
+        draws = {"split": self.split, "updates": config.train.steps, "seed": config.train.seed}
+        draws |= {"rank": self.processes.rank, "judged": a.weight > 0}
+        batches = Batches(self.cache, base, config.objective, empty, **draws)
+        some = [int(n) for n in self.cache.buckets[0][:8]]
+        x0 = self.cache.latents(some, [torch.Generator().manual_seed(n) for n in some]).to(base.device)
+        condition = {k: v.to(base.device) for k, v in batches.condition(some).items()}
         if not base.whole:
             with self.adapter.off(), self.accelerator.autocast():
                 base.check_prediction(x0, condition)
         adversary = None
         if a.weight:
             adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)
-        return batches, Engine(base, self.adapter, config.objective, null, adversary)
+        return batches, Engine(base, self.adapter, config.objective, null, adversary, self.clock)
 
-    def _learners(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+    def _learners(self) -> Learners:
         """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
         learners = {"adapter": self.adapter.named_parameters()}
         if self.engine.adversary:
@@ -350,8 +366,8 @@ class Run:
         return [name for learner in self._learners().values() for name in learner]
 
     def _fill_cache(self) -> LatentCache:
-        with self.accelerator.main_process_first():
-            cache = build_cache(self.config, self.base, self.reporter.caching)
+        share = {"rank": self.processes.rank, "processes": self.processes.count, "wait": self.processes.wait}
+        cache = build_cache(self.config, self.base, self.reporter.caching, **share)
         for line in cache.skipped:
             self.reporter.say(f"Left out {line}.")
         self.reporter.say(f"{len(cache)} samples in {cache.folder}, {len(cache.skipped)} left out.")
@@ -370,20 +386,3 @@ class Run:
     def _ask_to_stop(self, *_) -> None:
         self.reporter.say("Stopping after this update.")
         self.stop_asked = True
-
-
-def _make_optimizer(config: Config, learners: dict[str, dict[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    """One optimizer with a group for each learner, so that fp16's one gradient scaler serves both."""
-    own = {
-        "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
-        "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
-    }
-    groups = [{"params": list(p.values()), "full_lr": own[n]["lr"], **own[n]} for n, p in learners.items()]
-    if config.train.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            wanted = "train.optimizer=adamw8bit needs bitsandbytes"
-            raise ValueError(f"{wanted}: pip install bitsandbytes, or use adamw.") from error
-        return AdamW8bit(groups)
-    return torch.optim.AdamW(groups)

@@ -1,0 +1,120 @@
+"""Two processes of one run, as `accelerate launch` starts them, beside one that takes the same samples an update."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phased_consistency.trainer.checkpoint import load_latest_state
+from phased_consistency.trainer.loop import train
+from runs import Notes, settings, small_config
+
+# Relative: what two processes may differ by, in which gradients are summed in another order, and what another choice of
+# samples makes at least.
+SAME, OTHER = 1e-3, 1e-1
+ACROSS = {
+    "train__steps": 12,
+    "train__batch_size": 4,
+    "train__lr": 1e-3,
+    "adversarial__weight": 0.1,
+    "lora__dtype": "fp32",
+}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "phased_consistency.trainer"]
+
+
+def launch(*args) -> subprocess.Popen:
+    """`accelerate launch` of two CPU processes of `pcm`, in a group of their own."""
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([*LAUNCH, *map(str, args)], env=env, **how)
+
+
+def two_processes(output: Path, **changes) -> tuple[str, str]:
+    process = launch("train", *settings(output, **ACROSS | {"train__batch_size": 2} | changes))
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out, errors
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """|a - b| / |a| over all tensors together: single ones may hold nothing but rounding, as those of attention to a
+    single place do, whose gradient is zero."""
+    assert one.keys() == other.keys()
+    a, b = (torch.cat([of[name].double().flatten() for name in one]) for of in (one, other))
+    return ((a - b).norm() / a.norm()).item()
+
+
+def learnt(path: Path) -> dict[str, torch.Tensor]:
+    """The half of a LoRA that starts at zero."""
+    return {name: weight for name, weight in load_file(path).items() if "lora_up" in name}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The LoRA of one process that takes four samples an update."""
+    return train(small_config(tmp_path_factory.mktemp("alone"), **ACROSS))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, str, str]:
+    """The run folder of two processes that take two samples each, and what they said."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, *two_processes(folder)
+
+
+def test_two_processes_give_what_one_gives(alone, pair, tmp_path):
+    assert apart(learnt(alone), learnt(pair[0] / alone.name)) < SAME
+    seed = train(small_config(tmp_path, **ACROSS | {"train__seed": 1}))
+    assert apart(learnt(alone), learnt(seed)) > OTHER, "other samples would be seen"
+
+
+def test_they_keep_in_step(alone, pair):
+    """The discriminator and the optimizer's state, which no file shows, are those of one process too."""
+    (_, one, _), (_, two, _) = (load_latest_state(f / "checkpoints") for f in (alone.parent, pair[0]))
+    for group in ("adapter", "discriminator", "optimizer"):
+        assert apart(one[group], two[group]) < SAME, group
+
+
+def test_only_the_first_process_writes_and_speaks(alone, pair):
+    folder, out, errors = pair
+    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (alone.parent, folder)]
+    assert files[0] == files[1]
+    assert out.count("Done: ") == 1 and errors.count("LoRA of rank 4") == 1
+
+
+def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
+    """One of two is killed after the first checkpoint: a sentence, and one process ends the run as if none had been."""
+    process = launch("train", *settings(tmp_path, **ACROSS | {"train__batch_size": 2}))
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        trainers = [p for p in psutil.Process(process.pid).children() if "train" in p.cmdline()]
+        second = next(p for p in trainers if p.environ()["RANK"] == "1")
+        second.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert re.search(
+        r"Error: Another process of this run has ended, or hangs \(.+\)\. The last checkpoint is kept", errors
+    )
+    step = load_latest_state(tmp_path / "checkpoints")[0]
+    assert step < ACROSS["train__steps"]
+    notes = Notes()
+    made = train(small_config(tmp_path, **ACROSS | {"train__batch_size": 2}), notes)
+    assert "The run takes 4 samples an update: 1 process, 2 passes of 2 each." in notes.said
+    assert f"Going on from update {step} of 12." in notes.said
+    assert apart(learnt(alone), learnt(made)) < SAME

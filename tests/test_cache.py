@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from data_stubs import StubBase, small_files
 from phased_consistency.samplers import PhaseGrid
-from phased_consistency.trainer.data import PROMPTS, cache, find_pictures, read_prompts, sources, store
+from phased_consistency.trainer.data import PROMPTS, cache, find_pictures, read_prompts
 from phased_consistency.trainer.data.folders import load_picture
 from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.generate import generate
@@ -19,27 +20,6 @@ from phased_consistency.trainer.loop import train
 from runs import sha256, small_config
 
 SIDE = 32
-
-
-def small_files(monkeypatch):
-    """Two samples or prompts a file."""
-    for module in (cache, sources, store):
-        monkeypatch.setattr(module, "SHARD", 2)
-
-
-class StubBase:
-    """Encodes a picture as its mean colours and a prompt as its length; knows no network."""
-
-    base_hash, prediction, encoder_settings, null = "0" * 64, "epsilon", "", "empty"
-    schedule_settings = [False, None]
-    spread = None
-
-    def encode_prompts(self, prompts):
-        return {"hidden": torch.tensor([[[float(len(p))]] for p in prompts])}
-
-    def encode_images(self, pixels):
-        mean = torch.nn.functional.avg_pool2d(pixels, 8)
-        return mean, None if self.spread is None else torch.full_like(mean, self.spread)
 
 
 @pytest.fixture

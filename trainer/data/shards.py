@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 from torch import Tensor
 from webdataset import tariterators
-from webdataset.gopen import gopen, gopen_schemes
+from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from .buckets import Buckets
@@ -127,27 +127,38 @@ def read_shard(shard: str) -> Iterator[Sample]:
         yield Sample(name, problem=f"cannot be opened ({_words(error)}). {_ADVICE}")
         return
     try:
-        while (found := _next(samples)) is not None:
-            if isinstance(found, str):
-                with suppress(Exception):
-                    stream.close()
-                yield _ended(name, read, found)
-                return
+        while isinstance(found := _next(samples), dict):
             read += 1
             yield _sample(f"{name}/{found['__key__']}", found)
-        problem = stream.ended()
-        if problem or not read:
-            yield _ended(name, read, problem) if problem else Sample(name, problem="holds no pictures")
     finally:
-        with suppress(Exception):
-            stream.close()
+        failed = stream.close()
+    problem = failed or found or ("no end of the archive" if _lacks_end(stream.first, stream.last) else "")
+    if problem:
+        yield Sample(name, problem=f"{_ENDS}, after {read} sample{'s' * (read != 1)} ({problem}). {_ADVICE}")
+    elif not read:
+        yield Sample(name, problem="holds no pictures")
 
 
+def check_end(shard: str) -> str:
+    """What is wrong with a file whose last block does not end its archive, found by reading it; "" for any other.
+
+    A look at the file's end only: it saves caching what the whole shard will be cached with again.
+    """
+    with local_path(shard).open("rb") as file:
+        first = file.read(BLOCK)
+        file.seek(-min(BLOCK, file.seek(0, SEEK_END)), SEEK_END)
+        if not _lacks_end(first, file.read()):
+            return ""
+    return next((sample.problem for sample in read_shard(shard) if _ENDS in sample.problem), "")
+
+
+def _lacks_end(first: bytes, last: bytes) -> bool:
+    """Whether these first and last blocks are of a tar that stops short; a compressed one has checks of its own."""
+    return first[257:262] == b"ustar" and bool(last.strip(b"\0"))
+
+
+_ENDS = "ends early"
 _ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
-
-
-def _ended(name: str, read: int, why: str) -> Sample:
-    return Sample(name, problem=f"ends early, after {read} sample{'s' * (read != 1)} ({why}). {_ADVICE}")
 
 
 def _next(samples: Iterator[dict]) -> dict | str | None:
@@ -160,7 +171,8 @@ def _next(samples: Iterator[dict]) -> dict | str | None:
 
 def _words(error: Exception) -> str:
     """An error's first argument, without what webdataset adds to it."""
-    return str(error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error))
+    told = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
+    return str(told).split(" @ ")[0]
 
 
 def _is_wanted(file: str) -> bool:
@@ -185,23 +197,22 @@ def _sample(name: str, found: dict) -> Sample:
 class _Watched:
     """A stream with its first and its last block kept: tarfile takes an archive that is cut between files for whole."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: BinaryIO | Pipe):
         self.stream, self.first, self.last = stream, b"", b""
+        # a Pipe's own read drops what the program had sent before it failed
+        self._read = stream.stream.read if isinstance(stream, Pipe) else stream.read
 
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
+        data = self._read(size)
         self.first = (self.first + data[:BLOCK])[:BLOCK]
         self.last = (self.last + data[-BLOCK:])[-BLOCK:]
         return data
 
-    def close(self) -> None:
-        self.stream.close()
-
-    def ended(self) -> str:
-        """What is wrong with how the stream ended, or ""."""
+    def close(self) -> str:
+        """Close it. Returns how the program that fetched it failed, or "": that is known only now."""
         try:
-            self.close()
-        except Exception as error:  # the program that fetched it says only now how it went
-            return _words(error)
-        plain = self.first[257:262] == b"ustar"  # a compressed one has checks of its own
-        return "no end of the archive" if plain and self.last.strip(b"\0") else ""
+            self.stream.close()
+        except OSError:
+            command, *_ = self.stream.args[0]
+            return f"{command[0]} ended with {self.stream.status}"
+        return ""

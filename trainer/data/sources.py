@@ -15,7 +15,7 @@ from .buckets import Buckets
 from .digits import Digit
 from .folders import Picture, aspect_of
 from .reading import ahead, file_hashes, stop_or_skip
-from .shards import Sample, list_shards, local_path, read_shard, remote_identity, shown
+from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shown
 from .store import SHARD
 
 # In the folder of caches: the hashes of files that were read before.
@@ -76,6 +76,8 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     answers = dict(zip(remote, ahead(remote_identity, remote, workers), strict=True))
     bad = [f"{shard}: no such file" for shard in paths if shard not in here]
     bad += [f"{shown(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
+    if not skip_bad:
+        bad += [f"{shown(shard)}: {problem}" for shard in here if (problem := check_end(shard))]
     stop_or_skip(bad, skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
     good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
     if not good:

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import write_tensors
 from .buckets import Buckets, bucket_notes
-from .store import INDEX, TEXTS, hash_of, open_file
+from .store import INDEX, TEXTS, hashes_of, open_file
 
 
 def latents_name(part: int, piece: int, last: bool) -> str:
@@ -81,10 +81,16 @@ def _rows(shape: np.ndarray) -> np.ndarray:
 def _write_texts(path: Path, prompts: Iterable[str]) -> None:
     texts = [prompt.encode() for prompt in prompts]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    hashes = np.fromiter((hash_of(prompt) for prompt in prompts), np.int64, len(texts))
-    order = np.argsort(hashes, kind="stable")
+    hashes = np.array([hashes_of(prompt) for prompt in prompts])
+    order = np.argsort(hashes[:, 0], kind="stable")
     text = np.frombuffer(b"".join(texts) or b"\0", np.uint8)
-    table = {"text": text, "offset": offsets, "hash": hashes[order], "number": order.astype(np.int32)}
+    table = {
+        "text": text,
+        "offset": offsets,
+        "hash": hashes[order, 0],
+        "second": hashes[order, 1],
+        "number": order.astype(np.int32),
+    }
     _write(path, table, {})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +112,8 @@ class Texts(Sequence):
     def __init__(self, folder: Path):
         self._path = folder / TEXTS
         with open_file(self._path) as file:
-            self._hashes, self._numbers = file.get_tensor("hash"), file.get_tensor("number")
+            # sorted by the first of `hashes_of`
+            self._hashes, self._second, self._numbers = map(file.get_tensor, ("hash", "second", "number"))
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -124,13 +126,9 @@ class Texts(Sequence):
 
     def find(self, text: str) -> int | None:
         """The number of a prompt, or None."""
-        at = int(np.searchsorted(self._hashes, hash_of(text)))
-        while at < len(self) and self._hashes[at] == hash_of(text):
-            number = int(self._numbers[at])
-            if self[number] == text:
-                return number
-            at += 1
-        return None
+        first, second = hashes_of(text)
+        start, end = (int(np.searchsorted(self._hashes, first, side)) for side in ("left", "right"))
+        return next((int(self._numbers[at]) for at in range(start, end) if self._second[at] == second), None)
 
 
 class Captions(Sequence):
@@ -177,6 +175,6 @@ def prompts_name(number: int) -> str:
     return f"prompts-{number:05d}.safetensors"
 
 
-def hash_of(text: str) -> int:
-    """A signed 64-bit hash, the same everywhere."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def hashes_of(text: str) -> tuple[int, int]:
+    """Two signed 64-bit hashes; together they tell any two texts apart."""
+    return struct.unpack("<qq", hashlib.blake2b(text.encode(), digest_size=16).digest())

@@ -68,10 +68,10 @@ def buckets_for(asked: bool | tuple[str, ...], resolution: int, base: Base) -> B
 def standard_buckets(resolution: int, step: int) -> Buckets:
     """Every size from 1:2 to 2:1 whose sides are multiples of `step` pixels and whose area is about resolution^2."""
     sizes = {(resolution, resolution)}
-    for short in range(step, resolution, step):
-        long = round(resolution**2 / short / step) * step
-        if short < long <= WIDEST * short:
-            sizes |= {(short, long), (long, short)}
+    for side in range(step, round(WIDEST * resolution), step):
+        other = round(resolution**2 / side / step) * step
+        if max(side, other) <= WIDEST * min(side, other):
+            sizes |= {(side, other), (other, side)}
     return Buckets(tuple(sorted(sizes, key=lambda s: s[0] / s[1])))
 
 

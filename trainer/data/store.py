@@ -25,7 +25,7 @@ FORMAT = 2
 SHARD = 256
 INDEX, TEXTS = "index.safetensors", "texts.safetensors"
 # How many files of a cache are kept open; each is mapped into memory.
-OPEN = 64
+OPEN = 128
 
 
 class LatentCache:

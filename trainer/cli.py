@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_bench import bench
 from .cli_edit import edit
 from .options import Base, Configs, Family, Json, Parts, Reading, Resolution, Sampling, Tokenizer, answer, with_options
 
@@ -190,6 +191,9 @@ def doctor(
         file = settings[0] if settings and "=" not in settings[0] else None
         details["run"] = plan(load_config(file, settings[1:] if file else settings, preset))
     answer(details, as_json, report(details))
+
+
+app.command()(bench)
 
 
 def _steps(text: str) -> list[int]:

@@ -1,0 +1,190 @@
+"""Both loops on the same work, in turn, so that a machine that grows slower or faster favours neither."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..clock import Clock
+from ..config import Config
+from ..families import Base
+from ..loop import Reporter, Run
+from .measure import PASSES, alive_bytes, flops, passes_counted, peak_bytes
+from .reference import Reference, check_reference
+from .report import machine, peak_flops
+
+ROUNDS = 10
+# Updates beside those that are timed: one for its operations, one for its memory.
+COUNTED = 2
+
+
+def bench(
+    config: Config, *, updates: int = 20, warmup: int = 3, reference: bool = True, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Measure what the run's updates take, and those of the reference loop beside it; nothing is kept of them.
+
+    updates, warmup: timed, and before; each of both loops. A run with an adversary is measured without it as well,
+    where its objective can do without. Without data.cache and pictures the teacher makes two batches of latents.
+    The result is ready for JSON: "machine", "settings", and for "plain" and "adversarial" each loop's figures (those
+    of one update of the student; passes for each of its samples) and the ratios of ours to the reference's.
+
+    Raises ValueError for an objective or a device that cannot be compared, and what a run raises.
+    """
+    device = PartialState().device
+    if device.type not in ("cpu", "cuda") or PartialState().num_processes > 1:
+        raise ValueError(
+            f"pcm bench measures one process on a CPU or a CUDA device; here are {PartialState().num_processes} on "
+            f"{device.type}. Start it without accelerate launch, on such a device."
+        )
+    if reference:
+        check_reference(config)
+    reporter, kinds = reporter or Reporter(), {}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the cache's files are mapped
+        for kind, own in _kinds(config, folder, updates + warmup + COUNTED).items():
+            reporter.say(f"Measuring {kind} updates.")
+            kinds[kind] = _compare(own, updates, warmup, reference, device, reporter)
+    return {"machine": machine(), "settings": _settings(config, updates, warmup)} | kinds
+
+
+@dataclass
+class Loop:
+    """One of the two, and what was measured of it.
+
+    update: one update of the student; prepare: what comes before so many and is not its own time. peak: bytes of the
+    tensors that it holds, at most. rounds: seconds of an update by part, in each round.
+    """
+
+    update: Callable[[], object]
+    prepare: Callable[[int], object]
+    clock: Clock
+    bases: list[Base]
+    learners: list[nn.Parameter]
+    device: torch.device
+    passes: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
+    peak: int = 0
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of an update, in each round."""
+        return [sum(parts.values()) for parts in self.rounds]
+
+    def examine(self, warmup: int, before: int) -> None:
+        """Warm up, count passes meanwhile, then operations and bytes; before: bytes that others hold."""
+        self.prepare(warmup + COUNTED)
+        with passes_counted(self.bases) as self.passes:
+            for _ in range(warmup):
+                self.update()
+        self.flops = flops(self.update)
+        for parameter in self.learners:  # which an update starts without
+            parameter.grad = None
+        self.peak = alive_bytes(self.device) - before + peak_bytes(self.update, self.device)
+
+    def round(self, updates: int) -> None:
+        """Time some updates."""
+        self.prepare(updates)
+        if self.clock.on_gpu:
+            torch.cuda.synchronize()
+        self.clock.reset()
+        for _ in range(updates):
+            self.update()
+        self.rounds.append({name: s / updates for name, s in self.clock.seconds().items()})
+
+    def figures(self, config: Config, warmup: int) -> dict[str, Any]:
+        """What the result says of it; times are those of the median round."""
+        samples = config.train.batch_size * config.train.accumulation
+        median = self.rounds[self.seconds.index(statistics.median_low(self.seconds))]
+        rate = 1 / sum(median.values())
+        able = peak_flops(self.device) if config.base.dtype != "fp32" else None
+        return {
+            "updates_per_second": rate,
+            "samples_per_second": rate * samples,
+            "passes_per_sample": {name: self.passes[name] / (warmup * samples) for name in PASSES},
+            "flops_per_update": self.flops,
+            "utilisation": able and self.flops * rate / able,
+            "peak_bytes": self.peak,
+            "milliseconds": {name: 1000 * s for name, s in median.items()},
+        }
+
+
+def _kinds(config: Config, folder: str, updates: int) -> dict[str, Config]:
+    """The runs to measure, in `folder`, of at least `updates` each."""
+    train, data = config.train, config.data
+    changes = {
+        "train": train.model_copy(update={"tensorboard": False, "steps": max(train.steps, updates)}),
+        "preview": config.preview.model_copy(update={"every": 0}),
+    }
+    if data.cache is None:
+        count = data.count if data.images else min(data.count, 2 * train.batch_size)
+        changes["data"] = data.model_copy(update={"cache": f"{folder}/cache", "count": count})
+    kinds = {}
+    if config.objective.adversarial != "required":
+        kinds["plain"] = {"adversarial": config.adversarial.model_copy(update={"weight": 0.0})}
+    if config.adversarial.weight:
+        kinds["adversarial"] = {}
+    return {
+        kind: config.model_copy(update={**changes, **own, "output": f"{folder}/{kind}"}) for kind, own in kinds.items()
+    }
+
+
+def _settings(config: Config, updates: int, warmup: int) -> dict[str, Any]:
+    train = config.train
+    return {
+        "base": config.base.path,
+        "dtype": config.base.dtype,
+        "resolution": config.data.resolution,
+        "objective": config.objective.name,
+        "rank": config.lora.rank,
+        "batch_size": train.batch_size,
+        "accumulation": train.accumulation,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "optimizer": train.optimizer,
+        "updates": updates,
+        "warmup": warmup,
+    }
+
+
+def _compare(
+    config: Config, updates: int, warmup: int, reference: bool, device: torch.device, reporter: Reporter
+) -> dict[str, Any]:
+    before = alive_bytes(device)
+    run = Run(config, reporter)
+    learners = [p for group in run.optimizer.param_groups for p in group["params"]]
+    loops = {"ours": Loop(run.update, lambda _: None, run.clock, [run.base], learners, device)}
+    loops["ours"].examine(warmup, before)
+    if reference:
+        before = alive_bytes(device)
+        other = Reference(run)
+        learners = [p for own in other.learners.values() for p in own]
+        bases = [other.teacher, other.student]
+        loops["reference"] = Loop(other.update, other.prepare, other.clock, bases, learners, device)
+        loops["reference"].examine(warmup, before)
+    rounds = min(ROUNDS, updates)
+    sizes = [updates // rounds + (i < updates % rounds) for i in range(rounds)]
+    for number, size in enumerate(sizes):
+        # each goes first in every other round
+        for loop in list(loops.values())[:: -1 if number % 2 else 1]:
+            loop.round(size)
+    figures = {name: loop.figures(config, warmup) for name, loop in loops.items()}
+    return figures | ({"ratios": _ratios(figures, *loops.values())} if reference else {})
+
+
+def _ratios(figures: dict[str, dict], ours: Loop, other: Loop) -> dict[str, float]:
+    """Ours to the reference's; of speed, the median over the rounds, and the least and the greatest of them."""
+    speed = [b / a for a, b in zip(ours.seconds, other.seconds, strict=True)]
+    return {
+        "updates_per_second": statistics.median(speed),
+        "least": min(speed),
+        "greatest": max(speed),
+        "flops": ours.flops / other.flops,
+        "peak_bytes": ours.peak / other.peak,
+    }

@@ -1,0 +1,130 @@
+"""Instruments: passes through the networks by hooks, floating-point operations, bytes at the peak."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..families import Base
+
+# What is counted, each in samples.
+NO_GRADIENT, GRADIENT, FIRST_BLOCKS = "forward without gradient", "forward with gradient", "of both, first blocks only"
+BACKWARD, IMAGES, PROMPTS = "backward", "pictures encoded", "prompts encoded"
+PASSES = (NO_GRADIENT, GRADIENT, FIRST_BLOCKS, BACKWARD, IMAGES, PROMPTS)
+
+
+@contextmanager
+def passes_counted(bases: Iterable[Base]) -> Iterator[Counter[str]]:
+    """Count, inside this block, the samples that pass through the bases' networks and encoders, by `PASSES`.
+
+    A pass that ends before the network's last block, as a discriminator's may, counts as one of the first blocks only.
+    """
+    seen: Counter[str] = Counter()
+
+    def enters(_, args, kwargs) -> None:
+        x = _first(args, kwargs)
+        seen[GRADIENT if torch.is_grad_enabled() else NO_GRADIENT] += len(x)
+        seen[FIRST_BLOCKS] += len(x)
+        if x.requires_grad:  # through the network to its input: the body of a discriminator
+            x.register_hook(lambda _: seen.update({BACKWARD: len(x)}))
+
+    def leaves(_, args, kwargs, output) -> None:
+        x = _first(args, kwargs)
+        seen[FIRST_BLOCKS] -= len(x)
+        if output[0].requires_grad and not x.requires_grad:
+            output[0].register_hook(lambda _: seen.update({BACKWARD: len(x)}))
+
+    def encodes(what: str) -> Callable:
+        return lambda _, args, kwargs: seen.update({what: len(_first(args, kwargs))})
+
+    handles = []
+    for base in bases:
+        handles.append(base.network.register_forward_pre_hook(enters, with_kwargs=True))
+        handles.append(base.network.register_forward_hook(leaves, with_kwargs=True))
+        encoders: list[tuple[str, nn.Module]] = [(PROMPTS, encoder) for encoder in base.text_encoders[:1]]
+        if base.vae is not None:
+            encoders.append((IMAGES, base.vae.encoder))
+        handles += [m.register_forward_pre_hook(encodes(what), with_kwargs=True) for what, m in encoders]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of `run` in matrix products, convolutions and attention, backward passes included."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+def alive_bytes(device: torch.device) -> int:
+    """Bytes of all tensors that are held now: what CUDA's allocator says, or on a CPU what Python can reach."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == "cpu"]
+    # a tensor that no Python object is a view of, such as a parameter's gradient, is not among them
+    found += [o.grad for o in found if o.is_leaf and o.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of the tensors that `run` makes and holds at its peak, beyond those held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    made = _Made()
+    with made:
+        run()
+    return made.peak
+
+
+class _Made(TorchDispatchMode):
+    """Follows every storage that an operation makes until it is freed: on a CPU no allocator tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {s._cdata for s in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self.storages:
+                self._take(storage)
+        return result
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_) -> None:
+            self.held -= size
+            del self.storages[key]
+
+        self.storages[key] = weakref.ref(storage, freed)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _first(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

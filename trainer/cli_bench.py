@@ -1,0 +1,49 @@
+"""`pcm bench`: what a run's updates take, beside a loop like the published scripts'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, answer
+
+
+def bench(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Start from this preset; default without a file: demo.")] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Updates to time, of each loop.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Updates before, in which passes are counted.")] = 3,
+    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Run the reference loop too.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.txt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, passes, memory and time split of training, beside a loop like PCM's published scripts.
+
+    Takes the settings of pcm train, and keeps nothing of the run. With adversarial.weight it measures the plain
+    updates too. The reference loop has two networks, encodes in every iteration, and trains a discriminator and the
+    student in turn; both loops run in one process, a few updates each in turn.
+
+    Example: pcm bench --preset demo adversarial.weight=0.1 --updates 20
+    """
+    from .bench.comparison import bench as run
+    from .bench.report import report
+    from .checkpoint import write_text
+    from .config import load_config
+    from .progress import ProgressBar
+
+    settings = settings or []
+    file = settings[0] if settings and "=" not in settings[0] else None
+    config = load_config(file, settings[1:] if file else settings, preset or (None if file else "demo"))
+    with ProgressBar() as bar:
+        details = run(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
+    text = report(details)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
+        write_text(out / "bench.txt", text + "\n")
+    answer(details, as_json, text)

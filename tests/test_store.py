@@ -38,7 +38,8 @@ def test_captions_and_encodings_are_found_by_number_and_by_text(folder, monkeypa
     assert list(made.prompts) == ["", *dict.fromkeys(captions)]
     assert [made.prompts.find(text) for text in made.prompts] == list(range(len(made.prompts)))
     assert made.prompts.find("never cached") is None
-    assert made.encoding(captions)["hidden"].flatten().tolist() == [len(c) for c in captions]
+    with torch.autocast("cpu", torch.bfloat16):  # as previews read, and it takes no stack of fp16
+        assert made.encoding(captions)["hidden"].flatten().tolist() == [len(c) for c in captions]
     with pytest.raises(IndexError):
         made.captions[COUNT]
 

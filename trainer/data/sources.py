@@ -74,7 +74,7 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     hashes = dict(zip(here, file_hashes(list(here.values()), known, workers, write), strict=True))
     remote = [shard for shard in shards if shard not in paths]
     answers = dict(zip(remote, ahead(remote_identity, remote, workers), strict=True))
-    bad = [f"{shard}: no such file" for shard in paths if shard not in here]
+    bad = absent(shards)
     bad += [f"{shown(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
     if not skip_bad:
         bad += [f"{shown(shard)}: {problem}" for shard in here if (problem := check_end(shard))]
@@ -91,6 +91,11 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     parts = [Part(partial(read_shard, shard), at, 1) for at, shard in enumerate(good)]
     name = f"the samples of the {len(good)} shards in data.shards"
     return Source("shards", name, parts, identity, bad, notes if silent else [])
+
+
+def absent(shards: Iterable[str]) -> list[str]:
+    """A line for each shard that is a file and is not there."""
+    return [f"{shard}: no such file" for shard in shards if (path := local_path(shard)) and not path.is_file()]
 
 
 def prompts_of(config: Config) -> list[str]:

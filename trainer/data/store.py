@@ -82,7 +82,7 @@ class LatentCache:
     def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
         rows = [self._encoded(prompt) for prompt in prompts]
-        return {key: torch.stack([row[key] for row in rows]).float() for key in rows[0]}
+        return {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
 
     def add_prompts(self, prompts: list[str], encoded: dict[str, Tensor]) -> None:
         """Know the encodings of prompts that are no sample's (a preview's) too, without writing them down."""

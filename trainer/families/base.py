@@ -41,6 +41,7 @@ class Base(ABC):
     null: what stands for "no prompt" in guidance: "zeros" or the encoding of the "empty" prompt.
     path, base_hash: where it came from; SHA-256 of the file, or of the folder's weight files together.
     supplied: SHA-256 of the weights that `base.parts` supplied to a single file, or nothing.
+    turns: where network and text encoders work in turn, each on the CPU while the other does; None: all stay in place.
     """
 
     network: ModelMixin
@@ -54,6 +55,7 @@ class Base(ABC):
     path: str
     base_hash: str
     supplied: str = ""
+    turns: torch.device | None = None
 
     name: ClassVar[str]
     # Its name for people.
@@ -77,7 +79,8 @@ class Base(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        """Where it computes."""
+        return self.turns or self.network.device
 
     @property
     def untrained(self) -> bool:
@@ -91,7 +94,8 @@ class Base(ABC):
 
     def drop_encoders(self) -> None:
         """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU."""
-        self.text_encoders = []
+        self._bring(self.network)
+        self.text_encoders, self.turns = [], None
         self.vae.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -114,9 +118,21 @@ class Base(ABC):
         """Raise ValueError where the output for noised latents x0 (B, C, h, w) is no `prediction` of theirs."""
         return
 
-    @abstractmethod
+    def _bring(self, *parts: nn.Module, idle: list[nn.Module] = ()) -> None:
+        """Where parts take turns, these are to work, and idle ones make room."""
+        if self.turns is None:
+            return
+        for part, device in [*((p, torch.device("cpu")) for p in idle), *((p, self.turns) for p in parts)]:
+            if part.device != device:
+                part.to(device)
+
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Prompts -> their encodings in fp32, every tensor (B, ...)."""
+        """Prompts -> their encodings in fp32, every tensor (B, ...): see each family's `_encode_prompts`."""
+        self._bring(*self.text_encoders, idle=[self.network])
+        return self._encode_prompts(prompts)
+
+    @abstractmethod
+    def _encode_prompts(self, prompts: list[str]) -> Condition: ...
 
     def null_condition(self, empty: Condition) -> Condition:
         """What guidance subtracts, from the encoding of the empty prompt."""
@@ -134,6 +150,7 @@ class Base(ABC):
         A latent is (encoded - shift_factor) * scaling_factor of the VAE's config. Raises ValueError for a VAE whose
         latents are not finite.
         """
+        self._bring(self.vae)
         encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         scale, shift = _scale_shift(self.vae)
         tiny = isinstance(self.vae, AutoencoderTiny)
@@ -160,9 +177,13 @@ class Base(ABC):
         self.vae.to(home)
         return pixels.add(1).div(2).clamp(0, 1)
 
-    @abstractmethod
     def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         """The network's raw output in fp32 for points x (B, C, h, w) at ticks (B,)."""
+        self._bring(self.network, idle=self.text_encoders)
+        return self._denoise(x, tick, condition)
+
+    @abstractmethod
+    def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor: ...
 
     def target_time(self, tick: Tensor) -> Condition:
         """What tells the network at which ticks (B,) a jump is to end; nothing for one without an input for it."""

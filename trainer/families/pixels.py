@@ -48,10 +48,18 @@ class Pixels(Base):
     alone = Alone(guidance=1.0, gamma=1.0)
 
     @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Pixels:
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        in_turn: bool = False,
+    ) -> Pixels:
         """Load "digits", with random weights, or a folder. Raises FileNotFoundError or ValueError for a bad one.
 
-        dtype: of the forward pass, by autocast; the weights are to be trained, and stay in fp32.
+        dtype: of the forward pass, by autocast; the weights are to be trained, and stay in fp32. in_turn: nothing
+        waits, as there are no encoders.
         """
         if path == NAME:
             root, network = cls.configs, _random(cls.configs)
@@ -86,7 +94,7 @@ class Pixels(Base):
     def drop_encoders(self) -> None:
         """There are none."""
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"label": (B,)}: the digit, or ten for any. Raises ValueError for other words."""
         strange = next((p for p in prompts if p and p not in DIGITS), None)
         if strange is not None:
@@ -106,7 +114,7 @@ class Pixels(Base):
         grey = F.pixel_shuffle(latents.float().cpu(), PATCH) * SPREAD + MEAN
         return grey.add(1).div(2).clamp(0, 1).expand(-1, 3, -1, -1)
 
-    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
+    def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         time = self.schedule.network_time(tick).to(x.device)
         return self.network(x, time, class_labels=condition["label"].long()).sample.float()
 

@@ -24,6 +24,6 @@ class SD15(UNetBase):
     encoders = (TextEncoder("text_encoder", "CLIP-L text encoder", CLIPTextModel, "cond_stage_model.transformer."),)
     usual_null = "empty"
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77, C)}, the last hidden states. Longer prompts are cut at 77 tokens."""
         return {"hidden": text_states(self.text_encoders[0], self.tokenizers[0], prompts, -1)[0]}

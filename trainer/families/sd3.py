@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
 from . import loading
-from .base import Base, Condition, outputs_of, side_multiple
+from .base import Base, Condition, side_multiple
 from .clip import text_states
 from .sd3_parts import T5_LENGTH, folder_parts, single_file_parts, variant
 
@@ -99,6 +99,7 @@ class SD3(Base):
         prediction: str | None = None,
         zero_terminal_snr: bool | None = None,
         null: str | None = None,
+        in_turn: bool = False,
         shift: float | None = None,
         t5: bool | None = None,
         t5_length: int | None = None,
@@ -111,6 +112,7 @@ class SD3(Base):
         config: folder of component configs for an unusual single file; default: SD3's or SD3.5's, shipped here.
         parts: diffusers folder, bundled base or hub id that supplies what a single file lacks.
         shift: instead of the scheduler's. t5: whether to use T5; default: where the base has it. null: see `Base`.
+        in_turn: network and text encoders are on the device in turn, and wait on the CPU.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
         check_flow(prediction, zero_terminal_snr)
@@ -120,7 +122,7 @@ class SD3(Base):
         else:
             found = folder_parts(path, tokenizer, t5, dtype, t5_dtype)
         for module in (found.transformer, found.vae, *found.text_encoders):
-            module.to(device).requires_grad_(False).eval()
+            module.to("cpu" if in_turn else device).requires_grad_(False).eval()
         return cls(
             network=found.transformer,
             vae=found.vae,
@@ -133,6 +135,7 @@ class SD3(Base):
             path=path,
             base_hash=found.base_hash,
             supplied=found.supplied,
+            turns=torch.device(device) if in_turn else None,
             t5_length=t5_length or T5_LENGTH,
         )
 
@@ -141,7 +144,7 @@ class SD3(Base):
         t5 = f"T5 of {self.t5_length} tokens" if len(self.tokenizers) > 2 else "no T5"
         return f"{t5}, {super().encoder_settings}" if self.supplied else t5
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.
 
         hidden: both CLIPs' last but one hidden states side by side and zeros beyond, then T5's states. Longer prompts
@@ -162,37 +165,24 @@ class SD3(Base):
         ids = tokenizer(prompts, **padded, return_tensors="pt").input_ids
         return encoder(ids.to(encoder.device))[0].float()
 
-    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
-        return self._run(x, tick, condition)
-
-    def _run(self, x: Tensor, tick: Tensor, condition: Condition, without: list[int] | None = None) -> Tensor:
+    def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         dtype = self.network.dtype
         return self.network(
             x.to(dtype),
             condition["hidden"].to(dtype),
             condition["pooled"].to(dtype),
             self.schedule.network_time(tick).to(x.device),
-            skip_layers=without,
         ).sample.float()
 
     def feature_blocks(self) -> list[nn.Module]:
         """Four blocks, evenly spaced up to two thirds of the depth: 4, 8, 12 and 16 of SD3-medium's 24."""
-        return [self.network.transformer_blocks[i] for i in self._feature_layers()]
-
-    def _feature_layers(self) -> list[int]:
         last = max(1, round(self.network.config.num_layers * 2 / 3))
-        return sorted({max(1, round(last * k / FEATURES)) - 1 for k in range(1, FEATURES + 1)})
+        layers = sorted({max(1, round(last * k / FEATURES)) - 1 for k in range(1, FEATURES + 1)})
+        return [self.network.transformer_blocks[i] for i in layers]
 
     def feature_map(self, output, x: Tensor) -> Tensor:
         patch = self.network.config.patch_size
         return output[1].transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
-
-    def features(self, x: Tensor, tick: Tensor, condition: Condition) -> list[Tensor]:
-        later = range(self._feature_layers()[-1] + 1, self.network.config.num_layers)
-        # the pass ends at norm_out: an exception from within a block would leave torch's checkpoint around it open
-        stops = [*self.feature_blocks(), self.network.norm_out]
-        outputs = outputs_of(stops, lambda: self._run(x, tick, condition, without=[*later]))
-        return [self.feature_map(output, x).float() for output in outputs[:-1]]
 
     @staticmethod
     def latent_shape_of(network_config, resolution: int) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ class SDXL(UNetBase):
     )
     usual_null = "zeros"
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77, 2048), "pooled": (B, 1280)}. Longer prompts are cut at 77 tokens.
 
         hidden: both encoders' last but one hidden states side by side; pooled: the second's projected summary.

@@ -63,6 +63,7 @@ class UNetBase(Base):
         prediction: str | None = None,
         zero_terminal_snr: bool | None = None,
         null: str | None = None,
+        in_turn: bool = False,
     ) -> UNetBase:
         """Load from a diffusers folder, a single .safetensors file as shared on Civitai, or a hub id.
 
@@ -71,6 +72,7 @@ class UNetBase(Base):
         config: folder of diffusers component configs for an unusual single file (default: the family's, shipped here).
         parts: diffusers folder, bundled base or hub id that supplies the VAE and the text encoders that a file lacks.
         prediction, zero_terminal_snr: where the base does not say; they may not contradict it. null: see `Base`.
+        in_turn: network and text encoders are on the device in turn, and wait on the CPU.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
         if path.endswith(".safetensors"):
@@ -81,7 +83,7 @@ class UNetBase(Base):
         kind, zero_snr = predictions.settle(found.told or default, default, prediction, zero_terminal_snr)
         found.unet.to(memory_format=torch.channels_last)
         for module in (found.unet, found.vae, *found.text_encoders):
-            module.to(device).requires_grad_(False).eval()
+            module.to("cpu" if in_turn else device).requires_grad_(False).eval()
         return cls(
             network=found.unet,
             vae=found.vae,
@@ -94,6 +96,7 @@ class UNetBase(Base):
             path=path,
             base_hash=found.base_hash,
             supplied=found.supplied,
+            turns=torch.device(device) if in_turn else None,
         )
 
     def misread(self) -> UNetBase:
@@ -105,7 +108,7 @@ class UNetBase(Base):
     def check_prediction(self, x0: Tensor, condition: Condition) -> None:
         predictions.check(self, x0, condition)
 
-    def denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
+    def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
         dtype, target_time = self.network.dtype, condition.get("target_time")
         return self.network(
             x.to(dtype),

@@ -1,0 +1,72 @@
+"""Network and encoders on the device in turn: who is where while prompts are encoded and points denoised."""
+
+import pytest
+import torch
+
+from phased_consistency.trainer.families import load_base
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Place:
+    """Stands for a part of the base: knows only where it is, and how often it was moved."""
+
+    def __init__(self):
+        self.device, self.moves = CPU, 0
+
+    def to(self, device):
+        self.device, self.moves = torch.device(device), self.moves + 1
+
+
+@pytest.fixture
+def base(monkeypatch):
+    base = load_base("tiny-sd15", in_turn=True)
+    monkeypatch.setattr(base, "turns", GPU)
+    monkeypatch.setattr(base, "network", Place())
+    monkeypatch.setattr(base, "text_encoders", [Place(), Place()])
+    monkeypatch.setattr(base, "_encode_prompts", lambda prompts: {})
+    monkeypatch.setattr(base, "_denoise", lambda *_: None)
+    return base
+
+
+def places(base):
+    return [part.device for part in (base.network, *base.text_encoders)]
+
+
+def test_one_of_them_is_on_the_device_at_a_time(base):
+    assert places(base) == [CPU, CPU, CPU] and base.device == GPU
+    base.encode_prompts(["a"])
+    assert places(base) == [CPU, GPU, GPU]
+    base.denoise(None, None, {})
+    assert places(base) == [GPU, CPU, CPU]
+    base.encode_prompts(["a"])
+    assert places(base) == [CPU, GPU, GPU]
+
+
+def test_what_is_in_place_is_not_moved(base):
+    for _ in range(3):
+        base.denoise(None, None, {})
+    assert [part.moves for part in (base.network, *base.text_encoders)] == [1, 0, 0]
+
+
+def test_the_network_stays_once_the_encoders_are_dropped(base):
+    base.encode_prompts(["a"])
+    base.drop_encoders()
+    assert base.network.device == GPU and base.text_encoders == [] and base.device == GPU
+
+
+def test_a_base_that_is_asked_for_nothing_leaves_all_in_place():
+    base = load_base("tiny-sd15")
+    base.network, base.text_encoders = Place(), []
+    base._denoise = lambda *_: None
+    base.denoise(None, None, {})
+    assert base.turns is None and base.network.moves == 0
+
+
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+def test_every_family_gives_the_same_in_turn(path):
+    base, plain = load_base(path, in_turn=True), load_base(path)
+    x, tick = torch.randn(1, *base.latent_shape(32)), torch.tensor([500])
+    assert base.turns == CPU
+    found, meant = (b.denoise(x, tick, b.encode_prompts(["a red star"])) for b in (base, plain))
+    assert found.equal(meant)

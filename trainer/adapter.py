@@ -9,13 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .families import Base
 
@@ -48,9 +46,9 @@ class Learner(ABC):
     def off(self) -> AbstractContextManager:
         """The teacher inside this block. Raises ValueError where there is none."""
 
-    @abstractmethod
-    def checkpoint_gradients(self) -> None:
-        """Keep no activations for the backward pass."""
+    def as_it_is(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """torch's checkpoint's two contexts, for a pass now and for the same pass later: on or off as it is now."""
+        return nullcontext(), nullcontext()
 
     @abstractmethod
     def sentence(self) -> str:
@@ -104,6 +102,7 @@ class Adapter(Learner):
     def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
         self.is_off = False
+        self._strengths: dict[bool, Tensor] = {}  # the LoRA's part off and on, where a number switches it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.add_adapter(
@@ -118,25 +117,42 @@ class Adapter(Learner):
     @contextmanager
     def off(self) -> Iterator[None]:
         """The bare base inside this block: the teacher."""
-        before, self.is_off = self.is_off, True
+        if self.is_off:
+            yield
+            return
+        self.is_off = True
         try:
-            with bare(self.network):
+            with self._times_zero() if self._strengths else bare(self.network):
                 yield
         finally:
-            self.is_off = before
+            self.is_off = False
+
+    @contextmanager
+    def _times_zero(self) -> Iterator[None]:
+        self._set_strength(False)
+        try:
+            yield
+        finally:
+            self._set_strength(True)
+
+    def switch_by_number(self) -> None:
+        """From now on `off` multiplies the LoRA's part by 0 instead of leaving it out, so that compiled code stays. Its
+        time is then spent for the teacher too."""
+        scaling = next(iter(self.layers.values())).scaling[NAME]
+        device = next(self.network.parameters()).device
+        self._strengths = {on: torch.tensor(scaling * on, device=device) for on in (False, True)}
+        self._set_strength(not self.is_off)
+
+    def _set_strength(self, on: bool) -> None:
+        # two constants, not one that changes: autograd keeps the number for the backward pass
+        for layer in self.layers.values():
+            layer.scaling[NAME] = self._strengths[on]
+
+    def as_it_is(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), self.off() if self.is_off else nullcontext()
 
     def sentence(self) -> str:
         return f"LoRA of rank {self.rank}, alpha {self.alpha:g} on {len(self.layers)} modules."
-
-    def checkpoint_gradients(self) -> None:
-        """Keep no activations for the backward pass. Each block is computed again with the adapter as it was: a
-        discriminator's body ran without, though the adapter is on by then."""
-
-        def as_it_was():
-            return nullcontext(), self.off() if self.is_off else nullcontext()
-
-        self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=as_it_was))
-        self.network.train()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
@@ -161,10 +177,6 @@ class Whole(Learner):
 
     def sentence(self) -> str:
         return f"All {sum(p.numel() for p in self.parameters()):,} weights of the network are trained."
-
-    def checkpoint_gradients(self) -> None:
-        self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
-        self.network.train()
 
 
 def learner(network: nn.Module, family: type[Base], rank: int, alpha: float, seed: int) -> Learner:

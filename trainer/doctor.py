@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from .memory import MARGIN, PEAKS, advice
+
 REQUIRED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate"),
     *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib"),
 )
 OPTIONAL = (
-    {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit"}
+    {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit", "torchao": "base.quantize"}
     | {name: "FID's features in pcm evaluate" for name in ("torchmetrics", "torch-fidelity")}
     | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
 )
@@ -76,14 +78,15 @@ def _bundled() -> list[str]:
 
 
 def _verdict(d: dict[str, Any]) -> str:
-    need = d["run"]["memory_gib"]["training in all, at least"]
+    run = d["run"]
+    need = max(gib for name, gib in run["memory_gib"].items() if name.startswith(PEAKS))
     if d["device"]["kind"] != "cuda":
         return f"This run needs at least {need:.1f} GiB of memory."
     have = d["device"]["memory_gib"]
     compared = f"This run needs at least {need:.1f} GiB; the device has {have:.1f} GiB, so it"
-    if need * 1.15 < have:
+    if need * MARGIN < have:
         return f"{compared} fits."
-    return f"{compared} will not fit: lower train.batch_size, or set train.gradient_checkpointing=true."
+    return f"{compared} will not fit: {advice([*run['would_save_gib'].items()])}."
 
 
 def _version(name: str) -> str | None:

@@ -9,14 +9,16 @@ from typing import Any
 from ..samplers import FlowSchedule
 from .config import Config
 from .data import pictures_of, read_prompts
-from .data.cache import own_prompts
+from .data.reading import stop_or_skip
+from .data.shards import list_shards
+from .data.sources import absent, own_prompts
 from .export import recipe_for
 from .families import FAMILIES, Base, bundled_folder, family_class
 from .families.loading import checkpoint_header, is_hub_id
 from .families.prediction import found_in_header, found_in_scheduler, settle
 from .families.sd3 import SD3, check_flow, read_shift
 from .initial import check_start
-from .memory import BYTES, estimate_memory
+from .memory import BYTES, estimate_memory, switches
 from .objectives import Objective
 from .whole import check_whole
 
@@ -27,7 +29,7 @@ def plan(config: Config) -> dict[str, Any]:
     Raises ValueError for bad data or a base that is not of its family, FileNotFoundError for one that is not there.
     """
     family = _family(config)
-    memory = estimate_memory(config, family)
+    memory, saving = estimate_memory(config, family), switches(config, family)
     samples, source = _data(config)
     train, objective = config.train, config.objective
     seen = train.steps * train.batch_size * train.accumulation
@@ -43,7 +45,7 @@ def plan(config: Config) -> dict[str, Any]:
         "data": source,
         "updates": train.steps,
         "samples_seen": seen,
-        "passes_over_the_data": round(seen / samples, 1),
+        "passes_over_the_data": round(seen / samples, 1) if samples else None,
         "forward_passes_per_sample": passes,
         "lora_modules": memory["lora_modules"],
         "trained_parameters": memory["trained_parameters"],
@@ -51,6 +53,8 @@ def plan(config: Config) -> dict[str, Any]:
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
         "memory_gib": memory["gib"],
+        "blocks_computed_again": memory["blocks_computed_again"],
+        "would_save_gib": dict(saving),
     }
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
     lines = [
@@ -60,7 +64,7 @@ def plan(config: Config) -> dict[str, Any]:
         f"  base      {facts['base']}, {family.title}",
         f"  data      {source}",
         f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, {seen} in all "
-        f"({facts['passes_over_the_data']} passes)",
+        f"({facts['passes_over_the_data'] or 'not yet known how many'} passes)",
         f"  a sample  {a_sample}",
         f"  objective {objective.name}: {_summary(objective)}",
         f"  phases    {config.grid().phases}, starting at timesteps {edges}; {objective.points} points",
@@ -70,7 +74,9 @@ def plan(config: Config) -> dict[str, Any]:
         *([f"  use       {usage}"] if usage else []),
         *(f"  note      {note}" for note in config.notes()),
         "Memory estimate (GiB)",
-        *(f"  {name:36} {value:6.2f}" for name, value in memory["gib"].items()),
+        *(f"  {name:48} {value:6.2f}" for name, value in memory["gib"].items()),
+        *(["Would save, each alone (GiB)"] if saving else []),
+        *(f"  {setting:48} {gib:6.2f}" for setting, gib in saving),
     ]
     return facts | {"text": "\n".join(lines)}
 
@@ -91,9 +97,14 @@ def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
     return f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 
-def _data(config: Config) -> tuple[int, str]:
-    """How many samples there are, and where they come from."""
+def _data(config: Config) -> tuple[int | None, str]:
+    """How many samples there are, where that is known before they are read, and where they come from."""
     data = config.data
+    if data.shards:
+        shards = list_shards(data.shards)
+        gone = absent(shards)
+        stop_or_skip(gone, data.skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
+        return None, f"{len(shards)} shards, {len(gone)} left out; their samples are counted when they are cached"
     if data.images:
         pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
         source = f"{len(pictures)} pictures with captions from {data.images}, {len(skipped)} left out"

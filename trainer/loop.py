@@ -33,8 +33,10 @@ from .engine import Engine
 from .export import DTYPES, export, recipe_for, self_test
 from .families import Base, load_base
 from .initial import check_start, start_from
+from .prepare import check_prepare, prepare
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
+from .quantize import Trial
 from .update import Learners, Outcome, Updater, lr_factor, make_optimizer
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.
@@ -109,8 +111,6 @@ class Run:
         self.reporter.say(self.adapter.sentence())
         if config.lora.init:
             self.reporter.say(start_from(config, self.base, self.adapter))
-        if config.train.gradient_checkpointing:
-            self.adapter.checkpoint_gradients()
         self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
         kept = load_latest_state(self.folder / "checkpoints")
         self.split = self._split(kept)
@@ -321,14 +321,16 @@ class Run:
     def _load_base(self) -> Base:
         b = self.config.base
         self.reporter.say(f"Loading {b.path}.")
-        options = b.model_dump(exclude={"path", "dtype"}, exclude_none=True)
-        base = load_base(b.path, dtype=DTYPES[b.dtype], device=self.accelerator.device, **options)
+        options = b.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
+        where = {"device": self.accelerator.device, "in_turn": True}
+        base = load_base(b.path, dtype=DTYPES[b.dtype], **where, **options)
         base.latent_shape(self.config.data.resolution)
         # what cannot be trained, or sampled, is said before anything is cached
         if base.whole:
             whole.check_whole(self.config)
         else:
             recipe_for(self.config, base)
+        check_prepare(self.config, type(base), self.accelerator.device)
         if self.config.lora.init:
             check_start(self.config, base)
         for note in self.config.notes():
@@ -349,6 +351,9 @@ class Run:
         if not base.whole:
             with self.adapter.off(), self.accelerator.autocast():
                 base.check_prediction(x0, condition)
+        with self.accelerator.autocast():
+            for line in prepare(config, base, self.adapter, Trial(x0, condition, null)):
+                self.reporter.say(line)
         adversary = None
         if a.weight:
             adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)

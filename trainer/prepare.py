@@ -1,0 +1,57 @@
+"""A run's network made ready to train: its base quantised, its blocks compiled, offloaded, computed again."""
+
+from __future__ import annotations
+
+import torch
+
+from .adapter import Learner
+from .blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute
+from .config import Config
+from .families import Base
+from .memory import GIB, recomputed
+from .quantize import Trial, check_quantizer, guided_error, predictions, quantize
+
+
+def check_prepare(config: Config, base: type[Base], device: torch.device) -> None:
+    """Raise ValueError for what `prepare` cannot do here, before anything is loaded or cached."""
+    train, asked = config.train, config.base.quantize
+    if base.whole:
+        for setting, value in (("base.quantize", asked), ("train.offload", train.offload)):
+            if value:
+                raise ValueError(f"{setting} is for a frozen base, and all of {base.title} is trained. Leave it out.")
+    if asked:
+        check_quantizer(asked)
+    if train.compile:
+        check_compiler(device)
+    recomputed(config, base)
+
+
+def prepare(config: Config, base: Base, learner: Learner, trial: Trial) -> list[str]:
+    """Do what base.quantize, train.compile, train.offload and train.gradient_checkpointing ask for; sentences on it.
+
+    learner: injected, with its first weights. trial: the run's own data, on which a quantised base is measured.
+    """
+    said = []
+    if config.base.quantize:
+        said += _quantize(config, base, learner, trial)
+    if config.train.compile:
+        if not base.whole:
+            learner.switch_by_number()
+        said.append(f"{compile_blocks(base.network)} blocks are compiled; the first updates take minutes.")
+    # before the weights leave the GPU, whose free memory decides how many
+    again = recomputed(config, type(base))
+    if config.train.offload:
+        offload = Offload(base.network, base.device)
+        said.append(f"{offload.bytes / GIB:.2f} GiB of frozen weights wait in main memory for their block's pass.")
+    if again:
+        recompute(learner, again)
+        said.append(f"{len(again)} of {len(blocks_of(base.network))} blocks are computed again for the backward pass.")
+    return said
+
+
+def _quantize(config: Config, base: Base, learner: Learner, trial: Trial) -> list[str]:
+    guidance = max(config.objective.guidance) if config.objective.guided() else config.data.teacher_guidance
+    before = predictions(base, learner, trial, guidance)
+    sentence = quantize(base.network, config.base.quantize)
+    plain, guided = guided_error(before, predictions(base, learner, trial, guidance))
+    return [sentence, f"Its prediction is off by {plain:.2%}, its guided one at CFG {guidance:g} by {guided:.2%}."]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 import tracemalloc
@@ -51,6 +52,8 @@ def build(tmp_path):
 @pytest.fixture
 def serve(tmp_path):
     """Serve the folder on this machine; returns the address, and what was asked."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset reads addresses with curl, which is not installed")
     servers = []
 
     def serve(kind=SimpleHTTPRequestHandler):
@@ -96,6 +99,11 @@ def test_no_command_is_run(shards, tmp_path, monkeypatch, build):
     with pytest.raises(ValueError, match="would run a command, and a configuration runs none"):
         build(shards)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_program_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "cannot be opened (gsutil: No such file" in next(read_shard("gs://bucket/set.tar")).problem
 
 
 def test_an_address_of_another_kind_is_refused():
@@ -226,6 +234,27 @@ def test_a_transfer_that_breaks_off_keeps_what_was_read_and_is_said(shards, buil
         build(f"{address}/set-000.tar")
     made = build(f"{address}/set-000.tar", data__skip_bad="true")
     assert list(made.captions) == ["all red", "all green"] and len(made.skipped) == 1
+
+
+def test_a_shard_that_was_kept_in_part_can_be_tried_again(shards, build, serve):
+    """What is made again may have other prompts, and then no encoding of the old ones is left."""
+
+    class Truncating(SimpleHTTPRequestHandler):
+        broken = True
+
+        def copyfile(self, source, outputfile):
+            whole = source.read()
+            outputfile.write(whole[:2000] if Truncating.broken and "000" in self.path else whole)
+
+    address = f"{serve(Truncating)[0]}/set-{{000..001}}.tar"
+    made = build(address, data__skip_bad="true")
+    assert len(made) < 5 and len(made.skipped) == 1
+    Truncating.broken = False
+    for file in made.folder.glob("latents-00000-*"):
+        file.unlink()
+    again = build(address, data__skip_bad="true")
+    assert list(again.captions) == [f"all {name}" for name in PICTURES] and again.skipped == []
+    assert again.encoding(again.captions)["hidden"].flatten().tolist() == [len(c) for c in again.captions]
 
 
 def test_a_killed_caching_goes_on_in_the_middle_of_a_shard(tmp_path, build, monkeypatch):

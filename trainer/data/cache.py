@@ -63,17 +63,20 @@ def build_cache(
     data, share = config.data, Share(rank, processes)
     buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
     if rank > 0:
-        wait()  # for the hashes that the first process takes
+        wait()  # while the first process takes the files' hashes and looks at what is there
     source = open_source(config, buckets, write=rank == 0) if data.has_pictures else None
-    if rank == 0:
-        wait()
     prompts = None if source else prompts_of(config)
     content = _content(config, base, buckets, source.identity if source else prompts)
     folder = config.cache_folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     parts = len(source.parts) if source else -(-data.count // SHARD)
     there = pieces_there(folder)
-    missing = list(share.of(number for number in range(parts) if not is_whole(there.get(number, {}))))
+    lacking = [number for number in range(parts) if not is_whole(there.get(number, {}))]
+    if rank == 0 and lacking:
+        (folder / INDEX).unlink(missing_ok=True)  # what is made again may be other than it was
+    if rank == 0:
+        wait()
+    missing = list(share.of(lacking))
     if source:
         bad = _cache_pictures(folder, base, data, source, buckets or data.resolution, missing, progress)
     else:

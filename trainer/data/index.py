@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import write_tensors
 from .buckets import Buckets, bucket_notes
-from .store import INDEX, TEXTS, hashes_of, open_file
+from .store import INDEX, PROMPTS, TEXTS, hashes_of, open_file
 
 
 def latents_name(part: int, piece: int, last: bool) -> str:
@@ -91,7 +91,18 @@ def _write_texts(path: Path, prompts: Iterable[str]) -> None:
         "second": hashes[order, 1],
         "number": order.astype(np.int32),
     }
+    if not _holds(path, table):
+        for encodings in path.parent.glob(PROMPTS):  # which go by the prompts' numbers
+            encodings.unlink()
     _write(path, table, {})
+
+
+def _holds(path: Path, table: dict[str, np.ndarray]) -> bool:
+    """Whether the file is there and holds these columns."""
+    if not path.is_file():
+        return False
+    with open_file(path) as file:
+        return all(np.array_equal(file.get_tensor(key), column) for key, column in table.items())
 
 
 def _write(path: Path, table: dict[str, np.ndarray], facts: dict[str, str]) -> None:

@@ -170,9 +170,10 @@ def _next(samples: Iterator[dict]) -> dict | str | None:
 
 
 def _words(error: Exception) -> str:
-    """An error's first argument, without what webdataset adds to it."""
-    told = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
-    return str(told).split(" @ ")[0]
+    """What an error says, without what webdataset adds to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(next(iter(error.args), error)).split(" @ ")[0]
 
 
 def _is_wanted(file: str) -> bool:

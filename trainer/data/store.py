@@ -23,7 +23,7 @@ from torch import Tensor
 # Of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
 FORMAT = 2
 SHARD = 256
-INDEX, TEXTS = "index.safetensors", "texts.safetensors"
+INDEX, TEXTS, PROMPTS = "index.safetensors", "texts.safetensors", "prompts-*.safetensors"
 # How many files of a cache are kept open; each is mapped into memory.
 OPEN = 128
 
@@ -172,7 +172,7 @@ def open_file(path: Path) -> safe_open:
 
 def prompts_name(number: int) -> str:
     """File of the prompts number * SHARD and on."""
-    return f"prompts-{number:05d}.safetensors"
+    return PROMPTS.replace("*", f"{number:05d}")
 
 
 def hashes_of(text: str) -> tuple[int, int]:

@@ -174,6 +174,7 @@ def _compare(
         # each goes first in every other round
         for loop in list(loops.values())[:: -1 if number % 2 else 1]:
             loop.round(size)
+    run.updater.coming.close()
     figures = {name: loop.figures(config, warmup) for name, loop in loops.items()}
     return figures | ({"ratios": _ratios(figures, *loops.values())} if reference else {})
 

@@ -30,7 +30,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Split:
-    """How the samples of an update are shared out: `size` a forward pass, `accumulation` passes, `processes` abreast."""
+    """How an update's samples are shared out: `size` a forward pass, `accumulation` passes, `processes` abreast."""
 
     size: int
     accumulation: int = 1

@@ -77,10 +77,10 @@ def build_cache(
     if rank == 0:
         wait()
     missing = list(share.of(lacking))
+    bad: list[str] = []
     if source:
         bad = _cache_pictures(folder, base, data, source, buckets or data.resolution, missing, progress)
-    else:
-        bad = []
+    elif missing:
         _cache_teacher_latents(folder, base, config, prompts, missing, progress)
     wait()
     _check_whole(folder, parts, bad, source)

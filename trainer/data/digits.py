@@ -38,6 +38,10 @@ class Digit:
     def name(self) -> str:
         return f"drawing of {self.caption}"
 
+    def content(self) -> str:
+        """What decides the picture."""
+        return repr(self)
+
     def load(self, resolution: int) -> tuple[Tensor, Tensor]:
         """The picture (3, R, R) in [-1, 1], and its sizes as `load_picture` gives them."""
         grey = torch.frombuffer(bytearray(draw(self, resolution).tobytes()), dtype=torch.uint8)

@@ -60,7 +60,7 @@ def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
     files = [p.path for p in pictures if isinstance(p, Picture)]
     if isinstance(data.buckets, tuple):
         buckets.check_filled(aspect for aspect in ahead(aspect_of, files, data.workers) if aspect)
-    contents = file_hashes(files, known, data.workers, write) if files else map(repr, pictures)
+    contents = file_hashes(files, known, data.workers, write) if files else [p.content() for p in pictures]
     identity = [(content, p.caption) for content, p in zip(contents, pictures, strict=True)]
     shares = [pictures[at : at + SHARD] for at in range(0, len(pictures), SHARD)]
     parts = [Part(partial(iter, share), number * SHARD, len(share)) for number, share in enumerate(shares)]

@@ -8,6 +8,7 @@ from .adapter import Learner
 from .blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute
 from .config import Config
 from .families import Base
+from .folding import fold_where_cheaper
 from .memory import GIB, recomputed
 from .quantize import Trial, check_quantizer, guided_error, predictions, quantize
 
@@ -34,6 +35,8 @@ def prepare(config: Config, base: Base, learner: Learner, trial: Trial) -> list[
     said = []
     if config.base.quantize:
         said += _quantize(config, base, learner, trial)
+    elif not (base.whole or config.train.compile):
+        fold_where_cheaper(learner)
     if config.train.compile:
         if not base.whole:
             learner.switch_by_number()

@@ -232,7 +232,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "allocate memory")):
+    """The message; of a run that ran out of memory it already names what would save how much."""
+    from .memory import out_of_memory
+
+    if out_of_memory(error):
         return (
             f"{str(error) or 'Out of memory.'}\n"
             "Try, in this order: train.gradient_checkpointing=true, a smaller train.batch_size with more "

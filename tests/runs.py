@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config import Config, load_config
-from phased_consistency.trainer.loop import Reporter
+from phased_consistency.trainer.reporter import Reporter
 
 TINY = "tiny-sd15"
 SMALL = {

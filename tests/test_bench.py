@@ -22,7 +22,8 @@ from phased_consistency.trainer.bench.measure import (
 )
 from phased_consistency.trainer.bench.reference import Reference
 from phased_consistency.trainer.bench.report import peak_flops
-from phased_consistency.trainer.loop import Reporter, Run
+from phased_consistency.trainer.loop import Run
+from phased_consistency.trainer.reporter import Reporter
 from runs import settings, small_config
 
 CPU = torch.device("cpu")

@@ -97,7 +97,7 @@ def test_bad_captions_stop_the_run_by_name(folder):
     (folder / "a.txt").unlink()
     (folder / "b.txt").write_text("  \n", encoding="utf-8")
     (folder / "c.txt").write_bytes("färg".encode("latin-1"))
-    with pytest.raises(ValueError, match="3 captions of the 5 pictures in .* are missing or wrong") as raised:
+    with pytest.raises(ValueError, match="3 of the 5 pictures in .* lack a good caption") as raised:
         find_pictures(str(folder), skip_bad=False)
     for line in (
         "a.png: no caption a.txt",

@@ -190,5 +190,5 @@ def test_what_is_wrong_in_a_metadata_file_is_named(folder):
         "2.png: captions in both 2.txt and metadata.jsonl",
         "3.png: empty caption in metadata.jsonl",
     ]
-    with pytest.raises(ValueError, match="6 captions of the 9 pictures in .* are missing or wrong"):
+    with pytest.raises(ValueError, match="6 of the 9 pictures in .* lack a good caption"):
         find_pictures(str(folder), skip_bad=False)

@@ -12,8 +12,9 @@ from phased_consistency.trainer.export import install, recipe_for
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.generate import generate
 from phased_consistency.trainer.initial import check_start, start_from
-from phased_consistency.trainer.loop import Reporter, Run, train
+from phased_consistency.trainer.loop import Run, train
 from phased_consistency.trainer.objectives import CTM, OBJECTIVES, tells_target_time
+from phased_consistency.trainer.reporter import Reporter
 from runs import TINY, metadata, sha256, small_config
 
 UNGUIDED = {"objective__guidance": None}

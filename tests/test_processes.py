@@ -118,3 +118,18 @@ def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
     assert "The run takes 4 samples an update: 1 process, 2 passes of 2 each." in notes.said
     assert f"Going on from update {step} of 12." in notes.said
     assert apart(learnt(alone), learnt(made)) < SAME
+
+
+def test_sharing_the_frozen_weights_gives_the_same(alone, tmp_path):
+    """Each process holds half of them, recomputes blocks, draws previews and tests the file together with the other."""
+    settings = {
+        "train__shard": "true",
+        "train__gradient_checkpointing": "true",
+        "preview__every": 6,
+        "preview__steps": [2],
+    }
+    _, errors = two_processes(tmp_path, **settings)
+    assert apart(learnt(alone), learnt(tmp_path / alone.name)) < SAME
+    held = float(re.search(r"([0-9.]+) GiB of the frozen weights are held here", errors)[1])
+    assert held * 2**30 == pytest.approx(4.76e6 * 4 / 2, rel=0.3)
+    assert "0 keys unmatched" in errors and (tmp_path / "previews" / "step-0000006.png").is_file()

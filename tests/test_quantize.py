@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from phased_consistency.trainer.adapter import Adapter
 from phased_consistency.trainer.blocks import Offload, compile_blocks, recompute
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.loop import Reporter, train
+from phased_consistency.trainer.loop import train
 from phased_consistency.trainer.quantize import (
     Trial,
     check_quantizer,
@@ -19,6 +19,7 @@ from phased_consistency.trainer.quantize import (
     quantize,
     stored_bytes,
 )
+from phased_consistency.trainer.reporter import Reporter
 from runs import small_config
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install phased-consistency[quantize]")

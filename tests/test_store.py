@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_stubs import StubBase, drawn, small_files
-from phased_consistency.trainer.data import cache, million, store
+from phased_consistency.trainer.bench import million
+from phased_consistency.trainer.data import cache, store
 from phased_consistency.trainer.data.store import LatentCache, OpenFiles
 from runs import small_config
 

@@ -10,7 +10,8 @@ from phased_consistency.samplers import schedule
 from phased_consistency.trainer import loop
 from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.clock import Clock
-from phased_consistency.trainer.loop import Reporter, Run, RunFailed, train
+from phased_consistency.trainer.loop import Run, RunFailed, train
+from phased_consistency.trainer.reporter import Reporter
 from phased_consistency.trainer.update import lr_factor
 from runs import Notes, sha256, small_config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Activations:
 
 def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activations:
     """What autograd keeps for the backward of `run`, a pass through the network on the meta device."""
-    own = _weights(network)
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
     # held here until the end, so that no number comes twice
     kept: dict[str, dict[int, torch.UntypedStorage]] = {OUTSIDE: {}}
     entered: dict[str, dict[int, torch.UntypedStorage]] = {}
@@ -91,35 +91,33 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     return Activations(_sizes(kept), _sizes(entered), flops)
 
 
-def _weights(network: nn.Module) -> set[int]:
-    return {p.untyped_storage()._cdata for p in network.parameters()}
-
-
 def _sizes(storages: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Storages]:
     return {path: {number: s.nbytes() for number, s in some.items()} for path, some in storages.items()}
 
 
 def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
     """Most bytes that tensors made by `run`, a pass without gradients on the meta device, take at the same time."""
-    live = _Live(_weights(network))
+    live = LiveBytes()
     with torch.no_grad(), _AsOnGPU(network.dtype), live:
         run()
     return live.most
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive, but for storages of these numbers."""
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations inside make, while they are alive: on a CPU and on the meta
+    device no allocator tells. most: at the same time."""
 
-    def __init__(self, others: set[int]):
+    def __init__(self):
         super().__init__()
-        self.numbers = others
+        self.numbers: set[int] = set()
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.numbers:
+        kwargs = kwargs or {}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self.numbers:
                 self.numbers.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
@@ -129,6 +127,10 @@ class _Live(TorchDispatchMode):
     def _freed(self, number: int, size: int) -> None:
         self.numbers.discard(number)
         self.now -= size
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class _AsOnGPU(TorchFunctionMode):

@@ -82,11 +82,11 @@ class Adversary:
             with torch.no_grad():
                 real = self._features(target, edge, judged.tick, judged.target_noise, condition)
         self.heads.requires_grad_(False)
-        generator = _mean([relu(1 - logits) for logits in self.heads(fake)])
+        generator = mean_of([relu(1 - logits) for logits in self.heads(fake)])
         self.heads.requires_grad_(True)
         told_fake = self.heads([f.detach() for f in fake])
         told_real = self.heads(real)
-        return generator, _mean([relu(1 + x) for x in told_fake]) + _mean([relu(1 - x) for x in told_real])
+        return generator, mean_of([relu(1 + x) for x in told_fake]) + mean_of([relu(1 - x) for x in told_real])
 
     def _features(self, x: Tensor, edge: Tensor, tick: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
         level = self.base.schedule
@@ -94,6 +94,6 @@ class Adversary:
         return self.base.features(point, tick, condition)
 
 
-def _mean(maps: list[Tensor]) -> Tensor:
+def mean_of(maps: list[Tensor]) -> Tensor:
     """(B,) mean over heads of the mean over places."""
     return torch.stack([m.float().flatten(1).mean(1) for m in maps]).mean(0)

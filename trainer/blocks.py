@@ -1,5 +1,5 @@
 """The network's repeated blocks, where nearly all of its weights, activations and time are, and how each is run:
-computed again for the backward pass, compiled, with its frozen weights in main memory."""
+computed again for the backward pass, compiled, with its frozen weights in main memory or shared among processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +48,19 @@ def _recomputed(run: Pass, learner: Learner) -> Pass:
         return checkpoint(run, *args, **how, **kwargs)
 
     return forward
+
+
+def shard(network: nn.Module, learner: Learner) -> int:
+    """Leave each process its share of the frozen weights, from which every block is put together for its pass (FSDP,
+    arXiv 2304.11277); what is learnt stays whole everywhere. Returns the bytes that this process still holds of them.
+
+    All processes must run every pass together.
+    """
+    whole = set(learner.parameters())
+    network.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
+    for module in (*blocks_of(network).values(), network):
+        fully_shard(module, ignored_params={p for p in module.parameters() if p in whole})
+    return sum(p.to_local().nbytes for p in network.parameters() if isinstance(p, DTensor))
 
 
 class Offload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,27 +86,46 @@ def load_latest_state(folder: Path) -> State | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors: "<parameter>/<entry>"; numbers become 0-d tensors."""
+    """An optimizer's state as named tensors: "<parameter>/<entry>"; numbers become 0-d tensors, and entries that hold
+    more (bitsandbytes') come as "<parameter>/<entry>/<entry>"."""
     state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{entry}": torch.as_tensor(value) for i, own in state.items() for entry, value in own.items()}
+    return {f"{names[i]}/{entry}": value for i, own in state.items() for entry, value in _flat(own)}
+
+
+def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for entry, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{entry}/")
+        else:
+            yield f"{prefix}{entry}", torch.as_tensor(value)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
     """Put `optimizer_tensors` back."""
     number = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
-        state.setdefault(number[name], {})[entry] = value
+        name, *within, entry = key.split("/")
+        i = number[name]
+        own = state.setdefault(i, {})
+        for outer in within:
+            own = own.setdefault(outer, {})
+        # in the order in which its parameter lies in memory, which fused kernels go by
+        as_parameter = value.shape == parameters[i].shape and value.dtype == parameters[i].dtype
+        own[entry] = torch.empty_like(parameters[i]).copy_(value) if as_parameter else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down a new run's settings; refuse a folder whose checkpoints are of other ones, with what differs."""
+def check_same_run(folder: Path, settings: dict[str, Any], may_change: Collection[str] = ()) -> None:
+    """Write down a run's settings; refuse a folder whose checkpoints are of other ones, with what differs.
+
+    may_change: dotted keys that two starts of one run may differ in.
+    """
     path = folder / "config.json"
     if path.is_file():
         then = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{k}: {a} then, {b} now" for k, a, b in _differences(then, settings)]
+        changed = [f"{k}: {a} then, {b} now" for k, a, b in _differences(then, settings) if k not in may_change]
         if changed and (folder / "checkpoints").is_dir():
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "

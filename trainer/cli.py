@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,23 @@ from typing import Annotated
 
 import typer
 
-from .cli_bench import bench
+from .cli_bench import bench, bench_data
 from .cli_edit import edit
-from .options import Base, Configs, Family, Json, Parts, Reading, Resolution, Sampling, Tokenizer, answer, with_options
+from .options import (
+    Base,
+    Configs,
+    Family,
+    Json,
+    Parts,
+    Reading,
+    Resolution,
+    Sampling,
+    Settings,
+    Tokenizer,
+    answer,
+    configured,
+    with_options,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -21,9 +36,6 @@ app = typer.Typer(
     help="Train few-step LoRAs (phased consistency and its relatives) on your own checkpoint; sample them, edit "
     "pictures with them, compare them.",
 )
-Settings = Annotated[
-    list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
-]
 
 
 @app.command()
@@ -45,11 +57,7 @@ def train(
     section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without data.images the
     teacher makes the latents from prompts.
     """
-    from .config import load_config
-
-    settings = settings or []
-    file = settings[0] if settings and "=" not in settings[0] else None
-    config = load_config(file, settings[1:] if file else settings, preset)
+    config = configured(settings, preset)
     if dry_run:
         from .estimate import plan
 
@@ -182,18 +190,16 @@ def doctor(
     """Say what this machine can do, what is missing, and what a given config will need."""
     from .doctor import examine, report
 
-    settings = settings or []
     details = examine()
     if settings or preset:
-        from .config import load_config
         from .estimate import plan
 
-        file = settings[0] if settings and "=" not in settings[0] else None
-        details["run"] = plan(load_config(file, settings[1:] if file else settings, preset))
+        details["run"] = plan(configured(settings, preset))
     answer(details, as_json, report(details))
 
 
 app.command()(bench)
+app.command()(bench_data)
 
 
 def _steps(text: str) -> list[int]:
@@ -205,6 +211,8 @@ def _steps(text: str) -> list[int]:
 
 def _quiet_libraries() -> None:
     """Our own errors say what matters; the libraries' notices about other things would bury them."""
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by peft where they are installed
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,5 @@
-"""`pcm bench`: what a run's updates take, beside a loop like the published scripts'."""
+"""`pcm bench`: what a run's updates take, beside a loop like the published scripts'; `pcm bench-data`: what a large
+cache takes."""
 
 from __future__ import annotations
 
@@ -8,13 +9,11 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, answer
+from .options import Json, Settings, answer, configured
 
 
 def bench(
-    settings: Annotated[
-        list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
-    ] = None,
+    settings: Settings = None,
     preset: Annotated[str, typer.Option(help="Start from this preset; default without a file: demo.")] = None,
     updates: Annotated[int, typer.Option(min=1, help="Updates to time, of each loop.")] = 20,
     warmup: Annotated[int, typer.Option(min=1, help="Updates before, in which passes are counted.")] = 3,
@@ -33,12 +32,9 @@ def bench(
     from .bench.comparison import bench as run
     from .bench.report import report
     from .checkpoint import write_text
-    from .config import load_config
     from .progress import ProgressBar
 
-    settings = settings or []
-    file = settings[0] if settings and "=" not in settings[0] else None
-    config = load_config(file, settings[1:] if file else settings, preset or (None if file else "demo"))
+    config = configured(settings, preset, default="demo")
     with ProgressBar() as bar:
         details = run(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
     text = report(details)
@@ -47,3 +43,24 @@ def bench(
         write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
         write_text(out / "bench.txt", text + "\n")
     answer(details, as_json, text)
+
+
+def bench_data(
+    samples: Annotated[int, typer.Option(min=1, help="Synthetic samples to write and read.")] = 1_000_000,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to read.")] = 15_625,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 64,
+    folder: Annotated[Path, typer.Option(help="Where to write them for the time; a million take 1.2 GB.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Write a cache of synthetic samples, open it and read shuffled batches: times, and the memory that it takes.
+
+    Example: pcm bench-data --samples 20000 --batches 300
+    """
+    import tempfile
+
+    from .bench.million import report, run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="pcm-bench-") as place:
+        details = run(samples, Path(place), batches, batch)
+    answer(details, as_json, report(details))

@@ -163,6 +163,9 @@ class TrainConfig(Section):
     offload: bool = Field(
         False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"
     )
+    shard: bool = Field(
+        False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
+    )
     compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
     seed: int = Field(0, ge=0)
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
@@ -180,6 +183,14 @@ class PreviewConfig(Section):
     seed: int = Field(0, ge=0)
 
 
+# How a run is worked through, which may change between two starts: what an update learns is the same up to rounding.
+MAY_CHANGE = tuple(
+    f"train.{key}"
+    for key in (
+        *("batch_size", "accumulation", "gradient_checkpointing", "memory_limit_gib"),
+        *("offload", "shard", "compile"),
+    )
+)
 PLACES = (
     *(("base", key) for key in ("path", "tokenizer", "config", "parts")),
     *(("data", key) for key in ("images", "shards", "prompts")),

@@ -15,7 +15,7 @@ from .memory import MARGIN, PEAKS, advice
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate"),
-    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib"),
+    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib", "webdataset", "psutil"),
 )
 OPTIONAL = (
     {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit", "torchao": "base.quantize"}

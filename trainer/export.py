@@ -62,7 +62,7 @@ def _guidance_without_teacher(config: Config) -> dict[str, Any]:
     if config.objective.needs_teacher:
         return {}
     if config.lora.init is None:
-        return guidance_of(data.images is None and data.teacher_guidance > 1, phases)
+        return guidance_of(not data.has_pictures and data.teacher_guidance > 1, phases)
     header = read_header(Path(config.lora.init))
     recipe = recipe_for_file(str(header.path), header.metadata, header.family)
     baked = guidance_of(True, phases)

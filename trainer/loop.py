@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import signal
-import time
 from collections import deque
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,16 +24,18 @@ from .checkpoint import (
     save_state,
 )
 from .clock import Clock
-from .config import Config
+from .config import MAY_CHANGE, Config
 from .data.cache import LatentCache, build_cache
 from .engine import Engine
 from .export import DTYPES, export, recipe_for, self_test
-from .families import Base, load_base
+from .families import Base, family_class, load_base
 from .initial import check_start, start_from
+from .memory import explain_out_of_memory, out_of_memory
 from .prepare import check_prepare, prepare
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
 from .quantize import Trial
+from .reporter import Pace, Reporter
 from .update import Learners, Outcome, Updater, lr_factor, make_optimizer
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.
@@ -47,47 +46,20 @@ class RunFailed(RuntimeError):
     """The run could not be finished; the message says why, what is kept, and what to do."""
 
 
-@dataclass(frozen=True)
-class Status:
-    """What a progress display shows after an update."""
-
-    step: int
-    steps: int
-    loss: float
-    samples_per_second: float
-    peak_memory: float
-
-
-class Progress:
-    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since the run was started."""
-
-    def __init__(self, step: int, samples: int):
-        self.first, self.samples, self.started, self.loss = step, samples, time.monotonic(), float("nan")
-
-    def after(self, step: int, steps: int, loss: float) -> Status:
-        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
-        rate = (step - self.first) * self.samples / (time.monotonic() - self.started)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        return Status(step, steps, self.loss, rate, memory)
-
-
-class Reporter:
-    """How a run tells what it does; the command line draws a progress bar over these."""
-
-    def say(self, text: str) -> None: ...
-
-    def caching(self, what: str, done: int, total: int) -> None: ...
-
-    def update(self, status: Status) -> None: ...
-
-
 def train(config: Config, reporter: Reporter | None = None) -> Path:
     """Train as configured and return the path of what was made: a LoRA's file, or the folder of a network that was
     trained whole. The same call goes on where an earlier one stopped.
 
-    Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, a failed self-test, an interrupt).
+    Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, too little memory, a failed
+    self-test, an interrupt).
     """
-    return Run(config, reporter or Reporter()).go()
+    try:
+        return Run(config, reporter or Reporter()).go()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        family = family_class(config.base.path, config.base.family)
+        raise RunFailed(explain_out_of_memory(error, config, family)) from error
 
 
 class Run:
@@ -102,7 +74,7 @@ class Run:
         self.processes = Processes(self.accelerator)
         self.reporter = reporter if self.accelerator.is_main_process else Reporter()
         if self.accelerator.is_main_process:
-            check_same_run(self.folder, config.what_decides_the_weights())
+            check_same_run(self.folder, config.what_decides_the_weights(), MAY_CHANGE)
         self.base = self._load_base()
         self.cache = self._fill_cache()
         self.base.drop_encoders()
@@ -123,7 +95,7 @@ class Run:
         self.updater = Updater(config, self.engine, coming, passes, *how)
         self.unread: deque[Outcome] = deque()
         self.stop_asked = self.stopping = False
-        self.progress, self.writer = Progress(self.step, self.split.update), None
+        self.pace, self.writer = Pace(self.step, self.split.update), None
 
     @property
     def lora_path(self) -> Path:
@@ -138,7 +110,7 @@ class Run:
         self.writer = self._tensorboard()
         handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.clock.reset()
-        self.progress = Progress(self.step, self.split.update)
+        self.pace = Pace(self.step, self.split.update)
         try:
             while self.step < self.config.train.steps:
                 self.update()
@@ -176,7 +148,7 @@ class Run:
                 raise RunFailed(self._not_finite(outcome))
             self.stopping = bool(shown.pop("stop")) or self.stopping
             shown["lr"] = self.config.train.lr * lr_factor(self.config, outcome.step)
-            status = self.progress.after(outcome.step, self.config.train.steps, shown["loss"])
+            status = self.pace.after(outcome.step, self.config.train.steps, shown["loss"])
             self.reporter.update(status)
             if self.writer:
                 for tag, value in (shown | {"samples per second": status.samples_per_second}).items():
@@ -225,10 +197,14 @@ class Run:
         return {n: w.cpu() for n, w in self.average.weights.items()} if self.average else self.adapter.state()
 
     def _save(self, export_too: bool) -> None:
-        """Checkpoint, LoRA and self-test, on the first process, once all that led here is seen to be finite."""
+        """Checkpoint, LoRA and self-test, once all that led here is seen to be finite."""
         self._read(keep=0)
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._save_state()
+        if export_too:
+            self._export()
+
+    def _save_state(self) -> None:
         groups = {
             "adapter": self.adapter.state(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
@@ -240,16 +216,20 @@ class Run:
         facts = {
             "scaler": scaler.state_dict() if scaler else None,
             "samples per update": self.split.update,
+            "processes": self.processes.count,
             "cache": self.cache.folder.name,
         }
         save_state(self.folder / "checkpoints", self.step, groups, facts, self.config.train.keep_checkpoints)
-        if not export_too:
-            return
+
+    def _export(self) -> None:
         final = self.step == self.config.train.steps
         path = self.lora_path if final else self._file(f"{self.config.name}-{self.step:07d}")
         write, test = (whole.export, whole.self_test) if self.base.whole else (export, self_test)
-        write(path, self.weights(), self.config, self.base, self.step, len(self.cache))
-        with self.adapter.using(self.weights()):
+        if self.accelerator.is_main_process:
+            write(path, self.weights(), self.config, self.base, self.step, len(self.cache))
+        if not self._passes_here():
+            return
+        with self.adapter.using(self.weights()), torch.compiler.set_stance("force_eager"):
             result = test(path, self.base, self.adapter, self.cache.encoding([""]))
         self.reporter.say(f"{path}: {result.sentence()}.")
         if not result.passed:
@@ -264,16 +244,24 @@ class Run:
         processes; raises ValueError where they cannot share them."""
         train, count = self.config.train, self.processes.count
         split = Split(train.batch_size, train.accumulation, count)
-        then = kept[2].get("samples per update") if kept else split.update
+        facts = kept[2] if kept else {}
+        then = facts.get("samples per update", None if kept else split.update)
         if then is None:
             raise ValueError(
                 f"{self.folder} holds a run of an earlier version, which drew other samples. "
                 "Use another output folder to start anew, or delete the folder."
             )
-        if then != split.update:
-            split = Split.of_update(then, count, train.batch_size)
-            shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
-            self.reporter.say(f"The run takes {then} samples an update: {shared}.")
+        if then == split.update:
+            return split
+        if facts["processes"] == count:
+            raise ValueError(
+                f"{self.folder} holds a run of {then} samples an update, and these settings take {split.update}: "
+                "train.batch_size times train.accumulation in each process. Keep the product to go on, or use another "
+                "output folder."
+            )
+        split = Split.of_update(then, count, train.batch_size)
+        shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
+        self.reporter.say(f"The run takes {then} samples an update: {shared}.")
         return split
 
     def _resume(self, kept: State | None) -> int:
@@ -312,11 +300,19 @@ class Run:
 
     def preview(self, path: Path, captions: bool = True) -> None:
         """Draw the run's fixed grid with the weights that would be saved, by the first process."""
-        if not self.accelerator.is_main_process:
+        if not self._passes_here():
             return
-        with self.adapter.using(self.weights()), self.accelerator.autocast():
+        eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
+        with self.adapter.using(self.weights()), self.accelerator.autocast(), eager:
             image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
-        save_image(image, path)
+        if self.accelerator.is_main_process:
+            save_image(image, path)
+
+    def _passes_here(self) -> bool:
+        """Whether this process takes part in the first one's passes: none can run alone that lacks some weights."""
+        if self.config.train.shard:
+            self.processes.wait()
+        return self.config.train.shard or self.accelerator.is_main_process
 
     def _load_base(self) -> Base:
         b = self.config.base
@@ -330,7 +326,7 @@ class Run:
             whole.check_whole(self.config)
         else:
             recipe_for(self.config, base)
-        check_prepare(self.config, type(base), self.accelerator.device)
+        check_prepare(self.config, type(base), self.accelerator.device, self.processes.count)
         if self.config.lora.init:
             check_start(self.config, base)
         for note in self.config.notes():
@@ -375,6 +371,8 @@ class Run:
         cache = build_cache(self.config, self.base, self.reporter.caching, **share)
         for line in cache.skipped:
             self.reporter.say(f"Left out {line}.")
+        for note in cache.notes:
+            self.reporter.say(f"{note}.")
         self.reporter.say(f"{len(cache)} samples in {cache.folder}, {len(cache.skipped)} left out.")
         return cache
 

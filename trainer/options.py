@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from .config import Config
     from .families import Base as LoadedBase
 
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
+Settings = Annotated[
+    list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
+]
 Base = Annotated[
     str,
     typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3."),
@@ -52,6 +56,15 @@ Parts = Annotated[
     str, typer.Option(help="Diffusers folder that supplies what a single file lacks.", rich_help_panel=READING)
 ]
 T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.", rich_help_panel=READING)]
+
+
+def configured(settings: list[str] | None, preset: str | None, default: str | None = None) -> Config:
+    """The configuration of a TOML file, where the first of the settings is one, of overrides and a preset; `default`
+    is the preset where there is neither file nor preset."""
+    from .config import load_config
+
+    file, *overrides = settings if settings and "=" not in settings[0] else (None, *(settings or ()))
+    return load_config(file, overrides, preset or (None if file else default))
 
 
 def answer(details: dict[str, Any], as_json: bool, text: str) -> None:

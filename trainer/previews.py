@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 def preview_grid(config: Config, base: Base, cache: LatentCache, null: Condition, captions: bool) -> Image.Image:
     """The fixed prompts and seed of `preview` at each of its steps, with the adapter as it stands."""
     settings = config.preview
-    prompts = list(settings.prompts) or list(dict.fromkeys(cache.captions))[:4]
+    prompts = list(settings.prompts) or list(islice(cache.prompts, 1, 5))  # the first is the empty one
     shape = base.latent_shape(config.data.resolution)
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(settings.seed))
     condition = {k: v.to(base.device) for k, v in cache.encoding(prompts).items()}

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .loop import Reporter, Status
+from .reporter import Reporter, Status
 
 
 class ProgressBar(Reporter):

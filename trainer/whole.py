@@ -29,7 +29,7 @@ def check_whole(config: Config) -> None:
             f"{what} needs a teacher, and {base} starts from nothing: use objective.name=ct (without a teacher: "
             f"{', '.join(able)})."
         )
-    if config.data.images is None:
+    if not config.data.has_pictures:
         problems.append(
             f"data.images is not set, and {base} has no teacher that makes pictures of prompts: set "
             f"data.images={DIGITS}, or a folder of pictures with a digit as caption."

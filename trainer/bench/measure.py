@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..activations import LiveBytes
 from ..families import Base
 
 # What is counted, each in samples.
@@ -87,43 +85,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    made = _Made()
+    made = LiveBytes()
     with made:
         run()
-    return made.peak
-
-
-class _Made(TorchDispatchMode):
-    """Follows every storage that an operation makes until it is freed: on a CPU no allocator tells."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = self.peak = 0
-        self.storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {s._cdata for s in _storages((args, kwargs))}
-        result = func(*args, **kwargs)
-        for storage in _storages(result):
-            if storage._cdata not in given and storage._cdata not in self.storages:
-                self._take(storage)
-        return result
-
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def freed(_) -> None:
-            self.held -= size
-            del self.storages[key]
-
-        self.storages[key] = weakref.ref(storage, freed)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-
-
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return made.most
 
 
 def _first(args: tuple, kwargs: dict) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn.functional import relu
 
 from ...samplers import jump, renoise
 from ..adapter import Adapter
-from ..adversarial import BETAS, WEIGHT_DECAY
+from ..adversarial import BETAS, WEIGHT_DECAY, mean_of
 from ..clock import Clock
 from ..config import Config
 from ..engine import Batch
@@ -110,13 +110,13 @@ class Reference:
             with self.clock.part("discriminator"), torch.no_grad():
                 fake, real = self._features(student, batch, True), self._features(target, batch, False)
             with self.clock.part("discriminator"):
-                return _mean(1 + x for x in self.heads(fake)) + _mean(1 - x for x in self.heads(real))
+                return _hinge(1 + x for x in self.heads(fake)) + _hinge(1 - x for x in self.heads(real))
         pair = Pair(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
         distance = self.objective.distance(pair)
         if len(self.learners) == 1:
             return distance
         with self.clock.part("discriminator"):
-            generator = _mean(1 - x for x in self.heads(self._features(student, batch, True)))
+            generator = _hinge(1 - x for x in self.heads(self._features(student, batch, True)))
         return distance + self.config.adversarial.weight * generator
 
     def _draw(self) -> Inputs:
@@ -207,6 +207,5 @@ def _load(config: Config, device: torch.device) -> tuple[Base, Base]:
     return teacher, student
 
 
-def _mean(margins: Iterable[Tensor]) -> Tensor:
-    """(B,) hinge loss, mean over heads of the mean over places."""
-    return torch.stack([relu(m).float().flatten(1).mean(1) for m in margins]).mean(0)
+def _hinge(margins: Iterable[Tensor]) -> Tensor:
+    return mean_of([relu(margin) for margin in margins])

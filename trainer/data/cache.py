@@ -233,11 +233,14 @@ def _cache_teacher_latents(
     for part in parts:
         start, end = part * SHARD, min((part + 1) * SHARD, data.count)
         captions = [prompts[i % len(prompts)] for i in range(start, end)]
-        latents = []
-        for at in range(start, end, data.batch_size):
+        latents, batches = [], range(start, end, data.batch_size)
+        # all prompts first, so that encoders and network take turns on the device once
+        asked = [captions[at - start : at - start + data.batch_size] for at in batches]
+        told = [{k: v.cpu() for k, v in base.encode_prompts(some).items()} for some in asked]
+        for at, encoded in zip(batches, told, strict=True):
             numbers = range(at, min(at + data.batch_size, end))
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in numbers])
-            condition = base.encode_prompts([captions[i - start] for i in numbers])
+            condition = {k: v.to(base.device) for k, v in encoded.items()}
             x = generate(base, condition, null, noise, ticks, data.teacher_guidance)
             if not x.isfinite().all():
                 which = f"The teacher's latents for samples {at} to {numbers[-1]}"

@@ -59,7 +59,7 @@ def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]
             pictures.append(Picture(file, caption))
         else:
             bad.append(f"{file.relative_to(root)}: {problem}")
-    stop_or_skip(bad, skip_bad, f"captions of the {len(files)} pictures in {folder} are missing or wrong")
+    stop_or_skip(bad, skip_bad, f"of the {len(files)} pictures in {folder} lack a good caption")
     if not pictures:
         raise ValueError(
             f"None of the {len(files)} pictures in {folder} has a caption (same name, .txt; or a line in {METADATA})."

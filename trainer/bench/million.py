@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from ..checkpoint import write_tensors
-from .cache import write_latents
-from .index import latents_name, write_index
-from .order import Order
-from .store import SHARD, LatentCache, prompts_name
+from ..data.cache import write_latents
+from ..data.index import latents_name, write_index
+from ..data.order import Order
+from ..data.store import SHARD, LatentCache, prompts_name
 
 SHAPE, WIDTH = (4, 8, 8), 16
 POINTS = 20  # of the memory curve
@@ -96,3 +96,17 @@ def _memory() -> dict[str, float]:
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         found["anonymous_mib"] = int(lines["RssAnon"].split()[0]) / 1024
     return {key: round(value, 1) for key, value in found.items()}
+
+
+def report(details: dict[str, Any]) -> str:
+    """`run` for people."""
+    d = details
+    lines = [
+        f"{d['samples']:,} samples: {d['bytes'] / 1e9:.2f} GB in {d['files']} files, written in {d['write_seconds']} s",
+        f"opened, with a first batch read, in {d['open_seconds']} s",
+        f"read at {d['batch_milliseconds']} ms a batch of {d['batch']}",
+        f"{'samples seen':>12} {'resident MiB':>13} {'without file pages':>19}",
+    ]
+    for row in d["curve"]:
+        lines.append(f"{row['samples']:12,} {row['resident_mib']:13.1f} {row.get('anonymous_mib', float('nan')):19.1f}")
+    return "\n".join(lines)

@@ -73,6 +73,7 @@ class StubBase:
     """
 
     with_null = staticmethod(Base.with_null)
+    device = torch.device("cpu")
 
     def __init__(
         self, schedule: Schedule, prediction: str, switch: Switch, teacher: Network, student: Network, tells_time=False

@@ -119,18 +119,30 @@ def test_the_clamp_divides_student_and_target_alike_and_not_the_teacher():
         torch.testing.assert_close(jumped, (x - sigma * eps) / alpha.clamp(min=0.5), atol=1e-4, rtol=1e-4)
 
 
-def test_three_network_calls_a_step():
+@pytest.mark.parametrize(("batched", "teacher"), [(True, [10]), (False, [5, 5])])
+def test_a_steps_network_calls(batched, teacher):
     """Teacher with both halves of the guidance, target without the rows that need none, student with gradient."""
     one = engine(VP)
+    one.batched = batched
     one.step(batch([1000, 775, 275, 25, 500]))  # 775, 275 and 25 are one point above an edge
-    assert one.base.calls == [(10, False, False), (2, True, False), (5, True, True)]
+    assert one.base.calls == [*((rows, False, False) for rows in teacher), (2, True, False), (5, True, True)]
     assert one.base.switch.on
+
+
+@KINDS
+def test_both_halves_in_one_pass_or_in_two_are_the_same(schedule, prediction):
+    losses = []
+    for batched in (True, False):
+        one = engine(schedule, prediction)
+        one.batched = batched
+        losses.append(one.step(batch([1000, 775, 400, 25], 5.5)).distance)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
 def test_the_target_is_not_asked_where_no_row_needs_it():
     one = engine(VP)
     one.step(batch([775, 25]))
-    assert one.base.calls == [(4, False, False), (2, True, True)]
+    assert one.base.calls == [(2, False, False), (2, False, False), (2, True, True)]
 
 
 def test_rows_do_not_mix():

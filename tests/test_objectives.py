@@ -205,6 +205,7 @@ def test_a_solver_counts_its_evaluations():
     for settings, calls in (({}, 1), ({"solver": "heun"}, 2), ({"solver": "dpm++", "solver_steps": 3}, 3)):
         row = LCM(**PLAIN, **settings)
         one = engine(row, VP, "epsilon", Gaussian(VP).landing(TO_X0))
+        one.batched = True  # both halves of the guidance in one pass
         one.step(draw(row, VP, rows=4))
         assert [on for _, on, _ in one.base.calls].count(False) == calls
 

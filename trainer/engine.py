@@ -103,6 +103,9 @@ class Engine:
         self.adversary = adversary
         self.average = Average(adapter, objective.target_decay()) if objective.target_decay() else None
         self.clock = clock or Clock()
+        # Both halves of guidance in one pass: fewer launches on a GPU. A CPU takes 1.09 to 1.15 times as long for it as
+        # for two passes, whose activations stay in its caches (tiny-sd15, 32 samples at 128 px).
+        self.batched = base.device.type != "cpu"
         self.earlier: dict[str, Tensor] = {}  # the adapter's weights that are the teacher's, after the first stage
 
     def step(self, batch: Batch) -> Losses:
@@ -182,14 +185,19 @@ class Engine:
         return x
 
     def _guided(self, x: Tensor, tick: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's (x0, eps); with guidance, conditional and unconditional in one batch."""
+        """The teacher's (x0, eps), guided where the batch says so."""
         tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
         if batch.guidance is None:
             return predict(self.base, x, tick, batch.condition)
         both = self.base.with_null(batch.condition, self.null)
-        x0, eps = predict(self.base, x.repeat(2, 1, 1, 1), tick.repeat(2), both)
+        if self.batched:
+            x0, eps = (of.chunk(2) for of in predict(self.base, x.repeat(2, 1, 1, 1), tick.repeat(2), both))
+        else:
+            halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
+            passes = (predict(self.base, x, tick, dict(zip(both, half, strict=True))) for half in halves)
+            x0, eps = zip(*passes, strict=True)
         g = _rows(batch.guidance)
-        x0, eps = (un + g * (c - un) for c, un in (x0.chunk(2), eps.chunk(2)))
+        x0, eps = (un + g * (c - un) for c, un in (x0, eps))
         return x0, eps
 
     def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.loop import RunFailed, train
@@ -80,6 +81,20 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path):
     assert load_latest_state(config.run_folder / "checkpoints")[0] == int(stopped[1])
     assert sha256(train(config, notes)) == sha256(whole[1])
     assert notes.steps[0] == int(stopped[1]) + 1
+
+
+def test_an_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """Its state is bytes, tables and scales, nested; blocks of 4096 weights or more are kept so."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"train__optimizer": "adamw8bit", "lora__rank": 128, "train__batch_size": 2, "train__save_every": 2}
+    whole = train(small_config(tmp_path / "whole", **settings))
+    config = small_config(tmp_path / "run", **settings)
+    shutil.copytree(tmp_path / "whole", config.run_folder)
+    checkpoints(config)[-1].unlink()
+    _, groups, _ = load_latest_state(config.run_folder / "checkpoints")
+    assert any(tensor.dtype == torch.uint8 for tensor in groups["optimizer"].values())
+    notes = Notes()
+    assert sha256(train(config, notes)) == sha256(whole) and notes.steps == [3, 4]
 
 
 def test_saving_and_testing_on_the_way_change_nothing(whole, tmp_path):

@@ -94,8 +94,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for entry, value in state.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{entry}/")
+        if isinstance(value, dict):  # their tables are one tensor for all parameters, which a file cannot hold twice
+            yield from ((path, tensor.clone()) for path, tensor in _flat(value, f"{prefix}{entry}/"))
         else:
             yield f"{prefix}{entry}", torch.as_tensor(value)
 

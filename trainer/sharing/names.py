@@ -1,0 +1,63 @@
+"""Names of LoRA modules: kohya's, with underscores alone, back to diffusers' with dots, by the words of the networks."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import torch
+
+from ..families import Base
+
+NETWORKS = ("lora_unet_", "lora_transformer_")
+# kohya's prefixes -> the encoder's folder; the first form is SD1.5's
+ENCODERS = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+CLIP_WORDS = ("text_model", "encoder", "layers", "self_attn", "mlp", "text_projection")
+CLIP_WORDS += ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def dotted_name(kohya: str, family: type[Base]) -> str | None:
+    """kohya's module name -> diffusers', with its component; None for one that this family has not.
+
+    "lora_unet_mid_block_attentions_0_proj_in" -> "unet.mid_block.attentions.0.proj_in". Numbers are not checked.
+    """
+    for prefix in NETWORKS:
+        if kohya.startswith(prefix):
+            return _joined(family.component, kohya.removeprefix(prefix), _network_words(family))
+    for prefix, encoder in ENCODERS.items():
+        if kohya.startswith(prefix):
+            return _joined(encoder, kohya.removeprefix(prefix), CLIP_WORDS)
+    return None
+
+
+def kohya_name(dotted: str, family: type[Base]) -> str:
+    """diffusers' module name with its component -> the kohya name that ComfyUI maps for this family."""
+    component, path = dotted.split(".", 1)
+    if component == family.component:
+        prefix = f"lora_{component}_"
+    elif component == "text_encoder":
+        prefix = "lora_te_" if family.name == "sd15" else "lora_te1_"
+    else:
+        prefix = "lora_te2_"
+    return prefix + path.replace(".", "_")
+
+
+def _joined(component: str, name: str, words: tuple[str, ...]) -> str | None:
+    longest_first = "|".join(sorted(words, key=len, reverse=True))
+    parts = re.findall(rf"(\d+|{longest_first})(?:_|$)", name)
+    return ".".join([component, *parts]) if parts and "_".join(parts) == name else None
+
+
+@cache
+def _network_words(family: type[Base]) -> tuple[str, ...]:
+    """What the modules of the family's networks are called, without their numbers."""
+    words = set()
+    for folder in sorted(family.configs.parent.glob(f"{family.name}*/{family.component}")):
+        with torch.device("meta"):
+            network = family.network_class.from_config(family.network_class.load_config(folder))
+        words |= {word for name, _ in network.named_modules() for word in name.split(".") if word.isidentifier()}
+    return tuple(sorted(words))

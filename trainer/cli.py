@@ -13,6 +13,7 @@ import typer
 
 from .cli_bench import bench, bench_data
 from .cli_edit import edit
+from .cli_share import VERBS as SHARING
 from .options import (
     Base,
     Configs,
@@ -200,6 +201,8 @@ def doctor(
 
 app.command()(bench)
 app.command()(bench_data)
+for verb in SHARING:
+    app.command()(verb)
 
 
 def _steps(text: str) -> list[int]:
@@ -246,8 +249,7 @@ def _advice(error: Exception) -> str:
     if out_of_memory(error):
         return (
             f"{str(error) or 'Out of memory.'}\n"
-            "Try, in this order: train.gradient_checkpointing=true, a smaller train.batch_size with more "
-            "train.accumulation, a smaller data.resolution. pcm train --dry-run estimates the memory of each."
+            "Try a smaller resolution, --dtype bf16, or end what else holds the device's memory."
         )
     return str(error)
 

@@ -1,8 +1,8 @@
 """A LoRA in memory, whatever its file calls its tensors: read, checked, and written in kohya's or diffusers' form.
 
-kohya: `lora_unet_*` (SD3: `lora_transformer_*`) with an `.alpha` tensor beside each pair. diffusers: `unet.*` with alpha
-in the `lora_adapter_metadata` header, which its loader reads, and which ComfyUI does not. For SD3, where files without
-any alpha are what everyone shares, alpha is worked into the weights as the trainer does (see `export`).
+kohya: `lora_unet_*` (SD3: `lora_transformer_*`) with an `.alpha` tensor beside each pair. diffusers: `unet.*` with
+alpha in the `lora_adapter_metadata` header, which its loader reads, and which ComfyUI does not. For SD3, where files
+without any alpha are what everyone shares, alpha is worked into the weights as the trainer does (see `export`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ...samplers.lora_file import (
     family_from_metadata,
     family_title,
     read_header,
+    split_key,
 )
 from ...samplers.lora_info import recipe_of
 from ...samplers.recipe import HEADER_KEY
@@ -45,7 +46,7 @@ DYNAMIC = "Dynamic"  # kohya's word for ranks that differ
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's factors as stored: down (rank, in, *kernel), up (out, rank, *1); it adds alpha / rank * up @ down."""
+    """One module's factors as stored: down (rank, in, *kernel), up (out, rank, *1). It adds scale * up @ down."""
 
     down: Tensor
     up: Tensor
@@ -102,7 +103,9 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
         if up.shape[1] != len(down):
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
             raise ValueError(f"{path.name}: the halves of {name} are {shapes}, of two ranks. Get the file again.")
-        pairs[_dotted(name, kind, path)] = Pair(down, up, alphas.get(name, float(len(down))))
+        if (dotted := _dotted(name, kind, path)) in pairs:
+            raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
+        pairs[dotted] = Pair(down, up, alphas.get(name, float(len(down))))
     return Lora(path, kind, dict(sorted(pairs.items())), header.metadata, told, recipe_of(header))
 
 
@@ -116,8 +119,8 @@ def _family(header: LoraHeader, asked: str | None) -> type[Base]:
     by_header = family_from_metadata(header.metadata)
     if by_tensors and by_header and by_tensors != by_header:
         raise ValueError(
-            f"{header.path.name} is a LoRA for {family_title(by_tensors)} by its tensors, for {family_title(by_header)} "
-            "by its header. Get it again, or mend the header (pcm tag)."
+            f"{header.path.name} is a LoRA for {family_title(by_tensors)} by its tensors, and for "
+            f"{family_title(by_header)} by its header. Get it again, or mend the header (pcm tag)."
         )
     found = by_tensors or by_header
     if asked and found and asked != found:
@@ -142,13 +145,15 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
         what = "q, k and v in one" if family.name == "sd3" else "two layouts"
         raise ValueError(f"{header.path.name} has {what}, such as {others[0]}. Get it with diffusers' names.")
     config = family.network_class.load_config(family.configs / family.component)
-    names = header.kohya_names()
     layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})
-    state, alphas = family.pipeline.lora_state_dict({names[k]: t for k, t in tensors.items()}, unet_config=layers)
+    modules, names = header.modules, header.kohya_names()
+    alphas = {id(tensors[m.keys["down"]]): tensors[m.keys["alpha"]] for m in modules.values() if "alpha" in m.keys}
+    state, _ = family.pipeline.lora_state_dict({names[k]: t for k, t in tensors.items()}, unet_config=layers)
+    # by the tensors themselves: diffusers' names of the alphas are of another kind than those of the weights
+    state |= {f"{split_key(k)[0]}.alpha": alphas[id(t)] for k, t in list(state.items()) if id(t) in alphas}
     tensors.clear()
-    tensors.update(state | {name: torch.tensor(value) for name, value in (alphas or {}).items()})
-    infos = {name: TensorInfo("", tuple(t.shape)) for name, t in tensors.items()}
-    return LoraHeader(header.path, infos, header.metadata)
+    tensors.update(state)
+    return LoraHeader(header.path, {name: TensorInfo("", tuple(t.shape)) for name, t in state.items()}, header.metadata)
 
 
 def _alphas(

@@ -1,4 +1,4 @@
-"""Names of LoRA modules: kohya's, with underscores alone, back to diffusers' with dots, by the words of the networks."""
+"""Names of LoRA modules: kohya's, with underscores alone, back to diffusers' with dots, by the networks' words."""
 
 from __future__ import annotations
 

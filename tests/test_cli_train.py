@@ -1,6 +1,7 @@
 """`pcm train` as people run it: its plans, its runs, and the sentence that each mistake gets."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from phased_consistency.trainer import checkpoint, loop
+from phased_consistency.trainer import checkpoint, inspection, loop
 from phased_consistency.trainer.engine import Engine
 from runs import TINY, settings, sha256
 
@@ -191,14 +192,29 @@ def test_a_full_disk_loses_nothing(fails, tmp_path, monkeypatch):
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_says_what_to_try(fails, tmp_path, monkeypatch, error):
-    def train(*_):
+def test_out_of_memory_names_what_would_save_most(fails, tmp_path, monkeypatch, error):
+    """In a run, by the estimate of its own configuration, best first; what was cached is kept."""
+
+    def step(*_):
         raise error
 
-    monkeypatch.setattr(loop, "train", train)
-    message = fails(1, "train", *settings(tmp_path / "run"))
-    order = [message.index(s) for s in ("train.gradient_checkpointing=true", "train.batch_size", "data.resolution")]
-    assert order == sorted(order)
+    monkeypatch.setattr(Engine, "step", step)
+    message = fails(1, "train", *settings(tmp_path / "run", train__batch_size=32))
+    found = re.findall(r"(\S+=\S+(?: \S+=\S+)?) saves about ([\d.e-]+) GiB", message)
+    saved = [float(gib) for _, gib in found]
+    assert len(found) == 3 and saved == sorted(saved, reverse=True) and saved[0] > 0
+    assert {"train.gradient_checkpointing=true", "train.batch_size=16 train.accumulation=2"} <= {s for s, _ in found}
+    assert (tmp_path / "run" / "cache").is_dir()
+
+
+def test_out_of_memory_beside_training_says_what_to_try(fails, lora, tmp_path, monkeypatch):
+    def sample(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(inspection, "sample_grid", sample)
+    given = ("--base", TINY, "--lora", lora, "--prompt", "a red star", "--out", tmp_path / "grid.png")
+    message = fails(1, "sample", *given)
+    assert "CUDA out of memory." in message and "smaller resolution, --dtype bf16" in message
 
 
 def test_an_interrupt_before_the_first_update(fails, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`pcm convert`: a LoRA file in the form that another program wants."""
+"""`pcm convert`, `tag`: LoRA files for other programs and other people."""
 
 from __future__ import annotations
 
@@ -34,4 +34,24 @@ def convert(
     answer(details, as_json, details["text"])
 
 
-VERBS = (convert,)
+def tag(
+    file: File,
+    changes: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE ...]", help="Entries to set.")] = None,
+    remove: Annotated[list[str], typer.Option(help="Entry to remove. Repeat for several.")] = None,
+    out: Annotated[Path, typer.Option(help="Write a copy instead of the file itself.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Change the metadata in a LoRA's header. The tensors and their hash (AutoV3) stay as they are.
+
+    Example: pcm tag mine.safetensors modelspec.author=me "modelspec.license=CC BY 4.0" --remove ss_seed
+    """
+    from .sharing.tag import tag as run
+
+    if wrong := next((text for text in changes or () if not text.partition("=")[1] or text.startswith("=")), None):
+        raise ValueError(f"{wrong!r} is no entry; write key=value.")
+    details = run(file, dict(text.split("=", 1) for text in changes or ()), remove or (), out, overwrite)
+    answer(details, as_json, details["text"])
+
+
+VERBS = (convert, tag)

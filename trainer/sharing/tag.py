@@ -1,0 +1,90 @@
+"""Changing what a LoRA's header says, and not a byte of its tensors, as `pcm tag` does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ...samplers import Recipe
+from ...samplers.lora_file import LoraHeader, family_from_metadata, family_title, header_text, read_header, tensor_hash
+from ...samplers.recipe import HEADER_KEY
+from ...samplers.writing import copy_with_metadata
+from .lora import HASHES, PEFT_KEY, check_out
+
+MOST_HEADER = 1 << 20  # bytes that ComfyUI's metadata view reads
+NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+# what the tensors themselves decide: a header that says otherwise lies
+OF_TENSORS = (*HASHES, *NETWORK, PEFT_KEY, "format")
+
+
+def tag(
+    source: Path,
+    changes: dict[str, str],
+    remove: Collection[str] = (),
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Set and remove entries of a safetensors header; written whole or not at all, over the file itself without `out`.
+
+    Raises ValueError for an entry that is to be removed and is not there, one that the tensors decide, or that tells of
+    another family, and for a header above `MOST_HEADER` bytes; OSError where it cannot be written.
+    """
+    header, target = read_header(source), out or source.resolve()
+    if out is not None:
+        check_out(out, [source], overwrite)
+    _check(header, changes, remove)
+    if HEADER_KEY in changes:  # the same for people, lest the two differ
+        changes = {"modelspec.usage_hint": Recipe.from_header(changes[HEADER_KEY]).usage_hint()} | changes
+    try:
+        with TemporaryDirectory(dir=target.parent, prefix=".pcm-tag-") as folder:
+            copy = Path(folder) / source.with_suffix(".safetensors").name
+            copy_with_metadata(source, copy, changes)
+            _drop(copy, remove)
+            size, before = len(header_text(copy)), len(header_text(source))
+            if size > max(MOST_HEADER, before):
+                raise ValueError(f"The header would have {size} bytes; expected at most {MOST_HEADER}. Add less to it.")
+            os.replace(copy, target)
+    except OSError as error:
+        advice = "Choose another folder with --out; the file is as it was."
+        raise OSError(f"Cannot write {target}: {error}. {advice}") from error
+    told = {"out": str(target), "set": sorted(changes), "removed": sorted(remove), "header_bytes": size}
+    text = f"{target}: {len(changes)} set, {len(remove)} removed; header {size} bytes, tensors as they were"
+    return told | {"tensor_hash": tensor_hash(target), "text": text}
+
+
+def _check(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> None:
+    name = header.path.name
+    if not changes and not remove:
+        raise ValueError("Nothing to change. Give key=value, or --remove key.")
+    if both := sorted(changes.keys() & set(remove)):
+        raise ValueError(f"{both[0]} is to be both set and removed. Choose one.")
+    for key in remove:
+        if key not in header.metadata:
+            known = ", ".join(sorted(header.metadata)) or "none"
+            raise ValueError(f"{name} has no entry {key!r} to remove; available: {known}.")
+        if key == PEFT_KEY:
+            raise ValueError(f"{key} holds the LoRA's alpha: without it, it would be of another strength.")
+    for key, value in changes.items():
+        if key in OF_TENSORS:
+            raise ValueError(f"{key} is what the tensors say, and is not set by hand. Leave it out.")
+        told = family_from_metadata({key: value})
+        family = LoraHeader(header.path, header.tensors, {}).family or family_from_metadata(header.metadata)
+        if told and family and told != family:
+            raise ValueError(f"{key} tells of {family_title(told)}, but {name} is a LoRA for {family_title(family)}.")
+
+
+def _drop(file: Path, keys: Collection[str]) -> None:
+    """Take entries out of a header, padded to its old length so that no tensor moves."""
+    text = header_text(file)
+    header = json.loads(text)
+    for key in keys:
+        del header["__metadata__"][key]
+    shorter = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    with file.open("rb+") as opened:
+        opened.seek(8)
+        opened.write(shorter.ljust(len(text)))
+        os.fsync(opened.fileno())

@@ -1,4 +1,4 @@
-"""`pcm convert`, `tag`: LoRA files for other programs and other people."""
+"""`pcm convert`, `tag`, `merge`, `resize`: LoRA files for other programs and other people."""
 
 from __future__ import annotations
 
@@ -54,4 +54,52 @@ def tag(
     answer(details, as_json, details["text"])
 
 
-VERBS = (convert, tag)
+def merge(
+    files: Annotated[list[str], typer.Argument(metavar="FILE[:STRENGTH] ...", help="LoRAs of one family.")],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="At most this, by SVD; default: exact, the ranks side by side.")] = None,
+    family: OfFamily = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge LoRAs into one that adds their sum at strength 1. Without a strength, each has what its recipe wants, or 1.
+
+    Example: pcm merge pcm-4step.safetensors style.safetensors:0.7 --out fast-style.safetensors
+    """
+    from .sharing.merge import merge as run
+
+    details = run([_with_strength(text) for text in files], out, rank=rank, family=family, overwrite=overwrite)
+    answer(details, as_json, details["text"])
+
+
+def resize(
+    file: File,
+    out: Out,
+    rank: Annotated[int, typer.Option(help="At most this in every module.")] = None,
+    error: Annotated[float, typer.Option(help="Instead: the least ranks with at most this error, as 0.1.")] = None,
+    family: OfFamily = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Lower a LoRA's ranks by SVD, and say how far what it adds is from what it added (Frobenius norm).
+
+    Example: pcm resize mine.safetensors --rank 16 --out mine-16.safetensors
+    """
+    from .sharing.resize import resize as run
+
+    details = run(file, out, rank=rank, error=error, family=family, overwrite=overwrite)
+    answer(details, as_json, details["text"])
+
+
+def _with_strength(text: str) -> tuple[Path, float | None]:
+    """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
+    path, colon, number = text.rpartition(":")
+    if not colon or number.lower().endswith(".safetensors"):
+        return Path(text), None
+    try:
+        return Path(path), float(number)
+    except ValueError:
+        raise ValueError(f"The strength of {path} is {number!r}; expected a number, such as {path}:0.7.") from None
+
+
+VERBS = (convert, tag, merge, resize)

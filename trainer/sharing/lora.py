@@ -244,7 +244,7 @@ def write_lora(
     else:
         if not family.stores_alpha:
             worked_in = sum(pair.scale != 1 for pair in pairs.values())
-            pairs = {name: _with_alpha_worked_in(pair) for name, pair in pairs.items()}
+            pairs = settled(pairs, family)
         for name, pair in pairs.items():
             tensors |= {f"{name}.lora_A.weight": pair.down, f"{name}.lora_B.weight": pair.up}
         if family.stores_alpha:
@@ -254,6 +254,7 @@ def write_lora(
     told["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
     if recipe is not None:
         told |= {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     told |= _hashes(tensors, {k: v for k, v in told.items() if k.startswith("ss_")})
     told["modelspec.hash_sha256"] = f"0x{told['sshs_model_hash']}"
     write_tensors(out, tensors, told)
@@ -274,14 +275,26 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
     return number if number.item() == value else torch.tensor(value)
 
 
-def _with_alpha_worked_in(pair: Pair) -> Pair:
-    factor = abs(pair.scale) ** 0.5
-    if pair.scale <= 0:
-        raise ValueError(f"An alpha of {pair.alpha:g} cannot be worked into weights: it must be above 0.")
-    if factor == 1:
+def settled(pairs: dict[str, Pair], family: type[Base], alpha: float | None = None) -> dict[str, Pair]:
+    """The pairs as every loader reads them right from a file of the family's usual style.
+
+    For SD3 with alpha worked in, else all with one alpha, this one or the most frequent: where they differ in a file of
+    kohya's style, diffusers takes another for the attention layers. Factors whose alpha stays are left bit for bit.
+    """
+    if not family.stores_alpha:
+        return {name: _with_alpha(pair, float(pair.rank)) for name, pair in pairs.items()}
+    alpha = alpha or Counter(abs(pair.alpha) for pair in pairs.values()).most_common(1)[0][0]
+    return {name: _with_alpha(pair, alpha) for name, pair in pairs.items()}
+
+
+def _with_alpha(pair: Pair, alpha: float) -> Pair:
+    """A pair that adds the same with another alpha."""
+    if pair.alpha == alpha:
         return pair
-    down, up = ((factor * t.float()).to(t.dtype) for t in (pair.down, pair.up))
-    return Pair(down, up, float(pair.rank))
+    share = pair.alpha / alpha
+    factor, sign = abs(share) ** 0.5, -1.0 if share < 0 else 1.0
+    down, up = ((f * t.float()).to(t.dtype) for f, t in ((factor, pair.down), (sign * factor, pair.up)))
+    return Pair(down, up, alpha)
 
 
 def _peft_metadata(pairs: dict[str, Pair]) -> str:

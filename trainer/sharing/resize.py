@@ -1,0 +1,53 @@
+"""A LoRA of lower rank, as `pcm resize` makes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .factors import approximated, error_text, errors, rank_for_error
+from .lora import check_out, read_lora, settled, write_lora
+from .merge import check_rank
+
+
+def resize(
+    source: Path,
+    out: Path,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    family: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a LoRA's best approximation (`approximated`) and return the errors of the tensors written.
+
+    rank: at most this in every module; those at or below it stay bit for bit. error: instead, in every module the least
+    rank whose |found - meant| / |meant| (Frobenius) is at most this, before rounding to the file's precision.
+    Raises ValueError for none or both of these, a rank that no module is above, an error that is not between 0 and 1,
+    and what `read_lora`, `check_out` and `write_lora` raise.
+    """
+    if (rank is None) == (error is None):
+        raise ValueError("Give one of --rank and --error.")
+    if error is not None and not 0 < error < 1:
+        raise ValueError(f"--error is {error:g}; expected a share between 0 and 1, such as 0.1.")
+    check_out(out, [source], overwrite)
+    lora = read_lora(source, family)
+    if rank is not None:
+        check_rank(rank, lora.pairs)
+    found = {}
+    for name, pair in lora.pairs.items():
+        choose = (lambda _: rank) if error is None else (lambda values: rank_for_error(values, error))
+        smaller = pair if rank and pair.rank <= rank else approximated(pair, choose, pair.down.dtype)
+        found[name] = smaller if smaller.rank < pair.rank else pair
+    found = settled(found, lora.family, Counter(pair.alpha for pair in lora.pairs.values()).most_common(1)[0][0])
+    recipe = lora.recipe if lora.recipe and lora.recipe.source != "header" else None
+    write_lora(out, lora.family, found, lora.metadata | {"ss_output_name": out.stem}, recipe)
+    told = errors({name: [pair] for name, pair in lora.pairs.items()}, found)
+    before, after = ([pair.rank for pair in pairs.values()] for pairs in (lora.pairs, found))
+    text = (
+        f"{out}: {len(found)} modules, ranks up to {max(before)} to ranks up to {max(after)}, {sum(before)} to "
+        f"{sum(after)} in all; {error_text(told)}"
+    )
+    sizes = {"rank_before": max(before), "rank": max(after), "ranks_before": sum(before), "ranks": sum(after)}
+    return {"out": str(out), "family": lora.family.name, "modules": len(found), **sizes, **told, "text": text}

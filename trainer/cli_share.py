@@ -1,4 +1,4 @@
-"""`pcm convert`, `tag`, `merge`, `resize`: LoRA files for other programs and other people."""
+"""`pcm convert`, `tag`, `merge`, `resize`, `extract`: LoRA files for other programs and other people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, answer
+from .options import Base, Json, answer
 
 File = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")]
 Out = Annotated[Path, typer.Option(help="The .safetensors to write.")]
@@ -91,6 +91,26 @@ def resize(
     answer(details, as_json, details["text"])
 
 
+def extract(
+    base: Base,
+    tuned: Annotated[str, typer.Option(help="What it was tuned to, likewise.")],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Of every module.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Of the file: fp32, bf16 or fp16.")] = "fp16",
+    family: Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a LoRA of what one checkpoint's network changed in another's, by SVD, and say what it does not hold.
+
+    Example: pcm extract --base base.safetensors --tuned tuned.safetensors --rank 64 --out tuned-lora.safetensors
+    """
+    from .sharing.extract import extract as run
+
+    details = run(base, tuned, out, rank=rank, dtype=dtype, family=family, overwrite=overwrite)
+    answer(details, as_json, details["text"])
+
+
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
     path, colon, number = text.rpartition(":")
@@ -102,4 +122,4 @@ def _with_strength(text: str) -> tuple[Path, float | None]:
         raise ValueError(f"The strength of {path} is {number!r}; expected a number, such as {path}:0.7.") from None
 
 
-VERBS = (convert, tag, merge, resize)
+VERBS = (convert, tag, merge, resize, extract)

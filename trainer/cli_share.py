@@ -1,4 +1,4 @@
-"""`pcm convert`, `tag`, `merge`, `resize`, `extract`: LoRA files for other programs and other people."""
+"""`pcm convert`, `tag`, `merge`, `resize`, `extract`, `sidecars`: LoRA files for other programs and other people."""
 
 from __future__ import annotations
 
@@ -111,6 +111,22 @@ def extract(
     answer(details, as_json, details["text"])
 
 
+def sidecars(
+    file: File,
+    preview: Annotated[Path, typer.Option(help="A picture, to be FILE's .preview.png.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write what A1111 (.json) and Lora-Manager (.metadata.json) read beside a LoRA, and its preview picture.
+
+    Example: pcm sidecars mine.safetensors --preview grid.png
+    """
+    from .sharing.sidecars import sidecars as run
+
+    details = run(file, preview, overwrite)
+    answer(details, as_json, details["text"])
+
+
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
     path, colon, number = text.rpartition(":")
@@ -122,4 +138,4 @@ def _with_strength(text: str) -> tuple[Path, float | None]:
         raise ValueError(f"The strength of {path} is {number!r}; expected a number, such as {path}:0.7.") from None
 
 
-VERBS = (convert, tag, merge, resize, extract)
+VERBS = (convert, tag, merge, resize, extract, sidecars)

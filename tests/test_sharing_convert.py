@@ -51,7 +51,7 @@ def test_text_encoders_have_names_too():
 def test_there_and_back_is_the_same_file_but_for_its_header(kohya, tmp_path):
     there, back = tmp_path / "diffusers.safetensors", tmp_path / "back.safetensors"
     result = convert(kohya, there, "diffusers")
-    assert (result["modules"], result["alpha_from"], result["alpha_worked_in"]) == (len(MODULES), "the file", 0)
+    assert (result["modules"], result["alpha"], result["alpha_worked_in"]) == (len(MODULES), "as in the file", 0)
     assert not any(name.endswith("alpha") for name in load_file(there))
     convert(there, back, "kohya")
     first, last = load_file(kohya), load_file(back)
@@ -113,12 +113,12 @@ def test_raw_files_of_pcms_scripts_get_their_alpha(tiny_base, tmp_path):
     raw = raw_file(tmp_path / "raw.safetensors", tiny_base)
     with pytest.raises(ValueError, match=r"PEFT's raw names .* no alpha.* Give --alpha \(8 for PCM's"):
         convert(raw, out, "kohya", family="sd15")
-    assert convert(raw, out, "kohya", family="sd15", alpha=8.0)["alpha_from"] == "--alpha"
+    assert convert(raw, out, "kohya", family="sd15", alpha=8.0)["alpha"] == "as --alpha says"
     assert {p.alpha for p in read_lora(out, "sd15").pairs.values()} == {8.0}
     assert check_parity(out, load_for_check(TINY))["passed"]
     named = raw.rename(tmp_path / "pcm_sd15_smallcfg_4step.safetensors")
     result = convert(named, out, "kohya", family="sd15", overwrite=True)
-    assert (result["alpha_from"], result["recipe_from"]) == ("PCM's scripts", "known file")
+    assert (result["alpha"], result["recipe_from"]) == ("that of PCM's scripts", "known file")
     recipe = read_lora(out).recipe
     assert (recipe.objective, recipe.phases, recipe.source) == ("pcm", 4, "header")
 
@@ -127,7 +127,7 @@ def test_a_peft_folder_brings_its_alpha(tiny_base, tmp_path):
     raw = raw_file(tmp_path / "adapter_model.safetensors", tiny_base, prefix="base_model.model.")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "alpha_pattern": {}}))
     result = convert(raw, tmp_path / "out.safetensors", "kohya", family="sd15")
-    assert result["alpha_from"] == "adapter_config.json"
+    assert result["alpha"] == "as in adapter_config.json"
     assert {p.alpha for p in read_lora(tmp_path / "out.safetensors").pairs.values()} == {6.0}
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
@@ -157,7 +157,7 @@ def test_sd3s_raw_files_become_what_pcms_converter_makes(sd3, tmp_path):
 def test_sd3s_halved_files_are_right_as_they_are(sd3, tmp_path):
     halved = raw_file(tmp_path / "half.safetensors", sd3, rank=32, modules=SD3_MODULES, prefix="transformer.")
     kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
-    assert convert(halved, kohya, "kohya", family="sd3")["alpha_from"] == "none in the file, so the rank"
+    assert convert(halved, kohya, "kohya", family="sd3")["alpha"] == "none in the file, which stands for the rank"
     assert {p.alpha for p in read_lora(kohya, "sd3").pairs.values()} == {32.0}
     assert "lora_transformer_pos_embed_proj.lora_down.weight" in load_file(kohya)
     assert convert(kohya, back, "diffusers", family="sd3")["alpha_worked_in"] == 0

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharing_files import MODULES, RECIPE, deltas, kohya_file, norm
+from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, norm
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import read_header, tensor_hash
@@ -138,6 +138,23 @@ def test_modules_of_other_shapes_are_named(two, tiny_base, tmp_path):
     save_file(data | {key: data[key][:-1].contiguous()}, narrow, read_header(narrow).metadata)
     with pytest.raises(ValueError, match="unet.down_blocks.0.resnets.0.conv1 is of shapes .*narrow.safetensors is for"):
         merge([(two[0], 1.0), (narrow, 1.0)], tmp_path / "out.safetensors")
+
+
+def test_sd3s_merge_has_its_alphas_worked_in(tiny_base, tmp_path):
+    """And strengths below 0 with them: its files have no alpha."""
+    files = []
+    for name, alpha in (("a", 2.0), ("b", 8.0)):
+        tensors = {}
+        for module in SD3_MODULES[: 2 if alpha == 2 else 3]:
+            key = "lora_transformer_" + module.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": torch.randn(4, 6), f"{key}.lora_up.weight": torch.randn(8, 4)}
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file(tensors, files[-1])
+    result = merge([(files[0], 1.0), (files[1], -0.5)], out := tmp_path / "out.safetensors", family="sd3")
+    meant = added(*((s, deltas(read_lora(f, "sd3"))) for s, f in zip((1.0, -0.5), files, strict=True)))
+    assert distance(meant, deltas(read_lora(out, "sd3"))) < 1e-6 and result["error"] < 1e-6
+    assert set(load_file(out)) == {f"transformer.{m}.lora_{half}.weight" for m in SD3_MODULES for half in "AB"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -35,9 +35,9 @@ def convert(
         "style": to,
         "family": lora.family.name,
         "modules": len(lora.pairs),
-        "alpha_from": lora.alpha_from,
+        "alpha": lora.alpha_told,
         "alpha_worked_in": worked_in,
         "recipe_from": lora.recipe and lora.recipe.source,
-        "text": f"{out}: {lora.family.title}, {len(lora.pairs)} modules in {to}'s style; alpha from {lora.alpha_from}"
+        "text": f"{out}: {lora.family.title}, {len(lora.pairs)} modules in the {to} style; alpha: {lora.alpha_told}"
         f"{baked}",
     }

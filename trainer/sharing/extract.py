@@ -43,43 +43,44 @@ def extract(
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
     check_out(out, [Path(base), Path(tuned)], overwrite)
     first, second = (load_for_check(path, family=family) for path in (base, tuned))
-    targets, others = _differences(first, second)
-    if not targets:
-        raise ValueError(f"{tuned} has the weights of {base} in every module that a LoRA can change. Nothing to write.")
+    targets, others = _weights(first, second)
     pairs, wrong, size, worst = {}, 0.0, 0.0, (0.0, "")
-    for name, delta in targets.items():
+    for name, (old, new) in targets.items():
+        delta = new - old
+        if not (whole := delta.square().sum().item()):
+            continue
         pair = _pair(delta, rank, DTYPES[dtype])
         off = (delta.flatten(1) - pair.up.float().flatten(1) @ pair.down.float().flatten(1)).square().sum().item()
-        whole = delta.square().sum().item()
         wrong, size, worst = wrong + off, size + whole, max(worst, ((off / whole) ** 0.5, name))
         pairs[f"{first.component}.{name}"] = pair
+    if not pairs:
+        raise ValueError(f"{tuned} has the weights of {base} in every module that a LoRA can change. Nothing to write.")
     write_lora(out, type(first), pairs, _metadata(first, second, out))
     told = {"error": (wrong / size) ** 0.5, "worst_module": worst[1], "worst_error": worst[0]}
     left_out = (others / (others + size)) ** 0.5
-    text = f"{out}: {first.title}, {len(pairs)} modules of rank {rank} at most; {error_text(told)}"
+    counts = f"{len(pairs)} modules of rank {rank} at most, {len(targets) - len(pairs)} unchanged"
+    text = f"{out}: {first.title}, {counts}; {error_text(told)}"
     if left_out:
         text += f". Changes in other weights, {left_out:.2g} of all by norm, are in no LoRA"
-    facts = {"out": str(out), "family": first.name, "modules": len(pairs), "rank": rank}
+    facts = {"out": str(out), "family": first.name, "modules": len(pairs), "unchanged": len(targets) - len(pairs)}
     return facts | told | {"left_out": left_out, "text": text}
 
 
-def _differences(first: Base, second: Base) -> tuple[dict[str, Tensor], float]:
-    """(module -> what it changed, on the LoRA targets that changed; the squared norm of all other changes)."""
+def _weights(first: Base, second: Base) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """(module -> its weight before and after, for each LoRA target; the squared norm of all other changes)."""
     if type(first) is not type(second):
         raise ValueError(f"{first.path} is {first.title}, {second.path} is {second.title}. Take two of one family.")
     old, new = (dict(base.network.named_parameters()) for base in (first, second))
-    shapes = [{n: p.shape for n, p in weights.items()} for weights in (old, new)]
-    if other := sorted(n for n in old.keys() | new.keys() if shapes[0].get(n) != shapes[1].get(n)):
+    shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (old, new)]
+    if other := sorted(name for name in old.keys() | new.keys() if shapes[0].get(name) != shapes[1].get(name)):
         raise ValueError(f"{first.path} and {second.path} have other networks: they differ in {other[0]}.")
     targets, others = {}, 0.0
     for name, weight in new.items():
-        delta = weight - old[name]
         module = name.removesuffix(".weight")
         if module != name and f".{module}".endswith(tuple(f".{target}" for target in first.lora_targets)):
-            if delta.any():
-                targets[module] = delta
+            targets[module] = old[name], weight
         else:
-            others += delta.square().sum().item()
+            others += (weight - old[name]).square().sum().item()
     return targets, others
 
 

@@ -65,14 +65,14 @@ class Pair:
 class Lora:
     """A LoRA of one family: pairs by diffusers' module name ("unet.mid_block.attentions.0.proj_in").
 
-    alpha_from: where the alphas came from, for people. recipe: of the header, or of a known file.
+    alpha_told: where the alphas came from, for people. recipe: of the header, or of a known file.
     """
 
     path: Path
     family: type[Base]
     pairs: dict[str, Pair]
     metadata: dict[str, str]
-    alpha_from: str
+    alpha_told: str
     recipe: Recipe | None
 
 
@@ -166,7 +166,7 @@ def _alphas(
     if len(found) == len(modules):
         if given is not None:
             raise ValueError(f"{header.path.name} has its own alpha. Leave --alpha out.")
-        return found, "the file"
+        return found, "as in the file"
     if found:
         some = next(n for n in modules if n not in found)
         raise ValueError(
@@ -174,9 +174,9 @@ def _alphas(
             f"{some}. Get the file again."
         )
     if given is not None:
-        return dict.fromkeys(modules, given), "--alpha"
+        return dict.fromkeys(modules, given), "as --alpha says"
     if not any("base_model.model." in name for name in header.tensors):
-        return {}, "none in the file, so the rank"
+        return {}, "none in the file, which stands for the rank"
     return _raw_alphas(header)
 
 
@@ -189,10 +189,10 @@ def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{config} cannot be read ({error}). Get it again, or give --alpha.") from error
         beside = LoraHeader(header.path, header.tensors, {PEFT_KEY: json.dumps(told)})
-        return beside.scale_alphas(), config.name
+        return beside.scale_alphas(), f"as in {config.name}"
     recipe = recipe_of(header)
     if recipe is not None and recipe.objective == "pcm":
-        return dict.fromkeys(header.modules, PCM_ALPHA), "PCM's scripts"
+        return dict.fromkeys(header.modules, PCM_ALPHA), "that of PCM's scripts"
     raise ValueError(
         f"{header.path.name} has PEFT's raw names (base_model.model.*) and no alpha, without which its strength is "
         f"unknown. Give --alpha ({PCM_ALPHA:g} for PCM's training scripts), or put its adapter_config.json beside it."

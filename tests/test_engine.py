@@ -130,6 +130,17 @@ def test_a_steps_network_calls(batched, teacher):
 
 
 @KINDS
+def test_a_target_of_whole_batches_is_the_same(schedule, prediction):
+    """Rows that are their own target pass too, as torch.compile wants it, and stay what they are."""
+    ones = [engine(schedule, prediction) for _ in range(2)]
+    ones[1].whole_target = True
+    losses = [one.step(batch([1000, 775, 400, 25])).distance for one in ones]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    rows = [[rows for rows, on, gradient in one.base.calls if on and not gradient] for one in ones]
+    assert rows == [[2], [4]]
+
+
+@KINDS
 def test_both_halves_in_one_pass_or_in_two_are_the_same(schedule, prediction):
     losses = []
     for batched in (True, False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,14 +31,14 @@ ACROSS = {
     "lora__dtype": "fp32",
 }
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "phased_consistency.trainer"]
+LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
-def launch(*args) -> subprocess.Popen:
-    """`accelerate launch` of two CPU processes of `pcm`, in a group of their own."""
+def launch(*args, what: tuple = ("-m", "phased_consistency.trainer")) -> subprocess.Popen:
+    """`accelerate launch` of two CPU processes, of `pcm` unless told otherwise, in a group of their own."""
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen([*LAUNCH, *map(str, args)], env=env, **how)
+    return subprocess.Popen([*LAUNCH, *map(str, (*what, *args))], env=env, **how)
 
 
 def two_processes(output: Path, **changes) -> tuple[str, str]:
@@ -118,6 +119,27 @@ def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
     assert "The run takes 4 samples an update: 1 process, 2 passes of 2 each." in notes.said
     assert f"Going on from update {step} of 12." in notes.said
     assert apart(learnt(alone), learnt(made)) < SAME
+    again = Notes()
+    assert train(small_config(tmp_path, **ACROSS | {"train__batch_size": 2}), again) == made, "and once more"
+    assert "Going on from update 12 of 12." in again.said
+
+
+def test_processes_that_begin_apart_are_refused(tmp_path):
+    """One machine sees another run folder: its own, without the checkpoint."""
+    changes = ACROSS | {"train__steps": 2, "train__save_every": 1, "data__cache": tmp_path / "cache"}
+    train(small_config(tmp_path / "first", **changes))
+    sorted((tmp_path / "first" / "checkpoints").iterdir())[-1].unlink()  # one update is left to do
+    sets = settings(tmp_path / "RANK", **changes | {"train__batch_size": 2})
+    shutil.copytree(tmp_path / "first", tmp_path / "0")
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys\nfrom phased_consistency.trainer.cli import main\n"
+        "sys.argv = ['pcm', 'train', *(a.replace('RANK', os.environ['RANK']) for a in sys.argv[1:])]\nmain()\n"
+    )
+    process = launch(*sets, what=(script,))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "The processes do not begin alike: this one at update" in errors, errors
+    assert "All machines must see one run folder" in errors
 
 
 def test_sharing_the_frozen_weights_gives_the_same(alone, tmp_path):

@@ -146,6 +146,23 @@ def test_captions_in_json_and_what_is_no_sample(tmp_path, build):
     ]
 
 
+def test_no_picture_is_passed_over_for_its_name(tmp_path, build):
+    """A second dot, which webdataset takes for the kind's beginning, and a file that is there twice."""
+    names = ("a.png", "a.txt", "b.v2.png", "b.v2.txt", "c.png", "c.png", "c.txt", "d.png", "d.txt")
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name in names:
+            data = PICTURES["red"] if name.endswith("png") else name.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    made = build(tmp_path / "odd.tar", data__skip_bad="true")
+    assert list(made.captions) == ["a.txt", "c.txt", "d.txt"]
+    assert made.skipped == [
+        "odd.tar: a second dot in the name b.v2.png, which webdataset takes for the kind .v2.png: rename it",
+        "odd.tar: c.png is in it twice: the first is taken",
+    ]
+
+
 def test_a_missing_shard_is_named_before_anything_is_cached(shards, build, tmp_path):
     both = f'["{shards}", "{tmp_path / "set-002.tar"}"]'
     with pytest.raises(ValueError, match="1 of the 3 shards in data.shards cannot be read:\n .*set-002.tar: no such"):
@@ -203,6 +220,13 @@ def test_http_gives_what_the_file_gives(shards, build, serve, tmp_path):
     assert sorted(asked) == sorted(f"{how} /set-00{n}.tar" for how in ("GET", "HEAD", "HEAD") for n in (0, 1))
     write_shard(tmp_path / "set-001.tar", ["white"], npy=bytes(20000))
     assert len(build(f"{address}/set-{{000..001}}.tar")) == 4, "the server tells of the change"
+
+
+def test_an_address_that_is_signed_anew_is_the_same_shard(shards, build, serve):
+    address, asked = serve()
+    first = build(f"{address}/set-000.tar?signature=one").folder
+    assert build(f"{address}/set-000.tar?signature=two").folder == first
+    assert sum(line.startswith("GET") for line in asked) == 1, "nothing is fetched twice"
 
 
 def test_a_server_that_tells_nothing_is_said(shards, build, serve):

@@ -41,19 +41,26 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"adversarial__weight": 0.1, "train__accumulation": 2, "train__ema": 0.9}])
 @pytest.mark.parametrize("base", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
-def test_no_update_waits_for_the_device(base, settings, tmp_path, as_on_a_gpu):
+def test_no_update_waits_for_the_device(base, settings, tmp_path, as_on_a_gpu, monkeypatch):
     side = 32 if base != "tiny-sd3" else 64
     config = small_config(tmp_path, base__path=base, data__resolution=side, data__count=4, **settings)
     run = Run(config, Reporter())
     run.update()
+    for maker in (torch.Tensor, "new_tensor"), (torch, "tensor"):  # a number goes to a GPU by a copy that is waited for
+        monkeypatch.setattr(*maker, _refused)
     with Waits() as waits:
         outcome = run.updater(2, False)
         if run.average:
             run.average.update(2)
+    monkeypatch.undo()
     assert waits.found == []
     with waits:
         assert outcome.read()["loss"] > 0 and torch.ones(1).item()
     assert waits.found, "the watch does see such operations"
+
+
+def _refused(*_, **__):
+    raise AssertionError("a number is copied to the device, for which the host waits")
 
 
 def test_numbers_read_late_are_the_same(tmp_path, monkeypatch):

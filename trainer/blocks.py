@@ -10,8 +10,6 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +54,9 @@ def shard(network: nn.Module, learner: Learner) -> int:
 
     All processes must run every pass together.
     """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     whole = set(learner.parameters())
     network.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
     for module in (*blocks_of(network).values(), network):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +24,7 @@ class Clock:
     def reset(self) -> None:
         """Begin anew."""
         self._sums: Counter[str] = Counter()
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._started = time.perf_counter()
 
     @contextmanager
@@ -37,6 +37,7 @@ class Clock:
             after = self._now()
             if self.on_gpu:
                 self._events.append((name, before, after))
+                self._take_in()
             else:
                 self._sums[name] += after - before
 
@@ -44,11 +45,15 @@ class Clock:
         """Seconds by part since the last reset, and "other": what lies in none of them. Waits for the GPU."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            for name, before, after in self._events:
-                self._sums[name] += before.elapsed_time(after) / 1000
-            self._events.clear()
+            self._take_in()
         elapsed = time.perf_counter() - self._started
         return {**self._sums, "other": max(0.0, elapsed - sum(self._sums.values()))}
+
+    def _take_in(self) -> None:
+        """Those events that the GPU is past, so that they do not pile up."""
+        while self._events and self._events[0][2].query():
+            name, before, after = self._events.popleft()
+            self._sums[name] += before.elapsed_time(after) / 1000
 
     def _now(self):
         if not self.on_gpu:

@@ -237,7 +237,7 @@ def _weights_error(adapter: Adapter, loaded: str) -> float:
     error, size = 0.0, 0.0
     for layer in (m for m in adapter.layers.values() if loaded in m.lora_A):
         meant, found = (layer.get_delta_weight(name).float() for name in (NAME, loaded))
-        error += (found - meant).square().sum().item()
+        error += (found.to(meant.device) - meant).square().sum().item()  # offload keeps what is loaded in main memory
         size += meant.square().sum().item()
     return (error / size) ** 0.5 if size else 0.0
 

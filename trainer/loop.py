@@ -90,6 +90,7 @@ class Run:
         self.batches, self.engine = self._make_parts()
         self.optimizer = self.accelerator.prepare(make_optimizer(config, self._learners(), self.base.device))
         self.step = self._resume(kept)
+        self.processes.check_together(self.step, self.adapter.parameters())
         coming, passes = self.batches.ahead(self.step * self.split.accumulation), self.split.accumulation
         how = (self.optimizer, self._learners(), self.processes)
         self.updater = Updater(config, self.engine, coming, passes, *how)
@@ -180,6 +181,8 @@ class Run:
             self._save(export_too=True)
         if config.preview.every and self.step % config.preview.every == 0 and not last:
             self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
+        if self.processes.count == 1:  # several must agree first
+            self.stopping = self.stop_asked
         if self.stopping and not last:
             self._save(export_too=False)
             where = f"Stopped at update {self.step} of {config.train.steps}"
@@ -216,7 +219,7 @@ class Run:
         facts = {
             "scaler": scaler.state_dict() if scaler else None,
             "samples per update": self.split.update,
-            "processes": self.processes.count,
+            "samples per process": self.config.train.batch_size * self.config.train.accumulation,
             "cache": self.cache.folder.name,
         }
         save_state(self.folder / "checkpoints", self.step, groups, facts, self.config.train.keep_checkpoints)
@@ -244,8 +247,10 @@ class Run:
         processes; raises ValueError where they cannot share them."""
         train, count = self.config.train, self.processes.count
         split = Split(train.batch_size, train.accumulation, count)
-        facts = kept[2] if kept else {}
-        then = facts.get("samples per update", None if kept else split.update)
+        if kept is None:
+            return split
+        facts, asked = kept[2], train.batch_size * train.accumulation
+        then = facts.get("samples per update")
         if then is None:
             raise ValueError(
                 f"{self.folder} holds a run of an earlier version, which drew other samples. "
@@ -253,7 +258,7 @@ class Run:
             )
         if then == split.update:
             return split
-        if facts["processes"] == count:
+        if facts["samples per process"] != asked:
             raise ValueError(
                 f"{self.folder} holds a run of {then} samples an update, and these settings take {split.update}: "
                 "train.batch_size times train.accumulation in each process. Keep the product to go on, or use another "
@@ -353,7 +358,9 @@ class Run:
         adversary = None
         if a.weight:
             adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)
-        return batches, Engine(base, self.adapter, config.objective, null, adversary, self.clock)
+        engine = Engine(base, self.adapter, config.objective, null, adversary, self.clock)
+        engine.whole_target = config.train.compile
+        return batches, engine
 
     def _learners(self) -> Learners:
         """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
@@ -387,5 +394,5 @@ class Run:
         return SummaryWriter(self.folder / "logs", purge_step=self.step + 1)
 
     def _ask_to_stop(self, *_) -> None:
-        self.reporter.say("Stopping after this update.")
+        self.reporter.say("Stopping after this update." if self.processes.count == 1 else "Stopping with the others.")
         self.stop_asked = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -120,10 +121,13 @@ def _held(config: Config, family: type[Base], measured: Measured, again: Collect
 
 
 def _frozen_bytes(config: Config, measured: Measured) -> int:
-    """On the device: all weights; of blocks that are offloaded, the largest alone."""
+    """On the device: all weights; of blocks that are offloaded, the largest alone; of those that are
+    shared, this process's part and the largest."""
     width = BYTES[config.base.dtype]
     blocks = [block.bytes(width, config.base.quantize) for block in measured.blocks.values()]
     outside = (measured.parameters - sum(block.parameters for block in measured.blocks.values())) * width
+    if config.train.shard:
+        return (outside + sum(blocks)) // int(os.environ.get("WORLD_SIZE", 1)) + max(blocks, default=0)
     return outside + (max(blocks, default=0) if config.train.offload else sum(blocks))
 
 
@@ -165,7 +169,7 @@ def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
         "train.gradient_checkpointing=true": {"train": {"gradient_checkpointing": True}},
         "train.optimizer=adamw8bit": {"train": {"optimizer": "adamw8bit"}},
     }
-    if not family.whole:
+    if not (family.whole or train.shard):
         changes["train.offload=true"] = {"train": {"offload": True}}
         if config.base.quantize is None:
             changes["base.quantize=int8"] = {"base": {"quantize": "int8"}}
@@ -197,7 +201,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was short, on a GPU or in main memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return type(error) is RuntimeError and any(s in str(error) for s in ("out of memory", "allocate memory"))
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS'
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def explain_out_of_memory(error: BaseException, config: Config, family: type[Base]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from packaging import version
 
 from .adapter import Learner
 from .blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute, shard
@@ -66,6 +67,8 @@ def _check_shard(config: Config, processes: int) -> None:
     others |= {"train.compile": config.train.compile}
     if set_too := [name for name, value in others.items() if value]:
         raise ValueError(f"train.shard does not go with {' or '.join(set_too)}: leave one of them out.")
+    if version.parse(torch.__version__).release < (2, 8):
+        raise ValueError(f"train.shard needs torch 2.8 or newer, and this is {torch.__version__}.")
     if processes == 1:
         raise ValueError(
             "train.shard=true shares the frozen weights among processes, and there is one. Start several with "

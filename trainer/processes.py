@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -27,8 +29,26 @@ class Processes:
         self.group = dist.new_group(timeout=PATIENCE) if self.count > 1 else None
 
     def wait(self) -> None:
-        """Until all are here."""
-        self.accelerator.wait_for_everyone()
+        """Until all are here. Raises `ProcessLost` when one is gone."""
+        with _lost():
+            self.accelerator.wait_for_everyone()
+
+    def check_together(self, step: int, parameters: list[Tensor]) -> None:
+        """Raise ValueError where the processes do not begin at the same update with the same weights."""
+        if self.count == 1:
+            return
+        here = torch.stack(
+            [sum(p.detach().double().sum() for p in parameters), parameters[0].new_tensor(step).double()]
+        )
+        least, most = here.clone(), here.clone()
+        with _lost():
+            dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
+            dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
+        if not torch.equal(least, most):
+            raise ValueError(
+                f"The processes do not begin alike: this one at update {step}, others between {int(least[1])} and "
+                f"{int(most[1])}. All machines must see one run folder: set output to a disk that they share."
+            )
 
     def mean(self, tensors: list[Tensor], more: Tensor) -> Tensor:
         """The mean over all processes: of `tensors` in place, and of the row `more` as the result, in one exchange.
@@ -38,14 +58,18 @@ class Processes:
         if self.count == 1:
             return more
         flat = torch.cat([t.flatten() for t in (*tensors, more)])
-        try:
+        with _lost():
             dist.all_reduce(flat, group=self.group)
-        except RuntimeError as error:
-            raise ProcessLost(f"Another process of this run has ended, or hangs ({_first_line(error)})") from error
-        *means, row = (flat / self.count).split([t.numel() for t in (*tensors, more)])
+        *means, row = flat.div_(self.count).split([t.numel() for t in (*tensors, more)])
         torch._foreach_copy_(tensors, [m.view_as(t) for m, t in zip(means, tensors, strict=True)])
         return row
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@contextmanager
+def _lost() -> Iterator[None]:
+    """What a collective call raises inside is said as a lost process."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ProcessLost(f"Another process of this run has ended, or hangs ({reason})") from error

@@ -103,7 +103,7 @@ class Updater:
 
     def _step(self, stop: bool, totals: Tensor, means: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
         """Share and clip the gradients and step; the update's numbers with their names."""
-        asked, bad = totals.new_tensor(float(stop)), (~totals.isfinite()).any().to(totals.dtype)
+        asked, bad = totals.new_full((), float(stop)), (~totals.isfinite()).any().to(totals.dtype)
         told = self.processes.mean(self._gradients(), torch.stack([asked, bad, *means.values()]))
         self.accelerator.unscale_gradients()
         most = self.config.train.max_grad_norm

@@ -148,6 +148,9 @@ def _settings(config: Config, updates: int, warmup: int) -> dict[str, Any]:
         "accumulation": train.accumulation,
         "gradient_checkpointing": train.gradient_checkpointing,
         "optimizer": train.optimizer,
+        "compile": train.compile,
+        "quantize": config.base.quantize,
+        "offload": train.offload,
         "updates": updates,
         "warmup": warmup,
     }

@@ -118,7 +118,7 @@ def _check_whole(folder: Path, parts: int, bad: list[str], source: Source | None
         stop_or_skip(bad, False, f"of {source.name} cannot be used")
         raise ValueError(
             f"{len(lacking)} of {parts} parts of the cache are not there: another process found pictures that cannot "
-            "be used. Its own message names them."
+            "be used, and its own message names them; or it has written to another disk: data.cache must be shared."
         )
 
 

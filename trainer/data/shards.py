@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -118,11 +119,19 @@ def read_shard(shard: str) -> Iterator[Sample]:
     """The samples of a shard in its order, one in memory at a time. What is wrong is a sample with a `problem`: one
     without a picture or a caption, and a last one where the shard is missing or ends early."""
     name, read = shown(shard), 0
+    strange: list[str] = []
+
+    def twice(error: Exception) -> bool:
+        strange.append(f"{_words(error).split(': duplicate')[0]} is in it twice: the first is taken")
+        return True
+
     try:
         path = local_path(shard)
         stream = _Watched(gopen(shard) if path is None else path.open("rb"))
-        files = tariterators.tar_file_expander([{"url": shard, "stream": stream}], select_files=_is_wanted)
-        samples = tariterators.group_by_keys(files)
+        files = tariterators.tar_file_expander(
+            [{"url": shard, "stream": stream}], select_files=partial(_is_wanted, strange)
+        )
+        samples = tariterators.group_by_keys(files, handler=twice)
     except Exception as error:  # each of webdataset's openers fails in its own way
         yield Sample(name, problem=f"cannot be opened ({_words(error)}). {_ADVICE}")
         return
@@ -132,6 +141,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
             yield _sample(f"{name}/{found['__key__']}", found)
     finally:
         failed = stream.close()
+    yield from (Sample(name, problem=what) for what in strange)
     problem = failed or found or ("no end of the archive" if _lacks_end(stream.first, stream.last) else "")
     if problem:
         yield Sample(name, problem=f"{_ENDS}, after {read} sample{'s' * (read != 1)} ({problem}). {_ADVICE}")
@@ -176,8 +186,12 @@ def _words(error: Exception) -> str:
     return str(next(iter(error.args), error)).split(" @ ")[0]
 
 
-def _is_wanted(file: str) -> bool:
-    return (tariterators.base_plus_ext(file)[1] or "").lower() in (*KINDS, "txt", "json")
+def _is_wanted(strange: list[str], file: str) -> bool:
+    """Whether a file is one of a sample's; pictures whose names have a second dot are noted."""
+    kind = (tariterators.base_plus_ext(file)[1] or "").lower()
+    if kind.endswith(KINDS) and kind not in KINDS:
+        strange.append(f"a second dot in the name {file}, which webdataset takes for the kind .{kind}: rename it")
+    return kind in (*KINDS, "txt", "json")
 
 
 def _sample(name: str, found: dict) -> Sample:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ..config import Config
 from ..families import bundled_folder
@@ -82,7 +83,7 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
     if not good:
         raise ValueError(f"None of the {len(shards)} shards in data.shards can be read: {'; '.join(bad[:10])}.")
-    identity = [(shown(s), hashes[s]) if s in here else (s, answers[s][0]) for s in good]
+    identity = [(shown(s), hashes[s]) if s in here else _told(s, answers[s][0]) for s in good]
     silent = sum(not answers[shard][0] for shard in good if shard in answers)
     notes = [
         f"{silent} of the {len(shards)} shards are known by their addresses alone, as their servers tell no ETag or "
@@ -91,6 +92,11 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     parts = [Part(partial(read_shard, shard), at, 1) for at, shard in enumerate(good)]
     name = f"the samples of the {len(good)} shards in data.shards"
     return Source("shards", name, parts, identity, bad, notes if silent else [])
+
+
+def _told(shard: str, answer: str) -> tuple[str, str]:
+    """A remote shard as far as its server tells it from others: then without a query, which may be signed anew."""
+    return (urlsplit(shard)._replace(query="").geturl() if answer else shard), answer
 
 
 def absent(shards: Iterable[str]) -> list[str]:

@@ -129,6 +129,9 @@ def test_a_peft_folder_brings_its_alpha(tiny_base, tmp_path):
     result = convert(raw, tmp_path / "out.safetensors", "kohya", family="sd15")
     assert result["alpha"] == "as in adapter_config.json"
     assert {p.alpha for p in read_lora(tmp_path / "out.safetensors").pairs.values()} == {6.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
+    convert(raw, tmp_path / "rs.safetensors", "kohya", family="sd15")
+    assert {p.scale for p in read_lora(tmp_path / "rs.safetensors").pairs.values()} == {6 / 4**0.5}
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
         convert(raw, tmp_path / "other.safetensors", "kohya", family="sd15")
@@ -231,6 +234,10 @@ def test_damaged_and_mixed_files_are_refused(kohya, tmp_path, tiny_base):
     save_file(bad, tmp_path / "nan.safetensors", read_header(kohya).metadata)
     with pytest.raises(ValueError, match="numbers that are not finite"):
         convert(tmp_path / "nan.safetensors", out, "diffusers")
+    (tensors := load_file(kohya))["lora_unet_mid_block_attentions_0_proj_in.alpha"].fill_(0)
+    save_file(tensors, tmp_path / "zero.safetensors", read_header(kohya).metadata)
+    with pytest.raises(ValueError, match="alpha of lora_unet_mid_block_attentions_0_proj_in is 0; expected a number"):
+        convert(tmp_path / "zero.safetensors", out, "diffusers")
     with pytest.raises(ValueError, match="kohya.safetensors has its own alpha. Leave --alpha out"):
         convert(kohya, out, "diffusers", alpha=8.0)
     with pytest.raises(ValueError, match="kohya.safetensors is a LoRA for SD1.5, not SDXL"):

@@ -99,6 +99,16 @@ def test_a_merge_of_lower_rank_is_the_truncated_svd_of_the_sum(two, tmp_path):
     assert {pair.rank for pair in read_lora(out).pairs.values()} == {4, 5}
 
 
+def test_factors_at_the_end_of_fp16_are_not_lost(tiny_base, tmp_path):
+    """B starts at zero: of a module that learnt little it is below fp16's normal numbers, where 0.7 of it is coarse."""
+    files = []
+    for name in "ab":
+        files.append(kohya_file(tmp_path / f"{name}.safetensors", tiny_base, dtype=torch.float16))
+        small = {k: (1e-5 * t if "lora_up" in k else t) for k, t in load_file(files[-1]).items()}
+        save_file(small, files[-1], read_header(files[-1]).metadata)
+    assert merge([(files[0], 0.7), (files[1], 0.3)], tmp_path / "out.safetensors")["worst_error"] < 1e-3
+
+
 def test_recipes_that_agree_are_kept_for_strength_1(tiny_base, tmp_path):
     weak = replace(RECIPE, strength=0.5, base_name="one")
     a = kohya_file(tmp_path / "a.safetensors", tiny_base, **{HEADER_KEY: weak.to_header()})
@@ -226,9 +236,9 @@ def test_closed_forms():
     """diag(3, 2, 1): rank 2 leaves 1 of sqrt(14); three quarters of the energy take 3^2 + 2^2 of 14."""
     pair = Pair(torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(3), 3.0)
     assert energy([pair]) == pytest.approx(14)
-    lower = approximated(pair, lambda _: 2, torch.float32)
+    lower = approximated(pair, lambda _: 2)
     assert errors({"m": [pair]}, {"m": lower})["error"] == pytest.approx(14**-0.5)
-    torch.testing.assert_close(lower.up @ lower.down, torch.diag(torch.tensor([3.0, 2.0, 0.0])))
+    torch.testing.assert_close(lower.up @ lower.down, torch.diag(torch.tensor([3.0, 2.0, 0.0])).double())
     values = torch.tensor([3.0, 2.0, 1.0])
     assert [rank_for_error(values, error) for error in (0.2, 14**-0.5 + 1e-6, 0.7, 0.99)] == [3, 2, 1, 1]
     negative = concatenated([pair, replace(pair, alpha=-3.0)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..export import DTYPES
 from ..families import Base
 from ..inspection import load_for_check
-from .factors import error_text, from_svd
+from .factors import error_text, from_svd, rounded
 from .lora import Pair, check_out, write_lora
 
 OVERSAMPLING = 16  # random directions beside the rank, and passes, of the randomised SVD (arXiv 0909.4061, Sec. 4.6)
@@ -49,7 +49,7 @@ def extract(
         delta = new - old
         if not (whole := delta.square().sum().item()):
             continue
-        pair = _pair(delta, rank, DTYPES[dtype])
+        pair = rounded(_pair(delta, rank), DTYPES[dtype])
         off = (delta.flatten(1) - pair.up.float().flatten(1) @ pair.down.float().flatten(1)).square().sum().item()
         wrong, size, worst = wrong + off, size + whole, max(worst, ((off / whole) ** 0.5, name))
         pairs[f"{first.component}.{name}"] = pair
@@ -84,14 +84,14 @@ def _weights(first: Base, second: Base) -> tuple[dict[str, tuple[Tensor, Tensor]
     return targets, others
 
 
-def _pair(delta: Tensor, rank: int, dtype: torch.dtype) -> Pair:
+def _pair(delta: Tensor, rank: int) -> Pair:
     """The nearest pair of this rank; found by a randomised SVD, which is a whole one for narrow modules."""
     matrix = delta.flatten(1)
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, values, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLING, *matrix.shape), PASSES)
-    return from_svd(u, values, v.T, rank, dtype, delta.shape[1:])
+    return from_svd(u, values, v.T, rank, delta.shape[1:])
 
 
 def _metadata(first: Base, second: Base, out: Path) -> dict[str, str]:

@@ -7,8 +7,10 @@ from the small product of their two QR factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,43 +20,52 @@ from .lora import Pair
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:
-    """The sum of what several pairs of one module add, exactly: their ranks side by side.
+    """The sum of what several pairs of one module add: their ranks side by side, in fp32 or wider.
 
     Where all have one scale, alpha keeps it and the factors stay as they are; else each takes its scale in and alpha is
-    the rank. In the widest of their precisions.
+    the rank.
     """
     if len(pairs) == 1:
         return pairs[0]
-    dtype = widest([pair.down.dtype for pair in pairs])
+    dtype = torch.promote_types(widest(pairs), torch.float32)
     rank, scales = sum(pair.rank for pair in pairs), {pair.scale for pair in pairs}
-    common = scales.pop() if len(scales) == 1 else None
-    downs, ups = [], []
-    for pair in pairs:
-        factor = 1.0 if common is not None else abs(pair.scale) ** 0.5
-        sign = -1.0 if common is None and pair.scale < 0 else 1.0
-        downs.append((factor * pair.down.double()).to(dtype))
-        ups.append((sign * factor * pair.up.double()).to(dtype))
-    return Pair(torch.cat(downs), torch.cat(ups, 1), (1.0 if common is None else common) * rank)
+    if len(scales) > 1:
+        pairs, scales = [_scaled(pair, dtype) for pair in pairs], {1.0}
+    downs, ups = [pair.down.to(dtype) for pair in pairs], [pair.up.to(dtype) for pair in pairs]
+    return Pair(torch.cat(downs), torch.cat(ups, 1), scales.pop() * rank)
 
 
-def approximated(pair: Pair, choose: Callable[[Tensor], int], dtype: torch.dtype) -> Pair:
-    """The best approximation of what a pair adds, in this precision; its alpha is its rank.
+def _scaled(pair: Pair, dtype: torch.dtype) -> Pair:
+    """A pair with its scale in its factors, and these of about one size: fp16 holds small ones coarsely."""
+    down, up = pair.down.to(dtype), pair.up.to(dtype)
+    sizes = down.norm().item(), up.norm().item()
+    # a power of two rounds nothing
+    balance = 2.0 ** round(math.log2(sizes[0] / sizes[1]) / 2) if all(sizes) else 1.0
+    factor = abs(pair.scale) ** 0.5
+    return Pair(down * (factor / balance), up * (math.copysign(factor, pair.scale) * balance), float(pair.rank))
+
+
+def approximated(pair: Pair, choose: Callable[[Tensor], int]) -> Pair:
+    """The best approximation of what a pair adds, in fp64; its alpha is its rank.
 
     choose: singular values, falling, at most as many as the rank -> how many to keep.
     """
     q_up, r_up = torch.linalg.qr(pair.up.flatten(1).double())
     q_down, r_down = torch.linalg.qr(pair.down.flatten(1).double().T)
     u, values, vh = torch.linalg.svd(pair.scale * r_up @ r_down.T, full_matrices=False)
-    return from_svd(q_up @ u, values, vh @ q_down.T, choose(values), dtype, pair.down.shape[1:])
+    return from_svd(q_up @ u, values, vh @ q_down.T, choose(values), pair.down.shape[1:])
 
 
-def from_svd(u: Tensor, values: Tensor, vh: Tensor, rank: int, dtype: torch.dtype, inner: Sequence[int]) -> Pair:
+def from_svd(u: Tensor, values: Tensor, vh: Tensor, rank: int, inner: Sequence[int]) -> Pair:
     """The first `rank` parts of u @ diag(values) @ vh as a pair for weights of shape (out, *inner)."""
     root = values[:rank].sqrt()
     up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
-    return Pair(
-        down.reshape(rank, *inner).to(dtype), up.reshape(len(u), rank, *(1,) * (len(inner) - 1)).to(dtype), float(rank)
-    )
+    return Pair(down.reshape(rank, *inner), up.reshape(len(u), rank, *(1,) * (len(inner) - 1)), float(rank))
+
+
+def rounded(pair: Pair, dtype: torch.dtype) -> Pair:
+    """A pair in this precision."""
+    return Pair(pair.down.to(dtype), pair.up.to(dtype), pair.alpha)
 
 
 def rank_for_error(values: Tensor, error: float) -> int:
@@ -88,9 +99,6 @@ def error_text(found: Mapping[str, Any]) -> str:
     return f"relative error {found['error']:.2g}, at worst {found['worst_error']:.2g} ({found['worst_module']})"
 
 
-def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The precision that holds them all."""
-    dtype = dtypes[0]
-    for other in dtypes[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+def widest(pairs: Sequence[Pair]) -> torch.dtype:
+    """The precision that holds the factors of all of them."""
+    return reduce(torch.promote_types, (factor.dtype for pair in pairs for factor in (pair.down, pair.up)))

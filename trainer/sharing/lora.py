@@ -8,6 +8,7 @@ without any alpha are what everyone shares, alpha is worked into the weights as 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
         raise ValueError(f"{path.name}: {bad} has numbers that are not finite. Get the file again.")
     renamed = _in_diffusers_layout(header, tensors, kind)
     alphas, told = _alphas(header, renamed, tensors, alpha)
+    if bad := next((name for name, value in alphas.items() if not value or not math.isfinite(value)), None):
+        raise ValueError(f"{path.name}: the alpha of {bad} is {alphas[bad]:g}; expected a number other than 0.")
     pairs = {}
     for name, module in renamed.modules.items():
         if missing := {"down", "up"} - module.keys.keys():
@@ -162,7 +165,7 @@ def _alphas(
     """(module -> alpha, where they came from), of the header with its names in diffusers' layout."""
     modules = renamed.modules
     own = {n: tensors[m.keys["alpha"]].item() for n, m in modules.items() if "alpha" in m.keys}
-    found = renamed.scale_alphas() | own
+    found = _peft_alphas(renamed) | own
     if len(found) == len(modules):
         if given is not None:
             raise ValueError(f"{header.path.name} has its own alpha. Leave --alpha out.")
@@ -189,7 +192,7 @@ def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{config} cannot be read ({error}). Get it again, or give --alpha.") from error
         beside = LoraHeader(header.path, header.tensors, {PEFT_KEY: json.dumps(told)})
-        return beside.scale_alphas(), f"as in {config.name}"
+        return _peft_alphas(beside), f"as in {config.name}"
     recipe = recipe_of(header)
     if recipe is not None and recipe.objective == "pcm":
         return dict.fromkeys(header.modules, PCM_ALPHA), "that of PCM's scripts"
@@ -197,6 +200,13 @@ def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
         f"{header.path.name} has PEFT's raw names (base_model.model.*) and no alpha, without which its strength is "
         f"unknown. Give --alpha ({PCM_ALPHA:g} for PCM's training scripts), or put its adapter_config.json beside it."
     )
+
+
+def _peft_alphas(header: LoraHeader) -> dict[str, float]:
+    """`LoraHeader.scale_alphas`; for rsLoRA, whose scale is alpha / sqrt(rank) (arXiv 2312.03732), times sqrt(rank)."""
+    told, modules = json.loads(header.metadata.get(PEFT_KEY) or "{}"), header.modules
+    by_root = any(value for key, value in told.items() if key.split(".")[-1] == "use_rslora")
+    return {n: alpha * (modules[n].rank ** 0.5 if by_root else 1) for n, alpha in header.scale_alphas().items()}
 
 
 def _dotted(name: str, family: type[Base], path: Path) -> str:
@@ -293,7 +303,10 @@ def _with_alpha(pair: Pair, alpha: float) -> Pair:
         return pair
     share = pair.alpha / alpha
     factor, sign = abs(share) ** 0.5, -1.0 if share < 0 else 1.0
-    down, up = ((f * t.float()).to(t.dtype) for f, t in ((factor, pair.down), (sign * factor, pair.up)))
+    down, up = (
+        (f * t.to(torch.promote_types(t.dtype, torch.float32))).to(t.dtype)
+        for f, t in ((factor, pair.down), (sign * factor, pair.up))
+    )
     return Pair(down, up, alpha)
 
 

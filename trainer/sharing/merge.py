@@ -9,7 +9,7 @@ from typing import Any
 
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
-from .factors import approximated, concatenated, error_text, errors
+from .factors import approximated, concatenated, error_text, errors, rounded, widest
 from .lora import Lora, Pair, check_out, read_lora, settled, write_lora
 
 
@@ -43,7 +43,7 @@ def merge(
     found = {name: concatenated(pairs) for name, pairs in meant.items()}
     if rank is not None:
         found = _lowered(found, rank)
-    found = settled(found, first.family)
+    found = {name: rounded(pair, widest(meant[name])) for name, pair in settled(found, first.family).items()}
     recipe, note = _recipe(loras)
     write_lora(out, first.family, found, _metadata(loras, out), recipe)
     told = errors(meant, found)
@@ -79,7 +79,7 @@ def _terms(loras: Sequence[Lora], strengths: Sequence[float]) -> dict[str, list[
 
 def _lowered(pairs: dict[str, Pair], rank: int) -> dict[str, Pair]:
     check_rank(rank, pairs)
-    return {n: p if p.rank <= rank else approximated(p, lambda _: rank, p.down.dtype) for n, p in pairs.items()}
+    return {n: p if p.rank <= rank else approximated(p, lambda _: rank) for n, p in pairs.items()}
 
 
 def check_rank(rank: int, pairs: dict[str, Pair]) -> None:

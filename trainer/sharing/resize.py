@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .factors import approximated, error_text, errors, rank_for_error
+from .factors import approximated, error_text, errors, rank_for_error, rounded, widest
 from .lora import check_out, read_lora, settled, write_lora
 from .merge import check_rank
 
@@ -38,9 +38,10 @@ def resize(
     found = {}
     for name, pair in lora.pairs.items():
         choose = (lambda _: rank) if error is None else (lambda values: rank_for_error(values, error))
-        smaller = pair if rank and pair.rank <= rank else approximated(pair, choose, pair.down.dtype)
+        smaller = pair if rank and pair.rank <= rank else approximated(pair, choose)
         found[name] = smaller if smaller.rank < pair.rank else pair
-    found = settled(found, lora.family, Counter(pair.alpha for pair in lora.pairs.values()).most_common(1)[0][0])
+    alpha = Counter(pair.alpha for pair in lora.pairs.values()).most_common(1)[0][0]
+    found = {name: rounded(p, widest([lora.pairs[name]])) for name, p in settled(found, lora.family, alpha).items()}
     recipe = lora.recipe if lora.recipe and lora.recipe.source != "header" else None
     write_lora(out, lora.family, found, lora.metadata | {"ss_output_name": out.stem}, recipe)
     told = errors({name: [pair] for name, pair in lora.pairs.items()}, found)

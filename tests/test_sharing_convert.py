@@ -1,6 +1,7 @@
 """Converting LoRAs: names by every network, weights and alphas as they were, and diffusers and PEFT as the judges."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, pair_of
 
 from bases import make_sdxl_folder
-from phased_consistency.samplers.lora_file import read_header, split_key, tensor_hash
+from phased_consistency.samplers.lora_file import header_text, read_header, split_key, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.cli_share import VERBS
 from phased_consistency.trainer.families import FAMILIES
 from phased_consistency.trainer.inspection import ADAPTER, check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.convert import convert
@@ -244,6 +246,39 @@ def test_damaged_and_mixed_files_are_refused(kohya, tmp_path, tiny_base):
         convert(kohya, out, "diffusers", family="sdxl")
 
 
+def test_a_damaged_byte_is_a_sentence_or_does_no_harm(kohya, tmp_path):
+    """300 files with a few bytes of the header, or of the first tensors, changed."""
+    data, random, told = kohya.read_bytes(), Random(0), 0
+    words = len(header_text(kohya)) + 8
+    for trial in range(300):
+        changed = bytearray(data)
+        for _ in range(random.randint(1, 3)):
+            changed[random.randrange(8 if trial % 10 else 0, words + 40)] = random.choice(b'0129"[],:{}.Fx')
+        (bad := tmp_path / "bad.safetensors").write_bytes(changed)
+        try:
+            convert(bad, tmp_path / "out.safetensors", "diffusers", family="sd15", overwrite=True)
+        except ValueError as error:
+            assert len(str(error)) > 20
+            told += 1
+    assert told > 100
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (("lora_down.weight", torch.zeros(())), "the halves of lora_unet_mid_block_attentions_0_proj_in are .*shape"),
+        (("lora_down.weight", torch.zeros(3, 112)), r"\(3, 112\) and torch.float16 of \(112, 4, 1, 1\); expected"),
+        (("lora_up.weight", torch.zeros(112, 4, dtype=torch.int8)), "torch.int8 of .* expected floating-point"),
+        (("alpha", torch.zeros(2)), "proj_in.alpha is not one number"),
+    ],
+)  # fmt: skip
+def test_tensors_of_no_pair_are_named(kohya, tmp_path, tensor, message):
+    name = f"lora_unet_mid_block_attentions_0_proj_in.{tensor[0]}"
+    save_file(load_file(kohya) | {name: tensor[1]}, kohya, read_header(kohya).metadata)
+    with pytest.raises(ValueError, match=message):
+        convert(kohya, tmp_path / "out.safetensors", "diffusers")
+
+
 def test_the_verb(pcm, fails, kohya, tmp_path):
     out = tmp_path / "out.safetensors"
     told = json.loads(pcm("convert", kohya, out, "--to", "diffusers", "--json").out)
@@ -257,3 +292,10 @@ def test_the_verb(pcm, fails, kohya, tmp_path):
     )
     blocked = fails(1, "convert", kohya, kohya / "sub" / "o.safetensors", "--to", "kohya")
     assert "Cannot write" in blocked and "nothing that was there is lost" in blocked
+
+
+def test_every_sharing_verb_has_help(pcm):
+    for verb in VERBS:
+        result = pcm(verb.__name__, "--help")
+        assert result.code == 0 and f"pcm {verb.__name__}" in result.out and "Example: pcm" in result.out
+        assert "--json" in result.out and result.err == ""

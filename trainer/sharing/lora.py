@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,31 +91,52 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     if header.unmatched:
         some = f"{len(header.unmatched)} of {len(header.tensors)} tensors, such as {header.unmatched[0]}"
         raise ValueError(f"{path.name} has tensors of no LoRA style known here: {some}. Use a plain LoRA.")
-    tensors = load_file(path)
-    if bad := next((name for name, t in tensors.items() if not t.float().isfinite().all()), None):
-        raise ValueError(f"{path.name}: {bad} has numbers that are not finite. Get the file again.")
+    tensors = _load(path)
+    _check_modules(header, tensors)
     renamed = _in_diffusers_layout(header, tensors, kind)
     alphas, told = _alphas(header, renamed, tensors, alpha)
     if bad := next((name for name, value in alphas.items() if not value or not math.isfinite(value)), None):
         raise ValueError(f"{path.name}: the alpha of {bad} is {alphas[bad]:g}; expected a number other than 0.")
     pairs = {}
     for name, module in renamed.modules.items():
-        if missing := {"down", "up"} - module.keys.keys():
-            has = next(iter(module.keys.values()))
-            raise ValueError(f"{path.name} has {has} and no {missing.pop()} half of it. Get the file again.")
-        down, up = (tensors[module.keys[part]] for part in ("down", "up"))
-        if up.shape[1] != len(down):
-            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-            raise ValueError(f"{path.name}: the halves of {name} are {shapes}, of two ranks. Get the file again.")
         if (dotted := _dotted(name, kind, path)) in pairs:
             raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
+        down, up = (tensors[module.keys[part]] for part in ("down", "up"))
         pairs[dotted] = Pair(down, up, alphas.get(name, float(len(down))))
     return Lora(path, kind, dict(sorted(pairs.items())), header.metadata, told, recipe_of(header))
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path.name} is damaged ({error}). Get the file again.") from error
+    if bad := next((name for name, t in tensors.items() if not t.float().isfinite().all()), None):
+        raise ValueError(f"{path.name}: {bad} has numbers that are not finite. Get the file again.")
+    return tensors
+
+
+def _check_modules(header: LoraHeader, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for a module that is no pair of halves with at most one alpha."""
+    for name, module in header.modules.items():
+        if missing := {"down", "up"} - module.keys.keys():
+            has = next(iter(module.keys.values()))
+            raise ValueError(f"{header.path.name} has {has} and no {missing.pop()} half of it. Get the file again.")
+        down, up = (tensors[module.keys[part]] for part in ("down", "up"))
+        fit = down.ndim >= 2 and up.ndim >= 2 and up.shape[1] == len(down) > 0
+        if not fit or not (down.is_floating_point() and up.is_floating_point()):
+            raise ValueError(
+                f"{header.path.name}: the halves of {name} are {down.dtype} of shape {tuple(down.shape)} and "
+                f"{up.dtype} of {tuple(up.shape)}; expected floating-point (rank, in, ...) and (out, rank, ...)."
+            )
+        if "alpha" in module.keys and tensors[module.keys["alpha"]].numel() != 1:
+            raise ValueError(f"{header.path.name}: {module.keys['alpha']} is not one number. Get the file again.")
+
+
 def _family(header: LoraHeader, asked: str | None) -> type[Base]:
     modules = header.modules
-    widths = {m.shapes["down"][1] for n, m in modules.items() if UNET_CONTEXT.search(n) and "down" in m.shapes}
+    shapes = [m.shapes.get("down", ()) for n, m in modules.items() if UNET_CONTEXT.search(n)]
+    widths = {shape[1] for shape in shapes if len(shape) >= 2}
     if len(mixed := sorted({CONTEXT_WIDTHS[w] for w in widths if w in CONTEXT_WIDTHS})) > 1:
         titles = " and ".join(map(family_title, mixed))
         raise ValueError(f"{header.path.name} mixes modules of {titles}. No model takes both: get the file again.")
@@ -204,9 +226,12 @@ def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
 
 def _peft_alphas(header: LoraHeader) -> dict[str, float]:
     """`LoraHeader.scale_alphas`; for rsLoRA, whose scale is alpha / sqrt(rank) (arXiv 2312.03732), times sqrt(rank)."""
-    told, modules = json.loads(header.metadata.get(PEFT_KEY) or "{}"), header.modules
-    by_root = any(value for key, value in told.items() if key.split(".")[-1] == "use_rslora")
-    return {n: alpha * (modules[n].rank ** 0.5 if by_root else 1) for n, alpha in header.scale_alphas().items()}
+    try:
+        told, modules = json.loads(header.metadata.get(PEFT_KEY) or "{}"), header.modules
+        by_root = any(value for key, value in told.items() if key.split(".")[-1] == "use_rslora")
+        return {n: alpha * (modules[n].rank ** 0.5 if by_root else 1) for n, alpha in header.scale_alphas().items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{header.path.name}: its {PEFT_KEY} cannot be read ({error}). Get the file again.") from error
 
 
 def _dotted(name: str, family: type[Base], path: Path) -> str:

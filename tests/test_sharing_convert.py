@@ -16,8 +16,8 @@ from phased_consistency.trainer.cli_share import VERBS
 from phased_consistency.trainer.families import FAMILIES
 from phased_consistency.trainer.inspection import ADAPTER, check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.convert import convert
-from phased_consistency.trainer.sharing.lora import read_lora
 from phased_consistency.trainer.sharing.names import dotted_name, kohya_name
+from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
 from sd3_base import make_sd3_folder
 

@@ -10,7 +10,7 @@ from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.inspection import check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.extract import extract
-from phased_consistency.trainer.sharing.lora import read_lora
+from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
 
 

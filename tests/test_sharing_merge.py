@@ -13,8 +13,9 @@ from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.inspection import check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.factors import approximated, concatenated, energy, errors, rank_for_error
-from phased_consistency.trainer.sharing.lora import Pair, read_lora
+from phased_consistency.trainer.sharing.lora import Pair
 from phased_consistency.trainer.sharing.merge import merge
+from phased_consistency.trainer.sharing.reading import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from runs import TINY
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .lora import STYLES, check_out, read_lora, write_lora
+from .lora import STYLES, check_out, write_lora
+from .reading import read_lora
 
 
 def convert(

@@ -61,6 +61,13 @@ def test_the_error_stated_is_that_of_the_best_rank(tuned, tmp_path):
     assert told["ss_sd_model_name"] == TINY and told["ss_network_dim"] == "2" and HEADER_KEY not in told
 
 
+def test_modules_narrower_than_the_rank_have_the_alpha_of_all(tuned, tmp_path):
+    result = extract(TINY, str(tuned[0]), out := tmp_path / "out.safetensors", rank=80, dtype="fp32")
+    pairs = read_lora(out, "sd15").pairs.values()
+    assert min(pair.rank for pair in pairs) < 80 and {pair.alpha for pair in pairs} == {80.0}
+    assert result["error"] < 1e-5 and check_parity(out, load_for_check(TINY))["passed"]
+
+
 def test_changes_that_no_lora_holds_are_told(tuned, tmp_path):
     folder, _ = tuned
     unet = UNet2DConditionModel.from_pretrained(bundled_folder(TINY) / "unet").float()

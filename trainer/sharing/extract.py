@@ -12,7 +12,7 @@ from ..export import DTYPES
 from ..families import Base
 from ..inspection import load_for_check
 from .factors import error_text, from_svd, rounded
-from .lora import Pair, check_out, write_lora
+from .lora import Pair, check_out, settled, write_lora
 
 OVERSAMPLING = 16  # random directions beside the rank, and passes, of the randomised SVD (arXiv 0909.4061, Sec. 4.6)
 PASSES = 4
@@ -49,8 +49,10 @@ def extract(
         delta = new - old
         if not (whole := delta.square().sum().item()):
             continue
-        pair = rounded(_pair(delta, rank), DTYPES[dtype])
-        off = (delta.flatten(1) - pair.up.float().flatten(1) @ pair.down.float().flatten(1)).square().sum().item()
+        nearest = settled({name: _pair(delta, rank)}, type(first), float(rank))[name]
+        pair = rounded(nearest, DTYPES[dtype])
+        found = pair.scale * pair.up.float().flatten(1) @ pair.down.float().flatten(1)
+        off = (delta.flatten(1) - found).square().sum().item()
         wrong, size, worst = wrong + off, size + whole, max(worst, ((off / whole) ** 0.5, name))
         pairs[f"{first.component}.{name}"] = pair
     if not pairs:

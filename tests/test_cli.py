@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from phased_consistency.trainer import cli
 from runs import TINY, sha256
 
-VERBS = ("train", "sample", "evaluate", "inspect", "check", "doctor")
+VERBS = (
+    *("train", "sample", "evaluate", "inspect", "check", "doctor", "bench", "bench-data"),
+    *("convert", "tag", "merge", "resize", "extract", "sidecars"),
+)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, pair_of
 
 from bases import make_sdxl_folder
 from phased_consistency.samplers.lora_file import header_text, read_header, split_key, tensor_hash
@@ -20,6 +19,7 @@ from phased_consistency.trainer.sharing.names import dotted_name, kohya_name
 from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
 from sd3_base import make_sd3_folder
+from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, pair_of
 
 
 @pytest.fixture
@@ -48,6 +48,15 @@ def test_text_encoders_have_names_too():
         assert kohya_name(f"text_encoder.{path}", FAMILIES[family]) == name
         assert dotted_name(name, FAMILIES[family]) == f"text_encoder.{path}"
     assert dotted_name("lora_unet_mid_block_adapter_0", FAMILIES["sd15"]) is None
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+def test_either_style_loads_at_its_own_strength(kohya, tmp_path, style):
+    """`pcm check`, by diffusers' loader and by hand: alpha comes from PEFT's metadata, or from tensors."""
+    out = tmp_path / "converted.safetensors"
+    convert(kohya, out, style)
+    result = check_parity(out, load_for_check(TINY))
+    assert result["passed"] and result["unmatched"] == 0, result["text"]
 
 
 def test_there_and_back_is_the_same_file_but_for_its_header(kohya, tmp_path):

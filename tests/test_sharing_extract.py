@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from sharing_files import MODULES, deltas, norm
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.samplers.recipe import HEADER_KEY
@@ -12,6 +11,7 @@ from phased_consistency.trainer.inspection import check_parity, installed, load_
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
+from sharing_files import MODULES, deltas, norm
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, norm
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import read_header, tensor_hash
@@ -18,6 +17,7 @@ from phased_consistency.trainer.sharing.merge import merge
 from phased_consistency.trainer.sharing.reading import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from runs import TINY
+from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, norm
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import json
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sharing_files import kohya_file
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import file_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.sharing.sidecars import sidecars
+from sharing_files import kohya_file
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import os
 
 import pytest
 from safetensors import safe_open
-from sharing_files import RECIPE, kohya_file
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import file_hash, header_text, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.sharing import tag as tagging
 from phased_consistency.trainer.sharing.tag import tag
+from sharing_files import RECIPE, kohya_file
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, s
     """Write a LoRA with its whole header, atomically. Raises OSError when it cannot be written."""
     tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
-    metadata |= _hashes(tensors, metadata)
+    metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
     metadata |= {
         HEADER_KEY: recipe_for(config, base).to_header(),
@@ -171,16 +171,16 @@ def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[st
     }
 
 
-def _hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str, str]:
+def hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str, str]:
     """kohya's two hashes: SHA-256 of the tensor bytes, and of 64 KiB at 1 MiB of the file with `ss_*` keys alone."""
     data = save(tensors, ss_metadata)
     start = 8 + struct.unpack("<Q", data[:8])[0]
-    hashes = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
-    if hashes["sshs_model_hash"] == EMPTY_HASH:
+    found = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
+    if found["sshs_model_hash"] == EMPTY_HASH:
         raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
     if len(data) > 0x100000:
-        hashes["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-    return hashes
+        found["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return found
 
 
 @dataclass(frozen=True)

@@ -155,5 +155,8 @@ class UNetBase(Base):
         return "lora_unet_" + module.replace(".", "_")
 
     def load_lora(self, path: Path, name: str) -> None:
-        state, alphas = self.pipeline.lora_state_dict(str(path), unet_config=self.network.config)
-        self.pipeline.load_lora_into_unet(state, alphas, self.network, adapter_name=name)
+        told = {"unet_config": self.network.config, "return_lora_metadata": True}
+        state, alphas, metadata = self.pipeline.lora_state_dict(str(path), **told)
+        # diffusers takes one of the two: kohya's files have alphas, PEFT's have metadata
+        how = {"adapter_name": name, "metadata": None if alphas else metadata}
+        self.pipeline.load_lora_into_unet(state, alphas, self.network, **how)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
 from ..checkpoint import write_tensors
-from ..export import _hashes
+from ..export import hashes
 from ..families import Base
 from .names import kohya_name
 
@@ -111,7 +111,7 @@ def write_lora(
     if recipe is not None:
         told |= {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    told |= _hashes(tensors, {k: v for k, v in told.items() if k.startswith("ss_")})
+    told |= hashes(tensors, {k: v for k, v in told.items() if k.startswith("ss_")})
     told["modelspec.hash_sha256"] = f"0x{told['sshs_model_hash']}"
     write_tensors(out, tensors, told)
     return worked_in

@@ -117,7 +117,8 @@ class Run:
                 self.update()
                 self._between_updates()
             self._read(keep=0)
-            self.reporter.say(self._where_time_went())
+            if self.step > self.pace.first:
+                self.reporter.say(self._where_time_went())
         finally:
             self.updater.coming.close()
             for number, handler in handlers.items():

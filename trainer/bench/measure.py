@@ -72,7 +72,8 @@ def alive_bytes(device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == "cpu"]
+    # exact types: the parts of a quantised weight are tensors too, and what torch.compile leaves holds nothing
+    found = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu"]
     # a tensor that no Python object is a view of, such as a parameter's gradient, is not among them
     found += [o.grad for o in found if o.is_leaf and o.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())

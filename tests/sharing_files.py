@@ -50,3 +50,9 @@ def deltas(lora: Lora) -> dict[str, torch.Tensor]:
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:
     return sum(t.square().sum().item() for t in tensors.values()) ** 0.5
+
+
+def output(base):
+    """What the base predicts at one noisy point, with its adapters as they are."""
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return base.denoise(x, torch.tensor([500]), base.encode_prompts(["a red star"]))

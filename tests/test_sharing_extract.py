@@ -11,7 +11,7 @@ from phased_consistency.trainer.inspection import check_parity, installed, load_
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
-from sharing_files import MODULES, deltas, norm
+from sharing_files import MODULES, deltas, norm, output
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,9 @@ def test_the_lora_makes_the_base_the_tuned_one(tuned, tmp_path):
     assert result["error"] < 1e-5 and result["left_out"] == 0 and result["modules"] == len(MODULES)
     assert norm({n: d - changes[n] for n, d in deltas(read_lora(out)).items()}) < 1e-5 * norm(changes)
     base, other = load_for_check(TINY), load_for_check(str(folder))
-    x, tick, condition = torch.randn(1, 4, 16, 16), torch.tensor([500]), base.encode_prompts(["a red star"])
-    bare, meant = (b.denoise(x, tick, condition) for b in (base, other))
+    bare, meant = output(base), output(other)
     with installed(out, base):
-        found = base.denoise(x, tick, condition)
+        found = output(base)
     assert (meant - bare).abs().max() > 1e-2
     torch.testing.assert_close(found, meant, rtol=0, atol=1e-4)
     assert check_parity(out, base)["passed"]

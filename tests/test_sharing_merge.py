@@ -17,7 +17,7 @@ from phased_consistency.trainer.sharing.merge import merge
 from phased_consistency.trainer.sharing.reading import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from runs import TINY
-from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, norm
+from sharing_files import MODULES, RECIPE, SD3_MODULES, deltas, kohya_file, norm, output
 
 
 @pytest.fixture
@@ -60,15 +60,14 @@ def test_the_base_does_the_same_with_the_merged_one(two, tmp_path):
     (first, second), out = two, tmp_path / "out.safetensors"
     merge([(first, 0.7), (second, None)], out)
     base = load_for_check(TINY)
-    x, tick, condition = torch.randn(1, 4, 16, 16), torch.tensor([500]), base.encode_prompts(["a red star"])
-    bare = base.denoise(x, tick, condition)
+    bare = output(base)
     for name, file in (("a", first), ("b", second)):
         base.load_lora(file, name)
     base.network.set_adapters(["a", "b"], weights=[0.7, 1.0])
-    both = base.denoise(x, tick, condition)
+    both = output(base)
     base.network.delete_adapters(["a", "b"])
     with installed(out, base):
-        merged = base.denoise(x, tick, condition)
+        merged = output(base)
     assert (both - bare).abs().max() > 1e-2
     torch.testing.assert_close(merged, both, rtol=0, atol=1e-5)
     assert check_parity(out, base)["passed"]

@@ -131,7 +131,7 @@ def _passes(config: Config) -> tuple[int, str]:
         times = steps * (2 if solver == "heun" else 1)
         passes += times * (2 if objective.guided() else 1)
         low, high = objective.guidance
-        halves = f"conditional and unconditional in one batch (CFG {low:g} to {high:g})"
+        halves = f"conditional and unconditional (CFG {low:g} to {high:g})"
         teacher = f"teacher {halves if objective.guided() else 'without guidance'}"
         parts.insert(0, teacher + (f" {times} times ({solver})" if times > 1 else ""))
     if config.adversarial.weight:

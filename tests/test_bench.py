@@ -118,7 +118,7 @@ def test_both_loops_take_steps(loops):
     """Every weight that learns has moved after an update, in either loop."""
     run, other = loops
     for learners, update in (
-        (run.optimizer.param_groups, run.update),
+        (run.trained.optimizer.param_groups, run.update),
         ([{"params": own} for own in other.learners.values()], other.update),
     ):
         parameters = [p for group in learners for p in group["params"] if p.ndim > 1]

@@ -50,8 +50,7 @@ def test_no_update_waits_for_the_device(base, settings, tmp_path, as_on_a_gpu, m
         monkeypatch.setattr(*maker, _refused)
     with Waits() as waits:
         outcome = run.updater(2, False)
-        if run.average:
-            run.average.update(2)
+        run.trained.updated(2, config.train.steps)
     monkeypatch.undo()
     assert waits.found == []
     with waits:

@@ -9,34 +9,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import Tensor
 
 from . import whole
-from .adapter import Average, learner
-from .adversarial import Adversary
-from .batches import Batches, Split
-from .checkpoint import (
-    State,
-    check_same_run,
-    load_latest_state,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_state,
-)
+from .adapter import learner
+from .checkpoint import State, check_same_run, load_latest_state, save_state
 from .clock import Clock
 from .config import MAY_CHANGE, Config
-from .data.cache import LatentCache, build_cache
-from .engine import Engine
-from .export import DTYPES, export, recipe_for, self_test
-from .families import Base, family_class, load_base
-from .initial import check_start, start_from
+from .export import export, self_test
+from .families import family_class
+from .initial import start_from
 from .memory import explain_out_of_memory, out_of_memory
-from .prepare import check_prepare, prepare
+from .parts import fill_cache, make_batches, make_engine, open_base, split_of
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
-from .quantize import Trial
 from .reporter import Pace, Reporter
-from .update import Learners, Outcome, Updater, lr_factor, make_optimizer
+from .trained import Trained
+from .update import Outcome, Updater, lr_factor
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.
 LAG = 1
@@ -75,24 +63,24 @@ class Run:
         self.reporter = reporter if self.accelerator.is_main_process else Reporter()
         if self.accelerator.is_main_process:
             check_same_run(self.folder, config.what_decides_the_weights(), MAY_CHANGE)
-        self.base = self._load_base()
-        self.cache = self._fill_cache()
-        self.base.drop_encoders()
+        self.base = open_base(config, self.processes, self.reporter.say)
+        self.cache = fill_cache(config, self.base, self.processes, self.reporter)
         lora = config.lora
         self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
         self.reporter.say(self.adapter.sentence())
         if config.lora.init:
             self.reporter.say(start_from(config, self.base, self.adapter))
-        self.average = Average(self.adapter, config.train.ema) if config.train.ema else None
         kept = load_latest_state(self.folder / "checkpoints")
-        self.split = self._split(kept)
+        self.split = split_of(config, self.processes, kept, self.reporter.say)
+        self.batches = make_batches(config, self.base, self.cache, self.split, self.processes.rank)
         self.clock = Clock(self.base.device)
-        self.batches, self.engine = self._make_parts()
-        self.optimizer = self.accelerator.prepare(make_optimizer(config, self._learners(), self.base.device))
+        parts = (self.accelerator, self.base, self.adapter, self.batches, self.clock, self.reporter.say)
+        self.engine = make_engine(config, *parts)
+        self.trained = Trained(config, self.accelerator, self.adapter, self.engine)
         self.step = self._resume(kept)
         self.processes.check_together(self.step, self.adapter.parameters())
         coming, passes = self.batches.ahead(self.step * self.split.accumulation), self.split.accumulation
-        how = (self.optimizer, self._learners(), self.processes)
+        how = (self.trained.optimizer, self.trained.learners(), self.processes)
         self.updater = Updater(config, self.engine, coming, passes, *how)
         self.unread: deque[Outcome] = deque()
         self.stop_asked = self.stopping = False
@@ -135,9 +123,7 @@ class Run:
             kept = f"{error}. {self._kept()}; the same command goes on from there, with fewer processes too."
             raise RunFailed(kept) from error
         self.step += 1
-        if self.average:
-            self.average.update(self.step)
-        self.engine.updated(self.step, (self.step - 1) / self.config.train.steps, self.step / self.config.train.steps)
+        self.trained.updated(self.step, self.config.train.steps)
         self.unread.append(outcome)
         self._read(keep=LAG)
 
@@ -196,10 +182,6 @@ class Run:
             self.preview(self.folder / f"{self.config.name}.preview.png", captions=False)
         return self.lora_path
 
-    def weights(self) -> dict[str, Tensor]:
-        """What is exported: the average where there is one."""
-        return {n: w.cpu() for n, w in self.average.weights.items()} if self.average else self.adapter.state()
-
     def _save(self, export_too: bool) -> None:
         """Checkpoint, LoRA and self-test, once all that led here is seen to be finite."""
         self._read(keep=0)
@@ -209,16 +191,8 @@ class Run:
             self._export()
 
     def _save_state(self) -> None:
-        groups = {
-            "adapter": self.adapter.state(),
-            "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
-            "average": self.average.weights if self.average else {},
-            "discriminator": self._learners().get("discriminator", {}),
-            **self.engine.state(),
-        }
-        scaler = self.accelerator.scaler
-        facts = {
-            "scaler": scaler.state_dict() if scaler else None,
+        groups, facts = self.trained.state()
+        facts |= {
             "samples per update": self.split.update,
             "samples per process": self.config.train.batch_size * self.config.train.accumulation,
             "cache": self.cache.folder.name,
@@ -230,10 +204,10 @@ class Run:
         path = self.lora_path if final else self._file(f"{self.config.name}-{self.step:07d}")
         write, test = (whole.export, whole.self_test) if self.base.whole else (export, self_test)
         if self.accelerator.is_main_process:
-            write(path, self.weights(), self.config, self.base, self.step, len(self.cache))
+            write(path, self.trained.weights(), self.config, self.base, self.step, len(self.cache))
         if not self._passes_here():
             return
-        with self.adapter.using(self.weights()), torch.compiler.set_stance("force_eager"):
+        with self.adapter.using(self.trained.weights()), torch.compiler.set_stance("force_eager"):
             result = test(path, self.base, self.adapter, self.cache.encoding([""]))
         self.reporter.say(f"{path}: {result.sentence()}.")
         if not result.passed:
@@ -242,33 +216,6 @@ class Run:
                 f"The checkpoint in {self.folder / 'checkpoints'} is good; please report this with the versions that "
                 "pcm doctor prints."
             )
-
-    def _split(self, kept: State | None) -> Split:
-        """How each update is shared out. A run that goes on takes as many samples as before, whatever the number of
-        processes; raises ValueError where they cannot share them."""
-        train, count = self.config.train, self.processes.count
-        split = Split(train.batch_size, train.accumulation, count)
-        if kept is None:
-            return split
-        facts, asked = kept[2], train.batch_size * train.accumulation
-        then = facts.get("samples per update")
-        if then is None:
-            raise ValueError(
-                f"{self.folder} holds a run of an earlier version, which drew other samples. "
-                "Use another output folder to start anew, or delete the folder."
-            )
-        if then == split.update:
-            return split
-        if facts["samples per process"] != asked:
-            raise ValueError(
-                f"{self.folder} holds a run of {then} samples an update, and these settings take {split.update}: "
-                "train.batch_size times train.accumulation in each process. Keep the product to go on, or use another "
-                "output folder."
-            )
-        split = Split.of_update(then, count, train.batch_size)
-        shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
-        self.reporter.say(f"The run takes {then} samples an update: {shared}.")
-        return split
 
     def _resume(self, kept: State | None) -> int:
         if kept is None:
@@ -279,37 +226,16 @@ class Run:
                 f"{self.folder} holds a run on other data: the base, the pictures or the captions have changed since. "
                 "Restore them to go on, use another output folder to start anew, or delete the folder."
             )
-        self.adapter.load(groups["adapter"])
-        load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self._names())
-        if self.engine.adversary:
-            self._resume_heads(groups.get("discriminator", {}))
-        if self.average:
-            self.average.weights = {n: w.to(self.base.device) for n, w in groups["average"].items()}
-        self.engine.load(groups)
-        if self.accelerator.scaler and facts["scaler"]:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.trained.load(groups, facts)
         self.reporter.say(f"Going on from update {step} of {self.config.train.steps}.")
         return step
-
-    def _resume_heads(self, saved: dict[str, Tensor]) -> None:
-        heads = self._learners()["discriminator"]
-        missing = sorted(heads.keys() ^ saved.keys())
-        if missing:
-            raise ValueError(
-                f"The checkpoint in {self.folder / 'checkpoints'} lacks the discriminator of this adversarial run "
-                f"({len(missing)} tensors differ, such as {missing[0]}); without it the run would not go on as it was. "
-                "Use another output folder to start anew, or delete the folder."
-            )
-        with torch.no_grad():
-            for name, parameter in heads.items():
-                parameter.copy_(saved[name])
 
     def preview(self, path: Path, captions: bool = True) -> None:
         """Draw the run's fixed grid with the weights that would be saved, by the first process."""
         if not self._passes_here():
             return
         eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
-        with self.adapter.using(self.weights()), self.accelerator.autocast(), eager:
+        with self.adapter.using(self.trained.weights()), self.accelerator.autocast(), eager:
             image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
         if self.accelerator.is_main_process:
             save_image(image, path)
@@ -319,70 +245,6 @@ class Run:
         if self.config.train.shard:
             self.processes.wait()
         return self.config.train.shard or self.accelerator.is_main_process
-
-    def _load_base(self) -> Base:
-        b = self.config.base
-        self.reporter.say(f"Loading {b.path}.")
-        options = b.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
-        where = {"device": self.accelerator.device, "in_turn": True}
-        base = load_base(b.path, dtype=DTYPES[b.dtype], **where, **options)
-        base.latent_shape(self.config.data.resolution)
-        # what cannot be trained, or sampled, is said before anything is cached
-        if base.whole:
-            whole.check_whole(self.config)
-        else:
-            recipe_for(self.config, base)
-        check_prepare(self.config, type(base), self.accelerator.device, self.processes.count)
-        if self.config.lora.init:
-            check_start(self.config, base)
-        for note in self.config.notes():
-            self.reporter.say(note)
-        return base
-
-    def _make_parts(self) -> tuple[Batches, Engine]:
-        """Batches and engine, once the base is seen to predict what it is said to on this run's own data."""
-        config, base, a = self.config, self.base, self.config.adversarial
-        empty = self.cache.encoding([""])
-        null = {k: v.to(base.device) for k, v in base.null_condition(empty).items()}
-        draws = {"split": self.split, "updates": config.train.steps, "seed": config.train.seed}
-        draws |= {"rank": self.processes.rank, "judged": a.weight > 0}
-        batches = Batches(self.cache, base, config.objective, empty, **draws)
-        some = [int(n) for n in self.cache.buckets[0][:8]]
-        x0 = self.cache.latents(some, [torch.Generator().manual_seed(n) for n in some]).to(base.device)
-        condition = {k: v.to(base.device) for k, v in batches.condition(some).items()}
-        if not base.whole:
-            with self.adapter.off(), self.accelerator.autocast():
-                base.check_prediction(x0, condition)
-        with self.accelerator.autocast():
-            for line in prepare(config, base, self.adapter, Trial(x0, condition, null)):
-                self.reporter.say(line)
-        adversary = None
-        if a.weight:
-            adversary = Adversary(base, self.adapter, null, config.data.resolution, a.width, config.train.seed)
-        engine = Engine(base, self.adapter, config.objective, null, adversary, self.clock)
-        engine.whole_target = config.train.compile
-        return batches, engine
-
-    def _learners(self) -> Learners:
-        """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
-        learners = {"adapter": self.adapter.named_parameters()}
-        if self.engine.adversary:
-            learners["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
-        return learners
-
-    def _names(self) -> list[str]:
-        """The learners' parameters in the optimizer's order."""
-        return [name for learner in self._learners().values() for name in learner]
-
-    def _fill_cache(self) -> LatentCache:
-        share = {"rank": self.processes.rank, "processes": self.processes.count, "wait": self.processes.wait}
-        cache = build_cache(self.config, self.base, self.reporter.caching, **share)
-        for line in cache.skipped:
-            self.reporter.say(f"Left out {line}.")
-        for note in cache.notes:
-            self.reporter.say(f"{note}.")
-        self.reporter.say(f"{len(cache)} samples in {cache.folder}, {len(cache.skipped)} left out.")
-        return cache
 
     def _tensorboard(self):
         if not (self.config.train.tensorboard and self.accelerator.is_main_process):

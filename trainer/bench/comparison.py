@@ -161,7 +161,7 @@ def _compare(
 ) -> dict[str, Any]:
     before = alive_bytes(device)
     run = Run(config, reporter)
-    learners = [p for group in run.optimizer.param_groups for p in group["params"]]
+    learners = [p for group in run.trained.optimizer.param_groups for p in group["params"]]
     loops = {"ours": Loop(run.update, lambda _: None, run.clock, [run.base], learners, device)}
     loops["ours"].examine(warmup, before)
     if reference:

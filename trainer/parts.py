@@ -1,0 +1,117 @@
+"""What a run is made of before its first update, each part checked as early as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+
+from . import whole
+from .adapter import Learner
+from .adversarial import Adversary
+from .batches import Batches, Split
+from .checkpoint import State
+from .clock import Clock
+from .config import Config
+from .data.cache import LatentCache, build_cache
+from .engine import Engine
+from .export import DTYPES, recipe_for
+from .families import Base, load_base
+from .initial import check_start
+from .prepare import check_prepare, prepare
+from .processes import Processes
+from .quantize import Trial
+from .reporter import Reporter
+
+Say = Callable[[str], None]
+
+
+def open_base(config: Config, processes: Processes, say: Say) -> Base:
+    """The frozen base. What cannot be trained or sampled, raises ValueError here, before anything is cached."""
+    b, device = config.base, processes.accelerator.device
+    say(f"Loading {b.path}.")
+    options = b.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
+    base = load_base(b.path, dtype=DTYPES[b.dtype], device=device, in_turn=True, **options)
+    base.latent_shape(config.data.resolution)
+    if base.whole:
+        whole.check_whole(config)
+    else:
+        recipe_for(config, base)
+    check_prepare(config, type(base), device, processes.count)
+    if config.lora.init:
+        check_start(config, base)
+    for note in config.notes():
+        say(note)
+    return base
+
+
+def fill_cache(config: Config, base: Base, processes: Processes, reporter: Reporter) -> LatentCache:
+    """The run's cache, made where it lacks something; the encoders are dropped afterwards."""
+    share = {"rank": processes.rank, "processes": processes.count, "wait": processes.wait}
+    cache = build_cache(config, base, reporter.caching, **share)
+    for line in cache.skipped:
+        reporter.say(f"Left out {line}.")
+    for note in cache.notes:
+        reporter.say(f"{note}.")
+    reporter.say(f"{len(cache)} samples in {cache.folder}, {len(cache.skipped)} left out.")
+    base.drop_encoders()
+    return cache
+
+
+def split_of(config: Config, processes: Processes, kept: State | None, say: Say) -> Split:
+    """How each update is shared out. A run that goes on takes as many samples as before, whatever the number of
+    processes; raises ValueError where they cannot share them."""
+    train, count, folder = config.train, processes.count, config.run_folder
+    split = Split(train.batch_size, train.accumulation, count)
+    if kept is None:
+        return split
+    facts, asked = kept[2], train.batch_size * train.accumulation
+    then = facts.get("samples per update")
+    if then is None:
+        raise ValueError(
+            f"{folder} holds a run of an earlier version, which drew other samples. "
+            "Use another output folder to start anew, or delete the folder."
+        )
+    if then == split.update:
+        return split
+    if facts["samples per process"] != asked:
+        raise ValueError(
+            f"{folder} holds a run of {then} samples an update, and these settings take {split.update}: "
+            "train.batch_size times train.accumulation in each process. Keep the product to go on, or use another "
+            "output folder."
+        )
+    split = Split.of_update(then, count, train.batch_size)
+    shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
+    say(f"The run takes {then} samples an update: {shared}.")
+    return split
+
+
+def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, rank: int) -> Batches:
+    """The run's own stream of batches."""
+    draws = {"split": split, "updates": config.train.steps, "seed": config.train.seed, "rank": rank}
+    draws["judged"] = config.adversarial.weight > 0
+    return Batches(cache, base, config.objective, cache.encoding([""]), **draws)
+
+
+def make_engine(
+    config: Config, accelerator: Accelerator, base: Base, adapter: Learner, batches: Batches, clock: Clock, say: Say
+) -> Engine:
+    """The engine, once the base is seen to predict what it is said to on the run's own data, and is made ready."""
+    a, cache = config.adversarial, batches.cache
+    null = {k: v.to(base.device) for k, v in base.null_condition(batches.empty).items()}
+    some = [int(n) for n in cache.buckets[0][:8]]
+    x0 = cache.latents(some, [torch.Generator().manual_seed(n) for n in some]).to(base.device)
+    condition = {k: v.to(base.device) for k, v in batches.condition(some).items()}
+    if not base.whole:
+        with adapter.off(), accelerator.autocast():
+            base.check_prediction(x0, condition)
+    with accelerator.autocast():
+        for line in prepare(config, base, adapter, Trial(x0, condition, null)):
+            say(line)
+    adversary = None
+    if a.weight:
+        adversary = Adversary(base, adapter, null, config.data.resolution, a.width, config.train.seed)
+    engine = Engine(base, adapter, config.objective, null, adversary, clock)
+    engine.whole_target = config.train.compile
+    return engine

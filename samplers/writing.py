@@ -7,14 +7,17 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .lora_file import family_title, header_text, read_header
+from torch import Tensor
+
+from .lora_file import DTYPES, family_title, header_text, read_header
 from .recipe import HEADER_KEY, Recipe
 
-MOST_HEADER = 100_000_000  # bytes that safetensors reads
+MOST_HEADER = 1 << 20  # bytes of a LoRA's header that ComfyUI's metadata view reads; safetensors itself reads 100 MB
 BLOCK = 1 << 20
 UNUSABLE = re.compile(r'[\x00-\x1f<>:"|?*]')  # in names on some system; ":" ends a drive's
 
@@ -72,24 +75,58 @@ def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = F
     return copy_with_metadata(source, target, told, overwrite)
 
 
-def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str], overwrite: bool = False) -> bool:
-    """Copy a safetensors file with these entries set in its header; the others, and every tensor's bytes, stay.
+def check_header(name: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+    """The bytes that safetensors would write as a LoRA file's header; ValueError above `MOST_HEADER`."""
+    told, end = {"__metadata__": dict(metadata)}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        place, end = [end, end + tensor.nbytes], end + tensor.nbytes
+        told[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    return len(_header_bytes(name, told))
+
+
+def _header_bytes(name: str, header: Mapping[str, Any], before: int = 0) -> bytes:
+    """A header as it is written; ValueError above `MOST_HEADER`, unless it is no longer than one `before` it."""
+    text = _json(header)
+    text = text.ljust(-(-len(text) // 8) * 8)  # so that the tensors stay aligned
+    if len(text) > max(MOST_HEADER, before):
+        sizes = {key: len(_json(value)) for key, value in (header.get("__metadata__") or {}).items()}
+        largest = max(sizes, key=sizes.get)
+        raise ValueError(
+            f"The header of {name} would have {len(text)} bytes, but programs read at most {MOST_HEADER} of it. Its "
+            f"largest entry is {largest}, {sizes[largest]} bytes: shorten it, or take it out (pcm tag --remove)."
+        )
+    return text
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def copy_with_metadata(
+    source: Path,
+    target: Path,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+    remove: Collection[str] = (),
+) -> bool:
+    """Copy a safetensors file with entries of its header set and removed; the others, and every tensor's bytes, stay.
 
     Returns whether it was written: a target that is this very copy is left as it is.
     The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay true.
     overwrite: whether another file at `target` may be replaced; the source itself never is.
-    Raises ValueError for a damaged source, a target that exists, or a header too large to be read again; OSError naming
-    the target when it cannot be written, and then no part of the file is left.
+    Raises ValueError for a damaged source, a target that exists, or a header that would grow above `MOST_HEADER`;
+    KeyError for an entry to remove that is not there; OSError naming the target when it cannot be written, and then no
+    part of the file is left.
     """
     read_header(source)
     _check_target(source, target)
     text = header_text(source)
     header = json.loads(text)
-    header = {"__metadata__": (header.pop("__metadata__", None) or {}) | dict(metadata), **header}
-    new = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    new = new.ljust(-(-len(new) // 8) * 8)  # so that the tensors stay aligned
-    if len(new) > MOST_HEADER:
-        raise ValueError(f"The header would have {len(new)} bytes; at most {MOST_HEADER} are read. Add less to it.")
+    told = (header.pop("__metadata__", None) or {}) | dict(metadata)
+    for key in remove:
+        del told[key]
+    new = _header_bytes(source.name, {"__metadata__": told, **header}, before=len(text))
     new, tensors = struct.pack("<Q", len(new)) + new, 8 + len(text)
     if _is_copy(target, new, source, tensors):
         return False

@@ -1,11 +1,17 @@
 """Tagging a LoRA: what its header says changes, its tensors' bytes do not, and nothing that lies goes in."""
 
+import base64
 import errno
+import hashlib
+import io
 import json
 import os
 
 import pytest
+import torch
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import file_hash, header_text, read_header, tensor_hash
@@ -66,7 +72,7 @@ def test_a_recipe_brings_its_sentence(file):
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, (), "tells of SDXL, but mine.safetensors"),
         ({HEADER_KEY: Recipe(family="sdxl").to_header()}, (), "pcm.recipe tells of SDXL, but mine"),
         ({HEADER_KEY: "{"}, (), "pcm.recipe header cannot be read"),
-        ({"note": "x" * (1 << 20)}, (), r"header would have 10\d{5} bytes; expected at most 1048576"),
+        ({"note": "x" * (1 << 20)}, (), r"would have 10\d{5} bytes, .* 1048576 .* largest entry is note"),
     ],
 )  # fmt: skip
 def test_what_would_lie_or_not_be_read_is_refused(file, changes, remove, message):
@@ -90,6 +96,39 @@ def test_a_disk_that_fails_leaves_the_file(file, monkeypatch):
     with pytest.raises(OSError, match=r"Cannot write .*mine\.safetensors: .*Read-only"):
         tag(file, {"a": "b"})
     assert file.read_bytes() == whole and [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def kohyas_legacy_hash(path):
+    """Of 64 KiB at 1 MiB of the file as it would be with its ss_* entries alone."""
+    told = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
+    return hashlib.sha256(save(load_file(path), told)[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_the_legacy_hash_follows_the_entries_that_it_is_of(tmp_path):
+    tensors = {
+        "lora_unet_a.lora_down.weight": torch.randn(4, 50_000),
+        "lora_unet_a.lora_up.weight": torch.randn(50_000, 4),
+    }
+    save_file(tensors, path := tmp_path / "large.safetensors", {"sshs_legacy_hash": "0" * 8, "ss_seed": "1"})
+    tag(path, {"modelspec.author": "me"})
+    assert read_header(path).metadata["sshs_legacy_hash"] == "0" * 8
+    for changes, remove in (({"ss_training_comment": "x" * 99}, ()), ({}, ["ss_seed"])):
+        before = read_header(path).metadata["sshs_legacy_hash"]
+        result = tag(path, changes, remove)
+        assert read_header(path).metadata["sshs_legacy_hash"] == kohyas_legacy_hash(path) != before
+        assert (result["set"], result["removed"]) == (list(changes), list(remove))
+    tag(path, {}, ["modelspec.author"])
+
+
+def test_a_thumbnail_is_modelspecs(pcm, fails, file, tmp_path):
+    Image.linear_gradient("L").resize((900, 600)).save(tmp_path / "grid.png")
+    told = json.loads(pcm("tag", file, "--thumbnail", tmp_path / "grid.png", "--json").out)
+    kind, data = read_header(file).metadata["modelspec.thumbnail"].split(",")
+    assert kind == "data:image/jpeg;base64" and told["set"] == ["modelspec.thumbnail"]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert picture.size == (256, 256) and picture.getpixel((128, 250))[0] > 200 > 50 > picture.getpixel((128, 5))[0]
+    (tmp_path / "no.png").write_text("no picture")
+    assert "no.png is no picture that can be read" in fails(2, "tag", file, "--thumbnail", tmp_path / "no.png")
 
 
 def test_the_verb(pcm, fails, file):

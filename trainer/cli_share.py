@@ -38,19 +38,22 @@ def tag(
     file: File,
     changes: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE ...]", help="Entries to set.")] = None,
     remove: Annotated[list[str], typer.Option(help="Entry to remove. Repeat for several.")] = None,
+    thumbnail: Annotated[Path, typer.Option(help="A picture for ComfyUI's model library and SwarmUI.")] = None,
     out: Annotated[Path, typer.Option(help="Write a copy instead of the file itself.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Change the metadata in a LoRA's header. The tensors and their hash (AutoV3) stay as they are.
 
-    Example: pcm tag mine.safetensors modelspec.author=me "modelspec.license=CC BY 4.0" --remove ss_seed
+    Example: pcm tag mine.safetensors modelspec.author=me "modelspec.license=CC BY 4.0" --thumbnail grid.png
     """
     from .sharing.tag import tag as run
+    from .sharing.tag import thumbnail as entry_of
 
     if wrong := next((text for text in changes or () if not text.partition("=")[1] or text.startswith("=")), None):
         raise ValueError(f"{wrong!r} is no entry; write key=value.")
-    details = run(file, dict(text.split("=", 1) for text in changes or ()), remove or (), out, overwrite)
+    told = dict(text.split("=", 1) for text in changes or ()) | (entry_of(thumbnail) if thumbnail else {})
+    details = run(file, told, remove or (), out, overwrite)
     answer(details, as_json, details["text"])
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..samplers import Recipe, recipe_for_file
 from ..samplers.lora_file import read_header
 from ..samplers.phases import count_steps
 from ..samplers.recipe import HEADER_KEY
+from ..samplers.writing import check_header
 from .adapter import NAME, Adapter
 from .checkpoint import write_tensors
 from .config import Config
@@ -87,8 +89,19 @@ def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], d
     return tensors
 
 
-def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, step: int, samples: int) -> None:
-    """Write a LoRA with its whole header, atomically. Raises OSError when it cannot be written."""
+def export(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    base: Base,
+    step: int,
+    samples: int,
+    changes: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write a LoRA with its whole header, atomically. Raises OSError, and as `check_header`.
+
+    changes: of the settings on the way, see `agreed_changes`.
+    """
     tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= hashes(tensors, metadata)
@@ -99,6 +112,9 @@ def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, s
         "pcm.step": str(step),
         "pcm.version": package_version(),
     }
+    if changes:
+        metadata["pcm.changes"] = json.dumps(changes)
+    check_header(path.name, metadata, tensors)
     write_tensors(path, tensors, metadata)
 
 

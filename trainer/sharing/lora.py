@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
+from ...samplers.writing import check_header
 from ..checkpoint import write_tensors
 from ..export import hashes
 from ..families import Base
@@ -26,6 +27,8 @@ from .names import kohya_name
 STYLES = ("kohya", "diffusers")
 PEFT_KEY = "lora_adapter_metadata"
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+# what ModelSpec demands of a header that claims to follow it
+MUST = tuple(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution"))
 DYNAMIC = "Dynamic"  # kohya's word for ranks that differ
 
 
@@ -87,7 +90,8 @@ def write_lora(
     """Write a LoRA in one of `STYLES` (default: `usual_style`), with true hashes, ranks and alphas in its header.
 
     metadata: kept but for what tells of tensors. Returns the number of modules whose alpha was worked into their
-    weights: those of SD3 in diffusers' style with an alpha unlike the rank. Raises OSError where it cannot be written.
+    weights: those of SD3 in diffusers' style with an alpha unlike the rank. Raises ValueError for a header that
+    `check_header` refuses, OSError where it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     worked_in, told = 0, {k: v for k, v in metadata.items() if k not in (*HASHES, PEFT_KEY, "format")}
@@ -113,6 +117,7 @@ def write_lora(
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     told |= hashes(tensors, {k: v for k, v in told.items() if k.startswith("ss_")})
     told["modelspec.hash_sha256"] = f"0x{told['sshs_model_hash']}"
+    check_header(out.name, told, tensors)
     write_tensors(out, tensors, told)
     return worked_in
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
 from .factors import approximated, concatenated, error_text, errors, rounded, widest
-from .lora import Lora, Pair, check_out, settled, write_lora
+from .lora import MUST, Lora, Pair, check_out, settled, write_lora
 from .reading import read_lora
 
 
@@ -102,7 +102,7 @@ def _recipe(loras: Sequence[Lora]) -> tuple[Recipe | None, str]:
 
 def _metadata(loras: Sequence[Lora], out: Path) -> dict[str, str]:
     first, *others = (lora.metadata for lora in loras)
-    same = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    same = {k: v for k, v in first.items() if k in MUST or all(other.get(k) == v for other in others)}
     same = {k: v for k, v in same.items() if k not in (HEADER_KEY, "modelspec.usage_hint")}
     names = ", ".join(lora.path.name for lora in loras)
     return same | {"ss_output_name": out.stem, "modelspec.title": out.stem, "modelspec.merged_from": names}

@@ -38,7 +38,7 @@ def sidecars(file: Path, preview: Path | None = None, overwrite: bool = False) -
     if not overwrite and (there := [path.name for path in written if path.exists()]):
         raise ValueError(f"{', '.join(there)} exists already beside {file.name}. Add --overwrite to replace it.")
     if preview is not None and not own:
-        save_image(_picture(preview), picture)
+        save_image(open_picture(preview), picture)
     for path, fields in zip(paths, (_a1111(told), _lora_manager(file, told, picture)), strict=True):
         write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return {
@@ -89,7 +89,8 @@ def _notes(told: dict[str, Any]) -> str:
     return told["usage"] or told["metadata"].get("modelspec.usage_hint", "")
 
 
-def _picture(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB. Raises FileNotFoundError, or ValueError where it is none."""
     if not path.is_file():
         raise FileNotFoundError(f"No picture at {path}. Check the name.")
     try:

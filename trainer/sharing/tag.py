@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import io
 import os
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
 from ...samplers import Recipe
 from ...samplers.lora_file import LoraHeader, family_from_metadata, family_title, header_text, read_header, tensor_hash
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import copy_with_metadata
+from ..export import hashes
 from .lora import HASHES, PEFT_KEY, check_out
+from .sidecars import open_picture
 
-MOST_HEADER = 1 << 20  # bytes that ComfyUI's metadata view reads
+THUMBNAIL = "modelspec.thumbnail"
+SIDE = 256  # of ModelSpec's thumbnails, in pixels
 NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 # what the tensors themselves decide: a header that says otherwise lies
 OF_TENSORS = (*HASHES, *NETWORK, PEFT_KEY, "format")
@@ -30,8 +37,10 @@ def tag(
 ) -> dict[str, Any]:
     """Set and remove entries of a safetensors header; written whole or not at all, over the file itself without `out`.
 
-    Raises ValueError for an entry that is to be removed and is not there, one that the tensors decide, or that tells of
-    another family, and for a header above `MOST_HEADER` bytes; OSError where it cannot be written.
+    `sshs_legacy_hash`, which is of the `ss_*` entries too, is made anew where one of them changes; a `pcm.recipe`
+    brings its `modelspec.usage_hint`. Raises ValueError for an entry that is to be removed and is not there, one that
+    the tensors decide, or that tells of another family, and for a header that would grow above `MOST_HEADER` bytes;
+    OSError where it cannot be written.
     """
     header, target = read_header(source), out or source.resolve()
     if out is not None:
@@ -39,21 +48,36 @@ def tag(
     _check(header, changes, remove)
     if HEADER_KEY in changes:  # the same for people, lest the two differ
         changes = {"modelspec.usage_hint": Recipe.from_header(changes[HEADER_KEY]).usage_hint()} | changes
+    told = {"out": str(target), "set": sorted(changes), "removed": sorted(remove)}
+    if any(key.startswith("ss_") for key in (*changes, *remove)):
+        changes = changes | _legacy_hash(header, changes, remove)
     try:
         with TemporaryDirectory(dir=target.parent, prefix=".pcm-tag-") as folder:
             copy = Path(folder) / source.with_suffix(".safetensors").name
-            copy_with_metadata(source, copy, changes)
-            _drop(copy, remove)
-            size, before = len(header_text(copy)), len(header_text(source))
-            if size > max(MOST_HEADER, before):
-                raise ValueError(f"The header would have {size} bytes; expected at most {MOST_HEADER}. Add less to it.")
+            copy_with_metadata(source, copy, changes, remove=remove)
             os.replace(copy, target)
     except OSError as error:
         advice = "Choose another folder with --out; the file is as it was."
         raise OSError(f"Cannot write {target}: {error}. {advice}") from error
-    told = {"out": str(target), "set": sorted(changes), "removed": sorted(remove), "header_bytes": size}
-    text = f"{target}: {len(changes)} set, {len(remove)} removed; header {size} bytes, tensors as they were"
-    return told | {"tensor_hash": tensor_hash(target), "text": text}
+    size = len(header_text(target))
+    text = f"{target}: {len(told['set'])} set, {len(remove)} removed; header {size} bytes, tensors as they were"
+    return told | {"header_bytes": size, "tensor_hash": tensor_hash(target), "text": text}
+
+
+def thumbnail(picture: Path) -> dict[str, str]:
+    """The entry that shows a picture in ComfyUI's model library and SwarmUI: a JPEG, `SIDE` pixels square, as data URL.
+
+    The middle of the picture is taken. Raises as `open_picture` does.
+    """
+    square, data = ImageOps.fit(open_picture(picture), (SIDE, SIDE), Image.Resampling.LANCZOS), io.BytesIO()
+    square.save(data, "JPEG", quality=90)
+    return {THUMBNAIL: f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"}
+
+
+def _legacy_hash(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> dict[str, str]:
+    told = {k: v for k, v in (header.metadata | changes).items() if k.startswith("ss_") and k not in remove}
+    key = "sshs_legacy_hash"
+    return {k: v for k, v in hashes(load_file(header.path), told).items() if k == key and key in header.metadata}
 
 
 def _check(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> None:
@@ -75,16 +99,3 @@ def _check(header: LoraHeader, changes: dict[str, str], remove: Collection[str])
         family = LoraHeader(header.path, header.tensors, {}).family or family_from_metadata(header.metadata)
         if told and family and told != family:
             raise ValueError(f"{key} tells of {family_title(told)}, but {name} is a LoRA for {family_title(family)}.")
-
-
-def _drop(file: Path, keys: Collection[str]) -> None:
-    """Take entries out of a header, padded to its old length so that no tensor moves."""
-    text = header_text(file)
-    header = json.loads(text)
-    for key in keys:
-        del header["__metadata__"][key]
-    shorter = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    with file.open("rb+") as opened:
-        opened.seek(8)
-        opened.write(shorter.ljust(len(text)))
-        os.fsync(opened.fileno())

@@ -27,8 +27,10 @@ SMALL = {
     "train.steps": 4,
     "train.lr": 1e-2,
     "train.save_every": 2,
-    "train.tensorboard": "false",
+    "train.trackers": "[]",
+    "train.report": "false",
     "preview.every": 0,
+    "validation.every": 0,
 }
 
 

@@ -186,12 +186,18 @@ def test_what_a_run_only_shows_does_not_decide_the_weights():
     for shown in (
         "preview.every=3",
         "train.save_every=3",
-        "train.tensorboard=false",
+        "train.trackers=[]",
+        "train.report=false",
         "train.keep_checkpoints=5",
+        "validation.every=7",
+        "validation.steps=[1]",
+        "validation.teacher_steps=9",
+        "validation.best=false",
         "output=o",
     ):
         assert decided(shown) == decided(), shown
-    for decides in ("train.seed=1", "train.steps=9", "lora.rank=2", "data.count=4", "train.ema=0.5", "base.dtype=fp32"):
+    weights = ("train.seed=1", "train.steps=9", "lora.rank=2", "train.ema=0.5", "base.dtype=fp32")
+    for decides in (*weights, "data.count=4", "validation.count=4"):
         assert decided(decides) != decided(), decides
 
 

@@ -29,7 +29,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 def settings(output, **changes):
     values = {"output": output, "data.count": 40, "train.batch_size": 4, "train.steps": 6, "train.save_every": 2}
-    values |= {"train.tensorboard": "false", "preview.every": 0}
+    values |= {"train.trackers": "[]", "train.report": "false", "preview.every": 0}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={value}" for key, value in values.items()]
 

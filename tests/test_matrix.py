@@ -5,7 +5,8 @@ import json
 from phased_consistency.trainer.matrix import main
 
 SMALL = ["data.count=4", "data.batch_size=4", "data.teacher_steps=2", "train.batch_size=2"]
-SMALL += ["train.steps=1", "train.tensorboard=false", "lora.rank=2"]
+SMALL += ["train.steps=1", "train.trackers=[]", "train.report=false"]
+SMALL += ["lora.rank=2", "validation.every=0"]
 
 
 def test_the_matrix_measures_draws_and_writes(tmp_path):

@@ -22,8 +22,10 @@ SIZE = {
     "train.accumulation": 1,
     "train.steps": 1,
     "train.lr": 1e-2,
-    "train.tensorboard": "false",
+    "train.trackers": "[]",
+    "train.report": "false",
     "preview.every": 0,
+    "validation.every": 0,
 }
 
 

@@ -99,7 +99,7 @@ def test_an_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_saving_and_testing_on_the_way_change_nothing(whole, tmp_path):
     """Checkpoints, exports, self-tests and previews draw no random number and leave no trace in the weights."""
-    rare = {"train__save_every": 1000, "preview__every": 7, "preview__steps": [1], "train__tensorboard": "true"}
+    rare = {"train__save_every": 1000, "preview__every": 7, "preview__steps": [1], "train__trackers": '["tensorboard"]'}
     path = train(small_config(tmp_path / "run", **ACROSS | rare))
     assert sha256(path) == sha256(whole[1])
     grids = sorted(p.name for p in (tmp_path / "run" / "previews").iterdir())

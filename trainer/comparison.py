@@ -46,8 +46,10 @@ COMMON = (
     "train.batch_size=16",
     "train.steps=120",
     "train.lr=1e-3",
-    "train.tensorboard=false",
+    "train.trackers=[]",
+    "train.report=false",
     "preview.every=0",
+    "validation.every=0",
 )
 ROWS: dict[str, tuple[str, ...]] = {
     "pcm-4": ("objective.phases=4",),

@@ -247,12 +247,12 @@ class Run:
         return self.config.train.shard or self.accelerator.is_main_process
 
     def _tensorboard(self):
-        if not (self.config.train.tensorboard and self.accelerator.is_main_process):
+        if not ("tensorboard" in self.config.train.trackers and self.accelerator.is_main_process):
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.reporter.say("No TensorBoard logs: pip install tensorboard, or set train.tensorboard=false.")
+            self.reporter.say("No TensorBoard logs: pip install tensorboard, or set train.trackers=[].")
             return None
         return SummaryWriter(self.folder / "logs", purge_step=self.step + 1)
 

@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "lora": {"rank": 32, "alpha": 8.0},
         "objective": {"points": 100, "guidance": [4.0, 4.0]},
         "train": {"steps": 10_000, "batch_size": 2, "lr": 5e-6, "weight_decay": 1e-3},
+        "validation": {"every": 1000},  # an update is of few samples
     },
 }
 SOURCES = {
@@ -155,12 +156,14 @@ DEMO: dict[str, Any] = {
         "save_every": 200,
     },
     "preview": {"every": 300},
+    "validation": {"count": 0, "every": 100},  # its figures, and what is shown of it, are of all samples
 }
 DEMO_SD3 = {
     "base": {"path": "tiny-sd3"},
     "lora": {"rank": 16, "alpha": 16.0},
     "train": {"steps": 480, "batch_size": 16, "save_every": 120},
     "preview": {"every": 0},
+    "validation": {"every": 120},
 }
 
 PRESETS: dict[str, Preset] = {
@@ -208,6 +211,7 @@ PRESETS: dict[str, Preset] = {
                 "save_every": 400,
             },
             "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
+            "validation": {"count": 0},
         },
         source="Tuned in short runs (docs/isolation.md).",
         cost="8.5 minutes of CPU time with one thread (docs/isolation.md)",

@@ -120,8 +120,9 @@ def _kinds(config: Config, folder: str, updates: int) -> dict[str, Config]:
     """The runs to measure, in `folder`, of at least `updates` each."""
     train, data = config.train, config.data
     changes = {
-        "train": train.model_copy(update={"tensorboard": False, "steps": max(train.steps, updates)}),
+        "train": train.model_copy(update={"trackers": (), "report": False, "steps": max(train.steps, updates)}),
         "preview": config.preview.model_copy(update={"every": 0}),
+        "validation": config.validation.model_copy(update={"count": 0, "every": 0}),
     }
     if data.cache is None:
         count = data.count if data.images else min(data.count, 2 * train.batch_size)

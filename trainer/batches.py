@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from .objectives import Levels, Objective
 
 T = TypeVar("T")
 AHEAD = 2
+FIXED = -1  # in a seed, of draws that are no place's in the stream
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Batches:
 
     split: of each update; rank: which of its processes this is. updates: of the whole run, which an objective's
     curriculum goes by. empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever
-    guidance subtracts. judged: whether an adversary needs its own levels and noise.
+    guidance subtracts. judged: whether an adversary needs its own levels and noise. held_out: samples that the stream
+    never has.
     """
 
     def __init__(
@@ -78,37 +81,49 @@ class Batches:
         seed: int,
         rank: int = 0,
         judged: bool = False,
+        held_out: Sequence[int] = (),
     ):
         self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
         self.split, self.updates, self.judged = split, updates, judged
-        self.seed, self.rank = seed, rank
-        self.order = Order(cache.buckets, split.update, seed)
+        self.seed, self.rank, self.held_out = seed, rank, held_out
+        self.order = Order([np.setdiff1d(bucket, held_out) for bucket in cache.buckets], split.update, seed)
 
     def at(self, number: int) -> tuple[list[int], Batch]:
         """The sample numbers and the batch of the run's forward pass `number`, from 0."""
         split = self.split
         first = (number * split.processes + self.rank) * split.size
         samples = self.order.samples(first, split.size)
-        generators = [torch.Generator().manual_seed(seed_of(self.seed, first + i)) for i in range(split.size)]
+        seeds = [seed_of(self.seed, first + i) for i in range(split.size)]
+        return samples, self._batch(samples, seeds, number // split.accumulation / self.updates, self.judged)
+
+    def fixed(self, samples: Sequence[int], draw: int) -> Batch:
+        """Samples of one shape as the last update would take them, at the draws that belong to (seed, sample, draw);
+        without a judge."""
+        seeds = [seed_of(self.seed, sample, draw, FIXED) for sample in samples]
+        return self._batch(samples, seeds, (self.updates - 1) / self.updates, judged=False)
+
+    def _batch(self, samples: Sequence[int], seeds: Sequence[int], progress: float, judged: bool) -> Batch:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x0 = self.cache.latents(samples, generators)
-        progress = number // split.accumulation / self.updates
-        draws = [self._draw(x0.shape[1:], progress, generator) for generator in generators]
-        noise, u, r, s, guidance, dropped, *judged = (_stacked(of_each) for of_each in zip(*draws, strict=True))
+        draws = [self._draw(x0.shape[1:], progress, generator, judged) for generator in generators]
+        noise, u, r, s, guidance, dropped, *judges = (_stacked(of_each) for of_each in zip(*draws, strict=True))
         condition = self.condition(samples, dropped)
         inner = (r > s).nonzero().squeeze(1)
         batch = Batch(
-            x0, noise, Levels(u, r, s), guidance, condition, progress, Judged(*judged) if judged else None, inner
+            x0, noise, Levels(u, r, s), guidance, condition, progress, Judged(*judges) if judges else None, inner
         )
-        return samples, batch.pinned() if self.base.device.type == "cuda" else batch
+        return batch.pinned() if self.base.device.type == "cuda" else batch
 
-    def _draw(self, shape: Sequence[int], progress: float, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+    def _draw(
+        self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool
+    ) -> tuple[Tensor | None, ...]:
         """One sample's draws, each with a first dimension of 1; what comes later changes nothing before it."""
         objective = self.objective
         noise = torch.randn(1, *shape, generator=generator)
         levels = objective.levels(1, self.base.schedule, progress, generator)
         guidance = objective.draw_guidance(1, progress, generator)
         drawn = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
-        if not self.judged:
+        if not judged:
             return drawn
         return *drawn, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
 

@@ -11,14 +11,14 @@ import torch
 
 
 class Clock:
-    """Adds up the seconds of named parts, which may not lie in one another.
+    """Adds up the seconds of named parts; one within another counts as the outer one alone.
 
     On a GPU a part is the time between two events on the stream, read only when `seconds` is asked, so that the host
     runs on ahead; what the GPU waits for the host in a part counts there too.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.on_gpu = torch.device(device).type == "cuda"
+        self.on_gpu, self._inside = torch.device(device).type == "cuda", False
         self.reset()
 
     def reset(self) -> None:
@@ -30,11 +30,14 @@ class Clock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count this block as part of `name`."""
-        before = self._now()
+        if self._inside:
+            yield
+            return
+        before, self._inside = self._now(), True
         try:
             yield
         finally:
-            after = self._now()
+            after, self._inside = self._now(), False
             if self.on_gpu:
                 self._events.append((name, before, after))
                 self._take_in()

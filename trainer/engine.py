@@ -112,6 +112,20 @@ class Engine:
 
     def step(self, batch: Batch) -> Losses:
         """The losses, differentiable in the adapter's weights (the discriminator's in the heads')."""
+        student, target, distance = self._distance(batch)
+        if self.adversary is None:
+            return Losses(distance)
+        with self.clock.part("discriminator"):
+            judged = self.adversary.losses(student, target, batch.levels.s, batch.judged, batch.condition)
+            return Losses(distance, *judged)
+
+    @torch.no_grad()
+    def distance(self, batch: Batch) -> Tensor:
+        """(B,) the objective's distance alone."""
+        return self._distance(batch)[2]
+
+    def _distance(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Student's and target's points, and their distance (B,)."""
         schedule, levels = self.base.schedule, batch.levels
         u, r, s = levels.u, levels.r, levels.s
         x_u = self._on_path(batch, u)
@@ -125,11 +139,7 @@ class Engine:
         with self.clock.part("student"):
             student = self._jump(x_u, u, s, batch.condition)
             pair = Pair(x_u, x_r, student, target, levels, schedule, self.base.prediction, batch.progress)
-            distance = self.objective.distance(pair)
-        if self.adversary is None:
-            return Losses(distance)
-        with self.clock.part("discriminator"):
-            return Losses(distance, *self.adversary.losses(student, target, s, batch.judged, batch.condition))
+            return student, target, self.objective.distance(pair)
 
     def updated(self, step: int, before: float, after: float) -> None:
         """Take in the weights after update `step` (from 1), which took the run from one share done to another."""

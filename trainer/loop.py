@@ -72,7 +72,9 @@ class Run:
             self.reporter.say(start_from(config, self.base, self.adapter))
         kept = load_latest_state(self.folder / "checkpoints")
         self.split = split_of(config, self.processes, kept, self.reporter.say)
-        self.batches = make_batches(config, self.base, self.cache, self.split, self.processes.rank)
+        self.batches = make_batches(
+            config, self.base, self.cache, self.split, self.processes.rank, self.reporter.say
+        )
         self.clock = Clock(self.base.device)
         parts = (self.accelerator, self.base, self.adapter, self.batches, self.clock, self.reporter.say)
         self.engine = make_engine(config, *parts)

@@ -15,6 +15,7 @@ from .checkpoint import State
 from .clock import Clock
 from .config import Config
 from .data.cache import LatentCache, build_cache
+from .data.held_out import hold_out
 from .engine import Engine
 from .export import DTYPES, recipe_for
 from .families import Base, load_base
@@ -87,10 +88,14 @@ def split_of(config: Config, processes: Processes, kept: State | None, say: Say)
     return split
 
 
-def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, rank: int) -> Batches:
-    """The run's own stream of batches."""
-    draws = {"split": split, "updates": config.train.steps, "seed": config.train.seed, "rank": rank}
-    draws["judged"] = config.adversarial.weight > 0
+def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, rank: int, say: Say) -> Batches:
+    """The run's own stream of batches, without the samples that are held out."""
+    asked, seed = config.validation.count, config.train.seed
+    found = hold_out(cache.captions.numbers, cache.buckets, asked, seed)
+    if told := found.sentence(asked, len(cache)):
+        say(told)
+    draws = {"split": split, "updates": config.train.steps, "seed": seed, "rank": rank}
+    draws |= {"judged": config.adversarial.weight > 0, "held_out": found.samples.tolist()}
     return Batches(cache, base, config.objective, cache.encoding([""]), **draws)
 
 

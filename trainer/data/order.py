@@ -46,7 +46,7 @@ class Order:
         drawn = self._rounds
         if drawn is None or drawn[0] != number:
             labels = np.repeat(np.arange(len(self.buckets), dtype=np.int32), self._counts_in_round)
-            labels = labels[_shuffled(len(labels), self.seed, number, -1 - len(self.buckets))]
+            labels = labels[shuffled(len(labels), self.seed, number, -1 - len(self.buckets))]
             before, ends = np.empty(len(labels), np.int32), self._counts_in_round.cumsum()
             before[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(
                 ends - self._counts_in_round, self._counts_in_round
@@ -60,12 +60,13 @@ class Order:
         number, at = divmod(position, int(self._counts[bucket]))
         drawn = self._passes.get(bucket)
         if drawn is None or drawn[0] != number:
-            order = self.buckets[bucket][_shuffled(len(self.buckets[bucket]), self.seed, number, -1 - bucket)]
+            order = self.buckets[bucket][shuffled(len(self.buckets[bucket]), self.seed, number, -1 - bucket)]
             drawn = self._passes[bucket] = number, order
         return drawn[1][at : at + count].tolist()
 
 
-def _shuffled(count: int, *seed: int) -> NDArray:
+def shuffled(count: int, *seed: int) -> NDArray:
+    """(count,) the numbers below it in an order that the seed decides."""
     generator = torch.Generator().manual_seed(seed_of(*seed))
     return torch.randperm(count, generator=generator).numpy()
 

@@ -132,16 +132,16 @@ class Texts(Sequence):
 
 
 class Captions(Sequence):
-    """Each sample's caption."""
+    """Each sample's caption; `numbers`: which of the prompts it is."""
 
     def __init__(self, prompts: Texts, numbers: NDArray):
-        self._prompts, self._numbers = prompts, numbers
+        self._prompts, self.numbers = prompts, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> str:
-        return self._prompts[int(self._numbers[index])]
+        return self._prompts[int(self.numbers[index])]
 
 
 class OpenFiles:

@@ -1,0 +1,73 @@
+"""Which samples training never sees: decided by the seed and the cache alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .order import shuffled
+
+# Fewer samples than this are all needed for training; of more, at most one in SHARE is held out.
+LEAST, SHARE = 20, 10
+HELD_OUT = -1  # in a seed, where positions of the stream are from 0 on
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """samples: their numbers, ascending; known: how many of them have a caption that training sees too."""
+
+    samples: NDArray
+    known: int = 0
+
+    def sentence(self, asked: int, there: int) -> str:
+        """What became of `asked` held-out samples among those that are `there`; empty where none was asked for."""
+        if not asked:
+            return ""
+        if not len(self.samples):
+            return f"None of the {there} samples is held out: that takes {LEAST} or more."
+        known = f"; training sees the captions of {self.known} of them" if self.known else ""
+        return f"{len(self.samples)} of {there} samples are held out{known}."
+
+
+def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int) -> HeldOut:
+    """Up to `count` samples, with all others of their captions, so that training sees neither.
+
+    prompts: (N,) each sample's prompt, by number. buckets: sample numbers by latent shape; none is emptied.
+    Captions that too many samples share are not held out whole. Where the others give less than half of `count`, single
+    samples make up for it.
+    """
+    there = len(prompts)
+    count = min(count, there // SHARE) if there >= LEAST else 0
+    if not count:
+        return HeldOut(np.empty(0, np.int64))
+    bucket = np.empty(there, np.int64)
+    for number, samples in enumerate(buckets):
+        bucket[samples] = number
+    left, taken = np.bincount(bucket), []
+
+    def take(samples: NDArray) -> None:
+        nonlocal left
+        after = left - np.bincount(bucket[samples], minlength=len(left))
+        if (after > 0).all():
+            left = after
+            taken.extend(samples.tolist())
+
+    different, times = np.unique(prompts, return_counts=True)
+    for at in shuffled(len(different), seed, HELD_OUT):
+        if times[at] <= count - len(taken):
+            take(np.flatnonzero(prompts == different[at]))
+        if len(taken) == count:
+            break
+    if len(taken) < count / 2:
+        for sample in shuffled(there, seed, HELD_OUT):
+            if len(taken) == count:
+                break
+            if sample not in taken:
+                take(np.array([sample]))
+    samples = np.sort(np.array(taken, np.int64))
+    trained = np.ones(there, bool)
+    trained[samples] = False
+    return HeldOut(samples, int(np.isin(prompts[samples], prompts[trained]).sum()))

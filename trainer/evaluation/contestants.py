@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, cycle, islice
 from pathlib import Path
+from typing import Any
 
 from ...samplers import Recipe
 from ..data import read_prompts
@@ -50,7 +51,7 @@ def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[C
         recipe = recipe_of(header)
         for n in steps:
             (recipe.grid() if recipe else TRAILING).plan(n)
-        found.append(Contestant(file, name, recipe, _distilled_guidance(header.metadata, recipe)))
+        found.append(Contestant(file, name, recipe, distilled_guidance(_objective(header.metadata), recipe)))
     readings = [(c.name, _reading(c.recipe)) for c in found if c.recipe]
     if differ := [key for key in READ if len({told[key] for _, told in readings if key in told}) > 1]:
         ways = [(name, ", ".join(told[key] for key in differ if key in told)) for name, told in readings]
@@ -84,15 +85,24 @@ def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     return found
 
 
-def _distilled_guidance(metadata: dict[str, str], recipe: Recipe | None) -> float | None:
-    """Middle of the CFG range of the teacher's step; a normal-CFG LoRA, which has none, is compared at its own."""
+def distilled_guidance(objective: Mapping[str, Any], recipe: Recipe | None) -> float | None:
+    """Middle of the CFG range of the teacher's step, of an objective's settings; None where they have none. A
+    normal-CFG LoRA is compared at its own."""
     if recipe and recipe.guidance_mode == "normalcfg":
         return recipe.guidance
     try:
-        low, high = json.loads(metadata["pcm.config"])["objective"]["guidance"]
+        low, high = objective["guidance"]
         return (low + high) / 2
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _objective(metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings of the objective that a header tells of."""
+    try:
+        return json.loads(metadata["pcm.config"])["objective"]
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def teacher_guidance(contestants: list[Contestant], base: str) -> float:

@@ -119,9 +119,14 @@ class Trial:
         resolution: side in pixels; default: the base's own.
         """
         empty = base.encode_prompts([negative or ""])
-        shape = len(prompts), *base.latent_shape(resolution or base.default_resolution)
         null = empty if negative else base.null_condition(empty)
-        return cls(base.encode_prompts(prompts), null, _noise(shape, seed), seed)
+        return cls.on(base, base.encode_prompts(prompts), null, seed, resolution)
+
+    @classmethod
+    def on(cls, base: Base, condition: Condition, null: Condition, seed: int, resolution: int | None = None) -> Trial:
+        """The same for encodings that are there."""
+        shape = len(next(iter(condition.values()))), *base.latent_shape(resolution or base.default_resolution)
+        return cls(condition, null, _noise(shape, seed), seed)
 
     def first(self, number: int) -> Trial:
         """The first `number` pictures alone."""

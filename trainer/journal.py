@@ -1,0 +1,132 @@
+"""What a run writes down of itself: log.jsonl, the trackers, and the report at its end; by the first process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .batches import Batches
+from .config import Config
+from .doctor import examine
+from .export import package_version
+from .history import LOG, History, without_places
+from .processes import Processes
+from .reporter import Status
+from .trackers import Trackers
+from .validation import Measured
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+AT_ONCE = "interrupted at once"
+LEFT_OUT = 20  # lines on samples left out that are kept
+Say = Callable[[str], None]
+
+
+class Journal:
+    """Everything of one run that is only told. Raises ValueError where a tracker's package is missing."""
+
+    def __init__(self, config: Config, processes: Processes, say: Say):
+        self.config, self.say, self.writes = config, say, processes.first
+        self.trackers = Trackers(config, say) if self.writes else None
+        self.history = History(config.run_folder / LOG if self.writes else None, say)
+
+    @contextmanager
+    def open(self, step: int, facts: dict[str, Any], at_end: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Around a start of the run that goes on from `step`; facts: of the start; at_end: what its end is to tell."""
+        self.history.begin(step, **facts)
+        if self.writes:
+            self.trackers.start(step)
+        end = {"how": "stopped", "reason": AT_ONCE}
+        try:
+            yield
+            end = {"how": "finished"}
+        except Exception as error:
+            end = {"how": getattr(error, "how", "failed"), "reason": without_places(str(error) or repr(error))}
+            raise
+        finally:
+            self._close(end, at_end)
+
+    def update(self, status: Status, shown: dict[str, float]) -> None:
+        """Of an update, its numbers by name."""
+        values = shown | {"samples per second": status.samples_per_second}
+        self.history.add("update", step=status.step, seconds=round(self.history.seconds, 3), **values)
+        self._track(lambda trackers: trackers.figures(values, status.step))
+
+    def validation(self, step: int, measured: Measured, best: dict[str, Any] | None) -> None:
+        """Of a measurement after an update."""
+        told = {"figures": measured.figures, "plain": measured.plain, "best": best}
+        self.history.add("validation", step=step, seconds=round(self.history.seconds, 3), **told)
+        named = {"validation": measured.figures, "validation without averaging": measured.plain}
+        values = {f"{kind}/{name}": value for kind, of in named.items() for name, value in of.items()}
+        self._track(lambda trackers: trackers.figures(values, step))
+
+    def saved(self, step: int, path: Path, sentence: str) -> None:
+        """Of a LoRA, or a network, that was written and tested."""
+        self.history.add("saved", step=step, file=path.name, sentence=sentence)
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Of a preview."""
+        self._track(lambda trackers: trackers.picture("preview", image, step))
+
+    def _track(self, do: Callable[[Trackers], None]) -> None:
+        if self.writes:
+            do(self.trackers)
+
+    def _close(self, end: dict[str, Any], at_end: Callable[[], dict[str, Any]]) -> None:
+        """Whatever goes wrong here, hides nothing of what ended the run."""
+        if not self.writes:
+            return
+        with suppress(RuntimeError):  # a GPU that has failed tells no more times
+            end |= at_end()
+        self.history.add("end", seconds=round(self.history.seconds, 3), **end)
+        self.trackers.finish()
+        if self.config.train.report and end.get("reason") != AT_ONCE:
+            self._report()
+
+    def _report(self) -> None:
+        from .reporting.page import write_report
+
+        try:
+            path = write_report(self.config.run_folder)
+        except (OSError, ValueError) as error:
+            self.say(f"No report: {error}")
+        else:
+            self.say(f"Report: {path}")
+
+
+def facts_of(config: Config, processes: Processes, batches: Batches) -> dict[str, Any]:
+    """What a start of a run tells of itself."""
+    cache, device = batches.cache, examine()["device"]
+    left_out = [without_places(line) for line in cache.skipped[:LEFT_OUT]]
+    return {
+        "device": device | {"processes": processes.count},
+        "versions": {"phased-consistency": package_version()} | {name: version(name) for name in LIBRARIES},
+        "preset": config.preset,
+        "settings": config.for_others(),
+        "data": {
+            "samples": len(cache),
+            "held out": len(batches.held_out),
+            "prompts": len(cache.prompts) - 1,
+            "left out": len(cache.skipped),
+            "left out lines": left_out,
+        },
+        "notes": [without_places(note) for note in (*config.notes(), *cache.notes)],
+    }
+
+
+def peak_memory() -> float | None:
+    """GiB at most so far: of the GPU, else of this process where the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(ImportError):  # not on Windows
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return None

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from phased_consistency.trainer import checkpoint, inspection, loop
+from phased_consistency.trainer import checkpoint, inspection, parts
 from phased_consistency.trainer.engine import Engine
 from runs import TINY, settings, sha256
 
@@ -157,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_its_sample_and_keeps_the_checkpoint(fai
     assert (
         "The loss is not finite at update 3, samples " in message and message.count(": '") + message.count(': "') == 1
     )
-    assert f"The last checkpoint is kept in {tmp_path / 'run' / 'checkpoints'}" in message
+    assert f"The last checkpoint, step-0000002, is kept in {tmp_path / 'run' / 'checkpoints'}" in message
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002.safetensors"]
     again = pcm(*run)
     assert again.code == 0 and "Going on from update 2 of 4" in again.err
@@ -218,9 +219,9 @@ def test_out_of_memory_beside_training_says_what_to_try(fails, lora, tmp_path, m
 
 
 def test_an_interrupt_before_the_first_update(fails, tmp_path, monkeypatch):
-    def train(*_):
-        raise KeyboardInterrupt
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(parts, "build_cache", interrupted)
     message = fails(1, "train", *settings(tmp_path / "run"))
-    assert "Interrupted. What was cached is kept; the same command goes on from there." in message
+    assert "Interrupted. No checkpoint was due yet, and what was cached is kept; the same command goes on" in message

@@ -111,7 +111,7 @@ def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert re.search(
-        r"Error: Another process of this run has ended, or hangs \(.+\)\. The last checkpoint is kept", errors
+        r"Error: Another process of this run has ended, or hangs \(.+\)\. The last checkpoint, step-", errors
     )
     step = load_latest_state(tmp_path / "checkpoints")[0]
     assert step < ACROSS["train__steps"]

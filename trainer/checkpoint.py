@@ -64,25 +64,33 @@ def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], fa
     return path
 
 
-def load_latest_state(folder: Path) -> State | None:
-    """That of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+def latest_facts(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, facts) of the newest checkpoint, or None. Raises ValueError when it is damaged."""
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         return None
     try:
-        read_header(files[-1])
-    except ValueError as error:
+        metadata = read_header(files[-1]).metadata
+        return int(metadata["step"]), json.loads(metadata["facts"])
+    except (ValueError, LookupError) as error:
         raise ValueError(
             f"The checkpoint {files[-1]} is damaged ({str(error).removesuffix(' Get it again.')}) "
             "Delete it: the run then goes on from the one before it, or from the start."
         ) from error
+
+
+def load_latest_state(folder: Path) -> State | None:
+    """That of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+    found = latest_facts(folder)
+    if found is None:
+        return None
     groups: dict[str, dict[str, Tensor]] = {}
-    with safe_open(files[-1], "pt") as file:
-        facts = file.metadata()
+    with safe_open(max(folder.glob("step-*.safetensors")), "pt") as file:
         for key in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             group, name = key.split("/", 1)
             groups.setdefault(group, {})[name] = file.get_tensor(key)
-    return int(facts["step"]), groups, json.loads(facts["facts"])
+    step, facts = found
+    return step, groups, facts
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -117,21 +125,47 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def check_same_run(folder: Path, settings: dict[str, Any], may_change: Collection[str] = ()) -> None:
-    """Write down a run's settings; refuse a folder whose checkpoints are of other ones, with what differs.
+def agreed_changes(
+    folder: Path, settings: dict[str, Any], may_change: Collection[str] = (), accept: bool = False
+) -> list[dict[str, Any]]:
+    """Every change of settings between a run's starts: {"step": n, "changed": {dotted key: [then, now]}}.
 
-    may_change: dotted keys that two starts of one run may differ in.
+    folder: of the run, whose newest checkpoint says what it was made with. may_change: keys that may always differ.
+    accept: whether others may too; else ValueError shows them.
     """
-    path = folder / "config.json"
-    if path.is_file():
-        then = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{k}: {a} then, {b} now" for k, a, b in _differences(then, settings) if k not in may_change]
-        if changed and (folder / "checkpoints").is_dir():
-            raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}). "
-                "Use the same settings to go on, another output folder to start anew, or delete the folder."
-            )
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    found = latest_facts(folder / "checkpoints")
+    if found is None:
+        return []
+    step, facts = found
+    if "settings" not in facts:
+        raise ValueError(
+            f"{folder} holds a run of an earlier version, which drew other samples. "
+            "Use another output folder to start anew, or delete the folder."
+        )
+    before = facts["changes"]
+    changed = {k: [a, b] for k, a, b in _differences(facts["settings"], settings) if k not in may_change}
+    if not changed:
+        return before
+    if not accept:
+        lines = "\n".join(f"  {key}: {then} then, {now} now" for key, (then, now) in changed.items())
+        raise ValueError(
+            f"{folder} holds a run with other settings:\n{lines}\n"
+            "Use the same settings to go on, another output folder to start anew, or --accept-changes to go on with "
+            "the new ones."
+        )
+    return [*before, {"step": step, "changed": changed}]
+
+
+def check_same_base(folder: Path, path: str, base_hash: str) -> None:
+    """Raise ValueError where the newest checkpoint is of a base with another hash; before anything is cached of it."""
+    found = latest_facts(folder)
+    then = found[1]["base"] if found else base_hash
+    if then != base_hash:
+        raise ValueError(
+            f"The base {path} is not the one that this run was begun with: its SHA-256 was {then[:16]}… and is "
+            f"{base_hash[:16]}… now. Put the other file back to go on, use another output folder to start anew, or "
+            "--accept-changes."
+        )
 
 
 def _differences(a: dict, b: dict, prefix: str = "") -> list[tuple[str, object, object]]:

@@ -46,6 +46,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the config, the plan, the memory it takes.")
     ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although the settings or data have changed since.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a few-step LoRA. The same command goes on where a stopped run left off.
@@ -70,11 +73,8 @@ def train(
     from .loop import train as run
     from .progress import ProgressBar
 
-    try:
-        with ProgressBar() as bar:
-            path = run(config, bar)
-    except KeyboardInterrupt:  # before the first update; later ones are the run's own to handle
-        raise RuntimeError("Interrupted. What was cached is kept; the same command goes on from there.") from None
+    with ProgressBar() as bar:
+        path = run(config, bar, accept_changes)
     if not PartialState().is_main_process:
         return
     made = "base" if path.is_dir() else "lora"

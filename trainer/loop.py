@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import signal
+import json
 from collections import deque
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 
 from . import whole
 from .adapter import learner
-from .checkpoint import State, check_same_run, load_latest_state, save_state
+from .checkpoint import State, agreed_changes, check_same_base, load_latest_state, save_state, write_text
 from .clock import Clock
 from .config import MAY_CHANGE, Config
 from .export import export, self_test
 from .families import family_class
 from .initial import start_from
+from .journal import Journal, facts_of, peak_memory
 from .memory import explain_out_of_memory, out_of_memory
 from .parts import fill_cache, make_batches, make_engine, open_base, split_of
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
 from .reporter import Pace, Reporter
+from .stopping import Stopper, only_run
 from .trained import Trained
 from .update import Outcome, Updater, lr_factor
+from .validation import Validation
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.
 LAG = 1
@@ -33,16 +38,31 @@ LAG = 1
 class RunFailed(RuntimeError):
     """The run could not be finished; the message says why, what is kept, and what to do."""
 
+    how = "failed"
 
-def train(config: Config, reporter: Reporter | None = None) -> Path:
+
+class RunStopped(RunFailed):
+    """It was asked to stop, and can go on."""
+
+    how = "stopped"
+
+
+def train(config: Config, reporter: Reporter | None = None, accept_changes: bool = False) -> Path:
     """Train as configured and return the path of what was made: a LoRA's file, or the folder of a network that was
-    trained whole. The same call goes on where an earlier one stopped.
+    trained whole. The same call goes on where an earlier one stopped; accept_changes: with other settings too.
 
-    Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, too little memory, a failed
-    self-test, an interrupt).
+    Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, too little memory, a full disk, a
+    failed self-test, an interrupt).
     """
+    processes, kept = Processes.start(config.base.dtype), Kept(config.run_folder)
+    reporter = reporter if reporter and processes.first else Reporter()
     try:
-        return Run(config, reporter or Reporter()).go()
+        with Stopper(reporter.say) as stopper, processes.by_first(only_run(config.run_folder, reporter.say)):
+            return Run(config, reporter, processes, stopper, accept_changes).go()
+    except KeyboardInterrupt:
+        raise RunFailed(f"Interrupted. {kept}; the same command goes on from there.") from None
+    except ProcessLost as error:
+        raise RunFailed(f"{error}. {kept}; the same command goes on from there, with fewer processes too.") from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -50,20 +70,41 @@ def train(config: Config, reporter: Reporter | None = None) -> Path:
         raise RunFailed(explain_out_of_memory(error, config, family)) from error
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is there of the run in a folder, said when it fails."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        folder = self.folder / "checkpoints"
+        found = sorted(folder.glob("step-*.safetensors"))
+        if not found:
+            return "No checkpoint was due yet, and what was cached is kept"
+        return f"The last checkpoint, {found[-1].stem}, is kept in {folder}"
+
+
 class Run:
     """One run's parts, and the loop over them."""
 
-    def __init__(self, config: Config, reporter: Reporter):
-        self.config, self.folder = config, config.run_folder
-        precision = {"fp32": "no"}.get(config.base.dtype, config.base.dtype)
-        # caching may take one process hours longer than another
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-        self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
-        self.processes = Processes(self.accelerator)
-        self.reporter = reporter if self.accelerator.is_main_process else Reporter()
-        if self.accelerator.is_main_process:
-            check_same_run(self.folder, config.what_decides_the_weights(), MAY_CHANGE)
+    def __init__(
+        self,
+        config: Config,
+        reporter: Reporter,
+        processes: Processes | None = None,
+        stopper: Stopper | None = None,
+        accept_changes: bool = False,
+    ):
+        self.config, self.folder, self.reporter = config, config.run_folder, reporter
+        self.processes = processes or Processes.start(config.base.dtype)
+        self.accelerator = self.processes.accelerator
+        self.stopper = stopper or Stopper(reporter.say)
+        self.settings = config.what_decides_the_weights()
+        self.journal = Journal(config, self.processes, reporter.say)
+        self.changes = self._agree(accept_changes) if self.processes.first else []
         self.base = open_base(config, self.processes, self.reporter.say)
+        if not accept_changes:
+            check_same_base(self.folder / "checkpoints", self.base.path, self.base.base_hash)
         self.cache = fill_cache(config, self.base, self.processes, self.reporter)
         lora = config.lora
         self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
@@ -71,59 +112,66 @@ class Run:
         if config.lora.init:
             self.reporter.say(start_from(config, self.base, self.adapter))
         kept = load_latest_state(self.folder / "checkpoints")
-        self.split = split_of(config, self.processes, kept, self.reporter.say)
-        self.batches = make_batches(
-            config, self.base, self.cache, self.split, self.processes.rank, self.reporter.say
-        )
+        self.split = split_of(config, self.processes, kept, accept_changes, self.reporter.say)
+        self.batches = make_batches(config, self.base, self.cache, self.split, self.processes.rank, self.reporter.say)
         self.clock = Clock(self.base.device)
         parts = (self.accelerator, self.base, self.adapter, self.batches, self.clock, self.reporter.say)
         self.engine = make_engine(config, *parts)
         self.trained = Trained(config, self.accelerator, self.adapter, self.engine)
-        self.step = self._resume(kept)
+        watched = (self.engine, self.batches, self.trained, self.processes)
+        self.validation = Validation(config, *watched, self.reporter.say)
+        self.step = self._resume(kept, accept_changes)
         self.processes.check_together(self.step, self.adapter.parameters())
         coming, passes = self.batches.ahead(self.step * self.split.accumulation), self.split.accumulation
         how = (self.trained.optimizer, self.trained.learners(), self.processes)
         self.updater = Updater(config, self.engine, coming, passes, *how)
         self.unread: deque[Outcome] = deque()
-        self.stop_asked = self.stopping = False
-        self.pace, self.writer = Pace(self.step, self.split.update), None
+        self.stopping = False
+        self.pace = Pace(self.step, self.split.update)
+        if told := self.validation.sentence():
+            self.reporter.say(told)
 
     @property
-    def lora_path(self) -> Path:
-        return self._file(self.config.name)
+    def _saved_as(self) -> Path:
+        """Where the LoRA, or the network that is trained whole, of this update is saved."""
+        return self._file("" if self.step == self.config.train.steps else f"-{self.step:07d}")
 
-    def _file(self, name: str) -> Path:
-        """Where a LoRA, or a network that is trained whole, is saved under this name."""
+    @property
+    def _best(self) -> Path:
+        """Where that of the best update so far is kept."""
+        return self._file("-best")
+
+    def _file(self, suffix: str) -> Path:
+        name = f"{self.config.name}{suffix}"
         return self.folder / (name if self.base.whole else f"{name}.safetensors")
+
+    @property
+    def _preview_path(self) -> Path:
+        return self.folder / "previews" / f"step-{self.step:07d}.png"
 
     def go(self) -> Path:
         """Train to the end; on SIGINT or SIGTERM save and stop."""
-        self.writer = self._tensorboard()
-        handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.clock.reset()
         self.pace = Pace(self.step, self.split.update)
-        try:
+        facts = facts_of(self.config, self.processes, self.batches)
+        told = "Stopping after this update." if self.processes.count == 1 else "Stopping with the others."
+        with (
+            closing(self.updater.coming),
+            self.stopper.saving(told),
+            self.journal.open(self.step, facts | {"changes": self.changes}, self._at_end),
+        ):
+            self._catch_up()
             while self.step < self.config.train.steps:
                 self.update()
                 self._between_updates()
             self._read(keep=0)
             if self.step > self.pace.first:
                 self.reporter.say(self._where_time_went())
-        finally:
-            self.updater.coming.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if self.writer:
-                self.writer.close()
-        return self._finish()
+            return self._finish()
 
     def update(self) -> None:
         """One optimizer update of all that is trained; the numbers of the one before it are read."""
-        try:
-            outcome = self.updater(self.step + 1, self.stop_asked)
-        except ProcessLost as error:
-            kept = f"{error}. {self._kept()}; the same command goes on from there, with fewer processes too."
-            raise RunFailed(kept) from error
+        outcome = self.updater(self.step + 1, self.stopper.asked)
         self.step += 1
         self.trained.updated(self.step, self.config.train.steps)
         self.unread.append(outcome)
@@ -140,9 +188,7 @@ class Run:
             shown["lr"] = self.config.train.lr * lr_factor(self.config, outcome.step)
             status = self.pace.after(outcome.step, self.config.train.steps, shown["loss"])
             self.reporter.update(status)
-            if self.writer:
-                for tag, value in (shown | {"samples per second": status.samples_per_second}).items():
-                    self.writer.add_scalar(tag, value, outcome.step)
+            self.journal.update(status, shown)
 
     def _not_finite(self, outcome: Outcome) -> str:
         bad = outcome.bad_samples()
@@ -151,11 +197,7 @@ class Run:
         if not bad:
             others = ", or another process's loss" * (self.processes.count > 1)
             what = f"The gradient{others} is not finite at update {outcome.step}, samples {named}"
-        return f"{what}. {self._kept()}. Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
-
-    def _kept(self) -> str:
-        folder = self.folder / "checkpoints"
-        return f"The last checkpoint is kept in {folder}" if folder.is_dir() else "No checkpoint was due yet"
+        return f"{what}. {Kept(self.folder)}. Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
 
     def _where_time_went(self) -> str:
         """One sentence on the parts of the time since the start, the largest first."""
@@ -164,33 +206,83 @@ class Run:
         parts = sorted(seconds.items(), key=lambda item: -item[1])
         return "Time: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts) + "."
 
+    def _at_end(self) -> dict[str, Any]:
+        """What a start of the run says of itself when it ends."""
+        done = self.step - self.pace.first
+        return {
+            "step": self.step,
+            "parts": {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()},
+            "samples": done * self.split.update,
+            "peak memory": peak_memory(),
+        }
+
+    def _due(self, every: int) -> bool:
+        """Whether what is done every so many updates (0: never) is to be done now; at the end all is done anyway."""
+        return bool(every) and 0 < self.step < self.config.train.steps and self.step % every == 0
+
+    def _catch_up(self) -> None:
+        """Measure what is there before the first update, and make what a run that was killed right after its checkpoint
+        did not come to."""
+        if self.step == 0 and self.validation.due(0):
+            self._validate()
+        if self._due(self.config.train.save_every) and not self._saved_as.exists():
+            self._export(self._saved_as)
+        if self._due(self.config.preview.every) and not self._preview_path.exists():
+            self.preview(self._preview_path)
+
     def _between_updates(self) -> None:
         config, last = self.config, self.step == self.config.train.steps
-        if not last and self.step % config.train.save_every == 0:
+        if self.validation.due(self.step):
+            self._validate()
+        if self._due(config.train.save_every):
             self._save(export_too=True)
-        if config.preview.every and self.step % config.preview.every == 0 and not last:
-            self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
+        if self._due(config.preview.every):
+            self.preview(self._preview_path)
         if self.processes.count == 1:  # several must agree first
-            self.stopping = self.stop_asked
+            self.stopping = self.stopper.asked
         if self.stopping and not last:
             self._save(export_too=False)
             where = f"Stopped at update {self.step} of {config.train.steps}"
-            raise RunFailed(f"{where}; all is saved. The same command goes on from here.")
+            raise RunStopped(f"{where}; all is saved. The same command goes on from here.")
 
     def _finish(self) -> Path:
         self._save(export_too=True)
         if self.config.preview.every:
-            self.preview(self.folder / "previews" / f"step-{self.step:07d}.png")
+            self.preview(self._preview_path)
             self.preview(self.folder / f"{self.config.name}.preview.png", captions=False)
-        return self.lora_path
+        return self._saved_as
+
+    def _validate(self) -> None:
+        """Measure what would be saved now, and keep it where it is the best so far."""
+        self._read(keep=0)
+        if not self._passes_here():
+            return
+        with self.clock.part("validation"):
+            measured = self.validation(self.step)
+        self.journal.validation(self.step, measured, self.validation.state())
+        if measured.improved:
+            with self._writing():
+                self._export(self._best)
+            if self.config.preview.every:
+                self.preview(self.folder / f"{self.config.name}-best.preview.png", captions=False)
 
     def _save(self, export_too: bool) -> None:
         """Checkpoint, LoRA and self-test, once all that led here is seen to be finite."""
         self._read(keep=0)
-        if self.accelerator.is_main_process:
-            self._save_state()
-        if export_too:
-            self._export()
+        with self._writing():
+            if self.processes.first:
+                self._save_state()
+            if export_too:
+                self._export(self._saved_as)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written inside ends the run; the time counts as that of saving."""
+        try:
+            with self.clock.part("saving"):
+                yield
+        except OSError as error:
+            raise RunFailed(f"{error} {Kept(self.folder)}; the same command goes on from there.") from error
 
     def _save_state(self) -> None:
         groups, facts = self.trained.state()
@@ -198,20 +290,23 @@ class Run:
             "samples per update": self.split.update,
             "samples per process": self.config.train.batch_size * self.config.train.accumulation,
             "cache": self.cache.folder.name,
+            "base": self.base.base_hash,
+            "settings": self.settings,
+            "changes": self.changes,
+            "best": self.validation.state(),
         }
         save_state(self.folder / "checkpoints", self.step, groups, facts, self.config.train.keep_checkpoints)
 
-    def _export(self) -> None:
-        final = self.step == self.config.train.steps
-        path = self.lora_path if final else self._file(f"{self.config.name}-{self.step:07d}")
+    def _export(self, path: Path) -> None:
         write, test = (whole.export, whole.self_test) if self.base.whole else (export, self_test)
-        if self.accelerator.is_main_process:
-            write(path, self.trained.weights(), self.config, self.base, self.step, len(self.cache))
+        if self.processes.first:
+            write(path, self.trained.weights(), self.config, self.base, self.step, len(self.cache), self.changes)
         if not self._passes_here():
             return
         with self.adapter.using(self.trained.weights()), torch.compiler.set_stance("force_eager"):
             result = test(path, self.base, self.adapter, self.cache.encoding([""]))
         self.reporter.say(f"{path}: {result.sentence()}.")
+        self.journal.saved(self.step, path, result.sentence())
         if not result.passed:
             raise RunFailed(
                 f"What was saved does not give the trained output when diffusers loads it ({result.sentence()}). "
@@ -219,16 +314,30 @@ class Run:
                 "pcm doctor prints."
             )
 
-    def _resume(self, kept: State | None) -> int:
+    def _agree(self, accept_changes: bool) -> list[dict[str, Any]]:
+        """The changes of settings so far, once these may go on, which are then written down."""
+        changes = agreed_changes(self.folder, self.settings, MAY_CHANGE, accept_changes)
+        write_text(self.folder / "config.json", json.dumps(self.settings, indent=2) + "\n")
+        for change in changes:
+            told = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in change["changed"].items())
+            self.reporter.say(f"Changed after update {change['step']}: {told}.")
+        return changes
+
+    def _resume(self, kept: State | None, changed: bool) -> int:
         if kept is None:
             return 0
         step, groups, facts = kept
         if facts["cache"] != self.cache.folder.name:
-            raise ValueError(
-                f"{self.folder} holds a run on other data: the base, the pictures or the captions have changed since. "
-                "Restore them to go on, use another output folder to start anew, or delete the folder."
-            )
-        self.trained.load(groups, facts)
+            if not changed:
+                raise ValueError(
+                    f"{self.folder} holds a run on other data: the pictures or the captions have changed since. "
+                    "Restore them to go on, use another output folder to start anew, or --accept-changes."
+                )
+            self.reporter.say("The pictures, the captions or the base have changed since.")
+        anew = self.trained.load(groups, facts, changed)
+        self.validation.load(facts.get("best"), self._best)
+        if anew:
+            self.reporter.say(f"Begun anew, as the checkpoint holds nothing for it: {', '.join(anew)}.")
         self.reporter.say(f"Going on from update {step} of {self.config.train.steps}.")
         return step
 
@@ -237,27 +346,19 @@ class Run:
         if not self._passes_here():
             return
         eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
-        with self.adapter.using(self.trained.weights()), self.accelerator.autocast(), eager:
+        weights, autocast = self.adapter.using(self.trained.weights()), self.accelerator.autocast()
+        with self.clock.part("previews"), weights, autocast, eager:
             image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
-        if self.accelerator.is_main_process:
-            save_image(image, path)
+        if captions:
+            self.journal.picture(self.step, image)
+        if self.processes.first:
+            try:
+                save_image(image, path)
+            except OSError as error:  # a run needs none
+                self.reporter.say(f"No preview: {error}.")
 
     def _passes_here(self) -> bool:
         """Whether this process takes part in the first one's passes: none can run alone that lacks some weights."""
         if self.config.train.shard:
             self.processes.wait()
-        return self.config.train.shard or self.accelerator.is_main_process
-
-    def _tensorboard(self):
-        if not ("tensorboard" in self.config.train.trackers and self.accelerator.is_main_process):
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.reporter.say("No TensorBoard logs: pip install tensorboard, or set train.trackers=[].")
-            return None
-        return SummaryWriter(self.folder / "logs", purge_step=self.step + 1)
-
-    def _ask_to_stop(self, *_) -> None:
-        self.reporter.say("Stopping after this update." if self.processes.count == 1 else "Stopping with the others.")
-        self.stop_asked = True
+        return self.config.train.shard or self.processes.first

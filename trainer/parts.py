@@ -60,27 +60,22 @@ def fill_cache(config: Config, base: Base, processes: Processes, reporter: Repor
     return cache
 
 
-def split_of(config: Config, processes: Processes, kept: State | None, say: Say) -> Split:
+def split_of(config: Config, processes: Processes, kept: State | None, changed: bool, say: Say) -> Split:
     """How each update is shared out. A run that goes on takes as many samples as before, whatever the number of
-    processes; raises ValueError where they cannot share them."""
+    processes, unless settings may have `changed`; raises ValueError where they cannot share them."""
     train, count, folder = config.train, processes.count, config.run_folder
     split = Split(train.batch_size, train.accumulation, count)
     if kept is None:
         return split
     facts, asked = kept[2], train.batch_size * train.accumulation
-    then = facts.get("samples per update")
-    if then is None:
-        raise ValueError(
-            f"{folder} holds a run of an earlier version, which drew other samples. "
-            "Use another output folder to start anew, or delete the folder."
-        )
-    if then == split.update:
+    then = facts["samples per update"]
+    if then == split.update or (changed and facts["samples per process"] != asked):
         return split
     if facts["samples per process"] != asked:
         raise ValueError(
             f"{folder} holds a run of {then} samples an update, and these settings take {split.update}: "
-            "train.batch_size times train.accumulation in each process. Keep the product to go on, or use another "
-            "output folder."
+            "train.batch_size times train.accumulation in each process. Keep the product to go on, use another "
+            "output folder, or --accept-changes."
         )
     split = Split.of_update(then, count, train.batch_size)
     shared = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"

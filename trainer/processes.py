@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 # How long one waits for another in an update, while the first one may be saving; a dead one is noticed at once.
@@ -27,6 +27,22 @@ class Processes:
         self.count, self.rank = accelerator.num_processes, accelerator.process_index
         # a group of its own: the others may wait for hours while one caches, but not in an update
         self.group = dist.new_group(timeout=PATIENCE) if self.count > 1 else None
+
+    @classmethod
+    def start(cls, dtype: str) -> Processes:
+        """Those that this one was started with. dtype: of the passes, "fp32", "bf16" or "fp16"."""
+        # caching may take one process hours longer than another
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
+        return cls(Accelerator(mixed_precision={"fp32": "no"}.get(dtype, dtype), kwargs_handlers=[patience]))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def by_first(self, context: AbstractContextManager) -> AbstractContextManager:
+        """The context in the first process, none in the others."""
+        return context if self.first else nullcontext()
 
     def wait(self) -> None:
         """Until all are here. Raises `ProcessLost` when one is gone."""

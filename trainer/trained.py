@@ -54,30 +54,58 @@ class Trained:
         scaler = self.accelerator.scaler
         return groups, {"scaler": scaler.state_dict() if scaler else None}
 
-    def load(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        """Put `state` back. Raises ValueError for one of another adapter, or without this one's discriminator."""
-        self.adapter.load(groups["adapter"])
-        if self.engine.adversary:
-            self._load_heads(groups.get("discriminator", {}))
-        load_optimizer_tensors(self.optimizer.optimizer, groups.get("optimizer", {}), self._names())
+    def load(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], changed: bool = False) -> list[str]:
+        """Put `state` back. changed: whether it may be of other settings; what it then lacks begins anew, and is named.
+
+        Raises ValueError for one of another adapter, and unless `changed` for one that lacks something.
+        """
+        self._load_adapter(groups["adapter"])
+        anew = [] if self._load_optimizer(groups.get("optimizer", {}), changed) else ["the optimizer's state"]
+        wanted = {"discriminator": bool(self.engine.adversary), "average": bool(self.average)}
+        wanted["target"] = bool(self.engine.average)
+        lacking = [group for group, asked in wanted.items() if asked and not groups.get(group)]
+        if lacking and not changed:
+            raise ValueError(
+                f"The checkpoint lacks the {' and the '.join(lacking)} of this run; without it the run would not go on "
+                "as it was. Use another output folder to start anew, or delete the folder."
+            )
+        if self.engine.adversary and "discriminator" not in lacking:
+            self._load_heads(groups["discriminator"])
         if self.average:
-            self.average.weights = {n: w.to(self.engine.base.device) for n, w in groups["average"].items()}
-        self.engine.load(groups)
+            saved = groups["adapter" if "average" in lacking else "average"]
+            self.average.weights = {n: w.to(self.engine.base.device) for n, w in saved.items()}
+        self.engine.load(groups | ({"target": groups["adapter"]} if "target" in lacking else {}))
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
+        return anew + [f"the {group}" for group in lacking]
+
+    def _load_adapter(self, saved: dict[str, Tensor]) -> None:
+        try:
+            self.adapter.load(saved)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} A run's base and lora.rank cannot change. Set them back, or use another output folder."
+            ) from error
 
     def _load_heads(self, saved: dict[str, Tensor]) -> None:
         heads = self.learners()["discriminator"]
-        missing = sorted(heads.keys() ^ saved.keys())
-        if missing:
-            raise ValueError(
-                "The checkpoint lacks the discriminator of this adversarial run "
-                f"({len(missing)} tensors differ, such as {missing[0]}); without it the run would not go on as it was. "
-                "Use another output folder to start anew, or delete the folder."
-            )
+        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (heads, saved))
+        if shapes != given:
+            raise ValueError("The checkpoint's discriminator is of another shape: set adversarial.width back.")
         with torch.no_grad():
             for name, parameter in heads.items():
                 parameter.copy_(saved[name])
+
+    def _load_optimizer(self, saved: dict[str, Tensor], changed: bool) -> bool:
+        """Whether it could be put back. With other settings some weights may be new, or the whole optimizer."""
+        names = self._names()
+        if changed:
+            in_8_bits = "8bit" in type(self.optimizer.optimizer).__name__
+            if saved and in_8_bits != any(key.endswith("/state1") for key in saved):
+                return False
+            saved = {key: value for key, value in saved.items() if key.split("/")[0] in names}
+        load_optimizer_tensors(self.optimizer.optimizer, saved, names)
+        return True
 
     def _names(self) -> list[str]:
         """The learners' parameters in the optimizer's order."""

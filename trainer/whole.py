@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +43,19 @@ def check_whole(config: Config) -> None:
         raise ValueError("\n".join(problems))
 
 
-def export(path: Path, weights: dict[str, Tensor], config: Config, base: Base, step: int, samples: int) -> None:
+def export(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    base: Base,
+    step: int,
+    samples: int,
+    changes: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write the network as a diffusers folder, which `load_base` reads; its header says what it was made by."""
     metadata = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "samples": str(samples)}
+    if changes:
+        metadata["changes"] = json.dumps(changes)
     base.save(path, weights, {f"pcm.{key}": value for key, value in {**metadata, "version": package_version()}.items()})
 
 

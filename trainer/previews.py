@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..samplers.writing import written_whole
 from .config import Config
 from .data.cache import LatentCache
 from .export import recipe_for
@@ -56,9 +57,15 @@ def check_png(out: Path) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    """Write a picture whole or not at all, in the format that its name says, making its folder.
+
+    Raises ValueError for a name of no format.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path} is no picture's name: end it in .png.")
+    with written_whole(path) as part:
+        image.save(part, kind)
 
 
 def preview_grid(config: Config, base: Base, cache: LatentCache, null: Condition, captions: bool) -> Image.Image:

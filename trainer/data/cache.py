@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...samplers import PhaseGrid
+from ...samplers.lora_file import read_header
 from ..checkpoint import write_tensors
 from ..config import Config, DataConfig
 from ..families import Base
@@ -70,6 +71,7 @@ def build_cache(
     folder = config.cache_folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     parts = len(source.parts) if source else -(-data.count // SHARD)
+    damaged = _drop_damaged(folder) if rank == 0 else []
     there = pieces_there(folder)
     lacking = [number for number in range(parts) if not is_whole(there.get(number, {}))]
     if rank == 0 and lacking:
@@ -89,13 +91,27 @@ def build_cache(
     wait()
     _cache_prompts(folder, base, data.batch_size, share, progress)
     wait()
-    cache = LatentCache(folder, *((source.skipped, source.notes) if source else ()))
+    skipped, notes = (source.skipped, source.notes) if source else ((), ())
+    cache = LatentCache(folder, skipped, [*damaged, *notes])
     if not len(cache):
         some = "; ".join(cache.skipped[:10])
         raise ValueError(f"None of {source.name} can be used: {some}.")
     if previews := list(config.preview.prompts):
         cache.add_prompts(previews, _encode(base, previews))
     return cache
+
+
+def _drop_damaged(folder: Path) -> list[str]:
+    """Delete the cache's files that are cut short or have a damaged header, so that they are made again; a sentence on
+    each."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            read_header(path)
+        except ValueError as error:
+            found.append(f"{str(error).removesuffix(' Get it again.').rstrip('.')}: it is made again")
+            path.unlink()
+    return found
 
 
 def _content(config: Config, base: Base, buckets: Buckets | None, identity: list[Any]) -> dict[str, Any]:

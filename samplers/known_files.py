@@ -19,6 +19,7 @@ FAMILY_MARKS = (
 )
 FAMILY_SETTINGS = {"sd3": {"prediction": "flow", "shift": 3.0}}
 UNNAMED = ("pytorch_lora_weights", "adapter_model")  # as libraries save LoRAs: the folder has the name
+LONGEST = 255  # characters of a name, as file systems have it: the patterns' time grows with its square
 TITLES = ("ss_output_name", "modelspec.title")  # where kohya's tools put the name that a file was first written under
 # Words that make no other LoRA of one: its kind, base, version, rank, steps and precision.
 PLAIN = (
@@ -183,4 +184,4 @@ def _words(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    return re.sub(r"[^a-z0-9]+", " ", name[:LONGEST].lower()).strip()

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .recipe import FAMILIES, HEADER_KEY, Recipe
 
@@ -47,11 +51,14 @@ ARCHITECTURES = (
     ("stable-diffusion-3", "sd3"),
 )
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
-DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+FLOATS = frozenset(DTYPES)
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 SD3_WIDTHS = (1536, 2432)
+PEFT_KEY = "lora_adapter_metadata"
+LONGEST_NAME = 1000  # characters; published ones have up to 120
 SD3_PROJECTION = re.compile(
     r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$|joint_blocks_\d+_\w*attn_qkv$"
 )
@@ -67,18 +74,27 @@ class TensorInfo:
 
 @dataclass
 class LoraModule:
-    """One adapted module: its tensors' names by part ("down", "up", "alpha"), and their shapes."""
+    """One adapted module: its tensors' names by part ("down", "up", "alpha"), their shapes and their dtypes."""
 
     keys: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int | None:
-        return self.shapes["down"][0] if "down" in self.shapes else None
+        """Of the half that comes first; None where there is none, or it has no sides."""
+        return next(iter(self.shapes.get("down", ())), None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are both halves, (rank, in, ...) and (out, rank, ...), of one rank and in floating point."""
+        down, up = (self.shapes.get(part, ()) for part in ("down", "up"))
+        floating = all(self.dtypes.get(part) in FLOATS for part in ("down", "up"))
+        return floating and len(down) >= 2 and len(up) >= 2 and up[1] == down[0] > 0
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether up @ down has the shape of this weight, (out, in, *kernel)."""
-        if not {"down", "up"} <= self.shapes.keys():
+        """Whether it is whole, and up @ down has the shape of this weight, (out, in, *kernel)."""
+        if not self.is_whole:
             return False
         down, up = self.shapes["down"], self.shapes["up"]
         return up[0] == weight_shape[0] and prod(down[1:]) == prod(weight_shape[1:])
@@ -100,7 +116,7 @@ class LoraHeader:
             if (split := split_key(name)) is not None:
                 module, part = split
                 entry = found.setdefault(module, LoraModule())
-                entry.keys[part], entry.shapes[part] = name, info.shape
+                entry.keys[part], entry.shapes[part], entry.dtypes[part] = name, info.shape, info.dtype
         found = {k: m for k, m in found.items() if "down" in m.keys or "up" in m.keys}
         if not found:
             some = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
@@ -127,19 +143,27 @@ class LoraHeader:
         return family_from_metadata(self.metadata)
 
     def scale_alphas(self) -> dict[str, float]:
-        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host ignores."""
-        text = self.metadata.get("lora_adapter_metadata")
+        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host ignores.
+
+        Raises ValueError for metadata of another form, and for an alpha that is not a finite number.
+        """
+        text = self.metadata.get(PEFT_KEY)
         if not text:
             return {}
-        config = json.loads(text)
-        alpha = next((v for k, v in config.items() if k.split(".")[-1] == "lora_alpha"), None)
-        patterns = next((v for k, v in config.items() if k.split(".")[-1] == "alpha_pattern"), None) or {}
-        patterns = {k.replace(".", "_"): v for k, v in patterns.items()}
+        try:
+            config = {key.split(".")[-1]: value for key, value in reversed(json.loads(text).items())}
+            alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+            patterns = {key.replace(".", "_"): _number(value) for key, value in patterns.items()}
+            alpha = None if alpha is None else _number(alpha)
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path.name}: its {PEFT_KEY} cannot be read ({_brief(error)}). Get the file again."
+            ) from error
         found = {}
         for name, module in self.modules.items():
             own = next((v for k, v in patterns.items() if name.endswith(k)), alpha)
             if own is not None and "alpha" not in module.keys:
-                found[name] = float(own)
+                found[name] = own
         return found
 
     def alphas(self) -> dict[str, float]:
@@ -193,7 +217,7 @@ def header_text(path: Path) -> bytes:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        text = file.read(length) if 2 <= length <= 100_000_000 else b""
+        text = file.read(min(length, size)) if 2 <= length <= 100_000_000 else b""
         # a header's length may begin with the same two bytes as a zip or a pickle, but then "{" follows
         if not text or (head[:2] in (b"PK", b"\x80\x02") and text[:1] != b"{"):
             raise ValueError(
@@ -211,16 +235,54 @@ def read_header(path: str | Path) -> LoraHeader:
     """
     path = Path(path)
     text = header_text(path)
+    damaged = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
-        tensors = {name: TensorInfo(v["dtype"], tuple(v["shape"])) for name, v in header.items()}
+        tensors = {_printable(name): TensorInfo(v["dtype"], tuple(v["shape"])) for name, v in header.items()}
         end = 8 + len(text) + max((v["data_offsets"][1] for v in header.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} has a damaged safetensors header ({error}). Get it again.") from error
-    if (size := path.stat().st_size) < end:
+        cut_short = path.stat().st_size < end
+        if not cut_short:
+            with safe_open(path, "pt"):  # it checks names, types, shapes and offsets, and reads no tensor
+                pass
+    except damaged as error:
+        raise ValueError(f"{path.name} has a damaged safetensors header ({_brief(error)}). Get it again.") from error
+    if cut_short:
+        size = path.stat().st_size
         raise ValueError(f"{path.name} is cut short: {size} bytes of the {end} that its header promises. Get it again.")
     return LoraHeader(path, tensors, metadata)
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of tensors with numbers that are not finite: with one, every picture is black."""
+    floating = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
+    return [name for name, tensor in floating if not is_finite(tensor)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a floating-point tensor are finite; without a copy of it, but for those in 8 bits."""
+    if not tensor.numel():
+        return True
+    low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _printable(name: str) -> str:
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"a name of {len(name)} characters, {name[:30]!r}, which no tensor has")
+    return name
+
+
+def _number(value: float) -> float:
+    """JSON knows NaN, Infinity and numbers in quotes; an alpha is none of them."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"an alpha is {str(value)[:30]!r}, which is no number")
+    return float(value)
+
+
+def _brief(error: Exception) -> str:
+    """What an error says, of which files decide the length."""
+    return " ".join(str(error).split())[:200]
 
 
 def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:

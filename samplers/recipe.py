@@ -42,6 +42,10 @@ SOFTWARE = {
 }
 DISTILLED_POINTS = 50  # of the DDIM grid that LCM and TCD are trained and sampled on
 MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plainer
+# a field's annotation -> what it may be; a bool is no number
+KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
+KINDS |= {"float | None": (int, float, type(None))}
+GREATEST, LONGEST = 1e6, 1000  # of any number in a recipe, and of any text, in characters
 SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm_uniform's by 1, at shift 3 by up to 3
 
 
@@ -95,6 +99,8 @@ class Recipe:
     source: str = "settings"
 
     def __post_init__(self):
+        if wrong := [text for f in fields(self) if (text := _wrong_kind(f.name, getattr(self, f.name), f.type))]:
+            raise ValueError("Not a usable recipe: " + "; ".join(wrong) + ".")
         problems = [
             f"{name} is {value!r}; available: {', '.join(allowed)}"
             for name, value, allowed in (
@@ -126,8 +132,9 @@ class Recipe:
             )
         if not self.strength > 0:
             problems.append(f"strength is {self.strength:g}; above 0, 1 for most files")
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}; at least 1")
+        if self.steps is not None and not 1 <= self.steps <= (self.sampling_points or self.points):
+            most = self.sampling_points or self.points
+            problems.append(f"steps is {self.steps}; at least 1, and at most {most}, the number of points")
         checks = (self.grid, lambda: self.grid(trained=True), lambda: self.shift is None or FlowSchedule(self.shift))
         for check in checks:
             try:
@@ -270,11 +277,22 @@ class Recipe:
             values = json.loads(text)
             known = {f.name for f in fields(cls)} - {"source"}
             return cls(**{k: v for k, v in values.items() if k in known}, source="header")
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"The {HEADER_KEY} header cannot be read ({error}); it starts {text[:60]!r}. "
+                f"The {HEADER_KEY} header cannot be read ({str(error).rstrip('.')[:500]}); it starts {text[:60]!r}. "
                 "Get the file again, or set the steps and mode by hand."
             ) from error
+
+
+def _wrong_kind(name: str, value: object, kind: str) -> str | None:
+    """What is wrong with the type of a field's value; JSON has other ones, and NaN."""
+    if not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "bool"):
+        return f"{name} is {value!r:.60}; expected {kind.replace(' | ', ' or ')}"
+    if kind.startswith("float") and value is not None and abs(value) >= GREATEST:
+        return f"{name} is {value!r:.60}; expected a number of less than {GREATEST:g}"
+    if kind == "str" and len(value) > LONGEST:
+        return f"{name} has {len(value)} characters; expected at most {LONGEST}"
+    return None
 
 
 def is_whole(ticks: Sequence[float]) -> bool:

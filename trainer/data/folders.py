@@ -18,6 +18,8 @@ from .reading import stop_or_skip
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
+# What is read, whatever a file is called: Pillow knows kinds that run programs (EPS), too.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # EXIF's number for how a picture is to be turned; from 5 on it is turned by a quarter.
 ORIENTATION, QUARTER = 0x0112, 5
 
@@ -75,11 +77,17 @@ def _caption(file: Path, told: str | None) -> tuple[str, str]:
             return "", f"captions in both {text.name} and {METADATA}"
         return told.strip(), f"empty caption in {METADATA}"
     try:
-        return text.read_text(encoding="utf-8-sig").strip(), f"empty caption {text.name}"
+        caption = text.read_text(encoding="utf-8-sig").strip()
     except OSError:
         return "", f"no caption {text.name}"
     except UnicodeDecodeError:
         return "", f"not UTF-8: {text.name}"
+    return (caption, f"empty caption {text.name}") if is_text(caption) else ("", f"not UTF-8: {text.name}")
+
+
+def is_text(caption: str) -> bool:
+    """Whether it can be a caption: UTF-16 read as UTF-8 has zeros, and JSON may hold halves of characters."""
+    return "\0" not in caption and not any("\ud800" <= c <= "\udfff" for c in caption)
 
 
 def _read_metadata(root: Path, files: set[Path]) -> tuple[dict[Path, str], list[str]]:
@@ -89,7 +97,7 @@ def _read_metadata(root: Path, files: set[Path]) -> tuple[dict[Path, str], list[
     for path in sorted(root.rglob(METADATA)):
         for number, name, text in _lines(path):
             where = f"{path.relative_to(root)} line {number}"
-            if not (isinstance(name, str) and isinstance(text, str)):
+            if not (isinstance(name, str) and isinstance(text, str) and is_text(name + text)):
                 bad.append(f'{where}: not {{"file_name": "...", "text": "..."}}')
             elif (file := path.parent / name) not in files:
                 bad.append(f"{where}: no picture {name}")
@@ -107,7 +115,7 @@ def _lines(path: Path) -> Iterator[tuple[int, object, object]]:
             if line.strip():
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     entry = None
                 entry = entry if isinstance(entry, dict) else {}
                 yield number, entry.get("file_name"), entry.get("text")
@@ -122,31 +130,47 @@ def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Ten
     result: SDXL's micro-conditioning (arXiv 2307.01952, Sec. 2.2). Raises ValueError when it cannot be read.
     """
     try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "P"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+        with Image.open(file, formats=FORMATS) as image:
+            image = _in_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # each of Pillow's decoders fails in its own way
-        raise ValueError(f"cannot be read ({error})") from error
+        raise ValueError(f"cannot be read ({_words(error)})") from error
     width, height = image.size
     frame = size.nearest(width, height) if isinstance(size, Buckets) else (size, size)
     scale = max(to / side for to, side in zip(frame, image.size, strict=True))
     covering = [max(to, round(side * scale)) for to, side in zip(frame, image.size, strict=True)]
-    image = image.resize(covering, Image.Resampling.LANCZOS)
-    left, top = ((side - to) // 2 for side, to in zip(image.size, frame, strict=True))
-    image = image.crop((left, top, left + frame[0], top + frame[1]))
+    left, top = ((side - to) // 2 for side, to in zip(covering, frame, strict=True))
+    # only what stays is resized: a line of pixels that covers the frame would be of any length
+    across, down = width / covering[0], height / covering[1]
+    box = left * across, top * down, min(width, (left + frame[0]) * across), min(height, (top + frame[1]) * down)
+    image = image.resize(frame, Image.Resampling.LANCZOS, box)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(127.5).sub(1)
     return pixels, torch.tensor([height, width, top, left, frame[1], frame[0]])
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB, on white where it is transparent; of 16 bits the upper 8, as Pillow takes them of coloured
+    ones."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode not in ("RGBA", "LA", "P"):
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    image = image.convert("RGBA")
+    white.paste(image, mask=image)
+    return white
+
+
+def _words(error: Exception) -> str:
+    """What an error says, or what it is where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def aspect_of(path: Path) -> float | None:
     """Width by height of a picture held upright, from the file's header; None where that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION, 1) >= QUARTER
+        return height / width if turned else width / height
     except Exception:  # as in load_picture, which says so
         return None
-    return height / width if turned else width / height

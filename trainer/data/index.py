@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import write_tensors
 from .buckets import Buckets, bucket_notes
-from .store import INDEX, PROMPTS, TEXTS, hashes_of, open_file
+from .store import INDEX, LATENTS, PROMPTS, TEXTS, hashes_of, numbers, open_file, reading, strings
 
 
 def latents_name(part: int, piece: int, last: bool) -> str:
@@ -22,10 +22,15 @@ def latents_name(part: int, piece: int, last: bool) -> str:
 def pieces_there(folder: Path) -> dict[int, dict[int, bool]]:
     """By part and piece the latents' files in a folder, and whether each is its part's last."""
     found: dict[int, dict[int, bool]] = {}
-    for file in folder.glob("latents-*.safetensors"):
-        _, part, piece, *last = file.stem.split("-")
+    for name in latents_files(folder):
+        _, part, piece, *last = Path(name).stem.split("-")
         found.setdefault(int(part), {})[int(piece)] = bool(last)
     return found
+
+
+def latents_files(folder: Path) -> list[str]:
+    """The names of the latents' files in a folder, in the order of their numbers."""
+    return sorted(file.name for file in folder.iterdir() if LATENTS.fullmatch(file.name)) if folder.is_dir() else []
 
 
 def is_whole(pieces: dict[int, bool]) -> bool:
@@ -40,24 +45,24 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
     buckets: those that were used, if any; listed: whether the user named them. Raises ValueError for a listed bucket
     that no picture went to.
     """
-    files = sorted(file.name for file in folder.glob("latents-*.safetensors"))
+    files = latents_files(folder)
     shapes: dict[str, int] = {}
     prompts: dict[str, int] = {"": 0}
     counts, columns, skipped, spread = [0], {"shape": [], "row": [], "prompt": [], "sizes": []}, [], False
     for name in files:
-        with open_file(folder / name) as file:
+        with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
-            captions, own = json.loads(facts["captions"]), json.loads(facts["shapes"])
-            skipped += json.loads(facts["skipped"])
+            captions, own, left_out = (strings(facts[key]) for key in ("captions", "shapes", "skipped"))
+            skipped += left_out
             counts.append(len(captions))
             if captions:
-                shape = file.get_tensor("shape")
-                columns["sizes"].append(file.get_tensor("sizes"))
+                shape = numbers(file.get_tensor("shape"), len(captions), len(own))
+                columns["sizes"].append(file.get_tensor("sizes").reshape(len(captions), 6))
                 spread = spread or any(key.startswith("std") for key in file.keys())  # noqa: SIM118 (no dict)
                 columns["row"].append(_rows(shape))
                 columns["shape"].append(np.array([shapes.setdefault(s, len(shapes)) for s in own], np.int16)[shape])
-                numbers = (prompts.setdefault(caption, len(prompts)) for caption in captions)
-                columns["prompt"].append(np.fromiter(numbers, np.int32, len(captions)))
+                known = (prompts.setdefault(caption, len(prompts)) for caption in captions)
+                columns["prompt"].append(np.fromiter(known, np.int32, len(captions)))
     table = {key: np.concatenate(c) if c else np.zeros(0, np.int32) for key, c in columns.items()}
     sizes = table.pop("sizes")
     if listed and len(sizes):
@@ -101,7 +106,7 @@ def _holds(path: Path, table: dict[str, np.ndarray]) -> bool:
     """Whether the file is there and holds these columns."""
     if not path.is_file():
         return False
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         return all(np.array_equal(file.get_tensor(key), column) for key, column in table.items())
 
 
@@ -111,13 +116,14 @@ def _write(path: Path, table: dict[str, np.ndarray], facts: dict[str, str]) -> N
 
 def texts_of(folder: Path, start: int, end: int) -> Iterator[str]:
     """The prompts of a cache with these numbers."""
-    with open_file(folder / TEXTS) as file:
+    with reading(folder / TEXTS), open_file(folder / TEXTS) as file:
         offsets = file.get_slice("offset")[start : end + 1].tolist()
         text = file.get_slice("text")[offsets[0] : offsets[-1]].tobytes()
-    return (text[a - offsets[0] : b - offsets[0]].decode() for a, b in zip(offsets, offsets[1:], strict=False))
+        pieces = (text[a - offsets[0] : b - offsets[0]] for a, b in zip(offsets, offsets[1:], strict=False))
+        return iter([piece.decode() for piece in pieces])
 
 
 def count_texts(folder: Path) -> int:
     """How many prompts a cache has."""
-    with open_file(folder / TEXTS) as file:
+    with reading(folder / TEXTS), open_file(folder / TEXTS) as file:
         return file.get_slice("number").get_shape()[0]

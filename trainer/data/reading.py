@@ -48,10 +48,7 @@ def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True
 
     write: whether to bring `known` up to date. Raises OSError for a file that cannot be read.
     """
-    try:
-        seen = json.loads(known.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: it only saves time
-        seen = {}
+    seen = _remembered(known)
     now, kept = time.time_ns(), {}
 
     def hash_of(file: Path) -> str:
@@ -68,6 +65,15 @@ def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True
         known.parent.mkdir(parents=True, exist_ok=True)
         write_text(known, json.dumps(dict(sorted((seen | kept).items()))))
     return hashes
+
+
+def _remembered(known: Path) -> dict[str, list]:
+    """path -> [size, time, hash]; what there is none of yet, or is damaged, is left out: it only saves time."""
+    try:
+        seen = json.loads(known.read_text(encoding="utf-8"))
+        return {path: entry for path, entry in seen.items() if [type(e) for e in entry] == [int, int, str]}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def content_hash(path: Path) -> str:

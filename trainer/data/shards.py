@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import SEEK_END, BytesIO
@@ -19,11 +21,13 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from .buckets import Buckets
-from .folders import PICTURES, load_picture
+from .folders import PICTURES, is_text, load_picture
 
 KINDS = tuple(suffix[1:] for suffix in PICTURES)
 # What webdataset opens by running a program with the address as its argument; "pipe" would run the address itself.
 REMOTE = sorted(gopen_schemes.keys() - {"__default__", "pipe"})
+MOST = 1 << 28  # bytes of a file in a shard: compressed, a few kilobytes can hold any number of zeros
+META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps of its own in archives
 BLOCK = 512  # bytes of tar's blocks; two of zeros end an archive
 PATIENCE = 30  # seconds for a server's answer
 GONE = (404, 410)
@@ -128,17 +132,14 @@ def read_shard(shard: str) -> Iterator[Sample]:
     try:
         path = local_path(shard)
         stream = _Watched(gopen(shard) if path is None else path.open("rb"))
-        files = tariterators.tar_file_expander(
-            [{"url": shard, "stream": stream}], select_files=partial(_is_wanted, strange)
-        )
-        samples = tariterators.group_by_keys(files, handler=twice)
+        samples = tariterators.group_by_keys(_files(stream, partial(_is_wanted, strange)), handler=twice)
     except Exception as error:  # each of webdataset's openers fails in its own way
         yield Sample(name, problem=f"cannot be opened ({_words(error)}). {_ADVICE}")
         return
     try:
         while isinstance(found := _next(samples), dict):
             read += 1
-            yield _sample(f"{name}/{found['__key__']}", found)
+            yield _sample(f"{name}/{_readable(found['__key__'])}", found)
     finally:
         failed = stream.close()
     yield from (Sample(name, problem=what) for what in strange)
@@ -171,6 +172,21 @@ _ENDS = "ends early"
 _ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
 
 
+def _files(stream: _Watched, is_wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[dict]:
+    """The wanted files of an archive, one in memory at a time, as webdataset's own reader gives them."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for info in tar:
+            if info.isreg() and is_wanted(info):
+                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": ""}
+            tar.members = []  # or it holds every name
+    yield {}  # ends the last sample
+
+
+def _readable(name: str) -> str:
+    """A name in an archive as text: it may be in another encoding, or hold what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in name)[:200]
+
+
 def _next(samples: Iterator[dict]) -> dict | str | None:
     """The next sample, what went wrong instead, or None at the end."""
     try:
@@ -186,12 +202,16 @@ def _words(error: Exception) -> str:
     return str(next(iter(error.args), error)).split(" @ ")[0]
 
 
-def _is_wanted(strange: list[str], file: str) -> bool:
-    """Whether a file is one of a sample's; pictures whose names have a second dot are noted."""
-    kind = (tariterators.base_plus_ext(file)[1] or "").lower()
+def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
+    """Whether a file is one of a sample's; too large ones, and pictures whose names have a second dot, are noted."""
+    kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), _readable(file.name)
     if kind.endswith(KINDS) and kind not in KINDS:
-        strange.append(f"a second dot in the name {file}, which webdataset takes for the kind .{kind}: rename it")
-    return kind in (*KINDS, "txt", "json")
+        strange.append(f"a second dot in the name {name}, which webdataset takes for the kind .{kind}: rename it")
+    if kind not in (*KINDS, "txt", "json") or META.match(file.name):
+        return False
+    if file.size > MOST:
+        strange.append(f"{name} has {file.size} bytes: at most {MOST} are read")
+    return file.size <= MOST
 
 
 def _sample(name: str, found: dict) -> Sample:
@@ -202,10 +222,12 @@ def _sample(name: str, found: dict) -> Sample:
         caption = found["txt"].decode("utf-8-sig") if "txt" in found else json.loads(found["json"])["caption"]
     except (KeyError, TypeError):
         return Sample(name, problem='no caption (.txt, or "caption" in .json)')
-    except ValueError:
+    except (ValueError, RecursionError):
         return Sample(name, problem=f"not UTF-8{'' if 'txt' in found else ' or not JSON'}: its caption")
     if not isinstance(caption, str) or not caption.strip():
         return Sample(name, problem="empty caption")
+    if not is_text(caption):
+        return Sample(name, problem="not UTF-8: its caption")
     return Sample(name, caption.strip(), found[kinds[0]])
 
 

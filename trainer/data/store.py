@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -23,6 +25,7 @@ from torch import Tensor
 # Of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
 FORMAT = 2
 SHARD = 256
+LATENTS = re.compile(r"latents-\d+-\d+(-last)?\.safetensors")
 INDEX, TEXTS, PROMPTS = "index.safetensors", "texts.safetensors", "prompts-*.safetensors"
 # How many files of a cache are kept open; each is mapped into memory.
 OPEN = 128
@@ -38,19 +41,30 @@ class LatentCache:
     def __init__(self, folder: Path, skipped: Iterable[str] = (), notes: Iterable[str] = ()):
         self.folder = folder
         self._open = OpenFiles(folder)
-        with open_file(folder / INDEX) as index:
-            facts = index.metadata()
-            self._first, self._shape, self._row, self._prompt = (
-                index.get_tensor(key) for key in ("first", "shape", "row", "prompt")
-            )
-        self._files: list[str] = json.loads(facts["files"])
-        self._shapes: list[str] = json.loads(facts["shapes"])
-        self._spread = facts["spread"] == "yes"
-        self.skipped = [*skipped, *json.loads(facts["skipped"])]
-        self.notes = [*notes, *json.loads(facts["notes"])]
         self.prompts = Texts(folder)
+        with reading(folder / INDEX), open_file(folder / INDEX) as index:
+            facts = index.metadata()
+            lists = [strings(facts[key]) for key in ("files", "shapes", "skipped", "notes")]
+            columns = (index.get_tensor(key) for key in ("first", "shape", "row", "prompt"))
+            self._first, self._shape, self._row, self._prompt = columns
+            self._files, self._shapes, left_out, told = lists
+            self._spread = facts["spread"] == "yes"
+            self._check()
+        self.skipped, self.notes = [*skipped, *left_out], [*notes, *told]
         self.captions = Captions(self.prompts, self._prompt)
         self._more: dict[str, dict[str, Tensor]] = {}
+
+    def _check(self) -> None:
+        """Raise ValueError where the index leads to what is not there."""
+        count = len(self._row)
+        numbers(self._shape, count, len(self._shapes))
+        numbers(self._row, count, SHARD)
+        numbers(self._prompt, count, len(self.prompts))
+        numbers(self._first, len(self._files), count + 1)
+        if not all(LATENTS.fullmatch(name) for name in self._files):
+            raise ValueError("it lists files of other names")
+        if (np.diff(self._first) < 0).any() or self._first[:1].any() or (count and not self._files):
+            raise ValueError("its files do not follow each other")
 
     def __len__(self) -> int:
         return len(self._row)
@@ -66,23 +80,30 @@ class LatentCache:
         posterior has a spread."""
         rows = []
         for index, generator in zip(indices, generators, strict=True):
-            file, shape, row = self._file(index), self._shapes[self._shape[index]], int(self._row[index])
-            latent = torch.from_numpy(file.get_slice(f"mean.{shape}")[row]).float()
-            if self._spread:
-                spread = torch.from_numpy(file.get_slice(f"std.{shape}")[row]).float()
-                latent = latent + spread * torch.randn(latent.shape, generator=generator)
+            shape, row = self._shapes[self._shape[index]], int(self._row[index])
+            with self._reading(index) as file:
+                latent = torch.from_numpy(file.get_slice(f"mean.{shape}")[row]).float()
+                if self._spread:
+                    spread = torch.from_numpy(file.get_slice(f"std.{shape}")[row]).float()
+                    latent = latent + spread * torch.randn(latent.shape, generator=generator)
+                if "x".join(map(str, latent.shape[1:])) != shape or rows and latent.shape != rows[0].shape:
+                    raise ValueError(f"the latents {shape} are of {tuple(latent.shape)}")
             rows.append(latent)
         return torch.stack(rows)
 
     def sizes(self, indices: Iterable[int]) -> Tensor:
         """(B, 6) of each sample: see `load_picture`."""
-        rows = [self._file(index).get_slice("sizes")[int(index - self._first[self._shard(index)])] for index in indices]
+        rows = []
+        for index in indices:
+            with self._reading(index) as file:
+                rows.append(numbers(file.get_slice("sizes")[int(index - self._first[self._shard(index)])], 6))
         return torch.from_numpy(np.stack(rows))
 
     def encoding(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """Prompt encodings (B, ...) in fp32; the prompts must have been cached or added."""
         rows = [self._encoded(prompt) for prompt in prompts]
-        return {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
+        with reading(self.folder / PROMPTS):
+            return {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
 
     def add_prompts(self, prompts: list[str], encoded: dict[str, Tensor]) -> None:
         """Know the encodings of prompts that are no sample's (a preview's) too, without writing them down."""
@@ -94,13 +115,19 @@ class LatentCache:
             return self._more[prompt]
         shard, row = divmod(number, SHARD)
         file = self._open.get(prompts_name(shard))
-        return {key: torch.from_numpy(file.get_slice(key)[row]) for key in file.keys()}  # noqa: SIM118 (no dict)
+        with reading(self.folder / prompts_name(shard)):
+            return {key: torch.from_numpy(file.get_slice(key)[row]) for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
-    def _file(self, index: int):
-        return self._open.get(self._files[self._shard(index)])
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[safe_open]:
+        """A sample's file, open; it is what is damaged where the block fails."""
+        name = self._files[self._shard(index)]
+        file = self._open.get(name)
+        with reading(self.folder / name):
+            yield file
 
 
 class Texts(Sequence):
@@ -111,16 +138,19 @@ class Texts(Sequence):
 
     def __init__(self, folder: Path):
         self._path = folder / TEXTS
-        with open_file(self._path) as file:
+        with reading(self._path), open_file(self._path) as file:
             # sorted by the first of `hashes_of`
             self._hashes, self._second, self._numbers = map(file.get_tensor, ("hash", "second", "number"))
+            for column in (self._hashes, self._second, self._numbers):
+                numbers(column, len(self._hashes))
+            numbers(self._numbers, below=len(self))
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def __getitem__(self, number: int) -> str:
         number = range(len(self))[number]
-        with open_file(self._path) as file:
+        with reading(self._path), open_file(self._path) as file:
             start, end = file.get_slice("offset")[number : number + 2].tolist()
             return file.get_slice("text")[start:end].tobytes().decode()
 
@@ -164,10 +194,43 @@ class OpenFiles:
 
 def open_file(path: Path) -> safe_open:
     """A cache's file, its tensors as numpy arrays of their own. Raises ValueError for a damaged one."""
-    try:
+    with reading(path):
         return safe_open(path, "np")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it: the same command makes it again.") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ValueError that says that this file of a cache is damaged, where the block fails at what is in it."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path} is damaged ({what}). Delete it: the same command makes it again.") from error
+
+
+class Damaged(ValueError):
+    """Raised by `reading`."""
+
+
+def strings(text: str) -> list[str]:
+    """A JSON list of strings. Raises ValueError for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise ValueError("a list of strings is something else")
+    return found
+
+
+def numbers(column: NDArray, count: int | None = None, below: int | None = None) -> NDArray:
+    """The column, if it is one of so many whole numbers from 0 to `below` - 1, where these are said. Raises ValueError
+    for anything else."""
+    if column.ndim != 1 or column.dtype.kind != "i" or (count is not None and len(column) != count):
+        told = "" if count is None else f"{count} "
+        raise ValueError(f"{told}whole numbers are {column.dtype} of shape {column.shape}")
+    if below is not None and len(column) and not 0 <= column.min() <= column.max() < below:
+        raise ValueError(f"numbers below {below} are {column.min()} to {column.max()}")
+    return column
 
 
 def prompts_name(number: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .lora import STYLES, check_out, write_lora
+from .factors import error_text, errors
+from .lora import STYLES, check_out, settled, write_lora
 from .reading import read_lora
 
 
@@ -20,8 +21,8 @@ def convert(
 ) -> dict[str, Any]:
     """Write a LoRA of any published key style in kohya's or diffusers' (`STYLES`); returns what was done.
 
-    Weights stay bit for bit, but for SD3's in diffusers' style with an alpha unlike the rank (`write_lora`). Metadata
-    stays; a known public file takes its recipe along. family, alpha: see `read_lora`.
+    Weights stay bit for bit and the error is 0, but for SD3's in diffusers' style with an alpha unlike the rank
+    (`write_lora`). Metadata stays; a known public file takes its recipe along. family, alpha: see `read_lora`.
     Raises ValueError for another style, and what `read_lora`, `check_out` and `write_lora` raise.
     """
     if to not in STYLES:
@@ -30,8 +31,11 @@ def convert(
     lora = read_lora(source, family, alpha)
     known = lora.recipe if lora.recipe and lora.recipe.source != "header" else None
     worked_in = write_lora(out, lora.family, lora.pairs, lora.metadata, known, to)
-    baked = f"; alpha worked into the weights of {worked_in}" if worked_in else ""
-    return {
+    told, baked = {"error": 0.0}, ""
+    if worked_in:
+        told = errors({name: [pair] for name, pair in lora.pairs.items()}, settled(lora.pairs, lora.family))
+        baked = f"; alpha worked into the weights of {worked_in}, {error_text(told)}"
+    return told | {
         "out": str(out),
         "style": to,
         "family": lora.family.name,

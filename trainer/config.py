@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ else:
     import tomli as tomllib
 
 
+DEEPEST = 6  # levels of sections and lists in a configuration
+MOST_PROBLEMS, LONGEST = 50, 200  # that are told at once; characters of a value or a key in them
 # How a run is worked through, which may change between two starts: what an update learns is the same up to rounding.
 MAY_CHANGE = tuple(
     f"train.{key}"
@@ -146,15 +149,16 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
     if preset is not None:
         if str(preset) not in PRESETS:
             near = _nearest(str(preset), PRESETS)
-            raise ValueError(f"Unknown preset {preset!r}; available: {', '.join(PRESETS)}.{near}")
+            raise ValueError(f"Unknown preset {_short(repr(preset))}; available: {', '.join(PRESETS)}.{near}")
         _lay(values, PRESETS[preset].values)
     _lay(values, document)
     given: dict[str, Any] = {}
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep:
-            raise ValueError(f"Cannot read the override {item!r}: write key=value, for example train.steps=2000.")
+            raise ValueError(f"Cannot read the override {_short(repr(item))}: write key=value, for example train.steps=2000.")
         _set(given, key.strip(), _parse_value(text.strip()))
+        _check_depth(given, f"The override {_short(item)}")
     _lay(values, given)
     values.setdefault("base", {})
     if isinstance(values.get("objective"), dict):
@@ -167,21 +171,40 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
         raise ValueError(_explain(error)) from None
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def _read_toml(file: str) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid TOML: {error}.") from None
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UTF-8's, TOML's, and Python's of numbers with thousands of digits
+        raise ValueError(f"{file} is not valid TOML: {_short(error)}.") from None
+    _check_depth(document, file)
+    return document
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Raise ValueError for what is nested deeper than any setting."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [v for e in level if isinstance(e, dict | list) for v in (e.values() if isinstance(e, dict) else e)]
+    if level:
+        raise ValueError(f"{where} nests more than {DEEPEST} levels of sections and lists; settings take fewer.")
 
 
 def _parse_value(text: str) -> Any:
     """A TOML value where it is one, else the text itself, so that paths need no quotes."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is a name here
 
@@ -189,7 +212,7 @@ def _parse_value(text: str) -> Any:
 def _lay(over: dict[str, Any], new: dict[str, Any]) -> None:
     """Merge one source's settings over those before; a change of the objective keeps the keys that both have."""
     objective, before = new.get("objective"), over.get("objective")
-    if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in OBJECTIVES:
+    if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in [*OBJECTIVES]:
         over["objective"] = known_to(objective["name"], before)
     _merge(over, new)
 
@@ -207,21 +230,23 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"Cannot set {dotted}: {section} is a value, not a section.")
+            raise ValueError(f"Cannot set {_short(dotted)}: {_short(section)} is a value, not a section.")
     values[key] = value
 
 
 def _explain(error: ValidationError) -> str:
-    lines = [f"  {_sentence(problem)}" for problem in error.errors()]
-    count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
-    return f"The configuration has {count}:\n" + "\n".join(lines)
+    problems = error.errors()
+    lines = [f"  {_sentence(problem)}" for problem in problems[:MOST_PROBLEMS]]
+    more = [f"  and {len(problems) - len(lines)} more."] if len(problems) > len(lines) else []
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return f"The configuration has {count}:\n" + "\n".join(lines + more)
 
 
 def _sentence(problem: dict[str, Any]) -> str:
     """One problem in words; between "objective" and the key its place has the objective's name."""
     loc = problem["loc"]
     of_objective = loc[:1] == ("objective",)
-    where = ".".join(str(p) for p in (loc[:1] + loc[2:] if of_objective else loc))
+    where = ".".join(_short(p) for p in (loc[:1] + loc[2:] if of_objective else loc))
     if problem["type"] == "extra_forbidden":
         known = list(_section(loc[:-1]).model_fields)
         near, others = _nearest(str(loc[-1]), known), ""
@@ -231,12 +256,19 @@ def _sentence(problem: dict[str, Any]) -> str:
         return f"{where}: unknown key.{near}{others} Known here: {', '.join(known)}."
     if problem["type"] == "union_tag_invalid":
         name = problem["ctx"]["tag"]
-        return f"objective.name = {name!r}: available: {', '.join(OBJECTIVES)}.{_nearest(name, OBJECTIVES)}"
+        near = _nearest(name, OBJECTIVES)
+        return f"objective.name = {_short(repr(name))}: available: {', '.join(OBJECTIVES)}.{near}"
     if problem["type"] == "missing":
         return f"{where}: is required; {_field_help(loc)}."
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return f"{where} = {_short(repr(problem['input']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _short(text: object) -> str:
+    """As much of a text of any length as says what it is."""
+    text = str(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _s(names: list[str]) -> str:
@@ -260,5 +292,5 @@ def _field_help(loc: tuple) -> str:
 
 
 def _nearest(given: str, known) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given[:LONGEST], list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

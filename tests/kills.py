@@ -46,6 +46,10 @@ SETTINGS = {
     "adversarial__width": 16,
     "preview__every": 3,
     "preview__steps": [1],
+    "validation__every": 2,
+    "validation__count": 2,
+    "validation__steps": [1, 2],
+    "validation__teacher_steps": 3,
 }
 # What Python tells of before it is done, and which of its arguments is the file.
 WRITES = {"open": 0, "os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.truncate": 0}

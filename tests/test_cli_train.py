@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from phased_consistency.trainer import checkpoint, inspection, parts
+from phased_consistency.trainer import checkpoint, inspection
 from phased_consistency.trainer.engine import Engine
 from runs import TINY, settings, sha256
 
@@ -216,12 +215,3 @@ def test_out_of_memory_beside_training_says_what_to_try(fails, lora, tmp_path, m
     given = ("--base", TINY, "--lora", lora, "--prompt", "a red star", "--out", tmp_path / "grid.png")
     message = fails(1, "sample", *given)
     assert "CUDA out of memory." in message and "smaller resolution, --dtype bf16" in message
-
-
-def test_an_interrupt_before_the_first_update(fails, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(parts, "build_cache", interrupted)
-    message = fails(1, "train", *settings(tmp_path / "run"))
-    assert "Interrupted. No checkpoint was due yet, and what was cached is kept; the same command goes on" in message

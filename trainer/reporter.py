@@ -28,7 +28,7 @@ class Pace:
 
     def after(self, step: int, steps: int, loss: float) -> Status:
         self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
-        rate = (step - self.first) * self.samples / (time.monotonic() - self.started)
+        rate = (step - self.first) * self.samples / max(time.monotonic() - self.started, 1e-6)
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         return Status(step, steps, self.loss, rate, memory)
 

@@ -1,0 +1,419 @@
+"""Every row of docs/robustness.md: the fault is made to happen, what is said is what the row says, and what is kept is
+looked at. Most runs are then taken up again, and must end in the bytes of one that nothing befell."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.trainer import loop, parts
+from phased_consistency.trainer.checkpoint import load_latest_state
+from phased_consistency.trainer.engine import Engine
+from phased_consistency.trainer.loop import RunFailed, train
+from runs import Notes, metadata, sha256, small_config
+
+DOC = Path(__file__).parent.parent / "docs" / "robustness.md"
+SETTINGS = {"train__steps": 6, "train__ema": 0.9, "train__lr_schedule": "cosine"}
+
+
+def row(fault: str) -> re.Pattern:
+    """What the page says that the user sees: the row's sentence, where … stands for what differs."""
+    cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in DOC.read_text().splitlines() if line.startswith("| ")]
+    said = {name.strip(): text.strip().strip("`") for name, text in cells}
+    return re.compile(re.escape(said[fault]).replace("…", ".*"), re.DOTALL)
+
+
+class Acting(Notes):
+    """Does something after an update, by its number."""
+
+    def __init__(self, **acts):
+        super().__init__()
+        self.acts = {int(name.removeprefix("after_")): act for name, act in acts.items()}
+
+    def update(self, status):
+        super().update(status)
+        if status.step in self.acts:
+            self.acts[status.step]()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing befalls."""
+    return train(small_config(tmp_path_factory.mktemp("whole") / "run", **SETTINGS))
+
+
+@pytest.fixture
+def config(whole, tmp_path):
+    """The same run, not yet begun; its cache is there."""
+    shutil.copytree(whole.parent / "cache", tmp_path / "run" / "cache")
+    return small_config(tmp_path / "run", **SETTINGS)
+
+
+@pytest.fixture
+def partly(whole, config):
+    """The same run as it stood after 4 updates."""
+    shutil.copytree(whole.parent / "checkpoints", config.run_folder / "checkpoints")
+    (config.run_folder / "checkpoints" / "step-0000006.safetensors").unlink()
+    return config
+
+
+def steps_kept(config):
+    return [int(p.stem.split("-")[1]) for p in sorted(config.run_folder.glob("checkpoints/*.safetensors"))]
+
+
+def fails(config, fault, reporter=None, error=RunFailed, **how):
+    """The run ends with what the row says; nothing is left half written."""
+    with pytest.raises(error) as raised:
+        train(config, reporter, **how)
+    assert row(fault).search(str(raised.value)), f"said: {raised.value}"
+    assert not list(config.run_folder.rglob("*.part"))
+
+
+def goes_on(config, whole, **how):
+    """The same command ends the run, in the same bytes as if nothing had been."""
+    notes = Notes()
+    assert sha256(train(config, notes, **how)) == sha256(whole)
+    return notes
+
+
+def limited(size):
+    """From now on no file can grow past this size: what a full disk is, to the one who writes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def disk():
+    yield limited
+    limited(resource.RLIM_INFINITY)
+
+
+# --- the disk
+
+
+def test_a_disk_that_is_full_for_a_checkpoint(config, whole, disk):
+    size = (whole.parent / "checkpoints" / "step-0000004.safetensors").stat().st_size
+    fails(config, "disk full while a checkpoint is saved", Acting(after_3=lambda: disk(size // 2)))
+    disk(resource.RLIM_INFINITY)
+    assert steps_kept(config) == [2] and goes_on(config, whole).steps[0] == 3
+
+
+def test_a_disk_that_is_full_for_a_lora(config, whole, disk, monkeypatch):
+    """It fills right after the checkpoint."""
+    real = loop.save_state
+
+    def save_state(folder, step, *args):
+        real(folder, step, *args)
+        if step == 4:
+            disk(whole.stat().st_size // 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", save_state)
+        fails(config, "disk full while a LoRA is saved")
+    disk(resource.RLIM_INFINITY)
+    assert steps_kept(config) == [2, 4] and goes_on(config, whole).steps[0] == 5
+
+
+def test_what_only_shows_does_not_end_a_run(whole, tmp_path, disk):
+    """Neither a picture nor the log."""
+    shown = {"preview__every": 3, "preview__steps": [1], "train__save_every": 100}
+    config = small_config(tmp_path / "run", **SETTINGS | shown)
+    notes = Acting(after_1=lambda: disk(100), after_4=lambda: disk(resource.RLIM_INFINITY))
+    assert sha256(train(config, notes)) == sha256(whole)
+    assert any(row("disk full while a picture is drawn").search(line) for line in notes.said), notes.said
+    assert not (config.run_folder / "previews" / "step-0000003.png").exists()
+    assert (config.run_folder / "previews" / "step-0000006.png").is_file()
+
+
+def test_a_folder_that_cannot_be_written():
+    if os.geteuid():
+        return _cannot_be_written()
+    os.seteuid(65534)  # the superuser may write everywhere
+    try:
+        _cannot_be_written()
+    finally:
+        os.seteuid(0)
+
+
+def _cannot_be_written():
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o555)
+        fails(small_config(Path(place) / "run"), "output folder is read-only", error=PermissionError)
+        os.chmod(place, 0o755)
+        Path(place, "run").mkdir(mode=0o555)
+        fails(small_config(Path(place) / "run"), "output folder is read-only", error=PermissionError)
+        assert list(Path(place, "run").iterdir()) == []
+
+
+def test_two_runs_in_one_folder(partly, whole):
+    with FileLock(partly.run_folder / "run.lock"):
+        fails(partly, "a second run in the folder", error=ValueError)
+    assert steps_kept(partly) == [4]
+    goes_on(partly, whole)
+
+
+# --- what a run is made of
+
+
+def test_a_base_that_was_replaced(tmp_path):
+    """The file of the same name has other weights: seen by its hash, before anything is made with it."""
+    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    shutil.copytree(folder, tmp_path / "base")
+    config = small_config(tmp_path / "run", base__path=tmp_path / "base")
+    train(config)
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v * 1.001 if "mid_block" in k else v for k, v in tensors.items()}, weights)
+    caches = list((tmp_path / "run" / "cache").iterdir())
+    fails(config, "base replaced between runs", error=ValueError)
+    assert list((tmp_path / "run" / "cache").iterdir()) == caches
+    train(config, accept_changes=True)
+
+
+def test_a_base_with_weights_that_are_not_finite(tmp_path):
+    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    shutil.copytree(folder, tmp_path / "base")
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["mid_block.resnets.0.conv1.weight"][0] = float("nan")
+    save_file(tensors, weights)
+    fails(small_config(tmp_path / "run", base__path=tmp_path / "base"), "NaN in the base's weights", error=ValueError)
+
+
+def test_changed_settings(partly, whole):
+    changed = small_config(partly.run_folder, **SETTINGS | {"train__lr": 0.02, "train__seed": 3})
+    fails(changed, "settings changed between runs", error=ValueError)
+    assert sha256(train(partly)) == sha256(whole), "the refusal changed nothing"
+
+
+def test_changed_pictures(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(4):
+        Image.new("RGB", (64, 64), (60 * n, 90, 20)).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text("a colour")
+    config = small_config(tmp_path / "run", data__images=pictures, data__count=None)
+    train(config)
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(pictures / "0.png")
+    fails(config, "pictures changed between runs", error=ValueError)
+    assert "have changed since." in " ".join(_said(config, accept_changes=True))
+
+
+def _said(config, **how):
+    notes = Notes()
+    train(config, notes, **how)
+    return notes.said
+
+
+@pytest.mark.parametrize("name", ["latents-", "prompts-", "index", "texts"])
+def test_a_shard_that_was_cut_short_is_made_again(name, partly, whole):
+    (file,) = partly.run_folder.glob(f"cache/*/{name}*.safetensors")
+    before = file.read_bytes()
+    file.write_bytes(before[:-10])
+    notes = goes_on(partly, whole)
+    assert any(row("cache file cut short between runs").fullmatch(line) for line in notes.said), notes.said
+    assert file.read_bytes() == before
+
+
+def test_a_shard_that_is_cut_short_while_the_run_reads_it(config, whole, monkeypatch):
+    (file,) = config.run_folder.glob("cache/*/latents-*.safetensors")
+    real = parts.make_batches
+
+    def cut(*args):
+        made = real(*args)
+        file.write_bytes(file.read_bytes()[:-10])
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_batches", cut)
+        fails(config, "cache file cut short during a run", error=ValueError)
+    goes_on(config, whole)
+
+
+def test_a_picture_that_cannot_be_read(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(3):
+        Image.fromarray(np.full((64, 64, 3), 60 * n, np.uint8)).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text("a grey")
+    whole = (pictures / "1.png").read_bytes()
+    (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
+    settings = {"data__images": pictures, "data__count": None}
+    fails(small_config(tmp_path / "run", **settings), "picture that cannot be read", error=ValueError)
+    said = _said(small_config(tmp_path / "run", **settings, data__skip_bad="true"))
+    assert any("Left out" in line and "1.png" in line for line in said), said
+    (pictures / "1.png").write_bytes(whole)
+    (pictures / "2.txt").unlink()
+    fails(small_config(tmp_path / "other", **settings), "picture without a caption", error=ValueError)
+
+
+def test_a_checkpoint_that_was_cut_short(partly, whole):
+    (last,) = partly.run_folder.glob("checkpoints/*.safetensors")
+    last.write_bytes(last.read_bytes()[:-100])
+    fails(partly, "checkpoint cut short", error=ValueError)
+    last.unlink()
+    assert goes_on(partly, whole).steps[0] == 1
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("fault", ["NaN in the loss", "NaN in the gradient"])
+def test_numbers_that_are_not_finite(fault, config, whole, monkeypatch):
+    real, calls = Engine.step, []
+
+    def step(self, batch):
+        losses = real(self, batch)
+        calls.append(losses)
+        if len(calls) == 3 and "loss" in fault:
+            losses.distance.data[1] = float("nan")
+        if len(calls) == 3 and "gradient" in fault:
+            losses.distance.register_hook(lambda gradient: gradient * float("inf"))
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        fails(config, fault)
+    _, groups, _ = load_latest_state(config.run_folder / "checkpoints")
+    assert steps_kept(config) == [2] and all(w.isfinite().all() for w in groups["adapter"].values())
+    goes_on(config, whole)
+
+
+def test_too_little_memory(config, whole, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        fails(config, "memory runs out")
+    goes_on(config, whole)
+
+
+# --- signals and the clock
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_saves_and_stops(number, config, whole):
+    notes = Acting(after_3=lambda: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    fails(config, "Ctrl-C or SIGTERM", notes)
+    assert signal.getsignal(number) == before
+    assert "Stopping after this update. Once more to stop at once." in notes.said
+    assert steps_kept(config)[-1] == 4 and goes_on(config, whole).steps[0] == 5
+
+
+def test_two_signals_stop_at_once(config, whole):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    fails(config, "Ctrl-C twice", Acting(after_3=twice))
+    assert steps_kept(config) == [2] and goes_on(config, whole).steps[0] == 3
+
+
+@pytest.mark.parametrize(("fault", "times", "kept"), [("Ctrl-C or SIGTERM", 1, [2, 4]), ("Ctrl-C twice", 2, [2])])
+def test_a_signal_while_a_checkpoint_is_saved(fault, times, kept, config, whole, monkeypatch):
+    """The first waits for it, the second does not."""
+    real = loop.save_state
+
+    def interrupted(folder, step, *args):
+        for _ in range(times if step == 4 and steps_kept(config) == [2] else 0):
+            signal.raise_signal(signal.SIGINT)
+        real(folder, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", interrupted)
+        fails(config, fault)
+    assert steps_kept(config) == kept
+    goes_on(config, whole)
+
+
+def test_a_signal_before_the_first_update(config, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "fill_cache", lambda *_: signal.raise_signal(signal.SIGTERM))
+        fails(config, "Ctrl-C before the first update")
+    goes_on(config, whole)
+
+
+@pytest.mark.parametrize("jump", [-86_400, 86_400])
+def test_a_clock_that_jumps(jump, config, whole, monkeypatch):
+    """Times are shown, not learnt from, and rates go by a clock that does not jump."""
+    real, rates = time.time, []
+
+    class Jumping(Acting):
+        def update(self, status):
+            super().update(status)
+            rates.append(status.samples_per_second)
+
+    notes = Jumping(after_2=lambda: monkeypatch.setattr(time, "time", lambda: real() + jump))
+    assert sha256(train(config, notes)) == sha256(whole)
+    assert len(rates) == 6 and all(0 < rate < 1e6 for rate in rates)
+    assert row("clock that jumps").pattern == "nothing"
+
+
+# --- what --accept-changes takes
+
+
+def test_accepted_changes_are_said_and_written_down(partly):
+    changed = small_config(partly.run_folder, **SETTINGS | {"train__lr": 0.02})
+    notes = Notes()
+    path = train(changed, notes, accept_changes=True)
+    assert "Changed after update 4: train.lr 0.01 -> 0.02." in notes.said and notes.steps == [5, 6]
+    assert metadata(path)["pcm.changes"] == '[{"step": 4, "changed": {"train.lr": [0.01, 0.02]}}]'
+    assert "pcm.changes" not in metadata(train(small_config(partly.run_folder.parent / "plain", **SETTINGS)))
+    assert train(changed, Notes()) == path, "the run is one with these settings now"
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({"train__ema": 0}, None),
+        ({"train__steps": 8, "train__batch_size": 2}, None),
+        ({"adversarial__weight": 0.1, "adversarial__width": 16}, "the discriminator"),
+        ({"objective__name": "lcm", "objective__target_ema": 0.9}, "the target"),
+        ({"data__count": 7}, None),
+    ],
+    ids=["no average", "longer", "adversarial", "another objective", "other data"],
+)
+def test_a_run_goes_on_with_what_there_is(change, anew, partly):
+    notes = Notes()
+    settings = SETTINGS | change
+    path = train(small_config(partly.run_folder, **settings), notes, accept_changes=True)
+    assert notes.steps == list(range(5, settings["train__steps"] + 1))
+    begun = [line for line in notes.said if line.startswith("Begun anew")]
+    assert (anew in begun[0]) if anew else not begun
+    assert all(t.isfinite().all() for t in load_file(path).values())
+
+
+def test_an_average_begins_with_the_weights_that_are_there(partly):
+    plain = small_config(partly.run_folder.parent / "plain", **SETTINGS | {"train__ema": 0})
+    train(small_config(plain.run_folder, **SETTINGS | {"train__ema": 0, "train__steps": 6}))
+    longer = small_config(plain.run_folder, **SETTINGS | {"train__steps": 7})
+    notes = Notes()
+    train(longer, notes, accept_changes=True)
+    assert "Begun anew, as the checkpoint holds nothing for it: the average." in notes.said
+
+
+def test_another_rank_cannot_be_accepted(partly):
+    changed = small_config(partly.run_folder, **SETTINGS | {"lora__rank": 8})
+    with pytest.raises(ValueError, match="A run's base and lora.rank cannot change. Set them back"):
+        train(changed, accept_changes=True)
+    assert read_header(next(partly.run_folder.glob("checkpoints/*.safetensors")))
+
+
+def test_every_row_of_the_page_has_its_test():
+    """But for the kills, which tests/kills.py makes."""
+    rows = [line.split("|")[1].strip() for line in DOC.read_text().splitlines() if line.startswith("| ")]
+    made, source = set(rows) - {"fault", "kill -9, a crash, a power cut"}, Path(__file__).read_text()
+    assert len(made) > 15 and [name for name in made if f'"{name}"' not in source] == []

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -161,6 +162,29 @@ def test_two_runs_in_one_folder(partly, whole):
         fails(partly, "a second run in the folder", error=ValueError)
     assert steps_kept(partly) == [4]
     goes_on(partly, whole)
+
+
+def test_a_second_run_waits_while_the_first_fills_their_cache(config, whole):
+    notes, held = Notes(), Event()
+
+    def fill():
+        with FileLock(config.cache_folder / "cache.lock"):
+            held.set()
+            time.sleep(1.5)
+
+    Thread(target=fill).start()
+    held.wait()
+    assert sha256(train(config, notes)) == sha256(whole)
+    assert f"Another run is filling the cache in {config.cache_folder}: waiting for it." in notes.said
+
+
+def test_a_disk_without_locks(config, whole, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    notes = goes_on(config, whole)
+    assert f"The disk of {config.run_folder} knows no locks: take care that no second run" in " ".join(notes.said)
 
 
 # --- what a run is made of

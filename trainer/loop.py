@@ -21,12 +21,13 @@ from .export import export, self_test
 from .families import family_class
 from .initial import start_from
 from .journal import Journal, facts_of, peak_memory
+from .locks import only_run
 from .memory import explain_out_of_memory, out_of_memory
 from .parts import fill_cache, make_batches, make_engine, open_base, split_of
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
 from .reporter import Pace, Reporter
-from .stopping import Stopper, only_run
+from .stopping import Stopper
 from .trained import Trained
 from .update import Outcome, Updater, lr_factor
 from .validation import Validation

@@ -20,6 +20,7 @@ from .engine import Engine
 from .export import DTYPES, recipe_for
 from .families import Base, load_base
 from .initial import check_start
+from .locks import only_filler
 from .prepare import check_prepare, prepare
 from .processes import Processes
 from .quantize import Trial
@@ -50,7 +51,8 @@ def open_base(config: Config, processes: Processes, say: Say) -> Base:
 def fill_cache(config: Config, base: Base, processes: Processes, reporter: Reporter) -> LatentCache:
     """The run's cache, made where it lacks something; the encoders are dropped afterwards."""
     share = {"rank": processes.rank, "processes": processes.count, "wait": processes.wait}
-    cache = build_cache(config, base, reporter.caching, **share)
+    with processes.by_first(only_filler(config.cache_folder, reporter.say)):
+        cache = build_cache(config, base, reporter.caching, **share)
     for line in cache.skipped:
         reporter.say(f"Left out {line}.")
     for note in cache.notes:

@@ -1,4 +1,4 @@
-"""Asked to stop: once to save and end, twice to end at once; and one run at a time in a folder."""
+"""Asked to stop: once to save and end, twice to end at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOCK = "run.lock"
 
 
 class Stopper:
@@ -49,29 +45,3 @@ class Stopper:
             raise KeyboardInterrupt
         self.asked = True
         self.say(f"{self.sentence} Once more to stop at once.")
-
-
-@contextmanager
-def only_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a folder for one run; the system lets go of it however the process ends.
-
-    Raises ValueError where another run holds it, OSError where the folder cannot be written.
-    """
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"Another run is at work in {folder}. Wait until it has ended, or set output to another folder."
-        ) from None
-    except NotImplementedError:
-        say(f"The disk of {folder} knows no locks: take care that no second run is started there.")
-        yield
-        return
-    except OSError as error:
-        raise type(error)(f"Cannot write to the run folder {folder}: {error}. Set output to another folder.") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,0 +1,59 @@
+"""One run at a time in a folder, and one that fills a cache. The system lets go of a lock however a process ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def only_run(folder: Path, say: Say) -> Iterator[None]:
+    """Hold a run's folder in this block. Raises ValueError where another run holds it, and as `_hold`."""
+
+    def taken(_: FileLock) -> None:
+        raise ValueError(
+            f"Another run is at work in {folder}. Wait until it has ended, or set output to another folder."
+        )
+
+    with _hold(folder / "run.lock", taken, say):
+        yield
+
+
+@contextmanager
+def only_filler(folder: Path, say: Say) -> Iterator[None]:
+    """Hold a folder of caches in this block, once no other run fills one there. Raises as `_hold`."""
+
+    def taken(lock: FileLock) -> None:
+        say(f"Another run is filling the cache in {folder}: waiting for it.")
+        lock.acquire(timeout=-1)
+
+    with _hold(folder / "cache.lock", taken, say):
+        yield
+
+
+@contextmanager
+def _hold(path: Path, taken: Callable[[FileLock], None], say: Say) -> Iterator[None]:
+    """Hold a lock in this block, making its folder; `taken` is called where another process holds it.
+
+    Raises OSError where the folder cannot be written.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken(lock)
+    except NotImplementedError:  # some network disks; newer versions of filelock make do with the file's being there
+        say(f"The disk of {path.parent} knows no locks: take care that no second run is started there.")
+    except OSError as error:
+        raise type(error)(f"Cannot write to {path.parent}: {error}. Set output to another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from phased_consistency.samplers.lora_file import read_header
-from phased_consistency.trainer import loop, parts
+from phased_consistency.trainer import loop, parts, space
 from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.engine import Engine
 from phased_consistency.trainer.loop import RunFailed, train
@@ -135,6 +136,21 @@ def test_what_only_shows_does_not_end_a_run(whole, tmp_path, disk):
     assert any(row("disk full while a picture is drawn").search(line) for line in notes.said), notes.said
     assert not (config.run_folder / "previews" / "step-0000003.png").exists()
     assert (config.run_folder / "previews" / "step-0000006.png").is_file()
+
+
+def test_a_disk_that_will_not_do_is_said_before_the_first_update(config, whole, monkeypatch):
+    """By how much room the files of the undisturbed run took."""
+    files = [*whole.parent.glob("checkpoints/*.safetensors"), *whole.parent.glob("*.safetensors")]
+    took = sum(f.stat().st_size for f in files)
+    for share, short in ((0.8, True), (2, False)):
+        usage = SimpleNamespace(free=int(share * took))
+        with monkeypatch.context() as patch:
+            patch.setattr(space.shutil, "disk_usage", lambda _, usage=usage: usage)
+            notes = Notes()
+            run = loop.Run(config, notes)
+        run.updater.coming.close()
+        told = [line for line in notes.said if re.match(r"The run will write .*, 3 checkpoints of", line)]
+        assert bool(told) == short
 
 
 def test_a_folder_that_cannot_be_written():

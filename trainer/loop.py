@@ -27,6 +27,7 @@ from .parts import fill_cache, make_batches, make_engine, open_base, split_of
 from .previews import preview_grid, save_image
 from .processes import Processes, ProcessLost
 from .reporter import Pace, Reporter
+from .space import short_of_space
 from .stopping import Stopper
 from .trained import Trained
 from .update import Outcome, Updater, lr_factor
@@ -129,8 +130,9 @@ class Run:
         self.unread: deque[Outcome] = deque()
         self.stopping = False
         self.pace = Pace(self.step, self.split.update)
-        if told := self.validation.sentence():
-            self.reporter.say(told)
+        for told in (self.validation.sentence(), short_of_space(config, self.trained, self.step)):
+            if told:
+                self.reporter.say(told)
 
     @property
     def _saved_as(self) -> Path:

@@ -151,6 +151,24 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/pcm-lora.")],
+    out: Annotated[Path, typer.Option(help="HTML to write; default: report.html in the run folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run as one HTML page: what came out, curves, pictures, costs, settings, starts and stops.
+
+    Every run writes it at its end; this is for one that is under way, or was killed.
+
+    Example: pcm report runs/pcm-lora
+    """
+    from .reporting.page import report as run_report
+
+    details = run_report(run, out)
+    answer(details, as_json, details["text"])
+
+
+@app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")], as_json: Json = False) -> None:
     """Print what a LoRA's header says: recipe, family, rank, alpha, keys, hashes, metadata."""
     from .inspection import describe, describe_text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..samplers import FlowSchedule
-from .config import Config
+from .config import Config, flat
 from .data import pictures_of, read_prompts
 from .data.reading import stop_or_skip
 from .data.shards import list_shards
@@ -59,7 +59,7 @@ def plan(config: Config) -> dict[str, Any]:
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
     lines = [
         "Resolved configuration",
-        *(f"  {line}" for line in _flatten(config.model_dump(mode="json"))),
+        *(f"  {key} = {json.dumps(value)}" for key, value in flat(config.model_dump(mode="json")).items()),
         "Plan",
         f"  base      {facts['base']}, {family.title}",
         f"  data      {source}",
@@ -160,13 +160,3 @@ def _settled(base: Path, scheduler: Path, *told) -> tuple[str, bool]:
     _, default = found_in_scheduler(scheduler)
     found = found_in_header(checkpoint_header(base)) if base.suffix == ".safetensors" else default
     return settle(found, default, *told)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += _flatten(value, f"{prefix}{key}.")
-        else:
-            lines.append(f"{prefix}{key} = {json.dumps(value)}")
-    return lines

@@ -89,14 +89,12 @@ class Journal:
             self._report()
 
     def _report(self) -> None:
-        from .reporting.page import write_report
+        from .reporting.page import report
 
         try:
-            path = write_report(self.config.run_folder)
+            self.say(f"Report: {report(self.config.run_folder)['report']}")
         except (OSError, ValueError) as error:
             self.say(f"No report: {error}")
-        else:
-            self.say(f"Report: {path}")
 
 
 def facts_of(config: Config, processes: Processes, batches: Batches) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Validation:
             try:
                 with safe_open(path, "pt") as file:
                     if file.metadata() == told:
-                        return file.get_tensor("latents")
+                        return file.get_tensor("latents").clone()  # the file may be replaced
             except SafetensorError as error:
                 self.say(f"{path.name} is damaged ({error}) and is made again.")
         with self.processes.accelerator.autocast():

@@ -34,9 +34,14 @@ def _panels(number: int, columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.9), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(number)]
     for panel in axes:
-        panel.grid(alpha=0.25, which="major")
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     return figure, axes
+
+
+def plain(panel: Axes) -> None:
+    """A light grid, and no frame."""
+    panel.grid(alpha=0.25, which="major")
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
@@ -63,14 +68,14 @@ def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
             panel.axhline(level, color="black", linewidth=1, linestyle=(0, (1, 2)), label=LEVEL)
         panel.set(title=title, xlabel="network evaluations per picture")
         if log:
-            _logarithmic(panel)
+            logarithmic(panel)
         else:
             panel.set_ylim(bottom=0)
     _legend(figure, axes)
     return figure
 
 
-def _logarithmic(panel: Axes) -> None:
+def logarithmic(panel: Axes) -> None:
     """A logarithmic y axis in plain numbers."""
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -146,7 +151,7 @@ def _guidance(report: dict[str, Any], colours: dict[str, str]) -> Figure:
             label = f"{row['name']}, {row['steps']} steps"
             panel.plot(*zip(*points, strict=True), label=label, marker="D", color=colours[row["name"]])
         panel.set(title=title, xlabel="CFG of the LoRA", ylabel="paired error")
-        _logarithmic(panel)
+        logarithmic(panel)
     if told:
         _negatives(axes[2], told, colours)
     _legend(figure, axes)

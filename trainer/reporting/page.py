@@ -1,0 +1,96 @@
+"""`pcm report`, and the end of every run: report.html in the run folder, one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ..checkpoint import write_text
+from .curves import curves
+from .story import BESIDE, Story, duration
+
+REPORT, TEMPLATE = "report.html", "page.html"
+# Pictures wider than that are drawn smaller; of more grids than that some are left out.
+WIDEST, SHOWN, SMALL = 1200, 7, 200_000
+QUALITY = 86
+
+
+def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
+    """Write the report of a run, which may still be under way; out: default report.html in its folder.
+
+    Returns where it is, and what became of the run. Raises ValueError for a folder without a log, and for a name that
+    is no page's; OSError where it cannot be written.
+    """
+    out = out or folder / REPORT
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out is {str(out)!r}; write a name that ends in .html.")
+    story = Story.of(folder)
+    how, reason = story.state
+    write_text(out, page(story))
+    told = {"report": str(out), "state": how, "reason": reason, "step": story.step, "steps": story.steps}
+    files = {which: made["name"] for which, made in story.made.items()}
+    return told | {"files": files, "text": f"{out}: {how}, {story.step} of {story.steps} updates"}
+
+
+def page(story: Story) -> str:
+    """The report as HTML."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"duration": duration, "share": lambda part: f"{part:.1%}"}
+    return environment.get_template(TEMPLATE).render(**_content(story))
+
+
+def _content(story: Story) -> dict[str, Any]:
+    how, reason = story.state
+    best = (story.measured[-1]["best"] or {}) if story.measured else {}
+    stops = [start["to"] for start in story.starts[:-1]]
+    drawn = curves(story.updates, story.measured, best.get("step"), stops)
+    columns, figures = story.figures()
+    shown, left_out = _grids(story.folder)
+    return {
+        "story": story,
+        "how": how,
+        "reason": reason,
+        "best": best,
+        "curves": {title: Markup(svg) for title, svg in drawn.items()},
+        "columns": columns,
+        "figures": figures,
+        "grids": shown,
+        "grids_left_out": left_out,
+        "best_grid": _picture(story.folder / f"{story.name}-best.preview.png"),
+        "beside": BESIDE,
+    }
+
+
+def _grids(folder: Path) -> tuple[list[tuple[int, str]], int]:
+    """(update, address) of the previews, the first, the last and some between, and how many are left out."""
+    files = sorted((folder / "previews").glob("step-*.png"))
+    chosen = files
+    if len(files) > SHOWN:
+        chosen = [files[round(i * (len(files) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+    found = [(int(path.stem.removeprefix("step-")), _picture(path)) for path in chosen]
+    return [(step, address) for step, address in found if address], len(files) - len(chosen)
+
+
+def _picture(path: Path) -> str | None:
+    """A picture as an address that holds it; None where there is none, or no whole one."""
+    try:
+        data, kind = path.read_bytes(), "png"
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            if len(data) > SMALL or image.width > WIDEST:
+                image.thumbnail((WIDEST, 4 * WIDEST), Image.Resampling.LANCZOS)
+                file, kind = io.BytesIO(), "jpeg"
+                image.convert("RGB").save(file, "JPEG", quality=QUALITY, subsampling=0)
+                data = file.getvalue()
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

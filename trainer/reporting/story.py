@@ -1,0 +1,232 @@
+"""What a run folder tells: its log, its LoRA files and its pictures, put together for a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...samplers.lora_file import family_title
+from ..config import Config, flat
+from ..history import LOG, Line, read_log
+from ..inspection import describe
+from ..locks import only_run
+from ..objectives import OBJECTIVES
+from ..presets import PRESETS
+
+Table = list[tuple[str, ...]]
+STEP = re.compile(r"-(\d{7})$")
+BESIDE = ("validation", "previews", "saving")  # parts of the time that are no training
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run, from its folder. Raises ValueError for a folder without a log."""
+
+    folder: Path
+    lines: list[Line]
+
+    @classmethod
+    def of(cls, folder: Path) -> Story:
+        lines = read_log(folder)
+        if not any(line["kind"] == "start" for line in lines):
+            raise ValueError(
+                f"{folder} holds no {LOG}: it is not the folder of a run, the run has not come to its first update, or "
+                "it is of an earlier version."
+            )
+        return cls(folder, lines)
+
+    def of_kind(self, kind: str) -> list[Line]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @cached_property
+    def start(self) -> Line:
+        """The last start, which tells of the settings."""
+        return self.of_kind("start")[-1]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return self.start["settings"]
+
+    @property
+    def name(self) -> str:
+        return self.settings["name"]
+
+    @cached_property
+    def updates(self) -> list[Line]:
+        return self.of_kind("update")
+
+    @cached_property
+    def measured(self) -> list[Line]:
+        return self.of_kind("validation")
+
+    @property
+    def step(self) -> int:
+        """The last update that is known of."""
+        return max((line["step"] for line in self.lines if "step" in line), default=0)
+
+    @property
+    def steps(self) -> int:
+        return self.settings["train"]["steps"]
+
+    @cached_property
+    def state(self) -> tuple[str, str]:
+        """finished, stopped, failed, killed or running, and the reason in words."""
+        last = next(line for line in reversed(self.lines) if line["kind"] in ("start", "end"))
+        if last["kind"] == "end":
+            return last["how"], last.get("reason", "")
+        if _is_running(self.folder):
+            return "running", "the run is under way"
+        return "killed", "ended without a word: killed, or out of power; the same command goes on from its checkpoint"
+
+    # --- what came out
+
+    @cached_property
+    def made(self) -> dict[str, dict[str, Any]]:
+        """The LoRA of the last save, and the best where there is one, by "last" and "best": what `describe` tells."""
+        best = self.folder / f"{self.name}-best.safetensors"
+        final = self.folder / f"{self.name}.safetensors"
+        saved = (p for p in self.folder.glob(f"{self.name}-*.safetensors") if STEP.search(p.stem))
+        files = {"last": final if final.is_file() else max(saved, default=None), "best": best}
+        sentences = {line["file"]: line["sentence"] for line in self.of_kind("saved")}
+        found = {}
+        for which, path in files.items():
+            if path and path.is_file():
+                told = describe(path)
+                found[which] = told | {"name": path.name, "test": sentences.get(path.name, "")}
+        return found
+
+    @cached_property
+    def title(self) -> str:
+        """What is made, in words."""
+        told = next(iter(self.made.values()), None)
+        base, family = self.settings["base"]["path"], self.settings["base"]["family"]
+        if told is None:
+            return f"{self.settings['objective']['name']} from {base}"
+        return f"{told['method']} LoRA for {family_title(told['family'] or family)}, made from {base}"
+
+    def figures(self) -> tuple[list[str], Table]:
+        """Columns and rows of the figures: before the first update, at the best one, at the last, and there without
+        averaging."""
+        by_step = {line["step"]: line for line in self.measured}
+        if not by_step:
+            return [], []
+        last, best = max(by_step), (self.measured[-1]["best"] or {}).get("step")
+        columns = {f"update {step}": by_step[step]["figures"] for step in sorted({min(by_step), last})}
+        if best in by_step:
+            columns |= {f"best: update {best}": by_step[best]["figures"]}
+        if by_step[last]["plain"]:
+            columns |= {f"update {last}, not averaged": by_step[last]["plain"]}
+        names = list(by_step[last]["figures"])
+        rows = [(name, *(_number(of.get(name)) for of in columns.values())) for name in names]
+        return list(columns), rows
+
+    # --- what it cost
+
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        """Each start with its end; that of a run which is still under way, or was killed, as far as it is known."""
+        found: list[dict[str, Any]] = []
+        for line in self.lines:
+            if line["kind"] == "start":
+                begun = {"from": line["step"], "to": line["step"], "time": line["time"]}
+                found.append(begun | {"seconds": 0.0, "reason": ""})
+            elif line["kind"] == "end":
+                found[-1] |= {"to": line["step"], **{k: v for k, v in line.items() if k not in ("kind", "step")}}
+            elif "how" not in found[-1]:
+                found[-1] |= {"to": line["step"], "seconds": line.get("seconds", found[-1]["seconds"])}
+        if "how" not in found[-1]:
+            found[-1] |= dict(zip(("how", "reason"), self.state, strict=True))
+        return found
+
+    def costs(self) -> Table:
+        """Time, work and memory, over all starts."""
+        seconds = sum(start["seconds"] for start in self.starts)
+        done = sum(start["to"] - start["from"] for start in self.starts)
+        train, processes = self.settings["train"], self.start["device"]["processes"]
+        samples = done * train["batch_size"] * train["accumulation"] * processes
+        rows = [("time from the first update on", duration(seconds)), ("starts", str(len(self.starts)))]
+        rows.append(("updates", f"{self.step} of {self.steps}" + (f", {done} with repeated ones" * (done > self.step))))
+        rows.append(("samples seen in training", f"{samples:,}"))
+        if seconds:
+            rows.append(("samples per second, all included", f"{samples / seconds:.3g}"))
+        memory = [start["peak memory"] for start in self.starts if start.get("peak memory")]
+        if memory:
+            of = "of the GPU" if self.start["device"]["kind"] == "cuda" else "of the process"
+            rows.append((f"peak memory {of}", f"{max(memory):.2f} GiB"))
+        return rows
+
+    def parts(self) -> list[tuple[str, float]]:
+        """Shares of the time of all starts that told them, the largest first."""
+        parts: Counter[str] = Counter()
+        for start in self.starts:
+            parts.update(start.get("parts", {}))
+        whole = parts.total() or 1.0
+        return [(name, seconds / whole) for name, seconds in parts.most_common() if seconds / whole >= 0.0005]
+
+    # --- what it was made with
+
+    def changed(self) -> Table:
+        """Settings that are not those of the preset, or without one not the defaults: key, value, and what it was."""
+        before = starting_point(self.settings, self.start["preset"])
+        now = flat(self.settings)
+        return [(k, json.dumps(v), _told(before, k)) for k, v in now.items() if k not in before or v != before[k]]
+
+    def all_settings(self) -> Table:
+        return [(key, json.dumps(value)) for key, value in flat(self.settings).items()]
+
+    def notes(self) -> list[str]:
+        """What a reader must know, each once, the latest start's last."""
+        found = [note for start in self.of_kind("start") for note in start["notes"]]
+        for start in self.of_kind("start"):
+            for change in start.get("changes", []):
+                told = ", ".join(f"{key} {then} to {now}" for key, (then, now) in change["changed"].items())
+                found.append(f"Settings changed after update {change['step']}: {told}.")
+        return list(dict.fromkeys(found))
+
+
+def starting_point(settings: dict[str, Any], preset: str | None) -> dict[str, Any]:
+    """The values that a run begins from, by dotted key: the sections' defaults, then the preset's."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = OBJECTIVES[settings["objective"]["name"]] if name == "objective" else field.annotation
+        if hasattr(section, "model_fields"):
+            found |= {f"{name}.{k}": f.get_default() for k, f in section.model_fields.items() if not f.is_required()}
+        elif not field.is_required():
+            found[name] = field.get_default()
+    if preset in PRESETS:
+        found |= flat(PRESETS[preset].values)
+    return json.loads(json.dumps(found))  # lists for tuples, as in the log
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a run holds the folder."""
+    try:
+        with only_run(folder, lambda _: None):
+            return False
+    except ValueError:
+        return True
+    except OSError:  # it cannot be written at all
+        return False
+
+
+def duration(seconds: float) -> str:
+    """ "38 s", "5 min 12 s", "7 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _told(before: dict[str, Any], key: str) -> str:
+    return json.dumps(before[key]) if key in before else ""

@@ -19,6 +19,7 @@ from .recipe import HEADER_KEY, Recipe
 
 MOST_HEADER = 1 << 20  # bytes of a LoRA's header that ComfyUI's metadata view reads; safetensors itself reads 100 MB
 BLOCK = 1 << 20
+LONGEST = 200  # characters of a name in a path: systems take 255 bytes, and a copy's own name is longer while it grows
 UNUSABLE = re.compile(r'[\x00-\x1f<>:"|?*]')  # in names on some system; ":" ends a drive's
 
 
@@ -28,10 +29,12 @@ def path_within(folder: Path, name: str) -> Path:
     Raises ValueError for a name that leads out of the folder, or that a file cannot have.
     """
     parts = name.replace("\\", "/").split("/")
-    if UNUSABLE.search(name) or any(not part.strip() or part.startswith(".") for part in parts):
+    unusable = UNUSABLE.search(name) or not name.isprintable() or max(map(len, parts)) > LONGEST
+    if unusable or any(not part.strip() or part.startswith(".") for part in parts):
         raise ValueError(
-            f"The name is {name!r}; expected a file's name, with subfolders if you like, such as fast/style_4_steps. "
-            "It may not begin with a slash or a drive, nor have empty or hidden parts or '..' in it."
+            f"The name is {name!r:.300}; expected a file's name, with subfolders if you like, such as fast/style_4_steps. "
+            f"It may not begin with a slash or a drive, nor have empty or hidden parts, '..', or more than {LONGEST} "
+            "characters between slashes."
         )
     target = folder.joinpath(*parts)
     if target.suffix.lower() != ".safetensors":
@@ -55,6 +58,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        if os.name == "posix":  # the new name is on disk, too, before anything else is deleted
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -76,7 +76,7 @@ def noted(metadata: dict[str, str]) -> list[str]:
     """The entries of a header that people look for, a sentence each, and the hash that it stores."""
     lines = [f"{title}: {_short(metadata[key])}." for key, title in NOTED.items() if metadata.get(key)]
     stored = metadata.get("sshs_model_hash") or metadata.get("modelspec.hash_sha256", "").removeprefix("0x")
-    return [*lines, f"AutoV3 in the header: {stored[:12]}."] if stored else lines
+    return [*lines, f"AutoV3 in the header: {printable(stored[:12])}."] if stored else lines
 
 
 def _kinds(counts: dict[Any, int]) -> str:
@@ -88,6 +88,11 @@ def _kinds(counts: dict[Any, int]) -> str:
     return ", ".join(f"{kind} ({n})" for kind, n in often[:MOST_KINDS]) + rest
 
 
+def printable(text: str, longest: int = LONGEST) -> str:
+    """At most so many characters, none of which moves a cursor or turns the reading direction."""
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def _short(text: str) -> str:
-    text = " ".join(text.split()).rstrip(".")
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    return printable(" ".join(text.split()).rstrip("."))

@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..samplers import Recipe
-from ..samplers.lora_file import LoraHeader, family_title, file_hash, read_header, split_key, tensor_hash
-from ..samplers.lora_info import facts, recipe_of, sentences
+from ..samplers.lora_file import (
+    FLOATS,
+    LoraHeader,
+    family_title,
+    file_hash,
+    not_finite,
+    read_header,
+    split_key,
+    tensor_hash,
+)
+from ..samplers.lora_info import facts, printable, recipe_of, sentences
 from .export import DTYPES, install
 from .families import Base, Condition, family_of, load_base
 from .generate import generate
@@ -30,23 +40,40 @@ OTHER_LAYOUT = re.compile(
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """`facts` of a LoRA's header, and its hashes. Raises ValueError or FileNotFoundError for a bad file."""
+    """`facts` of a LoRA's header, its hashes, and the names of its tensors with numbers that are not finite.
+
+    Raises ValueError or FileNotFoundError for a bad file.
+    """
     header = read_header(file)
     own, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
     hashes = {"sha256": file_hash(file), "autov3": own[:12]}
-    return facts(header) | hashes | {"hash_matches_header": None if stored is None else stored == own}
+    hashes["hash_matches_header"] = None if stored is None else stored == own
+    return facts(header) | hashes | {"not_finite": broken_tensors(header)}
+
+
+def broken_tensors(header: LoraHeader) -> list[str]:
+    """The names of a LoRA's tensors with numbers that are not finite, read one by one."""
+    with safe_open(header.path, "pt") as file:
+        names = [name for name, info in header.tensors.items() if info.dtype in FLOATS]
+        return not_finite((name, file.get_tensor(name)) for name in names)
 
 
 def describe_text(d: dict[str, Any]) -> str:
     """`describe` for people."""
     hashes = {True: "matches", False: "DOES NOT MATCH", None: "is not in"}[d["hash_matches_header"]]
     lines = [d["file"], *(f"  {line}" for line in sentences(d))]
+    if broken := d["not_finite"]:
+        lines[1:1] = [f"  BROKEN: {_broken(broken)} Get the file again."]
     if d["recipe"]:
         told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
         lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in told.items()))
     lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
-    lines += [f"    {k}: {v if len(v) <= 100 else v[:97] + '...'}" for k, v in sorted(d["metadata"].items())]
+    lines += [f"    {printable(k, 100)}: {printable(v, 100)}" for k, v in sorted(d["metadata"].items())]
     return "\n".join(lines)
+
+
+def _broken(names: list[str]) -> str:
+    return f"{len(names)} of its tensors have numbers that are not finite, such as {names[0]}: every picture is black."
 
 
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
@@ -90,10 +117,14 @@ def _load(base: str, dtype: str, **options) -> Base:
 def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
-    By hand: W + alpha / rank * up @ down for each module that is, by its name, one of the network's. A file that names
-    blocks in the original layout, which diffusers and ComfyUI both map, is loaded by diffusers and not compared.
+    A file with numbers that are not finite fails without being loaded. By hand: W + alpha / rank * up @ down for each
+    module that is, by its name, one of the network's. A file that names blocks in the original layout, which diffusers
+    and ComfyUI both map, is loaded by diffusers and not compared. The base is changed by what is added by hand.
     """
     header = header_of_family(file, base.name)
+    if broken := broken_tensors(header):
+        text = f"FAILED: {file.name}: {_broken(broken)} Get it again."
+        return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
     modules = {_name_in_header(base, n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731
     other_layout = [n for n in header.modules if OTHER_LAYOUT.search(n)]
@@ -108,6 +139,9 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         return found | {"passed": False, "not_loaded_by_diffusers": len(header.modules), "text": f"FAILED: {error}"}
     by_diffusers = base.denoise(x, tick, condition)
     base.network.delete_adapters(ADAPTER)
+    if not by_diffusers.isfinite().all():
+        text = f"FAILED: with {file.name} the output is not finite: its numbers are too large. Get it again."
+        return found | {"passed": False, "not_loaded_by_diffusers": not_installed, "text": text}
     failed = f"; unmatched: {', '.join(unmatched[:5])}" if unmatched else ""
     loaded = (
         f"{len(unmatched)} keys unmatched of {len(header.modules)} modules, {not_installed} not loaded by diffusers"
@@ -140,12 +174,12 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
 
 def _add_by_hand(file: Path, header: LoraHeader, modules: dict[str, torch.nn.Module], without: list[str]) -> None:
     """Add the LoRA to the weights of these modules, by name, all but those `without`."""
-    weights, alphas = load_file(file), header.scale_alphas()
+    weights, alphas = load_file(file), header.alphas()
     for name, entry in header.modules.items():
         if name in without:
             continue
         up, down = (weights[entry.keys[part]].float() for part in ("up", "down"))
-        alpha = weights[entry.keys["alpha"]].item() if "alpha" in entry.keys else alphas.get(name, entry.rank)
+        alpha = alphas.get(name, entry.rank)
         target = modules[name].get_base_layer() if hasattr(modules[name], "get_base_layer") else modules[name]
         delta = (up.flatten(1) @ down.flatten(1)).view_as(target.weight) * (alpha / entry.rank)
         target.weight += delta.to(target.weight)
@@ -224,9 +258,12 @@ def install_for_sample(lora: Path | None, base: Base, strength: float | None) ->
 def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | None:
     """Put a LoRA into the base, as `ADAPTER`; returns the recipe of its header or of a known file of its name.
 
-    Raises ValueError for a LoRA of another family, or with modules that the base has not.
+    Raises ValueError for a LoRA of another family, with modules that the base has not, or with numbers that are not
+    finite.
     """
     header = header_of_family(lora, base.name)
+    if broken := broken_tensors(header):
+        raise ValueError(f"{lora.name}: {_broken(broken)} Get it again.")
     modules, missing = install(lora, base, ADAPTER)
     if missing:
         which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"

@@ -6,6 +6,7 @@ import inspect
 
 from .base import Base, Condition, bundled_folder
 from .detection import family_of
+from .loading import check_finite
 from .pixels import Pixels
 from .sd3 import SD3
 from .sd15 import SD15
@@ -20,8 +21,8 @@ def load_base(path: str, *, family: str | None = None, **options) -> Base:
     """Load a base from a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
 
     family: default: found from the base. options: see the family's `load`.
-    Raises ValueError for an unknown family, one that the base is not of, or options that it has not, and the family's
-    own errors.
+    Raises ValueError for an unknown family, one that the base is not of, options that it has not, or weights that are
+    not finite, and the family's own errors.
     """
     kind = family_class(path, family)
     known = inspect.signature(kind.load).parameters
@@ -30,6 +31,7 @@ def load_base(path: str, *, family: str | None = None, **options) -> Base:
         raise ValueError(f"base.{strange[0]} is not for {kind.title}. Leave it out.")
     base = kind.load(str(bundled_folder(path) or path), **options)
     base.path = path
+    check_finite(path, [base.network, *([base.vae] if base.vae else []), *base.text_encoders])
     return base
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from ...samplers.lora_file import TensorInfo, family_title
 from ..data.digits import NAME as DIGITS
 from .base import bundled_folder
-from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder
+from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, read_config
 
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 # channels of the network's input -> what makes it another kind: a mask and a masked picture, or a picture to edit
@@ -70,22 +69,24 @@ def checkpoint_family(tensors: Mapping[str, TensorInfo]) -> str | None:
     inside = {n.removeprefix(NETWORK_PREFIX): t.shape for n, t in tensors.items() if n.startswith(NETWORK_PREFIX)}
     if any(name.startswith("joint_blocks.") for name in inside):
         return "sd3"
-    width = next((shape[-1] for name, shape in inside.items() if name.endswith("attn2.to_k.weight")), None)
-    inputs = inside.get("input_blocks.0.0.weight", (0, 4))[1]
-    return _unet_family(width, inputs)
+    width = next((shape[-1] for name, shape in inside.items() if name.endswith("attn2.to_k.weight") and shape), None)
+    inputs = inside.get("input_blocks.0.0.weight", ())[1:2] or (4,)
+    return _unet_family(width, *inputs)
 
 
 def _folder_family(folder: Path) -> str | None:
     """Family of a diffusers folder by its network's config."""
     paths = (folder / component / "config.json" for component in ("transformer", "unet"))
-    config = next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
+    config = next((read_config(path) for path in paths if path.is_file()), {})
     if config.get("_class_name") == "SD3Transformer2DModel":
         return "sd3"
     if config.get("_class_name") == "UNet2DModel" and "num_class_embeds" in config:
         return PIXELS
     if config.get("_class_name") != "UNet2DConditionModel":
         return None
-    width, inputs = config.get("cross_attention_dim"), config.get("in_channels", 4)
+    width, inputs = (config.get(key) for key in ("cross_attention_dim", "in_channels"))
+    if not isinstance(width, int | None) or not isinstance(inputs, int | None):
+        return None
     if config.get("addition_embed_type") == "text_time" and width != 1280:
         return "sdxl" + INPUTS.get(inputs, "")
     return _unet_family(width, inputs) or "sd15" + INPUTS.get(inputs, "")

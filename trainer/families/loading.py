@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,11 +17,11 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ...samplers.lora_file import LoraHeader, file_hash, read_header
+from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header
 from .base import bundled_folder
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -31,6 +34,37 @@ SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
 OLD_TRANSFORMERS = Version(transformers.__version__) < Version("4.56")  # which called dtype torch_dtype
 GET_IT = "Get the file again, or set base.config to a folder with this model's component configs."
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+@contextmanager
+def naming(place: str | Path, advice: str) -> Iterator[None]:
+    """Raise ValueError that names this place where a library fails at what is in it, which each does in its own way."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{place} cannot be loaded: {reason.rstrip('.')}. {advice}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A component's config. Raises ValueError for a file that holds no JSON object."""
+    with naming(path, "Get the base again."):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    return config
+
+
+def check_finite(path: str, modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError for a base with weights that are not finite, naming one; a billion take about a second."""
+    for module in modules:
+        found = not_finite(chain(module.named_parameters(), module.named_buffers()))
+        if found:
+            raise ValueError(
+                f"{path} has weights that are not finite: {len(found)} tensors of its {type(module).__name__}, such as "
+                f"{found[0]}, as {module.get_parameter(found[0]).dtype}. Every picture would be black: get the base "
+                "again, or set base.dtype=fp32 if they are too large for fp16."
+            )
 
 
 def is_hub_id(path: str) -> bool:
@@ -128,12 +162,10 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
     of_diffusers = issubclass(kind, ModelMixin)
     name = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = "fp16" if _is_fp16(files[0]) else None
-    try:
+    with naming(root, f"Get its {part} again."):
         model = kind.from_pretrained(
             root / part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{root} cannot be loaded: {error} Get its {part} again.") from error
     return model if of_diffusers else model.to(dtype)  # what transformers keeps in fp32 too
 
 
@@ -149,7 +181,7 @@ def _is_fp16(file: Path) -> bool:
 
 def load_vae(root: Path) -> AutoencoderKL | AutoencoderTiny:
     """The VAE of a diffusers folder, in fp32."""
-    kind = json.loads((root / "vae" / "config.json").read_text())["_class_name"]
+    kind = str(read_config(root / "vae" / "config.json").get("_class_name"))
     if kind not in VAES:
         raise ValueError(f"{root / 'vae'} is a {kind}; available: {', '.join(VAES)}.")
     return load_part(root, "vae", VAES[kind], torch.float32)
@@ -205,6 +237,9 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
         ) from error
     except (NotImplementedError, KeyError) as error:  # torch's, for weights never filled in; the conversion's
         raise ValueError(f"{path.name} lacks some of the weights of its {part}. {GET_IT}") from error
+    except Exception as error:  # the conversion's, at weights of other shapes
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path.name}: its {part} cannot be converted ({reason}). {GET_IT}") from error
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
         some = f"{len(missing)} {part} weights (such as {missing[0]})"
@@ -219,12 +254,17 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, as
     Raises ValueError when any is missing.
     """
     bare = lambda name: name.removeprefix("text_model.")  # noqa: E731
-    own = {bare(k): k for k in model.state_dict()}
+    state = model.state_dict()
+    own = {bare(k): k for k in state}
     found = {bare(k): v for k, v in weights.items()}
     missing = [k for k in own if k not in found and not k.endswith("position_ids")]
     if missing:
         some = f"{len(missing)} {what} weights (such as {missing[0]})"
         raise ValueError(f"{path.name} lacks {some}. Get the file again.")
+    wrong = [k for k, name in own.items() if k in found and found[k].shape != state[name].shape]
+    if wrong:
+        told = f"{wrong[0]} of shape {tuple(found[wrong[0]].shape)}"
+        raise ValueError(f"{path.name} has {what} weights of other shapes, such as {told}. {GET_IT}")
     model.load_state_dict({own[k]: v for k, v in found.items() if k in own}, strict=False, assign=assign)
     return model
 
@@ -238,7 +278,8 @@ def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
     """From the folder, where it holds one, else from the hub's cache."""
     folder = Path(folder)
     if has_clip_words(folder):
-        return CLIPTokenizer.from_pretrained(folder)
+        with naming(f"The tokenizer in {folder}", "Get it again, or set base.tokenizer to a folder with a whole one."):
+            return CLIPTokenizer.from_pretrained(folder)
     try:
         words = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         return CLIPTokenizer.from_pretrained(snapshot_download(TOKENIZER_REPO, allow_patterns=words))

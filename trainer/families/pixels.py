@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,4 +144,4 @@ class Pixels(Base):
 def _random(configs: Path) -> UNet2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return UNet2DModel.from_config(json.loads((configs / "unet" / "config.json").read_text()))
+        return UNet2DModel.from_config(loading.read_config(configs / "unet" / "config.json"))

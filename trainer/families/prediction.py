@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ...samplers import jump, output_from_x0_eps
 from ...samplers.lora_file import LoraHeader, read_header
+from ...samplers.schedule import TICKS
 from .base import bundled_folder
-from .loading import is_hub_id
+from .loading import is_hub_id, read_config
 
 # How files write the two kinds: diffusers, ModelSpec, ComfyUI, kohya.
 NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -59,8 +59,8 @@ def found_in_header(header: LoraHeader) -> Found:
 
 def found_in_scheduler(path: Path) -> tuple[dict, Found]:
     """A scheduler config's betas (for `VPSchedule.from_betas`), and what it says. Raises ValueError for other kinds."""
-    config = json.loads(path.read_text())
-    kind, prediction = config.get("_class_name", "scheduler without a name"), config.get("prediction_type", "epsilon")
+    config = read_config(path)
+    kind, prediction = (str(config.get(*told)) for told in (("_class_name", "no name"), ("prediction_type", "epsilon")))
     if kind.startswith("EDM"):
         raise ValueError(_edm(f"{path} is an {kind}"))
     if "beta_start" not in config or config.get("trained_betas") or prediction not in NAMES:
@@ -68,9 +68,17 @@ def found_in_scheduler(path: Path) -> tuple[dict, Found]:
             f"{path} ({kind}, predicting {prediction!r}) is no schedule of SD1.5 or SDXL: needed are beta_start, "
             "beta_end and beta_schedule, with epsilon or v_prediction. Use another base, or mend the file."
         )
-    betas = {"beta_start": config["beta_start"], "beta_end": config["beta_end"], "kind": config["beta_schedule"]}
+    first, last, kind, ticks = (
+        config.get(k) for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
+    )
+    if ticks != TICKS or not all(isinstance(beta, float) and 0 < beta < 1 for beta in (first, last)):
+        ends = f"beta_start {first!r:.30}, beta_end {last!r:.30}"
+        raise ValueError(
+            f"{path} has num_train_timesteps {ticks!r:.30}, {ends}; expected {TICKS}, and numbers between 0 and 1. "
+            "Use another base, or mend the file."
+        )
     told = Found(NAMES[prediction], bool(config.get("rescale_betas_zero_snr", False)), str(path))
-    return betas | {"ticks": config["num_train_timesteps"]}, told
+    return {"beta_start": first, "beta_end": last, "kind": kind, "ticks": ticks}, told
 
 
 def _edm(what: str) -> str:
@@ -122,6 +130,11 @@ def check(base, x0: Tensor, condition: dict[str, Tensor]) -> None:
     outputs = torch.cat(
         [base.denoise(points[i : i + 1], tick, {k: v[i : i + 1] for k, v in condition.items()}) for i in rows]
     )
+    if not outputs.isfinite().all():
+        raise ValueError(
+            f"{base.path} predicts numbers that are not finite at level {tick.item()} of {base.schedule.ticks}, for "
+            "latents of its own data. Set base.dtype=fp32 or bf16, or use another copy of the base."
+        )
     errors = {}
     for reading in ("epsilon", "v_prediction"):
         target = output_from_x0_eps(x0, noise, alpha, sigma, reading)

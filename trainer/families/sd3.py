@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,10 +234,13 @@ def check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
 
 def read_shift(path: Path) -> float:
     """A scheduler config's time shift; ValueError for a scheduler that is no plain flow matching."""
-    config = json.loads(path.read_text())
-    if not config.get("_class_name", "").startswith("FlowMatch") or config.get("use_dynamic_shifting"):
+    config = loading.read_config(path)
+    if not str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_dynamic_shifting"):
         raise ValueError(
             f"{path} is a {config.get('_class_name')} with dynamic shifting {bool(config.get('use_dynamic_shifting'))};"
             " SD3 has FlowMatchEulerDiscreteScheduler without. Set base.shift (3 for SD3), or mend the file."
         )
-    return config.get("shift", 1.0)
+    shift = config.get("shift", 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < 1000:
+        raise ValueError(f"{path} has shift {shift!r:.30}; expected a number above 0, 3 for SD3. Mend it.")
+    return shift

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -118,7 +116,7 @@ def variant(names: dict) -> str:
 
 def _check_size(path: Path, names: dict, configs: Path) -> None:
     """Another size would fail deep inside the conversion; say it here in words."""
-    config = json.loads((configs / "transformer" / "config.json").read_text())
+    config = loading.read_config(configs / "transformer" / "config.json")
     blocks = len({name.removeprefix(BLOCKS).split(".")[0] for name in names if name.startswith(BLOCKS)})
     query = names.get(f"{BLOCKS}0.x_block.attn.qkv.weight")
     if query is None:
@@ -126,9 +124,10 @@ def _check_size(path: Path, names: dict, configs: Path) -> None:
             f"{path.name} is no SD3 checkpoint: it has no {BLOCKS}0.* weights. Leave base.family out to have it found."
         )
     wanted = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
-    if (blocks, query.shape[1]) != wanted:
+    width = query.shape[-1] if query.shape else 0
+    if (blocks, width) != wanted:
         raise ValueError(
-            f"{path.name} has {blocks} blocks {query.shape[1]} wide, {configs.name} has {wanted[0]} of {wanted[1]}. "
+            f"{path.name} has {blocks} blocks {width} wide, {configs.name} has {wanted[0]} of {wanted[1]}. "
             "Set base.config to a folder with this model's component configs."
         )
 
@@ -185,7 +184,7 @@ def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
             "Run: pip install sentencepiece protobuf. Or set base.tokenizer to a folder with a tokenizer_3/ that has a "
             f"tokenizer.json, {WITHOUT_T5}."
         ) from error
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # tokenizers' own, too
         raise FileNotFoundError(
             f"{Path(base).name} brings no usable T5 tokenizer ({type(error).__name__}), and {T5_REPO} is neither "
             "cached nor reachable. Put the tokenizer_3 folder of any SD3 diffusers model (or ComfyUI's "

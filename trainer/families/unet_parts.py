@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,17 +98,19 @@ def _file_vae(path: Path, configs: Path) -> AutoencoderKL:
 
 
 def _file_encoder(path: Path, names: dict, encoder: TextEncoder, configs: Path) -> nn.Module:
-    model = encoder.kind(CLIPTextConfig.from_pretrained(configs / encoder.component))
+    with loading.naming(configs / encoder.component, loading.GET_IT):
+        model = encoder.kind(CLIPTextConfig.from_pretrained(configs / encoder.component))
     weights = loading.read_tensors(path, names, encoder.prefix)
     if encoder.open_clip:
-        weights = convert_open_clip_checkpoint(model, weights, prefix="")
+        with loading.naming(path.name, loading.GET_IT):
+            weights = convert_open_clip_checkpoint(model, weights, prefix="")
     return loading.fill(model, weights, path, encoder.title)
 
 
 def _check_context_width(path: Path, names: dict, config: Path, family: str) -> None:
     """Another kind of UNet would fail deep inside the conversion; say it here in words."""
-    wanted = json.loads((config / "unet" / "config.json").read_text())["cross_attention_dim"]
-    width = next((i.shape[-1] for n, i in names.items() if n.endswith("attn2.to_k.weight")), None)
+    wanted = loading.read_config(config / "unet" / "config.json").get("cross_attention_dim")
+    width = next((i.shape[-1] for n, i in names.items() if n.endswith("attn2.to_k.weight") and i.shape), None)
     if width != wanted:
         raise ValueError(
             f"{path.name} has text conditioning {width} wide, base.family {family} needs {wanted}. Set base.family and "

@@ -62,6 +62,9 @@ def side_inputs() -> list[io.Input]:
 
 
 def make_inpaint(image: Tensor, mask: Tensor, grow: int) -> Inpaint:
+    if mask.ndim < 2 or not mask.numel() or not mask.isfinite().all():
+        what = "a number that is not finite" if mask.numel() and mask.ndim >= 2 else f"the shape {tuple(mask.shape)}"
+        raise ValueError(f"The mask has {what}; it must be (batch, height, width), none of them 0, from 0 to 1.")
     mask = mask.reshape(-1, *mask.shape[-2:])
     if tuple(mask.shape[-2:]) == (NO_MASK, NO_MASK) != tuple(image.shape[1:3]) and not mask.any():
         raise ValueError(
@@ -154,7 +157,9 @@ class Edit:
 
 
 def picture(image: Tensor) -> Tensor:
-    """A host IMAGE (B, H, W, C) as the operators take pictures."""
+    """A host IMAGE (B, H, W, C) as the operators take pictures. Raises ValueError for another shape."""
+    if image.ndim != 4:
+        raise ValueError(f"A picture must be (batch, height, width, channels); got {tuple(image.shape)}.")
     return image.movedim(-1, 1)
 
 

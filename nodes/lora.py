@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 
 from ..samplers import Recipe
-from ..samplers.lora_file import LoraHeader, LoraModule
+from ..samplers.lora_file import LoraHeader, LoraModule, not_finite
 from ..samplers.phases import count_steps
 from ..samplers.recipe import DISTILLED_POINTS, FAMILIES, SOURCES
 from ..samplers.schedule import TICKS
@@ -117,9 +117,17 @@ def check(header: LoraHeader, found: LoraMatch, model: Any, family: str | None) 
 
 
 def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> Any:
-    """A clone of the model with the matching modules patched, under the host's names and with every alpha in place."""
+    """A clone of the model with the matching modules patched, under the host's names and with every alpha in place.
+
+    Raises ValueError for numbers that are not finite, and for an alpha that is not one number.
+    """
     tensors = comfy.utils.load_torch_file(str(header.path), safe_load=True)
-    modules, alphas = header.modules, header.scale_alphas()
+    if broken := not_finite(tensors.items()):
+        raise ValueError(
+            f"{header.path.name} has numbers that are not finite in {len(broken)} tensors, such as {broken[0]}: every "
+            "picture would be black. Get the file again."
+        )
+    modules, alphas = header.modules, header.alphas()
     lora = {name: tensors[name] for name in header.unmatched}
     for module, name in found.names.items():
         lora |= _host_tensors(modules[module], name, tensors)

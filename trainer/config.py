@@ -156,7 +156,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep:
-            raise ValueError(f"Cannot read the override {_short(repr(item))}: write key=value, for example train.steps=2000.")
+            given_as = _short(repr(item))
+            raise ValueError(f"Cannot read the override {given_as}: write key=value, for example train.steps=2000.")
         _set(given, key.strip(), _parse_value(text.strip()))
         _check_depth(given, f"The override {_short(item)}")
     _lay(values, given)

@@ -1,4 +1,4 @@
-"""`pcm convert`, `tag`, `merge`, `resize`, `extract`, `sidecars`: LoRA files for other programs and other people."""
+"""`pcm convert`, `tag`, `merge`, `resize`, `extract`, `sidecars`, `panels`: LoRA files for other programs."""
 
 from __future__ import annotations
 
@@ -130,6 +130,23 @@ def sidecars(
     answer(details, as_json, details["text"])
 
 
+def panels(
+    file: File,
+    out: Annotated[Path, typer.Option(help="The .html to write.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Draw what A1111, Lora-Manager, ComfyUI and SwarmUI show of a LoRA, where it comes from, and what is missing.
+
+    Example: pcm panels mine.safetensors --out mine.html
+    """
+    from .sharing.panels import write_page
+
+    details = write_page(file, out, overwrite)
+    problems = [f"{panel['program']}: {problem}" for panel in details["panels"] for problem in panel["problems"]]
+    answer(details, as_json, "\n".join([details["text"], *problems]))
+
+
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
     path, colon, number = text.rpartition(":")
@@ -141,4 +158,4 @@ def _with_strength(text: str) -> tuple[Path, float | None]:
         raise ValueError(f"The strength of {path} is {number!r}; expected a number, such as {path}:0.7.") from None
 
 
-VERBS = (convert, tag, merge, resize, extract, sidecars)
+VERBS = (convert, tag, merge, resize, extract, sidecars, panels)

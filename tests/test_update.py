@@ -100,10 +100,12 @@ def _spoilt(losses):
 
 def test_the_parts_of_the_time_are_said_and_are_all_of_it(tmp_path):
     notes = Notes()
-    train(small_config(tmp_path, adversarial__weight=0.1), notes)
+    watched = {"validation__every": 4, "validation__steps": [], "validation__teacher_steps": 1, "preview__every": 4}
+    train(small_config(tmp_path, adversarial__weight=0.1, **watched, preview__steps=[1]), notes)
     (line,) = (line for line in notes.said if line.startswith("Time: "))
     parts = {name: int(share) for name, share in (p.rsplit(" ", 1) for p in _shares(line))}
     expected = {"teacher", "target", "student", "discriminator", "backward", "optimizer", "data", "other"}
+    expected |= {"validation", "saving", "previews"}
     assert parts.keys() == expected and 95 <= sum(parts.values()) <= 105
 
 
@@ -120,6 +122,17 @@ def test_a_clock_adds_up_its_parts(monkeypatch):
     with clock.part("student"):
         pass
     assert clock.seconds() == {"student": 2.5, "other": 3.5}
+
+
+def test_a_part_within_another_is_the_outer_ones(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 5.0, 6.0, 6.0])
+    monkeypatch.setattr("phased_consistency.trainer.clock.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock.part("validation"), clock.part("student"):
+        pass
+    with clock.part("student"):
+        pass
+    assert clock.seconds() == {"validation": 3.0, "student": 1.0, "other": 2.0}
 
 
 def test_the_rate_warms_up_and_falls():

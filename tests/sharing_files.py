@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
-from phased_consistency.trainer.families import Base
+from phased_consistency.trainer.families import Base, bundled_folder
 from phased_consistency.trainer.sharing.lora import Lora
+from runs import TINY
 
 RECIPE = Recipe(family="sd15", phases=4)
 MODULES = (
@@ -41,6 +43,20 @@ def kohya_file(path: Path, base: Base, modules=MODULES, rank=4, alpha=2.0, dtype
             tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
     save_file(tensors, path, {HEADER_KEY: RECIPE.to_header(), "ss_steps": "7"} | metadata)
     return path
+
+
+def tuned_folder(folder: Path, change) -> Path:
+    """Write tiny-sd15 with a UNet that `change` has worked on; returns the folder."""
+    bundled = bundled_folder(TINY)
+    folder.mkdir(parents=True)
+    for path in bundled.iterdir():
+        if path.name != "unet":
+            (folder / path.name).symlink_to(path)
+    unet = UNet2DConditionModel.from_pretrained(bundled / "unet").float()
+    with torch.no_grad():
+        change(unet)
+    unet.save_pretrained(folder / "unet")
+    return folder
 
 
 def deltas(lora: Lora) -> dict[str, torch.Tensor]:

@@ -2,37 +2,30 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.samplers.recipe import HEADER_KEY
-from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.inspection import check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.reading import read_lora
 from runs import TINY
-from sharing_files import MODULES, deltas, norm, output
+from sharing_files import MODULES, deltas, norm, output, tuned_folder
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """tiny-sd15 with changes of rank 3 on six modules; returns its folder and the changes by module."""
-    folder = tmp_path_factory.mktemp("tuned") / "tuned"
-    for path in bundled_folder(TINY).iterdir():
-        if path.name != "unet":
-            (folder / path.name).parent.mkdir(exist_ok=True)
-            (folder / path.name).symlink_to(path)
-    unet = UNet2DConditionModel.from_pretrained(bundled_folder(TINY) / "unet").float()
     torch.manual_seed(3)
     changes = {}
-    with torch.no_grad():
+
+    def change(unet):
         for module in MODULES:
             weight = unet.get_submodule(module).weight
             delta = 0.05 * torch.randn(len(weight), 3) @ torch.randn(3, weight[0].numel())
             weight += delta.view_as(weight)
             changes[f"unet.{module}"] = delta.double()
-    unet.save_pretrained(folder / "unet")
-    return folder, changes
+
+    return tuned_folder(tmp_path_factory.mktemp("tuned") / "tuned", change), changes
 
 
 @torch.no_grad()
@@ -67,18 +60,12 @@ def test_modules_narrower_than_the_rank_have_the_alpha_of_all(tuned, tmp_path):
     assert result["error"] < 1e-5 and check_parity(out, load_for_check(TINY))["passed"]
 
 
-def test_changes_that_no_lora_holds_are_told(tuned, tmp_path):
-    folder, _ = tuned
-    unet = UNet2DConditionModel.from_pretrained(bundled_folder(TINY) / "unet").float()
-    with torch.no_grad():
+def test_changes_that_no_lora_holds_are_told(tmp_path):
+    def change(unet):
         unet.conv_in.bias += 4.0  # 64 of them: norm 32
         unet.mid_block.attentions[0].proj_in.weight[0, 0] += 24.0
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in folder.iterdir():
-        if path.name != "unet":
-            (other / path.name).symlink_to(path.resolve())
-    unet.save_pretrained(other / "unet")
+
+    other = tuned_folder(tmp_path / "other", change)
     result = extract(TINY, str(other), tmp_path / "out.safetensors", rank=1)
     assert result["modules"] == 1 and result["left_out"] == pytest.approx(0.8, abs=1e-4)
     assert "Changes in other weights, 0.8 of all by norm, are in no LoRA" in result["text"]

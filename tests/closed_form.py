@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
-from phased_consistency.samplers import Schedule, output_from_x0_eps
+from phased_consistency.samplers import FlowSchedule, Schedule, VPSchedule, output_from_x0_eps
 from phased_consistency.trainer.families import Base
 
 MEAN, NULL_MEAN, STD = 0.7, -0.2, 0.4  # of the data: with their prompt, without one; and their spread
 NULL = {"hidden": torch.full((1, 1), NULL_MEAN)}
+VP, ZERO_SNR, FLOW = VPSchedule.from_betas(), VPSchedule.from_betas(zero_terminal_snr=True), FlowSchedule(3.0)
+SCHEDULES = pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [(VP, "epsilon"), (ZERO_SNR, "v_prediction"), (FLOW, "flow")],
+    ids=["vp-eps", "zero-snr-v", "flow"],
+)
 Network = Callable[[Tensor, Tensor, dict], tuple[Tensor, Tensor]]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 class Switch:

@@ -1,7 +1,6 @@
-"""`pcm edit`: files in, files out; what an edit keeps is in the written picture; a mistake is a sentence."""
+"""`pcm edit`: files in, files out; what an edit keeps is in the written picture."""
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,45 +10,22 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
+from edit_files import SCENES, box, save
+from edit_files import loaded_once as loaded_once
+from edit_files import mask as mask
+from edit_files import photo as photo
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.operators import Colorize, Inpaint, luminance
-from phased_consistency.trainer import inspection
 from phased_consistency.trainer.editing import Editor, kept_error
 from phased_consistency.trainer.families import bundled_folder
 from phased_consistency.trainer.generate import generate
-from phased_consistency.trainer.inspection import load_for_sample, null_of
+from phased_consistency.trainer.inspection import null_of
 from phased_consistency.trainer.pictures import write_pictures
-from phased_consistency.trainer.tiny.scenes import draw, held_out_scenes
+from phased_consistency.trainer.tiny.scenes import draw
 from runs import TINY, sha256
 
 EDITS = ("inpaint", "outpaint", "colorize", "upscale", "stroke", "denoise", "interpolate")
-SCENES = held_out_scenes(4, set())
 FAST = ("--steps", "2", "--guidance", "1")
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch, tiny_base):
-    """The tiny base is read once for all tests, but for those that put a LoRA into it."""
-
-    def load(base, dtype, lora, **options):
-        return (
-            tiny_base if (base, dtype, lora) == (TINY, "fp32", None) else load_for_sample(base, dtype, lora, **options)
-        )
-
-    monkeypatch.setattr(inspection, "load_for_sample", load)
-
-
-@pytest.fixture
-def photo(tmp_path):
-    """A drawn scene of 64 pixels."""
-    draw(SCENES[0], 64).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-@pytest.fixture
-def mask(tmp_path):
-    """White in the middle."""
-    return save(tmp_path / "mask.png", box((64, 64), (16, 16, 48, 48)))
 
 
 @pytest.fixture
@@ -64,17 +40,6 @@ def edit(pcm, tmp_path):
         return details, pixels(tmp_path / out) if (tmp_path / out).is_file() else None
 
     return run
-
-
-def save(path, image):
-    image.save(path)
-    return path
-
-
-def box(size, where, mode="L", white=255):
-    image = Image.new(mode, size)
-    image.paste(white, where)
-    return image
 
 
 def pixels(path) -> Tensor:
@@ -359,86 +324,3 @@ def test_transparency_is_kept(edit, tmp_path, mask):
     assert out[3].equal(pixels(source)[3].repeat_interleave(2, 0).repeat_interleave(2, 1))
     _, out = edit("outpaint", "--image", source, "--top", "8", *FAST)
     assert out[3, 8:].equal(pixels(source)[3]) and out[3, :8].eq(255).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        ("inpaint", {"--image": "gone.png"}, "No file at gone.png"),
-        ("inpaint", {"--mask": "gone.png"}, "No file at gone.png"),
-        ("inpaint", {"--image": "{tmp}/text.png"}, "text.png cannot be read as a picture"),
-        ("inpaint", {"--image": "{tmp}/half.png"}, "half.png cannot be read as a picture"),
-        ("inpaint", {"--image": "{tmp}/float.tif"}, "float.tif holds floating-point numbers"),
-        ("inpaint", {"--mask": "{tmp}/small.png"}, "The mask is 32x16 and the picture 64x64"),
-        ("inpaint", {"--mask": None}, "photo.png has no transparent parts to draw in: give --mask"),
-        ("inpaint", {"--grow": "-1"}, "grow is -1"),
-        ("inpaint", {"--denoise": "0"}, "denoise must be above 0 and at most 1; got 0"),
-        ("inpaint", {"--denoise": "1.5"}, "denoise must be above 0 and at most 1; got 1.5"),
-        ("inpaint", {"--projection": "pixels"}, "--projection is 'pixels'; available: picture, latent, none"),
-        ("inpaint", {"--form": "round"}, "--form is 'round'; available: residual, plain"),
-        ("inpaint", {"--every": "0"}, "every is 0; 1 projects at each step"),
-        ("inpaint", {"--every": "2", "--projection": "none"}, "--every is for --projection picture, and it is none"),
-        ("inpaint", {"--fast-vae": "gone"}, "No tiny autoencoder in gone"),
-        ("inpaint", {"--fast-vae": "{sd3}/vae"}, "has latents of 16 channels, tiny-sd15 of 4"),
-        ("inpaint", {"--fast-vae": "{sd3}/transformer"}, "holds SD3Transformer2DModel; the fast VAE must be"),
-        ("inpaint", {"--factor": "2"}, "No such option: --factor"),
-        ("outpaint", {}, "Outpainting adds pixels on at least one side"),
-        ("outpaint", {"--left": "-8", "--right": "8"}, "Outpainting adds pixels on at least one side"),
-        ("colorize", {"--projection": "latent"}, "--projection latent is for inpaint and outpaint"),
-        ("colorize", {"--mask": "{tmp}/mask.png"}, "No such option: --mask"),
-        ("colorize", {"--seed": str(2**64)}, "Invalid value for '--seed'"),
-        ("upscale", {"--factor": "0"}, "factor is 0; it must be a whole number, 1 or more"),
-        ("upscale", {"--factor": "1.5"}, "Invalid value for '--factor'"),
-        ("upscale", {"--factor": "5", "--base": "tiny-sd3"}, "would be 320x320; tiny-sd3 draws at most 256 pixels"),
-        ("stroke", {"--denoise": "0"}, "denoise must be above 0"),
-        ("stroke", {"--every": "2"}, "No such option: --every"),
-        ("stroke", {"--strength": "0.5"}, "--strength is the LoRA's, and there is no --lora"),
-        ("stroke", {"--steps": "0"}, "steps must be between 1 and"),
-        ("stroke", {"--gamma": "2"}, "gamma must be between 0"),
-        ("stroke", {"--out": "out.jpg"}, "--out is 'out.jpg'; write a name that ends in .png"),
-        ("stroke", {"--dtype": "int8"}, "--dtype is 'int8'"),
-        ("denoise", {"--noise": "-3"}, "--noise is -3; a standard deviation of 0 to 255 levels"),
-        ("denoise", {"--steps": "-1"}, "steps must be between 1 and"),
-        ("interpolate", {}, "Both ends have one prompt and one seed"),
-        ("interpolate", {"--to-seed": "1", "--frames": "1"}, "--frames is 1; at least 2"),
-        ("interpolate", {"--to-seed": "1", "--resolution": "100"}, "resolution 100 is not a multiple of 32"),
-        ("interpolate", {"--to-seed": "1", "--image": "{tmp}/photo.png"}, "No such option: --image"),
-        ("interpolate", {"--to-seed": "1", "--prompt": None}, "Missing option '--prompt'"),
-    ],
-)
-def test_bad_input(pcm, photo, mask, tmp_path, kind, changes, message):
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "half.png").write_bytes(photo.read_bytes()[:200])
-    save(tmp_path / "small.png", Image.new("L", (32, 16), 255))
-    save(tmp_path / "float.tif", Image.new("F", (64, 64)))
-    options = {"--base": TINY, "--out": tmp_path / "made" / "out.png", "--prompt": "x", "--guidance": "1"}
-    options |= {"--image": photo} if kind != "interpolate" else {}
-    options |= {"--mask": mask} if kind == "inpaint" else {}
-    words = [part for pair in (options | changes).items() if pair[1] is not None for part in pair]
-    places = {"{tmp}": tmp_path, "{sd3}": bundled_folder("tiny-sd3")}
-    result = pcm("edit", kind, *(re.sub(r"{\w+}", lambda place: str(places[place[0]]), str(word)) for word in words))
-    told = " ".join(result.err.replace("│", " ").split())
-    assert result.code == 2 and message in told and "Traceback" not in told, result
-    assert not (tmp_path / "made").exists() and result.out == ""
-
-
-def test_pictures_prompts_and_masks_that_do_not_fit(pcm, photo, mask, tmp_path):
-    small = save(tmp_path / "small.png", Image.new("RGB", (32, 16)))
-    common = ("edit", "stroke", "--base", TINY, "--out", tmp_path / "out.png", "--image", photo)
-    told = pcm(*common, "--image", small)
-    assert told.code == 2 and "photo.png is 64x64" in told.err and "small.png is 32x16" in told.err
-    told = pcm(*common, *("--prompt", "x") * 3)
-    assert told.code == 2 and "3 prompts for 1 pictures" in told.err
-    told = pcm("edit", "inpaint", *common[2:], "--mask", mask, "--mask", mask)
-    assert told.code == 2 and "2 masks for 1 pictures: give one mask, or one for each picture" in told.err
-
-
-def test_bases_without_a_vae(tiny_base):
-    with pytest.raises(ValueError, match="tiny-sd15 draws without a VAE"):
-        Editor(replace(tiny_base, vae=None), tiny_base.alone, {})
-
-
-def test_a_lora_of_another_family(pcm, photo, lora, tmp_path):
-    options = ("--base", "tiny-sd3", "--lora", lora, "--image", photo, "--out", tmp_path / "out.png")
-    result = pcm("edit", "stroke", *options)
-    assert result.code == 2 and "is a LoRA for SD1.5, the base is SD3" in result.err

@@ -288,13 +288,14 @@ def _name_in_header(base: Base, module: str) -> str:
 
 
 def header_of_family(file: Path, family: str) -> LoraHeader:
-    """A LoRA's header; ValueError where it is for a base of another family."""
+    """A LoRA's header; ValueError where it is for a base of another family, or an alpha in it is no number."""
     header = read_header(file)
     if header.family not in (None, family):
         raise ValueError(
             f"{file.name} is a LoRA for {family_title(header.family)}, the base is {family_title(family)}. "
             "Use a matching pair."
         )
+    header.alphas()
     return header
 
 

@@ -28,6 +28,7 @@ KINDS = tuple(suffix[1:] for suffix in PICTURES)
 REMOTE = sorted(gopen_schemes.keys() - {"__default__", "pipe"})
 MOST = 1 << 28  # bytes of a file in a shard: compressed, a few kilobytes can hold any number of zeros
 META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps of its own in archives
+MOST_ENDS = 100  # times that an archive's end is met before reading it is given up
 BLOCK = 512  # bytes of tar's blocks; two of zeros end an archive
 PATIENCE = 30  # seconds for a server's answer
 GONE = (404, 410)
@@ -235,12 +236,15 @@ class _Watched:
     """A stream with its first and its last block kept: tarfile takes an archive that is cut between files for whole."""
 
     def __init__(self, stream: BinaryIO | Pipe):
-        self.stream, self.first, self.last = stream, b"", b""
+        self.stream, self.first, self.last, self.ends = stream, b"", b"", 0
         # a Pipe's own read drops what the program had sent before it failed
         self._read = stream.stream.read if isinstance(stream, Pipe) else stream.read
 
     def read(self, size: int) -> bytes:
         data = self._read(size)
+        self.ends += not data
+        if self.ends > MOST_ENDS:  # tarfile reads on to where a header says that a file ends, however far that is
+            raise EOFError("unexpected end of data")
         self.first = (self.first + data[:BLOCK])[:BLOCK]
         self.last = (self.last + data[-BLOCK:])[-BLOCK:]
         return data

@@ -166,6 +166,7 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
         model = kind.from_pretrained(
             root / part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
         )
+    _check_filled(model, f"{root} is not whole: its {part}", "Get the base again.")
     return model if of_diffusers else model.to(dtype)  # what transformers keeps in fp32 too
 
 
@@ -240,11 +241,15 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
     except Exception as error:  # the conversion's, at weights of other shapes
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path.name}: its {part} cannot be converted ({reason}). {GET_IT}") from error
+    _check_filled(model, f"{path.name}: its {part}", GET_IT)
+    return model
+
+
+def _check_filled(model: nn.Module, what: str, advice: str) -> None:
+    """Raise ValueError for weights that a library found in no file, and left on the meta device."""
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
-        some = f"{len(missing)} {part} weights (such as {missing[0]})"
-        raise ValueError(f"{path.name} lacks {some}. {GET_IT}")
-    return model
+        raise ValueError(f"{what} lacks {len(missing)} weights, such as {missing[0]}. {advice}")
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, assign: bool = False) -> nn.Module:

@@ -23,6 +23,7 @@ V_SWITCH, ZERO_SNR_SWITCH = "ss_v_parameterization", "ss_zero_terminal_snr"
 # Tensors that ComfyUI detects by name, whatever they hold.
 V_TENSOR, ZERO_SNR_TENSOR = "v_pred", "ztsnr"
 EDM_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+BETA_SCHEDULES = ("scaled_linear", "linear")
 # Of the levels, one where reading v as eps (or the reverse) is wrong by more than the whole output.
 TRIED_LEVEL = 0.7
 WRONG, RIGHT = 0.8, 0.4
@@ -71,11 +72,12 @@ def found_in_scheduler(path: Path) -> tuple[dict, Found]:
     first, last, kind, ticks = (
         config.get(k) for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
     )
-    if ticks != TICKS or not all(isinstance(beta, float) and 0 < beta < 1 for beta in (first, last)):
-        ends = f"beta_start {first!r:.30}, beta_end {last!r:.30}"
+    numbers = all(isinstance(beta, float) and 0 < beta < 1 for beta in (first, last))
+    if ticks != TICKS or kind not in BETA_SCHEDULES or not numbers:
+        told = f"num_train_timesteps {ticks!r:.30}, beta_schedule {kind!r:.30}, betas {first!r:.30} to {last!r:.30}"
         raise ValueError(
-            f"{path} has num_train_timesteps {ticks!r:.30}, {ends}; expected {TICKS}, and numbers between 0 and 1. "
-            "Use another base, or mend the file."
+            f"{path} has {told}; expected {TICKS}, {' or '.join(BETA_SCHEDULES)}, and numbers between 0 and 1. Use "
+            "another base, or mend the file."
         )
     told = Found(NAMES[prediction], bool(config.get("rescale_betas_zero_snr", False)), str(path))
     return {"beta_start": first, "beta_end": last, "kind": kind, "ticks": ticks}, told

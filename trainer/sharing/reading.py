@@ -163,7 +163,7 @@ def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
     if config.is_file():
         try:
             told = {f"x.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{config} cannot be read ({error}). Get it again, or give --alpha.") from error
         beside = LoraHeader(header.path, header.tensors, {PEFT_KEY: json.dumps(told)})
         return _peft_alphas(beside), f"as in {config.name}"
@@ -182,7 +182,7 @@ def _peft_alphas(header: LoraHeader) -> dict[str, float]:
         told, modules = json.loads(header.metadata.get(PEFT_KEY) or "{}"), header.modules
         by_root = any(value for key, value in told.items() if key.split(".")[-1] == "use_rslora")
         return {n: alpha * (modules[n].rank ** 0.5 if by_root else 1) for n, alpha in header.scale_alphas().items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{header.path.name}: its {PEFT_KEY} cannot be read ({error}). Get the file again.") from error
 
 

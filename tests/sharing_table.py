@@ -88,9 +88,9 @@ def make(kind: str, folder: Path) -> tuple[Base, list[Made]]:
     for path, pairs, written in ((foreign, first, unusual), (one, plain, style), (two, second, style)):
         write_lora(path, family, pairs, {}, recipe, written)
     tuned = tune(pipe, base, folder / "tuned")
-    both = [(one, 1.0), (two, 0.5)]
+    both = [(one, 1.0), (two, 0.7)]
     meant, other = added(plain), added(second)
-    total = {name: delta + 0.5 * other[name] for name, delta in meant.items()}
+    total = {name: delta + 0.7 * other[name] for name, delta in meant.items()}
     runs = {
         f"convert --to {style}": (added(first), lambda out: convert(foreign, out, style)),
         "tag": (meant, lambda out: tag(one, {"modelspec.author": "me", "ss_seed": "2"}, out=out)),

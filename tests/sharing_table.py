@@ -90,9 +90,10 @@ def make(kind: str, folder: Path) -> tuple[Base, list[Made]]:
     tuned = tune(pipe, base, folder / "tuned")
     both = [(one, 1.0), (two, 0.7)]
     meant, other = added(plain), added(second)
+    converted = meant if plain is first else added(first)
     total = {name: delta + 0.7 * other[name] for name, delta in meant.items()}
     runs = {
-        f"convert --to {style}": (added(first), lambda out: convert(foreign, out, style)),
+        f"convert --to {style}": (converted, lambda out: convert(foreign, out, style)),
         "tag": (meant, lambda out: tag(one, {"modelspec.author": "me", "ss_seed": "2"}, out=out)),
         "merge": (total, lambda out: merge(both, out)),
         "merge --rank 6": (total, lambda out: merge(both, out, rank=6)),
@@ -147,14 +148,21 @@ def question(base: Base, made: list[Made]) -> dict:
     folder, network = made[0].file.parent, type(base.network).from_config(base.network.config)
     network.load_state_dict({k.replace("base_layer.", ""): v for k, v in base.network.state_dict().items()})
     save_in_hosts_names(network, weights := folder / "weights.safetensors")
-    files = []
+    files, meant = [], {}  # several files are meant to add the same
     for each in made:
-        for name, weight in network.state_dict().items():
-            delta = each.meant.get(f"{base.component}.{name.removesuffix('.weight')}")
-            weight.copy_(0 if delta is None else delta.view_as(weight))
-        save_in_hosts_names(network, path := each.file.with_suffix(".meant.safetensors"))
+        if (path := meant.get(id(each.meant))) is None:
+            path = meant[id(each.meant)] = each.file.with_suffix(".meant.safetensors")
+            fill(network, base.component, each.meant)
+            save_in_hosts_names(network, path)
         files.append((str(each.file), str(path)))
     return {"weights": str(weights), "loras": files}
+
+
+def fill(network: torch.nn.Module, component: str, deltas: Deltas) -> None:
+    """Put what is added in the place of the weights."""
+    for name, weight in network.state_dict().items():
+        delta = deltas.get(f"{component}.{name.removesuffix('.weight')}")
+        weight.copy_(0 if delta is None else delta.view_as(weight))
 
 
 def by_host(host: Path, questions: list[dict]) -> list[dict]:

@@ -58,12 +58,13 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_finite(path: str, modules: Iterable[nn.Module]) -> None:
     """Raise ValueError for a base with weights that are not finite, naming one; a billion take about a second."""
     for module in modules:
-        found = not_finite(chain(module.named_parameters(), module.named_buffers()))
+        tensors = dict(chain(module.named_parameters(), module.named_buffers()))
+        found = not_finite(tensors.items())
         if found:
             raise ValueError(
-                f"{path} has weights that are not finite: {len(found)} tensors of its {type(module).__name__}, such as "
-                f"{found[0]}, as {module.get_parameter(found[0]).dtype}. Every picture would be black: get the base "
-                "again, or set base.dtype=fp32 if they are too large for fp16."
+                f"{path} has weights that are not finite, in {len(found)} of the tensors of its "
+                f"{type(module).__name__}, such as {found[0]}, as {tensors[found[0]].dtype}. Every picture would be "
+                "black: get the base again, or set base.dtype=fp32 if they are too large for fp16."
             )
 
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..samplers import FlowSchedule
+from ..samplers import FlowSchedule, Recipe
 from .config import Config, flat
 from .data import pictures_of, read_prompts
+from .data.held_out import most_held_out
 from .data.reading import stop_or_skip
 from .data.shards import list_shards
 from .data.sources import absent, own_prompts
@@ -20,6 +21,7 @@ from .families.sd3 import SD3, check_flow, read_shift
 from .initial import check_start
 from .memory import BYTES, estimate_memory, switches
 from .objectives import Objective
+from .validation import passes_of
 from .whole import check_whole
 
 
@@ -36,7 +38,7 @@ def plan(config: Config) -> dict[str, Any]:
     passes, a_sample = _passes(config)
     if family.whole:
         check_whole(config)
-    usage = "" if family.whole else recipe_for(config, _stand_in(config, family)).usage_hint()
+    recipe = None if family.whole else recipe_for(config, _stand_in(config, family))
     if config.lora.init:
         check_start(config, _stand_in(config, family))
     facts = {
@@ -47,6 +49,7 @@ def plan(config: Config) -> dict[str, Any]:
         "samples_seen": seen,
         "passes_over_the_data": round(seen / samples, 1) if samples else None,
         "forward_passes_per_sample": passes,
+        "validation": _validation(config, recipe, samples, passes),
         "lora_modules": memory["lora_modules"],
         "trained_parameters": memory["trained_parameters"],
         "file_bytes": memory["trained_parameters"] * (4 if family.whole else BYTES[config.lora.dtype]),
@@ -71,7 +74,8 @@ def plan(config: Config) -> dict[str, Any]:
         f"  trains    {_learner(config, family, facts)}",
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
-        *([f"  use       {usage}"] if usage else []),
+        f"  measures  {_measures(facts)}",
+        *([f"  use       {recipe.usage_hint()}"] if recipe else []),
         *(f"  note      {note}" for note in config.notes()),
         "Memory estimate (GiB)",
         *(f"  {name:48} {value:6.2f}" for name, value in memory["gib"].items()),
@@ -119,6 +123,27 @@ def _data(config: Config) -> tuple[int | None, str]:
 def _summary(objective: Objective) -> str:
     """The first sentence of what an objective says of itself."""
     return " ".join(objective.__doc__.split("\n\n")[0].split()).rstrip(".")
+
+
+def _validation(config: Config, recipe: Recipe | None, samples: int | None, a_sample: int) -> dict[str, Any]:
+    """How often it is measured, on how many held-out samples, and what that takes; a backward pass counts as two."""
+    train, settings = config.train, config.validation
+    held_out = settings.count if samples is None else most_held_out(samples, settings.count)
+    teacher = recipe if config.objective.needs_teacher else None
+    each, once = passes_of(config, teacher, held_out, a_sample)
+    times = 1 + -(-train.steps // settings.every) if settings.every and each else 0
+    training = train.steps * train.batch_size * train.accumulation * (a_sample + 2)
+    facts = {"held_out": held_out, "measurements": times, "passes_each": each if times else 0}
+    return facts | {"share_of_training": round(((each * times + once) if times else 0) / training, 4)}
+
+
+def _measures(facts: dict[str, Any]) -> str:
+    told = facts["validation"]
+    held_out = f"{told['held_out']} samples are held out"
+    if not told["measurements"]:
+        return f"nothing; {held_out}"
+    passes = f"{told['measurements']} times, {told['passes_each']} forward passes each"
+    return f"{passes}: about {told['share_of_training']:.1%} of the training's; {held_out}"
 
 
 def _passes(config: Config) -> tuple[int, str]:

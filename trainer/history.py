@@ -27,6 +27,7 @@ from .checkpoint import write_text
 
 Line = dict[str, Any]
 LOG = "log.jsonl"
+KILLED = "no end was written: the process was killed, or the machine went down"
 OF_UPDATES = ("update", "validation", "saved")
 ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+", re.IGNORECASE)
 # An absolute path with a folder in it, on any system.
@@ -101,8 +102,7 @@ def continued(lines: Iterable[Line], step: int) -> Iterable[Line]:
 
 
 def _killed(last: Line) -> Line:
-    reason = "ended without a word: killed, or out of power"
-    return _line("end", {"step": last["step"], "seconds": last.get("seconds", 0.0), "how": "killed", "reason": reason})
+    return _line("end", {"step": last["step"], "seconds": last.get("seconds", 0.0), "how": "killed", "reason": KILLED})
 
 
 def now() -> str:

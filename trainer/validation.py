@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..samplers import Recipe
 from ..samplers.phases import count_steps
 from .batches import Batches, seed_of
 from .checkpoint import write_tensors
@@ -43,6 +44,31 @@ Say = Callable[[str], None]
 def error_at(steps: int) -> str:
     """What the paired error at so many steps is called."""
     return f"paired error at {count_steps(steps)}"
+
+
+def steps_of(config: Config, recipe: Recipe) -> tuple[int, ...]:
+    """The numbers of steps that pictures are compared at: those asked for, as far as there are levels for them, and the
+    recommended one."""
+    asked = {*config.validation.steps, recipe.steps}
+    return tuple(sorted(n for n in asked if n <= recipe.grid().points))
+
+
+def reference_of(config: Config, recipe: Recipe) -> Setting:
+    """The teacher as a LoRA of this recipe is to imitate it."""
+    guidance = distilled_guidance(config.objective.model_dump(), recipe)
+    return Setting(TEACHER, config.validation.teacher_steps, guidance or 1.0)
+
+
+def passes_of(config: Config, recipe: Recipe | None, held_out: int, a_sample: int) -> tuple[int, int]:
+    """Samples that pass through the network in one measurement, and once for the teacher's pictures.
+
+    recipe: None without a teacher; a_sample: passes of a sample in training.
+    """
+    each = held_out * DRAWS * a_sample
+    if recipe is None:
+        return each, 0
+    each += PICTURES * sum(Setting("student", n, recipe.guidance).evaluations for n in steps_of(config, recipe))
+    return each * (2 if config.train.ema else 1), PICTURES * reference_of(config, recipe).evaluations
 
 
 @dataclass(frozen=True)
@@ -82,8 +108,7 @@ class Validation:
         self.steps: tuple[int, ...] = ()
         if engine.objective.needs_teacher and not self.base.whole:
             self.recipe = recipe_for(config, self.base)
-            asked = {*config.validation.steps, self.recipe.steps}
-            self.steps = tuple(sorted(n for n in asked if n <= self.recipe.grid().points))
+            self.steps = steps_of(config, self.recipe)
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
         self.active = bool(config.validation.every and (self.steps or len(batches.held_out)))
 
@@ -175,9 +200,7 @@ class Validation:
 
     @property
     def reference(self) -> Setting:
-        """The teacher as the LoRA is to imitate it."""
-        guidance = distilled_guidance(self.config.objective.model_dump(), self.recipe)
-        return Setting(TEACHER, self.config.validation.teacher_steps, guidance or 1.0)
+        return reference_of(self.config, self.recipe)
 
     @cached_property
     def teacher(self) -> Tensor:

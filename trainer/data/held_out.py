@@ -32,6 +32,11 @@ class HeldOut:
         return f"{len(self.samples)} of {there} samples are held out{known}."
 
 
+def most_held_out(there: int, asked: int) -> int:
+    """How many samples of those that are there can be held out."""
+    return min(asked, there // SHARE) if there >= LEAST else 0
+
+
 def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int) -> HeldOut:
     """Up to `count` samples, with all others of their captions, so that training sees neither.
 
@@ -40,7 +45,7 @@ def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int
     samples make up for it.
     """
     there = len(prompts)
-    count = min(count, there // SHARE) if there >= LEAST else 0
+    count = most_held_out(there, count)
     if not count:
         return HeldOut(np.empty(0, np.int64))
     bucket = np.empty(there, np.int64)

@@ -59,7 +59,7 @@ def _svg(draw: Callable[[Axes], Any], stops: Sequence[int]) -> str:
         panel.set_xlabel("updates")
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if panel.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+            figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
@@ -86,7 +86,7 @@ def _norms(panel: Axes, updates: list[Line], names: list[str]) -> None:
     for i, name in enumerate(names):
         x, y = _points(updates, name)
         panel.plot(x, smoothed(y), color=f"C{i}", linewidth=1.4, label=name.removeprefix(f"{NORM} of the "))
-    panel.set_yscale("log")
+    logarithmic(panel)
 
 
 def _of_measured(panel: Axes, measured: list[Line], names: list[str], best: int | None) -> None:
@@ -101,7 +101,9 @@ def _of_measured(panel: Axes, measured: list[Line], names: list[str], best: int 
         panel.plot([], [], color="0.5", linestyle="--", linewidth=1, label="not averaged")
     if best is not None:
         panel.axvline(best, color="C2", linewidth=1, zorder=0, label="best")
-    panel.set_ylim(bottom=0)
+    values = [line["figures"].get(name) for line in measured for name in names]
+    if all(value is not None and value > 0 for value in values):
+        logarithmic(panel)
 
 
 def smoothed(values: NDArray) -> NDArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ REPORT, TEMPLATE = "report.html", "page.html"
 # Pictures wider than that are drawn smaller; of more grids than that some are left out.
 WIDEST, SHOWN, SMALL = 1200, 7, 200_000
 QUALITY = 86
+# Of the parts of the time.
+COLOURS = ("#2f6fb0", "#e08a3c", "#4a9a5f", "#b9504a", "#8a6db5", "#8c6d5b", "#d07fb4", "#8b929e")
 
 
 def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
@@ -50,22 +53,22 @@ def page(story: Story) -> str:
 
 def _content(story: Story) -> dict[str, Any]:
     how, reason = story.state
-    best = (story.measured[-1]["best"] or {}) if story.measured else {}
     stops = [start["to"] for start in story.starts[:-1]]
-    drawn = curves(story.updates, story.measured, best.get("step"), stops)
+    drawn = curves(story.updates, story.measured, story.best.get("step"), stops)
     columns, figures = story.figures()
     shown, left_out = _grids(story.folder)
     return {
         "story": story,
         "how": how,
         "reason": reason,
-        "best": best,
+        "best": story.best,
         "curves": {title: Markup(svg) for title, svg in drawn.items()},
         "columns": columns,
         "figures": figures,
         "grids": shown,
         "grids_left_out": left_out,
         "best_grid": _picture(story.folder / f"{story.name}-best.preview.png"),
+        "parts": [(name, part, colour) for (name, part), colour in zip(story.parts(), cycle(COLOURS))],
         "beside": BESIDE,
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...samplers.lora_file import family_title
 from ..config import Config, flat
-from ..history import LOG, Line, read_log
+from ..history import KILLED, LOG, Line, read_log
 from ..inspection import describe
 from ..locks import only_run
 from ..objectives import OBJECTIVES
@@ -66,8 +66,8 @@ class Story:
 
     @property
     def step(self) -> int:
-        """The last update that is known of."""
-        return max((line["step"] for line in self.lines if "step" in line), default=0)
+        """The update that the last start has come to."""
+        return self.starts[-1]["to"]
 
     @property
     def steps(self) -> int:
@@ -81,7 +81,7 @@ class Story:
             return last["how"], last.get("reason", "")
         if _is_running(self.folder):
             return "running", "the run is under way"
-        return "killed", "ended without a word: killed, or out of power; the same command goes on from its checkpoint"
+        return "killed", f"{KILLED}; the same command goes on from its last checkpoint"
 
     # --- what came out
 
@@ -109,18 +109,23 @@ class Story:
             return f"{self.settings['objective']['name']} from {base}"
         return f"{told['method']} LoRA for {family_title(told['family'] or family)}, made from {base}"
 
+    @property
+    def best(self) -> dict[str, Any]:
+        """Update, figure and value of the best LoRA; empty before there is one."""
+        return (self.measured[-1]["best"] if self.measured else None) or {}
+
     def figures(self) -> tuple[list[str], Table]:
-        """Columns and rows of the figures: before the first update, at the best one, at the last, and there without
-        averaging."""
+        """Columns and rows of the figures: first measured, at the best update, at the last, and there not averaged."""
         by_step = {line["step"]: line for line in self.measured}
         if not by_step:
             return [], []
-        last, best = max(by_step), (self.measured[-1]["best"] or {}).get("step")
-        columns = {f"update {step}": by_step[step]["figures"] for step in sorted({min(by_step), last})}
-        if best in by_step:
-            columns |= {f"best: update {best}": by_step[best]["figures"]}
+        last, best = max(by_step), self.best.get("step")
+        asked = {"first": min(by_step), "best": best, "last": last}
+        columns = {
+            f"{which}: update {step}": by_step[step]["figures"] for which, step in asked.items() if step in by_step
+        }
         if by_step[last]["plain"]:
-            columns |= {f"update {last}, not averaged": by_step[last]["plain"]}
+            columns |= {"last, not averaged": by_step[last]["plain"]}
         names = list(by_step[last]["figures"])
         rows = [(name, *(_number(of.get(name)) for of in columns.values())) for name in names]
         return list(columns), rows
@@ -150,7 +155,8 @@ class Story:
         train, processes = self.settings["train"], self.start["device"]["processes"]
         samples = done * train["batch_size"] * train["accumulation"] * processes
         rows = [("time from the first update on", duration(seconds)), ("starts", str(len(self.starts)))]
-        rows.append(("updates", f"{self.step} of {self.steps}" + (f", {done} with repeated ones" * (done > self.step))))
+        again = f", {done - self.step} of them twice" if done > self.step else ""
+        rows.append(("updates", f"{self.step} of {self.steps}{again}"))
         rows.append(("samples seen in training", f"{samples:,}"))
         if seconds:
             rows.append(("samples per second, all included", f"{samples / seconds:.3g}"))

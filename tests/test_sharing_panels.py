@@ -13,7 +13,13 @@ from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import file_hash, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.export import EMPTY_HASH
-from phased_consistency.trainer.sharing.panels import LORA_MANAGER_PREVIEWS, LORA_MANAGER_REQUIRED, find, panels
+from phased_consistency.trainer.sharing.panels import (
+    LORA_MANAGER_PREVIEWS,
+    LORA_MANAGER_REQUIRED,
+    find,
+    panels,
+    write_page,
+)
 from phased_consistency.trainer.sharing.sidecars import sidecars
 from phased_consistency.trainer.sharing.tag import tag, thumbnail
 from sharing_files import kohya_file
@@ -136,17 +142,23 @@ def test_wrong_fields_of_lora_manager_are_named(mine, fields, problem):
 
 
 def test_sidecars_with_other_things_than_texts_do_no_harm(plain):
-    for value in (1, [1, "a"], {"a": 1}, True, None):
+    for value in (1, [1, "a"], {"a": 1}, True, None, "\ud800"):
         for suffix, keys in SIDECARS.items():
             plain.with_suffix(suffix).write_text(json.dumps(dict.fromkeys(keys, value)))
-        assert len(panels(plain)) == 4
+        assert len(write_page(plain, plain.with_suffix(".html"), overwrite=True)["panels"]) == 4
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"text"'])
+@pytest.mark.parametrize("text", ["{", "[]", '"text"', "[" * 100_000])
 def test_sidecars_that_cannot_be_read_are_named(plain, text):
     for suffix, which in ((".json", A1111), (".metadata.json", MANAGER)):
         plain.with_suffix(suffix).write_text(text)
         assert f"plain{suffix} cannot be read" in problems(plain, which)
+
+
+def test_a_preview_that_is_none_is_named(plain):
+    plain.with_suffix(".preview.png").write_text("no picture")
+    for which in (A1111, MANAGER):
+        assert "plain.preview.png cannot be read as a picture" in problems(plain, which)
 
 
 def test_hashes_that_are_not_the_tensors_are_named(plain):

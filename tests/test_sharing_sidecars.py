@@ -70,8 +70,8 @@ def test_sidecars_replace_nothing_unasked(fails, pcm, file, tmp_path):
     assert not (tmp_path / "mine.metadata.json").exists() and (tmp_path / "mine.json").read_text() == "mine own"
     (tmp_path / "no.png").write_text("no picture")
     options = ("--overwrite", "--preview")
-    assert "no.png is no picture that can be read" in fails(2, "sidecars", file, *options, tmp_path / "no.png")
-    assert "No picture at" in fails(2, "sidecars", file, *options, tmp_path / "none.png")
+    assert "no.png cannot be read as a picture" in fails(2, "sidecars", file, *options, tmp_path / "no.png")
+    assert "No file at" in fails(2, "sidecars", file, *options, tmp_path / "none.png")
     assert (tmp_path / "mine.json").read_text() == "mine own"
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.preview.png")
     assert pcm("sidecars", file, *options, tmp_path / "mine.preview.png").code == 0

@@ -128,7 +128,7 @@ def test_a_thumbnail_is_modelspecs(pcm, fails, file, tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
         assert picture.size == (256, 256) and picture.getpixel((128, 250))[0] > 200 > 50 > picture.getpixel((128, 5))[0]
     (tmp_path / "no.png").write_text("no picture")
-    assert "no.png is no picture that can be read" in fails(2, "tag", file, "--thumbnail", tmp_path / "no.png")
+    assert "no.png cannot be read as a picture" in fails(2, "tag", file, "--thumbnail", tmp_path / "no.png")
 
 
 def test_the_verb(pcm, fails, file):

@@ -127,7 +127,7 @@ class Seen:
             told = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(told, dict):
                 raise ValueError("it is no JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{path.name} cannot be read ({error}). Write it again: pcm sidecars --overwrite.")
             return {}
         return told
@@ -156,7 +156,8 @@ def write_page(file: Path, out: Path, overwrite: bool = False) -> dict[str, Any]
     loader = FileSystemLoader(Path(__file__).parent)
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = Environment(loader=loader, **options).get_template(TEMPLATE)
-    write_text(out, page.render(name=file.name, panels=found, metadata=opened(read_header(file).metadata)))
+    html = page.render(name=file.name, panels=found, metadata=opened(read_header(file).metadata))
+    write_text(out, html.encode(errors="replace").decode())  # halves of characters, which JSON may hold
     problems = sum(len(panel.problems) for panel in found)
     text = f"{out}: {len(found)} panels, {problems} thing{'s' * (problems != 1)} missing or wrong"
     return {"out": str(out), "panels": [asdict(panel) for panel in found], "problems": problems, "text": text}

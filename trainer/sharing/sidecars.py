@@ -15,7 +15,8 @@ from PIL import Image
 from ...samplers.lora_file import file_hash, read_header
 from ...samplers.lora_info import facts
 from ..checkpoint import write_text
-from ..previews import save_image
+from ..pictures import read_pictures
+from ..previews import save_image, to_image
 
 A1111_VERSIONS = {"sd15": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
 BASE_MODELS = {"sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL 1.0", "sd3": "SD 3"}
@@ -90,10 +91,5 @@ def _notes(told: dict[str, Any]) -> str:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB. Raises FileNotFoundError, or ValueError where it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No picture at {path}. Check the name.")
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path.name} is no picture that can be read ({error}). Give a PNG.") from error
+    """A picture in RGB, its transparency left out. Raises as `read_pictures`."""
+    return to_image(read_pictures([path]).pixels[0, :3])

@@ -18,7 +18,8 @@ REQUIRED = (
     *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib", "webdataset", "psutil"),
 )
 OPTIONAL = (
-    {"tensorboard": "logs of the run", "bitsandbytes": "train.optimizer=adamw8bit", "torchao": "base.quantize"}
+    {"tensorboard": "logs of the run", "wandb": "train.trackers", "trackio": "train.trackers"}
+    | {"bitsandbytes": "train.optimizer=adamw8bit", "torchao": "base.quantize"}
     | {name: "FID's features in pcm evaluate" for name in ("torchmetrics", "torch-fidelity")}
     | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
 )

@@ -39,10 +39,9 @@ class Journal:
     def open(self, step: int, facts: dict[str, Any], at_end: Callable[[], dict[str, Any]]) -> Iterator[None]:
         """Around a start of the run that goes on from `step`; facts: of the start; at_end: what its end is to tell."""
         self.history.begin(step, **facts)
-        if self.writes:
-            self.trackers.start(step)
         end = {"how": "stopped", "reason": AT_ONCE}
         try:
+            self._track(lambda trackers: trackers.start(step))
             yield
             end = {"how": "finished"}
         except Exception as error:

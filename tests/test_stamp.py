@@ -138,7 +138,7 @@ def test_another_ending_is_refused(source, tmp_path):
 
 def test_a_header_that_nobody_could_read_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MOST_HEADER", 1000)
-    with pytest.raises(ValueError, match="header of .* would have .* read at most 1000 of it. Its largest entry is note, 1002 bytes"):
+    with pytest.raises(ValueError, match="would have .* read at most 1000 of it. .* entry is note, 1002 bytes"):
         copy_with_metadata(source, tmp_path / "copy.safetensors", {"note": "x" * 1000})
 
 

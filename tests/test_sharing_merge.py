@@ -12,7 +12,7 @@ from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.inspection import check_parity, installed, load_for_check
 from phased_consistency.trainer.sharing.factors import approximated, concatenated, energy, errors, rank_for_error
-from phased_consistency.trainer.sharing.lora import Pair
+from phased_consistency.trainer.sharing.lora import MUST, Pair
 from phased_consistency.trainer.sharing.merge import merge
 from phased_consistency.trainer.sharing.reading import read_lora
 from phased_consistency.trainer.sharing.resize import resize
@@ -119,6 +119,20 @@ def test_recipes_that_agree_are_kept_for_strength_1(tiny_base, tmp_path):
     c = kohya_file(tmp_path / "c.safetensors", tiny_base, **{HEADER_KEY: Recipe(family="sd15", phases=8).to_header()})
     result = merge([(a, None), (c, None)], out, overwrite=True, family="sd15")
     assert "They have different recipes: none is kept" in result["text"] and HEADER_KEY not in read_header(out).metadata
+
+
+def test_what_modelspec_demands_is_there_where_the_parts_differ(tiny_base, tmp_path):
+    told = {key: "1.0.1" for key in MUST} | {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    a, b = (
+        kohya_file(
+            tmp_path / f"{side}.safetensors", tiny_base, **told | {"modelspec.resolution": side, "ss_seed": side}
+        )
+        for side in ("512x512", "768x768")
+    )
+    merge([(a, 1.0), (b, 1.0)], out := tmp_path / "out.safetensors")
+    merged = read_header(out).metadata
+    assert {key: merged[key] for key in MUST} == told | {"modelspec.resolution": "512x512", "modelspec.title": "out"}
+    assert "ss_seed" not in merged
 
 
 def test_merging_what_does_not_belong_together_is_refused(two, tiny_base, tmp_path, fails):

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from phased_consistency.trainer.checkpoint import load_latest_state
-from phased_consistency.trainer.loop import train
+from phased_consistency.trainer.history import read_log
+from phased_consistency.trainer.loop import Run, train
+from phased_consistency.trainer.reporter import Reporter
 from runs import Notes, settings, small_config
 
 # Relative: what two processes may differ by, in which gradients are summed in another order, and what another choice of
@@ -144,15 +146,23 @@ def test_processes_that_begin_apart_are_refused(tmp_path):
 
 
 def test_sharing_the_frozen_weights_gives_the_same(alone, tmp_path):
-    """Each process holds half of them, recomputes blocks, draws previews and tests the file together with the other."""
+    """Each process holds half of them, recomputes blocks, measures, draws previews and tests files together with the
+    other."""
     settings = {
         "train__shard": "true",
         "train__gradient_checkpointing": "true",
         "preview__every": 6,
         "preview__steps": [2],
+        "validation__every": 6,
+        "validation__steps": [1],
+        "validation__teacher_steps": 2,
     }
     _, errors = two_processes(tmp_path, **settings)
     assert apart(learnt(alone), learnt(tmp_path / alone.name)) < SAME
     held = float(re.search(r"([0-9.]+) GiB of the frozen weights are held here", errors)[1])
     assert held * 2**30 == pytest.approx(4.76e6 * 4 / 2, rel=0.3)
     assert "0 keys unmatched" in errors and (tmp_path / "previews" / "step-0000006.png").is_file()
+    measured = {line["step"]: line["figures"] for line in read_log(tmp_path) if line["kind"] == "validation"}
+    assert list(measured) == [0, 6, 12] and (tmp_path / "pcm-lora-best.safetensors").is_file()
+    run = Run(small_config(alone.parent, **ACROSS | settings | {"train__shard": "false"}), Reporter())
+    assert measured[12] == pytest.approx(run.validation(12).figures, rel=1e-3)

@@ -163,8 +163,11 @@ class Validation:
                 figures[LOSS] = self._loss()
             for steps in self.steps:
                 figures[error_at(steps)] = paired_error(self._pictures(steps), self.teacher)
-        told = self.processes.mean([], torch.tensor(list(figures.values()))) if self.config.train.shard else None
-        return figures if told is None else dict(zip(figures, told.tolist(), strict=True))
+        if not self.config.train.shard:
+            return figures
+        told = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.base.device)
+        self.processes.mean([told], told.new_zeros(1))  # so that all judge alike
+        return dict(zip(figures, told.tolist(), strict=True))
 
     def _loss(self) -> float:
         """The objective's own distance, over all held-out samples at `DRAWS` draws each."""

@@ -80,7 +80,8 @@ class Watch:
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        name = str(arguments[WRITES[event]]).removeprefix(self.folder + os.sep)
+        name = os.path.relpath(str(arguments[WRITES[event]]), os.path.dirname(self.folder))
+        name = name.removeprefix(os.path.basename(self.folder) + os.sep)
         os.write(self.told, f"{event.removeprefix('os.')} {name}\n".encode())
         if self.kill and self.seen == self.kill.operation:
             if not self.kill.after:
@@ -174,7 +175,7 @@ def _told(told: Path) -> str:
 def _held(folder: Path) -> str:
     steps = sorted(int(p.stem.split("-")[1]) for p in folder.glob("checkpoints/step-*.safetensors"))
     parts = len(list(folder.rglob("*.part")))
-    return f"checkpoints {steps or 'none'}, {parts} half files" if folder.is_dir() else "no folder yet"
+    return f"checkpoints {steps or 'none'}, {parts} half-written files" if folder.is_dir() else "no folder yet"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def test_points_must_divide_the_ticks():
         ("train.gradient_checkpointing=true", True),
         ("preview.steps=[1, 2]", (1, 2)),
         ('preview.prompts=["a cat", "a dog"]', ("a cat", "a dog")),
+        ("train.trackers=wandb", ("wandb",)),
+        ("train.trackers=[]", ()),
         ("objective.guidance=[2, 3.5]", (2.0, 3.5)),
         ("data.images=/some where/with spaces", "/some where/with spaces"),
         (r"data.images=C:\pictures\new", r"C:\pictures\new"),
@@ -135,6 +137,24 @@ def test_presets_are_not_changed_by_use():
     before = json.dumps({name: p.values for name, p in PRESETS.items()})
     load_config(overrides=["train.lr=1", "base.path=b", "objective.phases=1"], preset="sd15-4step")
     assert json.dumps({name: p.values for name, p in PRESETS.items()}) == before
+
+
+def test_the_old_name_of_trackers_is_told():
+    assert "train.tensorboard: is train.trackers now, a list" in problems(BASE, "train.tensorboard=false")
+    assert "train.trackers.0 = 'mlflow': input should be 'tensorboard', 'wandb' or 'trackio'" in problems(
+        BASE, "train.trackers=mlflow"
+    )
+
+
+def test_a_config_remembers_its_preset():
+    assert load_config(overrides=[BASE]).preset is None
+    assert load_config(overrides=["train.steps=3"], preset="demo").preset == "demo"
+
+
+def test_settings_for_others_have_no_places(tmp_path):
+    told = load_config(overrides=[f"base.path={tmp_path / 'mine.safetensors'}", f"output={tmp_path}"]).for_others()
+    assert str(tmp_path) not in json.dumps(told) and told["base"]["path"] == "mine.safetensors"
+    assert told["preview"]["steps"] == [1, 2, 4, 8] and told["validation"]["every"] == 500
 
 
 def test_unknown_presets_name_the_nearest(toml):

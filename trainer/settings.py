@@ -162,6 +162,11 @@ class TrainConfig(Section):
     )
     report: bool = Field(True, description="write report.html into the run folder at the end")
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, values: Any) -> Any:

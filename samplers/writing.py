@@ -32,9 +32,9 @@ def path_within(folder: Path, name: str) -> Path:
     unusable = UNUSABLE.search(name) or not name.isprintable() or max(map(len, parts)) > LONGEST
     if unusable or any(not part.strip() or part.startswith(".") for part in parts):
         raise ValueError(
-            f"The name is {name!r:.300}; expected a file's name, with subfolders if you like, such as fast/style_4_steps. "
-            f"It may not begin with a slash or a drive, nor have empty or hidden parts, '..', or more than {LONGEST} "
-            "characters between slashes."
+            f"The name is {name!r:.300}; expected a file's name, with subfolders if you like, such as "
+            "fast/style_4_steps. It may not begin with a slash or a drive, nor have empty or hidden parts, '..', or "
+            f"more than {LONGEST} characters between slashes."
         )
     target = folder.joinpath(*parts)
     if target.suffix.lower() != ".safetensors":

@@ -161,10 +161,10 @@ def test_a_lora_with_numbers_that_are_not_finite_is_named(file, value):
     assert describe(file)["not_finite"] == []
     changed(file, name, value)
     told = describe(file)
-    assert told["not_finite"] == [name] and f"not finite, such as {name}" in describe_text(told)
+    assert told["not_finite"] == [name] and f"not finite, such as in {name}" in describe_text(told)
     checked = check_parity(file, base)
-    assert not checked["passed"] and f"such as {name}: every picture is black" in checked["text"]
-    with pytest.raises(ValueError, match=f"style.safetensors: 1 of its tensors .* such as {name}"):
+    assert not checked["passed"] and f"such as in {name}: every picture is black" in checked["text"]
+    with pytest.raises(ValueError, match=f"style.safetensors: numbers in 1 of its tensors .* such as in {name}"):
         install_whole(file, base)
 
 

@@ -73,7 +73,7 @@ def describe_text(d: dict[str, Any]) -> str:
 
 
 def _broken(names: list[str]) -> str:
-    return f"{len(names)} of its tensors have numbers that are not finite, such as {names[0]}: every picture is black."
+    return f"numbers in {len(names)} of its tensors are not finite, such as in {names[0]}: every picture is black."
 
 
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:

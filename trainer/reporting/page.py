@@ -8,15 +8,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..checkpoint import write_text
+from ..pages import write_page
 from .curves import curves
 from .story import BESIDE, Story, duration
 
-REPORT, TEMPLATE = "report.html", "page.html"
+REPORT, TEMPLATE = "report.html", Path(__file__).parent / "page.html"
 # Pictures wider than that are drawn smaller; of more grids than that some are left out.
 WIDEST, SHOWN, SMALL = 1200, 7, 200_000
 QUALITY = 86
@@ -35,20 +34,10 @@ def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
         raise ValueError(f"--out is {str(out)!r}; write a name that ends in .html.")
     story = Story.of(folder)
     how, reason = story.state
-    write_text(out, page(story))
+    write_page(out, TEMPLATE, _content(story), duration=duration, share=lambda part: f"{part:.1%}")
     told = {"report": str(out), "state": how, "reason": reason, "step": story.step, "steps": story.steps}
     files = {which: made["name"] for which, made in story.made.items()}
     return told | {"files": files, "text": f"{out}: {how}, {story.step} of {story.steps} updates"}
-
-
-def page(story: Story) -> str:
-    """The report as HTML."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"duration": duration, "share": lambda part: f"{part:.1%}"}
-    return environment.get_template(TEMPLATE).render(**_content(story))
 
 
 def _content(story: Story) -> dict[str, Any]:

@@ -16,17 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ...samplers.lora_file import family_title, file_hash, header_text, read_header, tensor_hash
 from ...samplers.writing import MOST_HEADER
-from ..checkpoint import write_text
+from .. import pages
 from ..export import EMPTY_HASH
 from .lora import MUST
 from .sidecars import A1111_VERSIONS, UNKNOWN, open_picture
 
-TEMPLATE = "panels.html"
+TEMPLATE = Path(__file__).parent / "panels.html"
 SIDE = 512  # pixels of a preview on the page
 MOST_TAGS = 12
 DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
@@ -153,11 +152,8 @@ def write_page(file: Path, out: Path, overwrite: bool = False) -> dict[str, Any]
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: choose another name, or add --overwrite.")
     found = panels(file)
-    loader = FileSystemLoader(Path(__file__).parent)
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    page = Environment(loader=loader, **options).get_template(TEMPLATE)
-    html = page.render(name=file.name, panels=found, metadata=opened(read_header(file).metadata))
-    write_text(out, html.encode(errors="replace").decode())  # halves of characters, which JSON may hold
+    content = {"name": file.name, "panels": found, "metadata": opened(read_header(file).metadata)}
+    pages.write_page(out, TEMPLATE, content)
     problems = sum(len(panel.problems) for panel in found)
     text = f"{out}: {len(found)} panels, {problems} thing{'s' * (problems != 1)} missing or wrong"
     return {"out": str(out), "panels": [asdict(panel) for panel in found], "problems": problems, "text": text}

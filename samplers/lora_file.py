@@ -110,12 +110,15 @@ class LoraHeader:
 
     @property
     def modules(self) -> dict[str, LoraModule]:
-        """kohya module name -> module; raises ValueError when the file holds no LoRA."""
+        """kohya module name -> module; raises ValueError when the file holds no LoRA, or a weight under two names."""
         found: dict[str, LoraModule] = {}
         for name, info in self.tensors.items():
             if (split := split_key(name)) is not None:
                 module, part = split
                 entry = found.setdefault(module, LoraModule())
+                if part in entry.keys:
+                    twice = f"{entry.keys[part]} and {name}"
+                    raise ValueError(f"{self.path.name} has one weight under two names, {twice}. Get the file again.")
                 entry.keys[part], entry.shapes[part], entry.dtypes[part] = name, info.shape, info.dtype
         found = {k: m for k, m in found.items() if "down" in m.keys or "up" in m.keys}
         if not found:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .adversarial import Judged
 from .data.cache import LatentCache
+from .data.held_out import HeldOut
 from .data.order import Order, seed_of
 from .engine import Batch
 from .families import Base, Condition
@@ -81,12 +82,14 @@ class Batches:
         seed: int,
         rank: int = 0,
         judged: bool = False,
-        held_out: Sequence[int] = (),
+        held_out: HeldOut | None = None,
     ):
         self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
         self.split, self.updates, self.judged = split, updates, judged
-        self.seed, self.rank, self.held_out = seed, rank, held_out
-        self.order = Order([np.setdiff1d(bucket, held_out) for bucket in cache.buckets], split.update, seed)
+        self.seed, self.rank, self.held_out = seed, rank, held_out or HeldOut()
+        self.order = Order(
+            [np.setdiff1d(bucket, self.held_out.samples) for bucket in cache.buckets], split.update, seed
+        )
 
     def at(self, number: int) -> tuple[list[int], Batch]:
         """The sample numbers and the batch of the run's forward pass `number`, from 0."""

@@ -108,6 +108,7 @@ def facts_of(config: Config, processes: Processes, batches: Batches) -> dict[str
         "data": {
             "samples": len(cache),
             "held out": len(batches.held_out),
+            "known captions": batches.held_out.known,
             "prompts": len(cache.prompts) - 1,
             "left out": len(cache.skipped),
             "left out lines": left_out,

@@ -92,7 +92,7 @@ def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, r
     if told := found.sentence(asked, len(cache)):
         say(told)
     draws = {"split": split, "updates": config.train.steps, "seed": seed, "rank": rank}
-    draws |= {"judged": config.adversarial.weight > 0, "held_out": found.samples.tolist()}
+    draws |= {"judged": config.adversarial.weight > 0, "held_out": found}
     return Batches(cache, base, config.objective, cache.encoding([""]), **draws)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +19,23 @@ HELD_OUT = -1  # in a seed, where positions of the stream are from 0 on
 class HeldOut:
     """samples: their numbers, ascending; known: how many of them have a caption that training sees too."""
 
-    samples: NDArray
+    samples: NDArray = field(default_factory=lambda: np.empty(0, np.int64))
     known: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.samples.tolist())
 
     def sentence(self, asked: int, there: int) -> str:
         """What became of `asked` held-out samples among those that are `there`; empty where none was asked for."""
         if not asked:
             return ""
-        if not len(self.samples):
+        if not len(self):
             return f"None of the {there} samples is held out: that takes {LEAST} or more."
         known = f"; training sees the captions of {self.known} of them" if self.known else ""
-        return f"{len(self.samples)} of {there} samples are held out{known}."
+        return f"{len(self)} of {there} samples are held out{known}."
 
 
 def most_held_out(there: int, asked: int) -> int:
@@ -47,7 +53,7 @@ def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int
     there = len(prompts)
     count = most_held_out(there, count)
     if not count:
-        return HeldOut(np.empty(0, np.int64))
+        return HeldOut()
     bucket = np.empty(there, np.int64)
     for number, samples in enumerate(buckets):
         bucket[samples] = number

@@ -119,7 +119,7 @@ def check(header: LoraHeader, found: LoraMatch, model: Any, family: str | None) 
 def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> Any:
     """A clone of the model with the matching modules patched, under the host's names and with every alpha in place.
 
-    Raises ValueError for numbers that are not finite, and for an alpha that is not one number.
+    Raises ValueError for numbers that are not finite, an alpha that is not one number, and what the host cannot load.
     """
     tensors = comfy.utils.load_torch_file(str(header.path), safe_load=True)
     if broken := not_finite(tensors.items()):
@@ -133,7 +133,10 @@ def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> 
         lora |= _host_tensors(modules[module], name, tensors)
         if module in alphas:
             lora[f"{name}.alpha"] = torch.tensor(alphas[module])
-    patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    try:
+        patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    except (LookupError, RuntimeError, TypeError, AttributeError) as error:  # of other kinds, such as LoHa, with a gap
+        raise ValueError(f"{header.path.name} cannot be loaded by ComfyUI (at {error}). Get it again.") from error
     patched.set_attachments(LOADED, header.path.name)
     return patched
 

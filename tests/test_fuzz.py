@@ -17,6 +17,7 @@ from phased_consistency.samplers.recipe import Recipe
 from phased_consistency.samplers.writing import path_within
 from phased_consistency.trainer.families import bundled_folder, load_base
 from phased_consistency.trainer.inspection import check_parity, describe, describe_text, install_whole, load_for_check
+from phased_consistency.trainer.sharing.convert import convert
 from runs import TINY
 from sharing_files import kohya_file
 
@@ -159,6 +160,18 @@ def test_a_lora_with_numbers_that_are_not_finite_is_named(file, value):
     assert not checked["passed"] and f"such as in {name}: every picture is black" in checked["text"]
     with pytest.raises(ValueError, match=f"style.safetensors: numbers in 1 of its tensors .* such as in {name}"):
         install_whole(file, base)
+
+
+def test_metadata_that_peft_does_not_know_fails(tmp_path, file):
+    convert(file, tmp_path / "peft.safetensors", "diffusers")
+    whole = Tensors.read((tmp_path / "peft.safetensors").read_bytes())
+    told = json.loads(whole.header["__metadata__"]["lora_adapter_metadata"]) | {"unet.nonsense": 1}
+    (tmp_path / "peft.safetensors").write_bytes(whole.told("lora_adapter_metadata", json.dumps(told)))
+    checked = check_parity(tmp_path / "peft.safetensors", load_for_check(TINY))
+    assert (
+        not checked["passed"]
+        and "diffusers cannot load peft.safetensors into tiny-sd15: `LoraConfig`" in checked["text"]
+    )
 
 
 def test_what_overflows_on_the_way_fails(file):

@@ -268,7 +268,7 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
             # a second adapter is what the self-test wants
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             base.load_lora(path, name)
-    except (RuntimeError, ValueError, LookupError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {reason}") from error
     modules = len(read_header(path).modules)

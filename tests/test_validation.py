@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def watched(tmp_path_factory):
 def finished(watched):
     """That run as it is opened again at its end. Leave it as it is."""
     return Run(watched[0], Reporter())
+
+
+def another(run, config, say=print, **parts):
+    """A validation of that run by other settings."""
+    of_the_run = {"engine": run.engine, "batches": run.batches, "trained": run.trained, "processes": run.processes}
+    return Validation(config, **of_the_run | parts, say=say)
+
+
+def changed(config, **settings):
+    return config.model_copy(update={"validation": config.validation.model_copy(update=settings)})
 
 
 def measured(config):
@@ -138,16 +149,12 @@ def _figures(config):
     return {step: (line["figures"], line["plain"], line["best"]) for step, line in measured(config).items()}
 
 
-def test_the_teachers_pictures_are_made_once_for_a_setting(watched, monkeypatch):
-    config, _ = watched
-    run = Run(config, Reporter())
+def test_the_teachers_pictures_are_made_once_for_a_setting(watched, finished, monkeypatch):
     asked = []
     monkeypatch.setattr(Trial, "latents", lambda self, setting, *_: asked.append(setting) or torch.zeros(1))
-    assert run.validation.teacher.shape[0] == PICTURES and asked == []
-    other = config.model_copy(update={"validation": config.validation.model_copy(update={"teacher_steps": 9})})
-    monkeypatch.setattr("phased_consistency.trainer.validation.write_tensors", lambda *_: None)
-    parts = (run.engine, run.batches, run.trained, run.processes, run.reporter.say)
-    assert Validation(other, *parts).teacher.shape == (1,)
+    monkeypatch.setattr(validation, "write_tensors", lambda *_: None)
+    assert another(finished, watched[0]).teacher.shape[0] == PICTURES and asked == []
+    assert another(finished, changed(watched[0], teacher_steps=9)).teacher.shape == (1,)
     assert [(s.steps, s.guidance) for s in asked] == [(9, 3.5)]
 
 
@@ -163,18 +170,14 @@ def test_a_damaged_reference_is_made_again(watched, tmp_path):
 
 
 @pytest.fixture
-def judged(watched):
-    """Measures what it is told to."""
+def judged(watched, finished):
+    """Which of these errors, one an update, are found to be better."""
 
-    def improved(errors, **changes):
-        run = Run(watched[0], Reporter())
-        settings = watched[0].validation.model_copy(update=changes)
-        run.validation.config = watched[0].model_copy(update={"validation": settings})
-        run.validation.best = None
-        told = iter(errors)
-        run.validation._measure = lambda weights: {error_at(2): next(told)}
-        run.trained.average = None
-        return [run.validation(step).improved for step in range(len(errors))]
+    def improved(errors, **settings):
+        plain = SimpleNamespace(average=None, weights=dict)
+        judge, told = another(finished, changed(watched[0], **settings), trained=plain), iter(errors)
+        judge._measure = lambda weights: {error_at(2): next(told)}
+        return [judge(step).improved for step in range(len(errors))]
 
     return improved
 
@@ -184,11 +187,11 @@ def test_only_a_lower_error_is_better(judged):
     assert judged([0.1, 3.0, 2.0], best=False) == [False, False, False]
 
 
-def test_a_best_file_that_is_gone_is_said(watched, tmp_path):
-    notes, run = Notes(), Run(watched[0], Reporter())
-    run.validation.say = notes.say
-    run.validation.load({"step": 3, "figure": error_at(2), "value": 0.5}, tmp_path / "gone.safetensors")
-    assert run.validation.best is None
+def test_a_best_file_that_is_gone_is_said(watched, finished, tmp_path):
+    notes = Notes()
+    judge = another(finished, watched[0], notes.say)
+    judge.load({"step": 3, "figure": error_at(2), "value": 0.5}, tmp_path / "gone.safetensors")
+    assert judge.best is None
     assert notes.said == ["gone.safetensors of update 3 is gone: the best is looked for anew."]
 
 

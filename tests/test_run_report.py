@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -185,6 +186,41 @@ def test_a_damaged_preview_and_file_are_left_out(folder):
     (folder / "previews" / "step-0000002.png").write_bytes(b"no picture")
     report(folder)
     assert page(folder).count("data:image/") == 2
+
+
+def test_a_damaged_lora_is_named_and_left_out(folder):
+    (folder / "mine-best.safetensors").write_bytes(b"no tensors")
+    report(folder)
+    words = plain(page(folder))
+    assert "mine-best.safetensors is left out: " in words and "mine.safetensors 4 " in words
+
+
+def test_a_log_of_another_version_or_damaged_gets_a_sentence(folder):
+    """Whatever is missing or of another type: a page or a sentence, and no file but the folder's own is read."""
+    lines, refused = [json.loads(text) for text in (folder / LOG).read_text().splitlines()], 0
+    one_of_each = {line["kind"]: at for at, line in enumerate(lines)}
+    changes = [(at, key) for at in one_of_each.values() for key in lines[at] if key != "kind"]
+    for (at, key), value in zip(changes, cycle([None, "../../x", [1], {"a": 1}]), strict=False):
+        broken = [dict(line) for line in lines]
+        broken[at][key] = value
+        (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in broken))
+        try:
+            report(folder)
+        except ValueError as error:
+            refused += 1
+            assert "is of another version, or damaged" in str(error)
+    assert 0 < refused < len(changes)
+
+
+def test_a_report_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("of the page")
+
+    monkeypatch.setattr("phased_consistency.trainer.reporting.page._content", fails)
+    monkeypatch.setattr("phased_consistency.trainer.reporting.page.write_page", fails)
+    config, notes = small_config(tmp_path / "run", train__report="true", train__steps=1), Notes()
+    assert train(config, notes).is_file()
+    assert notes.said[-1].startswith("No report: ")
 
 
 def test_the_smoothed_line_of_a_constant_is_it():

@@ -78,7 +78,7 @@ def read_log(folder: Path) -> list[Line]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 break
             if isinstance(line, dict) and "kind" in line:
                 lines.append(line)

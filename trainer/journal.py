@@ -92,7 +92,7 @@ class Journal:
 
         try:
             self.say(f"Report: {report(self.config.run_folder)['report']}")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a run does not fail for want of one
             self.say(f"No report: {error}")
 
 

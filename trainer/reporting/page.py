@@ -8,9 +8,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
+from ..history import LOG
 from ..pages import write_page
 from .curves import curves
 from .story import BESIDE, Story, duration
@@ -26,17 +28,20 @@ COLOURS = ("#2f6fb0", "#e08a3c", "#4a9a5f", "#b9504a", "#8a6db5", "#8c6d5b", "#d
 def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the report of a run, which may still be under way; out: default report.html in its folder.
 
-    Returns where it is, and what became of the run. Raises ValueError for a folder without a log, and for a name that
-    is no page's; OSError where it cannot be written.
+    Returns where it is, and what became of the run. Raises ValueError for a folder without a log, for one of another
+    version or that was damaged, and for a name that is no page's; OSError where it cannot be written.
     """
     out = out or folder / REPORT
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out is {str(out)!r}; write a name that ends in .html.")
     story = Story.of(folder)
-    how, reason = story.state
-    write_page(out, TEMPLATE, _content(story), duration=duration, share=lambda part: f"{part:.1%}")
-    told = {"report": str(out), "state": how, "reason": reason, "step": story.step, "steps": story.steps}
-    files = {which: made["name"] for which, made in story.made.items()}
+    try:
+        write_page(out, TEMPLATE, _content(story), duration=duration, share=lambda part: f"{part:.1%}")
+        how, reason = story.state
+        told = {"report": str(out), "state": how, "reason": reason, "step": story.step, "steps": story.steps}
+        files = {which: made["name"] for which, made in story.made.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UndefinedError) as error:
+        raise ValueError(f"{folder / LOG} is of another version, or damaged: {error!r}.") from error
     return told | {"files": files, "text": f"{out}: {how}, {story.step} of {story.steps} updates"}
 
 

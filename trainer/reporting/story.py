@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...samplers.lora_file import family_title
 from ..config import Config, flat
-from ..history import KILLED, LOG, Line, read_log
+from ..history import KILLED, LOG, Line, read_log, without_places
 from ..inspection import describe
 from ..locks import only_run
 from ..objectives import OBJECTIVES
@@ -29,6 +29,7 @@ class Story:
 
     folder: Path
     lines: list[Line]
+    damaged: list[str] = field(default_factory=list)  # sentences on files that cannot be read
 
     @classmethod
     def of(cls, folder: Path) -> Story:
@@ -54,7 +55,7 @@ class Story:
 
     @property
     def name(self) -> str:
-        return self.settings["name"]
+        return Path(self.settings["name"]).name  # of files in the folder, whatever a log says
 
     @cached_property
     def updates(self) -> list[Line]:
@@ -96,7 +97,11 @@ class Story:
         found = {}
         for which, path in files.items():
             if path and path.is_file():
-                told = describe(path)
+                try:
+                    told = describe(path)
+                except ValueError as error:
+                    self.damaged.append(f"{path.name} is left out: {without_places(str(error))}")
+                    continue
                 found[which] = told | {"name": path.name, "test": sentences.get(path.name, "")}
         return found
 
@@ -192,18 +197,18 @@ class Story:
             for change in start.get("changes", []):
                 told = ", ".join(f"{key} {then} to {now}" for key, (then, now) in change["changed"].items())
                 found.append(f"Settings changed after update {change['step']}: {told}.")
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys([*found, *self.damaged]))
 
 
 def starting_point(settings: dict[str, Any], preset: str | None) -> dict[str, Any]:
     """The values that a run begins from, by dotted key: the sections' defaults, then the preset's."""
     found: dict[str, Any] = {}
-    for name, field in Config.model_fields.items():
-        section = OBJECTIVES[settings["objective"]["name"]] if name == "objective" else field.annotation
+    for name, info in Config.model_fields.items():
+        section = OBJECTIVES[settings["objective"]["name"]] if name == "objective" else info.annotation
         if hasattr(section, "model_fields"):
             found |= {f"{name}.{k}": f.get_default() for k, f in section.model_fields.items() if not f.is_required()}
-        elif not field.is_required():
-            found[name] = field.get_default()
+        elif not info.is_required():
+            found[name] = info.get_default()
     if preset in PRESETS:
         found |= flat(PRESETS[preset].values)
     return json.loads(json.dumps(found))  # lists for tuples, as in the log

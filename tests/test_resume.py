@@ -7,6 +7,8 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.loop import RunFailed, train
@@ -152,4 +154,13 @@ def test_a_failed_self_test_stops_the_run_and_keeps_the_checkpoint(partly, monke
 
     monkeypatch.setattr(export.SelfTest, "passed", False)
     with pytest.raises(RunFailed, match="does not give the trained output when diffusers loads it.*is good"):
+        train(partly)
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(partly):
+    last = checkpoints(partly)[-1]
+    with safe_open(last, "pt") as file:
+        facts = file.metadata()
+    save_file(load_file(last) | {"stray": torch.zeros(1)}, last, facts)
+    with pytest.raises(ValueError, match=f"{last.name} is damaged .'stray' is no name of its tensors.. Delete it"):
         train(partly)

@@ -73,10 +73,14 @@ def latest_facts(folder: Path) -> tuple[int, dict[str, Any]] | None:
         metadata = read_header(files[-1]).metadata
         return int(metadata["step"]), json.loads(metadata["facts"])
     except (ValueError, LookupError) as error:
-        raise ValueError(
-            f"The checkpoint {files[-1]} is damaged ({str(error).removesuffix(' Get it again.')}) "
-            "Delete it: the run then goes on from the one before it, or from the start."
-        ) from error
+        raise _damaged(files[-1], str(error).removesuffix(" Get it again.")) from error
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint {path} is damaged ({why}) "
+        "Delete it: the run then goes on from the one before it, or from the start."
+    )
 
 
 def load_latest_state(folder: Path) -> State | None:
@@ -85,9 +89,12 @@ def load_latest_state(folder: Path) -> State | None:
     if found is None:
         return None
     groups: dict[str, dict[str, Tensor]] = {}
-    with safe_open(max(folder.glob("step-*.safetensors")), "pt") as file:
+    newest = max(folder.glob("step-*.safetensors"))
+    with safe_open(newest, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
-            group, name = key.split("/", 1)
+            group, slash, name = key.partition("/")
+            if not slash:
+                raise _damaged(newest, f"{key!r} is no name of its tensors.")
             groups.setdefault(group, {})[name] = file.get_tensor(key)
     step, facts = found
     return step, groups, facts

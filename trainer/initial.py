@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from ..samplers import Recipe
+from ..samplers.lora_file import read_header
 from .adapter import NAME, Adapter
 from .config import Config
 from .export import install
 from .families import Base
-from .inspection import header_of_family, recipe_of
+from .inspection import broken_tensors, header_of_family, recipe_of
 
 
 def check_start(config: Config, base: Base) -> Recipe | None:
@@ -50,6 +51,9 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
     Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit.
     """
     file, recipe = Path(config.lora.init), check_start(config, base)
+    if broken := broken_tensors(read_header(file)):
+        told = f"{len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}"
+        raise ValueError(f"{file.name}: {told}. Get the file again, or start from another.")
     strength = recipe.strength if recipe else 1.0
     modules, unmatched = install(file, base, "start")
     try:

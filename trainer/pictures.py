@@ -1,4 +1,4 @@
-"""Picture files in and out: any kind that Pillow reads, as RGB in [0, 1] with the transparency kept; PNGs."""
+"""Picture files in and out: the kinds in `KINDS`, as RGB in [0, 1] with the transparency kept; PNGs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .data.folders import FORMATS
 from .previews import save_image, to_image
 
 COLUMNS = 8  # of a sheet
+KINDS = (*FORMATS, "GIF", "TIFF")  # others start programs (EPS) or are of no use
 
 
 class Pictures(NamedTuple):
@@ -108,7 +110,7 @@ def _opened(file: Path) -> Image.Image:
     if not file.is_file():
         raise FileNotFoundError(f"No file at {file}.")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=KINDS) as image:
             return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} cannot be read as a picture ({error}). Save it as PNG or JPEG.") from error

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ...samplers import Recipe
+from ...samplers.lora_file import PEFT_KEY
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
 from ..checkpoint import write_tensors
@@ -25,7 +26,6 @@ from ..families import Base
 from .names import kohya_name
 
 STYLES = ("kohya", "diffusers")
-PEFT_KEY = "lora_adapter_metadata"
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # what ModelSpec demands of a header that claims to follow it
 MUST = tuple(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution"))

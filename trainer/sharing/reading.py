@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...samplers.lora_file import (
     CONTEXT_WIDTHS,
+    PEFT_KEY,
     UNET_CONTEXT,
     LoraHeader,
     TensorInfo,
@@ -23,7 +24,7 @@ from ...samplers.lora_file import (
 from ...samplers.lora_info import recipe_of
 from ..families import FAMILIES, Base
 from ..inspection import OTHER_LAYOUT
-from .lora import PEFT_KEY, Lora, Pair
+from .lora import Lora, Pair
 from .names import dotted_name
 
 USABLE = ("sd15", "sdxl", "sd3")

@@ -14,11 +14,19 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from ...samplers import Recipe
-from ...samplers.lora_file import LoraHeader, family_from_metadata, family_title, header_text, read_header, tensor_hash
+from ...samplers.lora_file import (
+    PEFT_KEY,
+    LoraHeader,
+    family_from_metadata,
+    family_title,
+    header_text,
+    read_header,
+    tensor_hash,
+)
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import copy_with_metadata
 from ..export import hashes
-from .lora import HASHES, PEFT_KEY, check_out
+from .lora import HASHES, check_out
 from .sidecars import open_picture
 
 THUMBNAIL = "modelspec.thumbnail"

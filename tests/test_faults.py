@@ -445,6 +445,13 @@ def test_an_average_begins_with_the_weights_that_are_there(partly):
     assert "Begun anew, as the checkpoint holds nothing for it: the average." in notes.said
 
 
+def test_fewer_updates_than_there_were_cannot_be_accepted(partly, whole):
+    changed = small_config(partly.run_folder, **SETTINGS | {"train__steps": 3})
+    with pytest.raises(ValueError, match="train.steps is 3, and the run in .* has come to update 4 already: set it"):
+        train(changed, accept_changes=True)
+    goes_on(partly, whole)
+
+
 def test_another_rank_cannot_be_accepted(partly):
     changed = small_config(partly.run_folder, **SETTINGS | {"lora__rank": 8})
     with pytest.raises(ValueError, match="A run's base and lora.rank cannot change. Set them back"):

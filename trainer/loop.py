@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,13 +211,11 @@ class Run:
 
     def _at_end(self) -> dict[str, Any]:
         """What a start of the run says of itself when it ends."""
-        done = self.step - self.pace.first
-        return {
-            "step": self.step,
-            "parts": {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()},
-            "samples": done * self.split.update,
-            "peak memory": peak_memory(),
-        }
+        end: dict[str, Any] = {"step": self.step, "samples": (self.step - self.pace.first) * self.split.update}
+        with suppress(RuntimeError):  # a GPU that has failed tells no more
+            end["parts"] = {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()}
+            end["peak memory"] = peak_memory()
+        return end
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many updates (0: never) is to be done now; at the end all is done anyway."""
@@ -319,7 +317,12 @@ class Run:
 
     def _agree(self, accept_changes: bool) -> list[dict[str, Any]]:
         """The changes of settings so far, once these may go on, which are then written down."""
-        changes = agreed_changes(self.folder, self.settings, MAY_CHANGE, accept_changes)
+        changes, steps = agreed_changes(self.folder, self.settings, MAY_CHANGE, accept_changes), self.config.train.steps
+        if changes and changes[-1]["step"] > steps:
+            raise ValueError(
+                f"train.steps is {steps}, and the run in {self.folder} has come to update {changes[-1]['step']} "
+                "already: set it to that or more, or use another output folder."
+            )
         write_text(self.folder / "config.json", json.dumps(self.settings, indent=2) + "\n")
         for change in changes:
             told = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in change["changed"].items())

@@ -93,6 +93,21 @@ def test_a_log_that_cannot_be_written_is_said_once(history, tmp_path, said):
     assert len(said) == 1 and said[0].startswith("log.jsonl is no longer written: ")
 
 
+def test_file_names_that_are_no_text_are_written(history, tmp_path, said):
+    history.begin(0, left_out=["bad\udcff.png: cannot be read"])
+    assert said == [] and read_log(tmp_path)[0]["left_out"] == ["bad?.png: cannot be read"]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"kind": "update"}', '{"kind": "update", "step": null}', '{"step": 1}'])
+def test_a_line_that_is_no_log_line_is_left_out(line, history, tmp_path, said):
+    history.begin(0)
+    with (tmp_path / LOG).open("a") as file:
+        file.write(f"{line}\n")
+    update(history, 1)
+    history.begin(1)
+    assert said == [] and steps(tmp_path) == [1] and steps(tmp_path, "start") == [0, 1]
+
+
 def test_no_process_but_the_first_writes(tmp_path):
     history = History(None, pytest.fail)
     history.begin(0)

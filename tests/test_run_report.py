@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from phased_consistency.samplers.lora_file import file_hash
+from phased_consistency.trainer.clock import Clock
 from phased_consistency.trainer.config import flat, load_config
+from phased_consistency.trainer.engine import Engine
 from phased_consistency.trainer.history import LOG, read_log
 from phased_consistency.trainer.locks import only_run
 from phased_consistency.trainer.loop import RunFailed, train
@@ -76,6 +78,22 @@ def test_a_run_ends_with_its_report(finished):
     for name in ("mine.safetensors", "mine-best.safetensors"):
         assert f"{name} {metadata(folder / name)['pcm.step']} " in words and file_hash(folder / name) in words
     assert "4 steps, CFG 1 (1 to 2), LoRA strength 1" in words and "0 keys unmatched of 129 modules" in words
+
+
+def test_a_run_whose_gpu_has_failed_has_a_report(tmp_path, monkeypatch):
+    """It tells of no more times, and that is not what the run is said to have ended with."""
+
+    def failed(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    config = small_config(tmp_path / "run", train__report="true")
+    monkeypatch.setattr(Engine, "step", failed)
+    monkeypatch.setattr(Clock, "seconds", failed)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train(config)
+    end = read_log(config.run_folder)[-1]
+    assert (end["kind"], end["step"], end["how"]) == ("end", 0, "failed") and "parts" not in end
+    assert "device-side assert" in plain(page(config.run_folder))
 
 
 def test_the_page_needs_no_other_file_and_runs_nothing(finished):

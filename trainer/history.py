@@ -50,14 +50,17 @@ class History:
         self.started = time.monotonic()
         if self.path is None:
             return
-        before = list(continued(read_log(self.path.parent), step))
         start = _line("start", {"step": step, "time": now(), **facts})
-        self._try(lambda: write_text(self.path, "".join(map(_text, [*before, start]))))
+        self._try(lambda: self._rewrite(step, start))
 
     def add(self, kind: str, **values: Any) -> None:
         """Note something, at once."""
         if self.path is not None:
             self._try(lambda: self._append(_text(_line(kind, values))))
+
+    def _rewrite(self, step: int, start: Line) -> None:
+        whole = [line for line in read_log(self.path.parent) if isinstance(line.get("step"), int)]
+        write_text(self.path, "".join(map(_text, [*continued(whole, step), start])))
 
     def _append(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -130,4 +133,5 @@ def _plain(value: Any) -> Any:
 
 
 def _text(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    text = json.dumps(line, ensure_ascii=False)
+    return text.encode(errors="replace").decode() + "\n"  # file names of bytes that are no text

@@ -80,17 +80,15 @@ class Journal:
         """Whatever goes wrong here, hides nothing of what ended the run."""
         if not self.writes:
             return
-        with suppress(RuntimeError):  # a GPU that has failed tells no more times
-            end |= at_end()
-        self.history.add("end", seconds=round(self.history.seconds, 3), **end)
+        self.history.add("end", seconds=round(self.history.seconds, 3), **end, **at_end())
         self.trackers.finish()
         if self.config.train.report and end.get("reason") != AT_ONCE:
             self._report()
 
     def _report(self) -> None:
-        from .reporting.page import report
-
         try:
+            from .reporting.page import report
+
             self.say(f"Report: {report(self.config.run_folder)['report']}")
         except Exception as error:  # a run does not fail for want of one
             self.say(f"No report: {error}")

@@ -125,7 +125,7 @@ def test_the_best_is_kept_and_says_of_which_update_it_is(watched):
     errors = {step: line["figures"][error_at(2)] for step, line in measured(config).items() if step}
     best = min(errors, key=errors.get)
     told = measured(config)[STEPS]["best"]
-    assert told == {"step": best, "figure": error_at(2), "value": errors[best]}
+    assert told.pop("against") and told == {"step": best, "figure": error_at(2), "value": errors[best]}
     header = metadata(config.run_folder / "pcm-lora-best.safetensors")
     assert header["pcm.step"] == str(best) and json.loads(header["pcm.config"])["validation"] == {"count": 3}
 
@@ -190,9 +190,25 @@ def test_only_a_lower_error_is_better(judged):
 def test_a_best_file_that_is_gone_is_said(watched, finished, tmp_path):
     notes = Notes()
     judge = another(finished, watched[0], notes.say)
-    judge.load({"step": 3, "figure": error_at(2), "value": 0.5}, tmp_path / "gone.safetensors")
+    judge.load(best_of(judge), tmp_path / "gone.safetensors")
     assert judge.best is None
     assert notes.said == ["gone.safetensors of update 3 is gone: the best is looked for anew."]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"), [({}, True), ({"steps": [1]}, True), ({"every": 0}, True), ({"teacher_steps": 9}, False)]
+)
+def test_a_best_of_another_measure_is_not_compared_with(settings, kept, watched, finished, tmp_path):
+    notes, file = Notes(), tmp_path / "best.safetensors"
+    file.touch()
+    judge = another(finished, changed(watched[0], **settings), notes.say)
+    judge.load(best_of(another(finished, watched[0])), file)
+    told = "best.safetensors of update 3 was measured against something else: the best is looked for anew."
+    assert bool(judge.best) == kept and notes.said == ([] if kept else [told])
+
+
+def best_of(judge):
+    return {"step": 3, "figure": error_at(2), "value": 0.5, "against": judge.against}
 
 
 WITHOUT_TEACHER = {"objective__name": "ct", "objective__guidance": None, "objective__phases": None, "train__ema": 0}

@@ -73,11 +73,13 @@ def passes_of(config: Config, recipe: Recipe | None, held_out: int, a_sample: in
 
 @dataclass(frozen=True)
 class Best:
-    """The update whose weights had the lowest `value` of a `figure` so far."""
+    """The update whose weights had the lowest `value` of a `figure` so far; against: hash of what decides it beside
+    them."""
 
     step: int
     figure: str
     value: float
+    against: str
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,10 @@ class Validation:
         figures = self._measure(self.trained.weights())
         plain = self._measure(self.adapter.state()) if self.trained.average and step else {}
         value = figures[self.judged_by]
-        before = self.best.value if self.best and self.best.figure == self.judged_by else math.inf
+        before = self.best.value if self.best else math.inf
         improved = bool(self.config.validation.best and step and value < before)
         if improved:
-            self.best = Best(step, self.judged_by, value)
+            self.best = Best(step, self.judged_by, value, self.against)
         return Measured(figures, plain, improved)
 
     def state(self) -> dict[str, Any] | None:
@@ -149,10 +151,16 @@ class Validation:
         return self.best and asdict(self.best)
 
     def load(self, state: dict[str, Any] | None, file: Path) -> None:
-        """Put `state` back; file: where the best weights are. Without it the next ones are the best."""
+        """Put `state` back; file: where the best weights are. Without it, and where other settings make figures that
+        cannot be compared, the next ones are the best."""
         self.best = Best(**state) if state else None
-        if self.best and not file.exists():
-            self.say(f"{file.name} of update {self.best.step} is gone: the best is looked for anew.")
+        if not self.best:
+            return
+        missed = "" if file.exists() else "is gone"
+        if self.active and (self.best.figure, self.best.against) != (self.judged_by, self.against):
+            missed = "was measured against something else"
+        if missed:
+            self.say(f"{file.name} of update {self.best.step} {missed}: the best is looked for anew.")
             self.best = None
 
     @torch.no_grad()
@@ -208,7 +216,7 @@ class Validation:
     @cached_property
     def teacher(self) -> Tensor:
         """The reference's latents, from the run's folder where they are there."""
-        path, told = self.config.run_folder / REFERENCE, {"fingerprint": self._fingerprint()}
+        path, told = self.config.run_folder / REFERENCE, {"fingerprint": self.against}
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
@@ -225,9 +233,15 @@ class Validation:
                 self.say(f"{error}")
         return latents
 
-    def _fingerprint(self) -> str:
-        """Of all that decides the reference."""
-        base, config = self.base, self.config
+    @cached_property
+    def against(self) -> str:
+        """Hash of all that decides the reference, or without one the held-out loss."""
+        base, config, batches = self.base, self.config, self.batches
         content = [base.base_hash, base.encoder_settings, base.prediction, base.schedule_settings, base.null]
-        content += [config.base.dtype, config.base.quantize, asdict(self.reference), self.prompts, self.trial.seed]
-        return hashlib.sha256(json.dumps([*content, list(self.trial.noise.shape)]).encode()).hexdigest()
+        content += [config.base.dtype, config.base.quantize]
+        if self.steps:
+            content += [asdict(self.reference), self.prompts, self.trial.seed, list(self.trial.noise.shape)]
+        else:
+            content += [batches.cache.folder.name, list(batches.held_out), batches.seed, batches.updates]
+            content.append(config.objective.model_dump(mode="json"))
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Every row of docs/robustness.md: the fault is made to happen, what is said is what the row says, and what is kept is
+"""The rows of docs/robustness.md: the fault is made to happen, what is said is what the row says, and what is kept is
 looked at. Most runs are then taken up again, and must end in the bytes of one that nothing befell."""
 
 import os
@@ -12,29 +12,20 @@ from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from faults import DOC, fails, row
 from phased_consistency.samplers.lora_file import read_header
-from phased_consistency.trainer import loop, parts, space
+from phased_consistency.trainer import loop, parts, space, stopping
 from phased_consistency.trainer.checkpoint import load_latest_state
 from phased_consistency.trainer.engine import Engine
-from phased_consistency.trainer.loop import RunFailed, train
+from phased_consistency.trainer.loop import train
 from runs import Notes, metadata, sha256, small_config
 
-DOC = Path(__file__).parent.parent / "docs" / "robustness.md"
 SETTINGS = {"train__steps": 6, "train__ema": 0.9, "train__lr_schedule": "cosine"}
-
-
-def row(fault: str) -> re.Pattern:
-    """What the page says that the user sees: the row's sentence, where … stands for what differs."""
-    cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in DOC.read_text().splitlines() if line.startswith("| ")]
-    said = {name.strip(): text.strip().strip("`") for name, text in cells}
-    return re.compile(re.escape(said[fault]).replace("…", ".*"), re.DOTALL)
 
 
 class Acting(Notes):
@@ -73,14 +64,6 @@ def partly(whole, config):
 
 def steps_kept(config):
     return [int(p.stem.split("-")[1]) for p in sorted(config.run_folder.glob("checkpoints/*.safetensors"))]
-
-
-def fails(config, fault, reporter=None, error=RunFailed, **how):
-    """The run ends with what the row says; nothing is left half written."""
-    with pytest.raises(error) as raised:
-        train(config, reporter, **how)
-    assert row(fault).search(str(raised.value)), f"said: {raised.value}"
-    assert not list(config.run_folder.rglob("*.part"))
 
 
 def goes_on(config, whole, **how):
@@ -206,54 +189,10 @@ def test_a_disk_without_locks(config, whole, monkeypatch):
 # --- what a run is made of
 
 
-def test_a_base_that_was_replaced(tmp_path):
-    """The file of the same name has other weights: seen by its hash, before anything is made with it."""
-    folder = Path(parts.__file__).parent / "tiny" / "sd15"
-    shutil.copytree(folder, tmp_path / "base")
-    config = small_config(tmp_path / "run", base__path=tmp_path / "base")
-    train(config)
-    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    save_file({k: v * 1.001 if "mid_block" in k else v for k, v in tensors.items()}, weights)
-    caches = list((tmp_path / "run" / "cache").iterdir())
-    fails(config, "base replaced between runs", error=ValueError)
-    assert list((tmp_path / "run" / "cache").iterdir()) == caches
-    train(config, accept_changes=True)
-
-
-def test_a_base_with_weights_that_are_not_finite(tmp_path):
-    folder = Path(parts.__file__).parent / "tiny" / "sd15"
-    shutil.copytree(folder, tmp_path / "base")
-    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    tensors["mid_block.resnets.0.conv1.weight"][0] = float("nan")
-    save_file(tensors, weights)
-    fails(small_config(tmp_path / "run", base__path=tmp_path / "base"), "NaN in the base's weights", error=ValueError)
-
-
 def test_changed_settings(partly, whole):
     changed = small_config(partly.run_folder, **SETTINGS | {"train__lr": 0.02, "train__seed": 3})
     fails(changed, "settings changed between runs", error=ValueError)
     assert sha256(train(partly)) == sha256(whole), "the refusal changed nothing"
-
-
-def test_changed_pictures(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for n in range(4):
-        Image.new("RGB", (64, 64), (60 * n, 90, 20)).save(pictures / f"{n}.png")
-        (pictures / f"{n}.txt").write_text("a colour")
-    config = small_config(tmp_path / "run", data__images=pictures, data__count=None)
-    train(config)
-    Image.new("RGB", (64, 64), (9, 9, 9)).save(pictures / "0.png")
-    fails(config, "pictures changed between runs", error=ValueError)
-    assert "have changed since." in " ".join(_said(config, accept_changes=True))
-
-
-def _said(config, **how):
-    notes = Notes()
-    train(config, notes, **how)
-    return notes.said
 
 
 @pytest.mark.parametrize("name", ["latents-", "prompts-", "index", "texts"])
@@ -279,23 +218,6 @@ def test_a_shard_that_is_cut_short_while_the_run_reads_it(config, whole, monkeyp
         patch.setattr(loop, "make_batches", cut)
         fails(config, "cache file cut short during a run", error=ValueError)
     goes_on(config, whole)
-
-
-def test_a_picture_that_cannot_be_read(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for n in range(3):
-        Image.fromarray(np.full((64, 64, 3), 60 * n, np.uint8)).save(pictures / f"{n}.png")
-        (pictures / f"{n}.txt").write_text("a grey")
-    whole = (pictures / "1.png").read_bytes()
-    (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
-    settings = {"data__images": pictures, "data__count": None}
-    fails(small_config(tmp_path / "run", **settings), "picture that cannot be read", error=ValueError)
-    said = _said(small_config(tmp_path / "run", **settings, data__skip_bad="true"))
-    assert any("Left out" in line and "1.png" in line for line in said), said
-    (pictures / "1.png").write_bytes(whole)
-    (pictures / "2.txt").unlink()
-    fails(small_config(tmp_path / "other", **settings), "picture without a caption", error=ValueError)
 
 
 def test_a_checkpoint_that_was_cut_short(partly, whole):
@@ -377,6 +299,18 @@ def test_a_signal_while_a_checkpoint_is_saved(fault, times, kept, config, whole,
         fails(config, fault)
     assert steps_kept(config) == kept
     goes_on(config, whole)
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch):
+    """The terminal's Ctrl-C comes to each process, and from the launcher again."""
+    said = []
+    with stopping.Stopper(said.append, launched=True) as stopper, stopper.saving("Stopping."):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert stopper.asked and len(said) == 1
+        monkeypatch.setattr(stopping, "PASSED_ON", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_before_the_first_update(config, whole, monkeypatch):
@@ -462,5 +396,6 @@ def test_another_rank_cannot_be_accepted(partly):
 def test_every_row_of_the_page_has_its_test():
     """But for the kills, which tests/kills.py makes."""
     rows = [line.split("|")[1].strip() for line in DOC.read_text().splitlines() if line.startswith("| ")]
-    made, source = set(rows) - {"fault", "kill -9, a crash, a power cut"}, Path(__file__).read_text()
+    made = set(rows) - {"fault", "kill -9, a crash, a power cut"}
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_faults*.py"))
     assert len(made) > 15 and [name for name in made if f'"{name}"' not in source] == []

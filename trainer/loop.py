@@ -59,7 +59,8 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
     processes, kept = Processes.start(config.base.dtype), Kept(config.run_folder)
     reporter = reporter if reporter and processes.first else Reporter()
     try:
-        with Stopper(reporter.say) as stopper, processes.by_first(only_run(config.run_folder, reporter.say)):
+        held = processes.by_first(only_run(config.run_folder, reporter.say))
+        with Stopper(reporter.say, launched=processes.count > 1) as stopper, held:
             return Run(config, reporter, processes, stopper, accept_changes).go()
     except KeyboardInterrupt:
         raise RunFailed(f"Interrupted. {kept}; the same command goes on from there.") from None
@@ -243,6 +244,7 @@ class Run:
             self.stopping = self.stopper.asked
         if self.stopping and not last:
             self._save(export_too=False)
+            self.processes.wait()  # a launcher ends the others as soon as one has ended
             where = f"Stopped at update {self.step} of {config.train.steps}"
             raise RunStopped(f"{where}; all is saved. The same command goes on from here.")
 

@@ -1,0 +1,25 @@
+"""What docs/robustness.md says of a fault, and a run that ends with it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from phased_consistency.trainer.loop import RunFailed, train
+
+DOC = Path(__file__).parent.parent / "docs" / "robustness.md"
+
+
+def row(fault: str) -> re.Pattern:
+    """What the page says that the user sees: the row's sentence, where … stands for what differs."""
+    cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in DOC.read_text().splitlines() if line.startswith("| ")]
+    said = {name.strip(): text.strip().strip("`") for name, text in cells}
+    return re.compile(re.escape(said[fault]).replace("…", ".*"), re.DOTALL)
+
+
+def fails(config, fault, reporter=None, error=RunFailed, **how):
+    """The run ends with what the row says; nothing is left half written."""
+    with pytest.raises(error) as raised:
+        train(config, reporter, **how)
+    assert row(fault).search(str(raised.value)), f"said: {raised.value}"
+    assert not list(config.run_folder.rglob("*.part"))

@@ -127,6 +127,24 @@ def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
     assert "Going on from update 12 of 12." in again.said
 
 
+def test_ctrl_c_in_the_terminal_saves(tmp_path):
+    """It comes to the launcher and to both processes, and to these from the launcher again."""
+    process = launch("train", *settings(tmp_path, train__steps=1000))
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("checkpoints/*.safetensors")):
+            assert process.poll() is None and time.monotonic() < deadline, "there is no first checkpoint"
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert re.search(r"Stopped at update \d+ of 1000; all is saved", errors), errors
+    end = read_log(tmp_path)[-1]
+    assert end["how"] == "stopped" and load_latest_state(tmp_path / "checkpoints")[0] == end["step"]
+
+
 def test_processes_that_begin_apart_are_refused(tmp_path):
     """One machine sees another run folder: its own, without the checkpoint."""
     changes = ACROSS | {"train__steps": 2, "train__save_every": 1, "data__cache": tmp_path / "cache"}

@@ -10,11 +10,16 @@ from phased_consistency.trainer.loop import RunFailed, train
 DOC = Path(__file__).parent.parent / "docs" / "robustness.md"
 
 
+def rows() -> dict[str, str]:
+    """The table of the page: fault -> what the user sees."""
+    text = DOC.read_text(encoding="utf-8").split("## Faults")[1].split("\n## ")[0]
+    cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in text.splitlines() if line.startswith("| ")]
+    return {name.strip(): said.strip().strip("`") for name, said in cells if name.strip() != "fault"}
+
+
 def row(fault: str) -> re.Pattern:
     """What the page says that the user sees: the row's sentence, where … stands for what differs."""
-    cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in DOC.read_text().splitlines() if line.startswith("| ")]
-    said = {name.strip(): text.strip().strip("`") for name, text in cells}
-    return re.compile(re.escape(said[fault]).replace("…", ".*"), re.DOTALL)
+    return re.compile(re.escape(rows()[fault]).replace("…", ".*"), re.DOTALL)
 
 
 def fails(config, fault, reporter=None, error=RunFailed, **how):

@@ -1,5 +1,6 @@
 """Runs that are killed at random points, in a process that has trained nothing yet, and so can be forked."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,10 @@ import pytest
 
 import kills
 
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked, which needs POSIX")
 
+
+@FORKS
 def test_killed_runs_end_in_the_same_bytes():
     command = [sys.executable, kills.__file__, "--kills", "5", "--seed", "3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)

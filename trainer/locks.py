@@ -52,7 +52,8 @@ def _hold(path: Path, taken: Callable[[FileLock], None], say: Say) -> Iterator[N
     except NotImplementedError:  # some network disks; newer versions of filelock make do with the file's being there
         say(f"The disk of {path.parent} knows no locks: take care that no second run is started there.")
     except OSError as error:
-        raise type(error)(f"Cannot write to {path.parent}: {error}. Set output to another folder.") from error
+        advice = "Set output, and data.cache if you have set it, to another folder."
+        raise type(error)(f"Cannot write to {path.parent}: {error}. {advice}") from error
     try:
         yield
     finally:

@@ -225,11 +225,14 @@ class Run:
     def _catch_up(self) -> None:
         """Measure what is there before the first update, and make what a run that was killed right after its checkpoint
         did not come to."""
+        export = self._due(self.config.train.save_every) and not self._saved_as.exists()
+        preview = self._due(self.config.preview.every) and not self._preview_path.exists()
+        self.processes.wait()  # until all have looked, before the first one writes
         if self.step == 0 and self.validation.due(0):
             self._validate()
-        if self._due(self.config.train.save_every) and not self._saved_as.exists():
+        if export:
             self._export(self._saved_as)
-        if self._due(self.config.preview.every) and not self._preview_path.exists():
+        if preview:
             self.preview(self._preview_path)
 
     def _between_updates(self) -> None:
@@ -258,8 +261,11 @@ class Run:
     def _validate(self) -> None:
         """Measure what would be saved now, and keep it where it is the best so far."""
         self._read(keep=0)
-        if not self._passes_here():
-            return
+        if self._passes_here():
+            self._measure()
+        self.processes.wait()  # for the first one, longer than an update waits for it
+
+    def _measure(self) -> None:
         with self.clock.part("validation"):
             measured = self.validation(self.step)
         self.journal.validation(self.step, measured, self.validation.state())

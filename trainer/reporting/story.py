@@ -92,7 +92,7 @@ class Story:
         best = self.folder / f"{self.name}-best.safetensors"
         final = self.folder / f"{self.name}.safetensors"
         saved = (p for p in self.folder.glob(f"{self.name}-*.safetensors") if STEP.search(p.stem))
-        files = {"last": final if final.is_file() else max(saved, default=None), "best": best}
+        files = {"last": final if final.is_file() else max(saved, default=None), "best": best if self.best else None}
         sentences = {line["file"]: line["sentence"] for line in self.of_kind("saved")}
         found = {}
         for which, path in files.items():

@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothi
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Templates.SortBy": "alphabetical",
 }
-# milliseconds until complaints have come, until notices have gone, and until a picture of a few kB is there
-COMPLAINING, NOTICES, PICTURE = 500, 6000, 15000
+# milliseconds until complaints have come, notices have gone, a picture of a few kB is there, and a template is open
+COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
 MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
@@ -85,8 +86,10 @@ class Frontend:
 
     def panel(self) -> Locator:
         """The template browser, open at this pack's templates."""
-        self.page.locator(SIDEBAR).get_by_text("Templates").first.click()
         panel = self.page.get_by_role("dialog")
+        if panel.count():  # which a test that failed has left open
+            self.page.keyboard.press("Escape")
+        self.page.locator(SIDEBAR).get_by_text("Templates").first.click()
         panel.get_by_text("phased-consistency", exact=True).first.click()
         return panel
 
@@ -99,7 +102,12 @@ class Frontend:
         width = self._thumbnail(name)
         self.page.evaluate("tests.leave()")
         card.click()
-        panel.wait_for(state="detached")
+        try:
+            panel.wait_for(state="detached", timeout=OPENING)
+        except TimeoutError:  # a card that is just drawn anew takes no click
+            with suppress(TimeoutError):
+                card.click(timeout=COMPLAINING)
+            panel.wait_for(state="detached")
         self.page.wait_for_function("tests.arrived()")
         self.page.wait_for_timeout(COMPLAINING)
         return width

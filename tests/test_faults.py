@@ -259,7 +259,8 @@ def test_too_little_memory(config, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", step)
         fails(config, "memory runs out")
-    goes_on(config, whole)
+    assert steps_kept(config) == []
+    assert goes_on(config, whole).steps[0] == 1
 
 
 # --- signals and the clock
@@ -317,7 +318,8 @@ def test_a_signal_before_the_first_update(config, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fill_cache", lambda *_: signal.raise_signal(signal.SIGTERM))
         fails(config, "Ctrl-C before the first update")
-    goes_on(config, whole)
+    assert steps_kept(config) == []
+    assert goes_on(config, whole).steps[0] == 1
 
 
 @pytest.mark.parametrize("jump", [-86_400, 86_400])

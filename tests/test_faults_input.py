@@ -36,6 +36,7 @@ def test_a_base_with_weights_that_are_not_finite(tmp_path):
     tensors["mid_block.resnets.0.conv1.weight"][0] = float("nan")
     save_file(tensors, weights)
     fails(small_config(tmp_path / "run", base__path=tmp_path / "base"), "NaN in the base's weights", error=ValueError)
+    assert not (tmp_path / "run" / "cache").exists(), "nothing was made with it"
 
 
 def test_changed_pictures(tmp_path):

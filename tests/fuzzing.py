@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from math import ceil
 from pathlib import Path
 
 from fuzz.mutators import Mutant, Target
@@ -37,9 +38,9 @@ MOST_SENTENCES = 4
 
 
 def fuzz(targets: dict[str, Target], count: int, seed: int, watch: Watch) -> dict[str, Report]:
-    """About `count` inputs, shared among the targets."""
+    """`count` inputs or a few more, shared among the targets."""
     whole = sum(target.share for target in targets.values())
-    shares = {name: max(1, round(count * target.share / whole)) for name, target in targets.items()}
+    shares = {name: ceil(count * target.share / whole) for name, target in targets.items()}
     return {name: fuzz_target(name, target, shares[name], seed, watch) for name, target in targets.items()}
 
 

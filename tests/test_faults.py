@@ -136,24 +136,27 @@ def test_a_disk_that_will_not_do_is_said_before_the_first_update(config, whole, 
         assert bool(told) == short
 
 
-def test_a_folder_that_cannot_be_written():
-    if os.geteuid():
-        return _cannot_be_written()
-    os.seteuid(65534)  # the superuser may write everywhere
-    try:
-        _cannot_be_written()
-    finally:
+@pytest.fixture
+def nobody():
+    """Whom a file's permissions bind, which they do not the superuser."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
         os.seteuid(0)
+    else:
+        yield
 
 
-def _cannot_be_written():
+def test_a_folder_that_cannot_be_written(nobody):
     with tempfile.TemporaryDirectory() as place:
+        run = Path(place, "run")
         os.chmod(place, 0o555)
-        fails(small_config(Path(place) / "run"), "output folder is read-only", error=PermissionError)
+        fails(small_config(run), "output folder is read-only", error=PermissionError)
+        assert not run.exists()
         os.chmod(place, 0o755)
-        Path(place, "run").mkdir(mode=0o555)
-        fails(small_config(Path(place) / "run"), "output folder is read-only", error=PermissionError)
-        assert list(Path(place, "run").iterdir()) == []
+        run.mkdir(mode=0o555)
+        fails(small_config(run), "output folder is read-only", error=PermissionError)
+        assert list(run.iterdir()) == []
 
 
 def test_two_runs_in_one_folder(partly, whole):
@@ -217,7 +220,8 @@ def test_a_shard_that_is_cut_short_while_the_run_reads_it(config, whole, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_batches", cut)
         fails(config, "cache file cut short during a run", error=ValueError)
-    goes_on(config, whole)
+    assert steps_kept(config) == []
+    assert any("is cut short" in line and "is made again" in line for line in goes_on(config, whole).said)
 
 
 def test_a_checkpoint_that_was_cut_short(partly, whole):

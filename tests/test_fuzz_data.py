@@ -11,14 +11,13 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 
 from fuzz.pictures import tar_field, tar_of
+from fuzz.targets import make_cache
 from fuzz.tensors import DEEP
 from phased_consistency.samplers.lora_file import read_header
-from phased_consistency.trainer.checkpoint import write_tensors
 from phased_consistency.trainer.config import load_config
 from phased_consistency.trainer.data import shards
-from phased_consistency.trainer.data.cache import write_latents
 from phased_consistency.trainer.data.folders import find_pictures, load_picture
-from phased_consistency.trainer.data.index import latents_name, write_index
+from phased_consistency.trainer.data.index import latents_name
 from phased_consistency.trainer.data.reading import content_hash, file_hashes
 from phased_consistency.trainer.data.shards import read_shard
 from phased_consistency.trainer.data.store import INDEX, TEXTS, LatentCache, prompts_name
@@ -115,14 +114,7 @@ def test_remembered_hashes_of_another_form_are_taken_again(tmp_path, known):
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache's folder, of two files with three samples each."""
-    for piece in range(2):
-        tensors = {"mean.2x2": torch.randn(3, 3, 2, 2), "sizes": torch.full((3, 6), 16)}
-        tensors["shape"] = torch.zeros(3, dtype=torch.int16)
-        write_latents(tmp_path / latents_name(0, piece, piece == 1), tensors, ["2x2"], ["a", "b", "c"], [])
-    write_index(tmp_path, None, False)
-    write_tensors(tmp_path / prompts_name(0), {"hidden": torch.randn(4, 2, 3).half()}, {})
-    return tmp_path
+    return make_cache(tmp_path)
 
 
 def read_cache(folder):

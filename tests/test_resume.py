@@ -74,6 +74,15 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path):
     assert notes.steps[0] == int(stopped[1]) + 1
 
 
+def test_a_run_goes_on_when_nobody_listens(tmp_path):
+    """Its display's reader has left, as with `| head`, before the first update."""
+    process = start_pcm("train", *settings(tmp_path / "run", train__steps=2))
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.stdout.read().startswith("Done: ") and process.wait(300) == 0
+    assert metadata(tmp_path / "run" / "pcm-lora.safetensors")["pcm.step"] == "2"
+
+
 def test_an_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """Its state is bytes, tables and scales, nested; blocks of 4096 weights or more are kept so."""
     pytest.importorskip("bitsandbytes")

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..samplers.lora_file import read_header
 from ..samplers.writing import written_whole
 
+# (step, facts)
+Facts = tuple[int, dict[str, Any]]
 # (step, tensors by group, facts)
 State = tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
 
@@ -64,16 +66,20 @@ def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], fa
     return path
 
 
-def latest_facts(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, facts) of the newest checkpoint, or None. Raises ValueError when it is damaged."""
-    files = sorted(folder.glob("step-*.safetensors"))
-    if not files:
+def latest_facts(folder: Path) -> Facts | None:
+    """Those of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+    newest = _newest(folder)
+    if newest is None:
         return None
     try:
-        metadata = read_header(files[-1]).metadata
+        metadata = read_header(newest).metadata
         return int(metadata["step"]), json.loads(metadata["facts"])
     except (ValueError, LookupError) as error:
-        raise _damaged(files[-1], str(error).removesuffix(" Get it again.")) from error
+        raise _damaged(newest, str(error).removesuffix(" Get it again.")) from error
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(folder.glob("step-*.safetensors"), default=None)
 
 
 def _damaged(path: Path, why: str) -> ValueError:
@@ -89,7 +95,7 @@ def load_latest_state(folder: Path) -> State | None:
     if found is None:
         return None
     groups: dict[str, dict[str, Tensor]] = {}
-    newest = max(folder.glob("step-*.safetensors"))
+    newest = _newest(folder)
     with safe_open(newest, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             group, slash, name = key.partition("/")
@@ -133,26 +139,23 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 def agreed_changes(
-    folder: Path, settings: dict[str, Any], may_change: Collection[str] = (), accept: bool = False
+    folder: Path, before: Facts, settings: dict[str, Any], may_change: Collection[str] = (), accept: bool = False
 ) -> list[dict[str, Any]]:
     """Every change of settings between a run's starts: {"step": n, "changed": {dotted key: [then, now]}}.
 
-    folder: of the run, whose newest checkpoint says what it was made with. may_change: keys that may always differ.
-    accept: whether others may too; else ValueError shows them.
+    folder: of the run. before: its newest checkpoint's, which says what it was made with. may_change: keys that may
+    always differ. accept: whether others may too; else ValueError shows them.
     """
-    found = latest_facts(folder / "checkpoints")
-    if found is None:
-        return []
-    step, facts = found
+    step, facts = before
     if "settings" not in facts:
         raise ValueError(
             f"{folder} holds a run of an earlier version, which drew other samples. "
             "Use another output folder to start anew, or delete the folder."
         )
-    before = facts["changes"]
+    earlier = facts["changes"]
     changed = {k: [a, b] for k, a, b in _differences(facts["settings"], settings) if k not in may_change}
     if not changed:
-        return before
+        return earlier
     if not accept:
         lines = "\n".join(f"  {key}: {then} then, {now} now" for key, (then, now) in changed.items())
         raise ValueError(
@@ -160,13 +163,12 @@ def agreed_changes(
             "Use the same settings to go on, another output folder to start anew, or --accept-changes to go on with "
             "the new ones."
         )
-    return [*before, {"step": step, "changed": changed}]
+    return [*earlier, {"step": step, "changed": changed}]
 
 
-def check_same_base(folder: Path, path: str, base_hash: str) -> None:
-    """Raise ValueError where the newest checkpoint is of a base with another hash; before anything is cached of it."""
-    found = latest_facts(folder)
-    then = found[1]["base"] if found else base_hash
+def check_same_base(facts: dict[str, Any], path: str, base_hash: str) -> None:
+    """Raise ValueError where a checkpoint is of a base with another hash; before anything is cached of it."""
+    then = facts["base"]
     if then != base_hash:
         raise ValueError(
             f"The base {path} is not the one that this run was begun with: its SHA-256 was {then[:16]}… and is "

@@ -70,11 +70,16 @@ def train(
         return
     from accelerate import PartialState
 
+    from .loop import RunStopped
     from .loop import train as run
     from .progress import ProgressBar
 
-    with ProgressBar() as bar:
-        path = run(config, bar, accept_changes)
+    try:
+        with ProgressBar() as bar:
+            path = run(config, bar, accept_changes)
+    except RunStopped as stopped:  # as it was asked to
+        typer.echo(stopped, err=True)
+        raise typer.Exit(1) from None
     if not PartialState().is_main_process:
         return
     made = "base" if path.is_dir() else "lora"

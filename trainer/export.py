@@ -28,6 +28,7 @@ from ..samplers import Recipe, recipe_for_file
 from ..samplers.lora_file import read_header
 from ..samplers.phases import count_steps
 from ..samplers.recipe import HEADER_KEY
+from ..samplers.texts import brief
 from ..samplers.writing import check_header
 from .adapter import NAME, Adapter
 from .checkpoint import write_tensors
@@ -98,24 +99,25 @@ def export(
     samples: int,
     changes: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write a LoRA with its whole header, atomically. Raises OSError, and as `check_header`.
-
-    changes: of the settings on the way, see `agreed_changes`.
-    """
+    """Write a LoRA with its whole header, atomically. Raises OSError, and as `check_header`."""
     tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
     metadata |= {
         HEADER_KEY: recipe_for(config, base).to_header(),
-        "pcm.config": json.dumps(config.what_decides_the_weights()),
-        "pcm.step": str(step),
-        "pcm.version": package_version(),
+        **origin(config, step, changes),
     }
-    if changes:
-        metadata["pcm.changes"] = json.dumps(changes)
     check_header(path.name, metadata, tensors)
     write_tensors(path, tensors, metadata)
+
+
+def origin(config: Config, step: int, changes: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A header's entries on the run that made a file; changes: of its settings on the way, see `agreed_changes`."""
+    told = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "version": package_version()}
+    if changes:
+        told["changes"] = json.dumps(changes)
+    return {f"pcm.{key}": value for key, value in told.items()}
 
 
 def package_version() -> str:
@@ -269,8 +271,7 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             base.load_lora(path, name)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {reason}") from error
+        raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {brief(error)}") from error
     modules = len(read_header(path).modules)
     return modules, modules - _adapted(base, name)
 

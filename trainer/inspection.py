@@ -25,7 +25,8 @@ from ..samplers.lora_file import (
     split_key,
     tensor_hash,
 )
-from ..samplers.lora_info import facts, printable, recipe_of, sentences
+from ..samplers.lora_info import facts, recipe_of, sentences
+from ..samplers.texts import printable
 from .export import DTYPES, install
 from .families import Base, Condition, family_of, load_base
 from .generate import generate

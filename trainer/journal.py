@@ -102,6 +102,7 @@ def facts_of(config: Config, processes: Processes, batches: Batches) -> dict[str
         "device": device | {"processes": processes.count},
         "versions": {"phased-consistency": package_version()} | {name: version(name) for name in LIBRARIES},
         "preset": config.preset,
+        "samples per update": batches.split.update,
         "settings": config.for_others(),
         "data": {
             "samples": len(cache),

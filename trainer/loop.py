@@ -6,7 +6,6 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,16 @@ import torch
 
 from . import whole
 from .adapter import learner
-from .checkpoint import State, agreed_changes, check_same_base, load_latest_state, save_state, write_text
+from .checkpoint import (
+    Facts,
+    State,
+    agreed_changes,
+    check_same_base,
+    latest_facts,
+    load_latest_state,
+    save_state,
+    write_text,
+)
 from .clock import Clock
 from .config import MAY_CHANGE, Config
 from .export import export, self_test
@@ -56,16 +64,18 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
     Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, too little memory, a full disk, a
     failed self-test, an interrupt).
     """
-    processes, kept = Processes.start(config.base.dtype), Kept(config.run_folder)
+    processes, folder = Processes.start(config.base.dtype), config.run_folder
     reporter = reporter if reporter and processes.first else Reporter()
     try:
-        held = processes.by_first(only_run(config.run_folder, reporter.say))
+        held = processes.by_first(only_run(folder, reporter.say))
         with Stopper(reporter.say, launched=processes.count > 1) as stopper, held:
             return Run(config, reporter, processes, stopper, accept_changes).go()
     except KeyboardInterrupt:
-        raise RunFailed(f"Interrupted. {kept}; the same command goes on from there.") from None
+        raise RunFailed(f"Interrupted. {what_is_kept(folder)}; the same command goes on from there.") from None
     except ProcessLost as error:
-        raise RunFailed(f"{error}. {kept}; the same command goes on from there, with fewer processes too.") from error
+        raise RunFailed(
+            f"{error}. {what_is_kept(folder)}; the same command goes on from there, with fewer processes too."
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -73,18 +83,13 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
         raise RunFailed(explain_out_of_memory(error, config, family)) from error
 
 
-@dataclass(frozen=True)
-class Kept:
+def what_is_kept(run: Path) -> str:
     """What is there of the run in a folder, said when it fails."""
-
-    folder: Path
-
-    def __str__(self) -> str:
-        folder = self.folder / "checkpoints"
-        found = sorted(folder.glob("step-*.safetensors"))
-        if not found:
-            return "No checkpoint was due yet, and what was cached is kept"
-        return f"The last checkpoint, {found[-1].stem}, is kept in {folder}"
+    folder = run / "checkpoints"
+    last = max(folder.glob("step-*.safetensors"), default=None)
+    if last is None:
+        return "No checkpoint was due yet, and what was cached is kept"
+    return f"The last checkpoint, {last.stem}, is kept in {folder}"
 
 
 class Run:
@@ -104,10 +109,11 @@ class Run:
         self.stopper = stopper or Stopper(reporter.say)
         self.settings = config.what_decides_the_weights()
         self.journal = Journal(config, self.processes, reporter.say)
-        self.changes = self._agree(accept_changes) if self.processes.first else []
+        before = latest_facts(self.folder / "checkpoints")
+        self.changes = self._agree(before, accept_changes) if self.processes.first else []
         self.base = open_base(config, self.processes, self.reporter.say)
-        if not accept_changes:
-            check_same_base(self.folder / "checkpoints", self.base.path, self.base.base_hash)
+        if before and not accept_changes:
+            check_same_base(before[1], self.base.path, self.base.base_hash)
         self.cache = fill_cache(config, self.base, self.processes, self.reporter)
         lora = config.lora
         self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
@@ -201,7 +207,8 @@ class Run:
         if not bad:
             others = ", or another process's loss" * (self.processes.count > 1)
             what = f"The gradient{others} is not finite at update {outcome.step}, samples {named}"
-        return f"{what}. {Kept(self.folder)}. Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
+        advice = "Lower train.lr, use base.dtype=bf16 or fp32, or remove these samples."
+        return f"{what}. {what_is_kept(self.folder)}. {advice}"
 
     def _where_time_went(self) -> str:
         """One sentence on the parts of the time since the start, the largest first."""
@@ -212,7 +219,7 @@ class Run:
 
     def _at_end(self) -> dict[str, Any]:
         """What a start of the run says of itself when it ends."""
-        end: dict[str, Any] = {"step": self.step, "samples": (self.step - self.pace.first) * self.split.update}
+        end: dict[str, Any] = {"step": self.step}
         with suppress(RuntimeError):  # a GPU that has failed tells no more
             end["parts"] = {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()}
             end["peak memory"] = peak_memory()
@@ -291,7 +298,7 @@ class Run:
             with self.clock.part("saving"):
                 yield
         except OSError as error:
-            raise RunFailed(f"{error} {Kept(self.folder)}; the same command goes on from there.") from error
+            raise RunFailed(f"{error} {what_is_kept(self.folder)}; the same command goes on from there.") from error
 
     def _save_state(self) -> None:
         groups, facts = self.trained.state()
@@ -323,14 +330,17 @@ class Run:
                 "pcm doctor prints."
             )
 
-    def _agree(self, accept_changes: bool) -> list[dict[str, Any]]:
-        """The changes of settings so far, once these may go on, which are then written down."""
-        changes, steps = agreed_changes(self.folder, self.settings, MAY_CHANGE, accept_changes), self.config.train.steps
-        if changes and changes[-1]["step"] > steps:
-            raise ValueError(
-                f"train.steps is {steps}, and the run in {self.folder} has come to update {changes[-1]['step']} "
-                "already: set it to that or more, or use another output folder."
-            )
+    def _agree(self, before: Facts | None, accept_changes: bool) -> list[dict[str, Any]]:
+        """The changes of settings so far, once these may go on, which are then written down. before: where the run has
+        come to."""
+        changes, steps = [], self.config.train.steps
+        if before:
+            changes = agreed_changes(self.folder, before, self.settings, MAY_CHANGE, accept_changes)
+            if before[0] > steps:
+                raise ValueError(
+                    f"train.steps is {steps}, and the run in {self.folder} has come to update {before[0]} already: set "
+                    "it to that or more, or use another output folder."
+                )
         write_text(self.folder / "config.json", json.dumps(self.settings, indent=2) + "\n")
         for change in changes:
             told = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in change["changed"].items())

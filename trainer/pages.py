@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from .checkpoint import write_text
 
@@ -23,3 +26,14 @@ def write_page(out: Path, template: Path, content: dict[str, Any], **filters: Ca
     environment.filters |= filters
     page = environment.get_template(template.name).render(**content)
     write_text(out, page.encode(errors="replace").decode())  # halves of characters, which JSON may hold
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """A picture's bytes as an address that holds them; kind: png, jpeg, ..."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def jpeg_url(image: Image.Image, quality: int) -> str:
+    """A picture as an address that holds it as a JPEG without subsampled colours."""
+    image.convert("RGB").save(file := io.BytesIO(), "JPEG", quality=quality, subsampling=0)
+    return data_url(file.getvalue(), "jpeg")

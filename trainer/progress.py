@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
@@ -10,11 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .reporter import Reporter, Status
 
 
+class _Console(Console):
+    """One whose reader may leave (`| head`, a lost terminal): what is told then goes nowhere, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+
+
 class ProgressBar(Reporter):
     """A `Reporter` over rich's progress bar; use as a context manager."""
 
     def __init__(self):
-        self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+        self.console = _Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from .adapter import Learner
 from .config import Config
 from .data.digits import NAME as DIGITS
-from .export import package_version
+from .export import origin
 from .families import Base, load_base
 from .objectives import OBJECTIVES
 
@@ -53,10 +52,7 @@ def export(
     changes: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write the network as a diffusers folder, which `load_base` reads; its header says what it was made by."""
-    metadata = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "samples": str(samples)}
-    if changes:
-        metadata["changes"] = json.dumps(changes)
-    base.save(path, weights, {f"pcm.{key}": value for key, value in {**metadata, "version": package_version()}.items()})
+    base.save(path, weights, origin(config, step, changes) | {"pcm.samples": str(samples)})
 
 
 @dataclass(frozen=True)

@@ -236,16 +236,22 @@ def resumed(folder: Path) -> Target:
     return Target(lambda rng: SAFETENSORS.draw(rng, whole), written(path, read), (path.name,))
 
 
-def cached(folder: Path) -> Target:
-    """A cache of two pieces, of which one file is mutated."""
-    place = folder / "cache"
-    place.mkdir()
+def make_cache(place: Path) -> Path:
+    """A cache's folder, of two files with three samples each."""
     for piece in range(2):
         tensors = {"mean.2x2": torch.randn(3, 3, 2, 2), "sizes": torch.full((3, 6), 16)}
         tensors["shape"] = torch.zeros(3, dtype=torch.int16)
         write_latents(place / latents_name(0, piece, piece == 1), tensors, ["2x2"], ["a", "b", "é"], [])
     write_index(place, None, False)
     write_tensors(place / prompts_name(0), {"hidden": torch.randn(4, 2, 3).half()}, {})
+    return place
+
+
+def cached(folder: Path) -> Target:
+    """A cache of which one file is mutated."""
+    place = folder / "cache"
+    place.mkdir()
+    make_cache(place)
     contents = {path.name: path.read_bytes() for path in place.iterdir()}
 
     def draw(rng: random.Random) -> Mutant:

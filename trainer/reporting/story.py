@@ -157,8 +157,7 @@ class Story:
         """Time, work and memory, over all starts."""
         seconds = sum(start["seconds"] for start in self.starts)
         done = sum(start["to"] - start["from"] for start in self.starts)
-        train, processes = self.settings["train"], self.start["device"]["processes"]
-        samples = done * train["batch_size"] * train["accumulation"] * processes
+        samples = done * self.start["samples per update"]
         rows = [("time from the first update on", duration(seconds)), ("starts", str(len(self.starts)))]
         again = f", {done - self.step} of them twice" if done > self.step else ""
         rows.append(("updates", f"{self.step} of {self.steps}{again}"))

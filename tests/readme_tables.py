@@ -7,8 +7,9 @@ from pathlib import Path
 
 from phased_consistency.samplers import Recipe, recipe_for_file
 from phased_consistency.samplers.recipe import FAMILIES
-from phased_consistency.trainer.config import Config, TrainConfig, load_config
-from phased_consistency.trainer.presets import PRESETS
+from phased_consistency.trainer.config.config import Config, TrainConfig
+from phased_consistency.trainer.config.load import load_config
+from phased_consistency.trainer.config.presets import PRESETS
 
 README = Path(__file__).parent.parent / "README.md"
 PUBLISHED = {

@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-
-from phased_consistency.trainer.cli import app
 from readme_tables import README, TABLES, block
+
+from phased_consistency.trainer.cli.main import app
 
 TEXT = README.read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.S | re.M)
@@ -41,7 +41,7 @@ def test_linked_file_exists(target):
 
 
 def test_toml_example_is_a_valid_configuration(tmp_path):
-    from phased_consistency.trainer.config import load_config
+    from phased_consistency.trainer.config.load import load_config
 
     (example,) = [fence for kind, fence in FENCES if kind == "toml"]
     file = tmp_path / "run.toml"

@@ -14,13 +14,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...samplers.texts import brief
+from ..pictures import FORMATS
 from .buckets import Buckets
 from .reading import stop_or_skip
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
-# What is read, whatever a file is called: Pillow knows kinds that run programs (EPS), too.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # EXIF's number for how a picture is to be turned; from 5 on it is turned by a quarter.
 ORIENTATION, QUARTER = 0x0112, 5
 

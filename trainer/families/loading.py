@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header
 from ...samplers.texts import brief
-from .base import bundled_folder
+from ..tiny.bundled import bundled_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"

@@ -11,9 +11,9 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
-from ..history import LOG
-from ..pages import data_url, jpeg_url, write_page
+from ..system.pages import data_url, jpeg_url, write_page
 from .curves import curves
+from .log import LOG
 from .story import BESIDE, Story, duration
 
 REPORT, TEMPLATE = "report.html", Path(__file__).parent / "page.html"

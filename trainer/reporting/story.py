@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers.lora_file import family_title
-from ..config import Config, flat
-from ..history import KILLED, LOG, Line, read_log, without_places
-from ..inspection import describe
-from ..locks import only_run
+from ..config.config import Config
+from ..config.load import flat
+from ..config.presets import PRESETS
+from ..lora.describe import describe
 from ..objectives import OBJECTIVES
-from ..presets import PRESETS
+from ..system.locks import only_run
+from .log import KILLED, LOG, Line, read_log, without_places
 
 Table = list[tuple[str, ...]]
 STEP = re.compile(r"-(\d{7})$")

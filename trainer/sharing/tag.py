@@ -23,9 +23,9 @@ from ...samplers.lora_file import (
 )
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import copy_with_metadata
-from ..export import hashes
-from ..pages import jpeg_url
-from .lora import HASHES, check_out
+from ..lora.write import hashes
+from ..system.pages import jpeg_url
+from .pairs import HASHES, check_out
 from .sidecars import open_picture
 
 THUMBNAIL = "modelspec.thumbnail"

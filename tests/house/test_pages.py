@@ -1,5 +1,6 @@
 """The documents say what the code does: generated blocks, commands, links, the README's size, settings explained."""
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -174,3 +175,28 @@ def test_every_page_begins_with_a_title_and_what_it_answers():
 def test_every_picture_is_shown_by_a_page():
     pictures = {path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".jpg")}
     assert pictures - {followed(page, target)[0] for page, target in LINKS} == set()
+
+
+# --- names of the code
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The functions, classes and methods of a module, a method as `Class.method`."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    top = [node for node in tree.body if isinstance(node, kinds)]
+    inner = {f"{node.name}.{child.name}" for node in top for child in node.body if isinstance(child, kinds)}
+    return inner | {node.name for node in top}
+
+
+def test_every_file_and_function_that_a_page_names_is_there():
+    """`trainer/training/loop.py`, `trainer/training/loop.py:train`, `samplers/phases.py:PhaseGrid.plan`."""
+    named = re.compile(r"`((?:docs|nodes|samplers|tests|trainer)/[\w/.-]+\.(?:py|md))(?::([\w.]+))?`")
+    missing = []
+    for page, text in TEXTS.items():
+        for file, name in named.findall(text):
+            path = ROOT / file
+            if "NAME" in file:
+                continue
+            if not path.is_file() or (name and name not in defined(ast.parse(path.read_text(encoding="utf-8")))):
+                missing.append(f"{page}: {file}:{name}")
+    assert missing == []

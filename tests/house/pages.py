@@ -65,7 +65,8 @@ BOUNDS = {
     "pattern": "like `{}`",
 }
 KINDS = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-BAR = "\\|"  # within a cell
+BAR = "\\|"  # within a cell of a table
+BREAK = "<br>"  # the same
 NOT_RUN = ("# needs ", "# takes ")  # how a fence begins whose commands CI does not run
 RUNNABLE = ("pcm ", "python -m phased_consistency")
 
@@ -161,20 +162,21 @@ def presets_table() -> str:
     groups: dict[tuple, dict[str, tuple[str, ...]]] = {}
     for name, preset in PRESETS.items():
         config = load_config(preset=name)
-        cells = (_weights(config), _learning(config.train), _teacher(config), preset.cost, preset.source)
+        cells = (_weights(config), *_learning(config.train), _teacher(config), preset.cost, preset.source)
         is_relative = config.objective.name != "pcm" and config.base.family
         key = (config.objective.name, preset.source) if is_relative else cells
         groups.setdefault(key, {})[name] = cells
     rows, said = [], set()
     for group in groups.values():
-        *cells, source = _shared(list(group.values()), "; ")
+        columns = zip(*group.values(), strict=True)
+        *cells, source = (column[0] if len(set(column)) == 1 else BREAK.join(column) for column in columns)
         sentences = re.split(r"(?<=\.) ", source)
         news = [sentence for sentence in sentences if sentence not in said]
         said.update(sentences)
         words = " ".join(["As above."] * (news != sentences) + news)
         words = re.sub(r"docs/(measurements/\w+\.md)", r"[\1](\1)", words)
-        rows.append([_names(", ".join(group)), *cells, words])
-    heads = ["presets", "rank / alpha", "lr, batch, updates", "teacher", "seen, or time", "where the numbers come from"]
+        rows.append([BREAK.join(f"`{name}`" for name in group), *cells, words])
+    heads = ["presets", "rank / alpha", "lr", "batch, updates", "teacher", "seen, or time", "where from"]
     return _table(heads, rows)
 
 
@@ -182,9 +184,9 @@ def _weights(config: Config) -> str:
     return "no LoRA: all weights" if config.base.path == "digits" else f"{config.lora.rank} / {config.lora.alpha:g}"
 
 
-def _learning(train: TrainConfig) -> str:
+def _learning(train: TrainConfig) -> tuple[str, str]:
     batch = f"{train.batch_size}" + (f" x {train.accumulation}" if train.accumulation > 1 else "")
-    return f"{train.lr:g}, {batch}, {train.steps}"
+    return f"{train.lr:g}", f"{batch}, {train.steps}"
 
 
 def _teacher(config: Config) -> str:
@@ -288,7 +290,7 @@ def _key(section: str, key: str) -> str:
 def _cells(key: str, field: FieldInfo) -> list[str]:
     """Type, default, bounds and description of a setting."""
     default = OF_THIS_MACHINE.get(key) or _default(field)
-    description = (field.description or "").replace("<", "\\<")
+    description = (field.description or "").replace("<", "&lt;")
     return [_type(field.annotation), default, _bounds(field.metadata), description]
 
 
@@ -366,9 +368,9 @@ def _needed(verb: Any) -> str:
 # --- writing
 
 
-def _shared(rows: list[tuple[str, ...]], separator: str = ", ") -> list[str]:
+def _shared(rows: list[tuple[str, ...]]) -> list[str]:
     """Each column's different cells, in their order."""
-    return [separator.join(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+    return [", ".join(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

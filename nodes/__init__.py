@@ -4,11 +4,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import PCMCompare
 from .demo import PCMDemoPrompt
-from .editing import PCMColorize, PCMInpaint, PCMOutpaint, PCMSuperResolution
-from .guidance import PCMCFGSchedule
-from .info import PCMLoraInfo, PCMStampRecipe
-from .loader import PCMLoadLora
-from .operators import (
+from .edit_changing import PCMDenoise, PCMInterpolate, PCMStroke
+from .edit_keeping import PCMColorize, PCMInpaint, PCMOutpaint, PCMSuperResolution
+from .edit_parts import (
     PCMColorizeOperator,
     PCMEditDecode,
     PCMEditSampler,
@@ -16,7 +14,9 @@ from .operators import (
     PCMOutpaintOperator,
     PCMSuperResolutionOperator,
 )
-from .procedures import PCMDenoise, PCMInterpolate, PCMStroke
+from .guidance import PCMCFGSchedule
+from .info import PCMLoraInfo, PCMStampRecipe
+from .loader import PCMLoadLora
 from .sampling import PCMSample, PCMSampler, PCMScheduler
 
 NODES: list[type[io.ComfyNode]] = [

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..samplers import LevelPlan, Recipe
 from ..samplers.phases import count_steps
 from . import inputs
-from .edits import image_of
+from .edit_kinds import image_of
 from .guidance import schedule_in
 from .host import fit_to_model, menu_of, show, speaking
-from .lora import on_schedule_of
+from .lora_on_model import on_schedule_of
 from .sampling import advice, draw
 from .vae import check_family, decode_last
 

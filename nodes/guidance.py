@@ -15,7 +15,7 @@ from ..samplers import Recipe
 from ..samplers.recipe import SLACK
 from . import inputs
 from .host import menu_of, show, speaking
-from .lora import model_family, on_schedule_of, shift_of
+from .lora_on_model import model_family, on_schedule_of, shift_of
 
 KEY = "pcm_cfg_schedule"
 

@@ -13,7 +13,7 @@ from ..samplers.lora_info import facts, noted, recipe_of, sentences
 from ..samplers.recipe import HEADER_KEY
 from ..samplers.writing import path_within, stamp_recipe
 from . import inputs
-from . import lora as files
+from . import lora_on_model as files
 from .host import menu_of, show, speaking
 
 

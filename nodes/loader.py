@@ -9,7 +9,7 @@ from ..samplers.lora_file import read_header
 from ..samplers.lora_info import recipe_of
 from ..samplers.recipe import MODES
 from . import inputs
-from . import lora as files
+from . import lora_on_model as files
 from .graph import few_step_loras, model_path
 from .host import RecipeType, menu_of, show, speaking, supported
 from .watch import Watch

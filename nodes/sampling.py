@@ -16,11 +16,11 @@ from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
 from ..samplers.sampling import clamp_factor
 from . import inputs
-from .edits import Edit
+from .edit_kinds import Edit
 from .graph import few_step_loras, has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking
-from .lora import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
+from .lora_on_model import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
 
 
 class PCMScheduler(io.ComfyNode):

@@ -16,7 +16,7 @@ from ..samplers import Recipe
 from ..samplers.recipe import is_whole
 from .guidance import cfg_of, cfg_to_judge
 from .host import show
-from .lora import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, shift_of
+from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, shift_of
 from .sampling import is_empty, options_of
 
 KEY = "pcm_watch"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .recipe import FAMILIES, HEADER_KEY, Recipe
+from .texts import brief
 
 # suffix of a tensor's name -> which part of the module it is, most specific first
 PARTS = (
@@ -160,7 +161,7 @@ class LoraHeader:
             alpha = None if alpha is None else _number(alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{self.path.name}: its {PEFT_KEY} cannot be read ({_brief(error)}). Get the file again."
+                f"{self.path.name}: its {PEFT_KEY} cannot be read ({brief(error)}). Get the file again."
             ) from error
         found = {}
         for name, module in self.modules.items():
@@ -249,7 +250,7 @@ def read_header(path: str | Path) -> LoraHeader:
             with safe_open(path, "pt"):  # it checks names, types, shapes and offsets, and reads no tensor
                 pass
     except damaged as error:
-        raise ValueError(f"{path.name} has a damaged safetensors header ({_brief(error)}). Get it again.") from error
+        raise ValueError(f"{path.name} has a damaged safetensors header ({brief(error)}). Get it again.") from error
     if cut_short:
         size = path.stat().st_size
         raise ValueError(f"{path.name} is cut short: {size} bytes of the {end} that its header promises. Get it again.")
@@ -281,11 +282,6 @@ def _number(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"an alpha is {str(value)[:30]!r}, which is no number")
     return float(value)
-
-
-def _brief(error: Exception) -> str:
-    """What an error says, of which files decide the length."""
-    return " ".join(str(error).split())[:200]
 
 
 def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:

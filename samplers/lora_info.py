@@ -9,10 +9,10 @@ from typing import Any
 from .known_files import recipe_for_file
 from .lora_file import LoraHeader, family_title
 from .recipe import SOURCES, Recipe
+from .texts import printable
 
 NO_ALPHA = "none (strength 1)"
 MOST_KINDS = 4  # of ranks, alphas or dtypes that are listed
-LONGEST = 200  # characters of a header's entry
 # entries of a header that people look for -> what they are called
 NOTED = {
     "modelspec.title": "Title",
@@ -86,12 +86,6 @@ def _kinds(counts: dict[Any, int]) -> str:
     often = Counter(counts).most_common()
     rest = f" and {len(often) - MOST_KINDS} others" if len(often) > MOST_KINDS else ""
     return ", ".join(f"{kind} ({n})" for kind, n in often[:MOST_KINDS]) + rest
-
-
-def printable(text: str, longest: int = LONGEST) -> str:
-    """At most so many characters, none of which moves a cursor or turns the reading direction."""
-    text = text if len(text) <= longest else text[: longest - 3] + "..."
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _short(text: str) -> str:

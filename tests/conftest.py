@@ -38,7 +38,7 @@ def root() -> Path:
 def tiny_base():
     """The bundled tiny SD1.5 in fp32. Shared: leave it as it is, and put no adapter on it."""
     from phased_consistency.trainer.families import load_base
-    from runs import TINY
+    from support.runs import TINY
 
     return load_base(TINY)
 
@@ -46,8 +46,8 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A small run on the tiny base, finished: its configuration and its LoRA. Leave its folder as it is."""
-    from phased_consistency.trainer.loop import train
-    from runs import small_config
+    from phased_consistency.trainer.training.loop import train
+    from support.runs import small_config
 
     config = small_config(tmp_path_factory.mktemp("trained") / "run")
     return config, train(config)
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def pcm(monkeypatch, capsys):
     """Run `pcm ...` in this process; returns its exit code, stdout and stderr."""
-    from phased_consistency.trainer import cli
+    from phased_consistency.trainer.cli import main as cli
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)

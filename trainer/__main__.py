@@ -1,5 +1,5 @@
 """`python -m phased_consistency.trainer`, the same as `pcm`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

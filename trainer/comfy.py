@@ -19,7 +19,7 @@ import sys
 import venv
 from pathlib import Path
 
-from .host import PYTHONS, Host, default_workspace, environment, free_port, has_gpu, hosts
+from .system.comfyui import PYTHONS, Host, default_workspace, environment, free_port, has_gpu, hosts
 from .tiny.comfy import write_files
 
 PACK = Path(__file__).resolve().parents[1]

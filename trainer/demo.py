@@ -17,17 +17,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import write_text
-from .config import Config, load_config
-from .data import read_prompts
-from .data.cache import own_prompts
+from .config.config import Config
+from .config.load import load_config
+from .data.prompts import read_prompts
 from .evaluation.trial import Setting, Trial, compare
 from .families import load_base
-from .inspection import installed
-from .loop import train
-from .previews import draw_grid, save_image
-from .progress import ProgressBar
+from .lora.install import installed
+from .pictures import draw_grid, save_image
+from .reporting.progress import ProgressBar
+from .system.files import write_text
+from .tiny.bundled import own_prompts
 from .tiny.scenes import Scene, follows_prompt, held_out_scenes
+from .training.loop import train
 
 SETTINGS = [
     *(Setting("teacher", steps, 4.0) for steps in (40, 4, 2)),

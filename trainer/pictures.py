@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from .data.folders import FORMATS
-from .previews import save_image, to_image
+from ..samplers.writing import written_whole
+
+# What is read, whatever a file is called: Pillow knows kinds that run programs (EPS), too.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+LABEL_WIDTH, CAPTION_HEIGHT, GAP = 132, 44, 4
 
 COLUMNS = 8  # of a sheet
 KINDS = (*FORMATS, "GIF", "TIFF")  # others start programs (EPS) or are of no use
@@ -131,3 +135,51 @@ def _pixels(image: Image.Image, file: Path, alpha: bool) -> Tensor:
         raise ValueError(f"{file} holds floating-point numbers. Save it as a PNG of 8 or 16 bits.")
     values = np.array(image.convert("RGBA" if alpha else "RGB"))
     return torch.from_numpy(values).permute(2, 0, 1).float() / 255
+
+
+def draw_grid(rows: list[tuple[str, Tensor]], captions: list[str], cell: int | None = None) -> Image.Image:
+    """One row of pictures a setting: (label, pixels (B, 3, H, W) in [0, 1]); captions: one a column, drawn above.
+
+    cell: side to draw the pictures at; default: their own, but at least 96 so that captions fit.
+    """
+    side = cell or max(96, rows[0][1].shape[-1])
+    columns = len(captions)
+    size = (LABEL_WIDTH + columns * (side + GAP), CAPTION_HEIGHT + len(rows) * (side + GAP))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    letters = max(8, side // 6)
+    for j, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, letters)
+        text = "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
+        place, small = (LABEL_WIDTH + j * (side + GAP), 2), ImageFont.load_default(10)
+        pen.multiline_text(place, text, fill="black", font=small, spacing=1)
+    for i, (label, pixels) in enumerate(rows):
+        top = CAPTION_HEIGHT + i * (side + GAP)
+        pen.multiline_text((6, top + side // 2 - 14), label, fill="black", font=font)
+        for j, picture in enumerate(pixels[:columns]):
+            image = to_image(picture).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(image, (LABEL_WIDTH + j * (side + GAP), top))
+    return sheet
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, or 4 with transparency, H, W) in [0, 1] -> picture."""
+    return Image.fromarray(pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def check_png(out: Path) -> None:
+    """Raise ValueError for a name that is no PNG's."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(out)!r}; write a name that ends in .png.")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all, in the format that its name says, making its folder.
+
+    Raises ValueError for a name of no format.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path} is no picture's name: end it in .png.")
+    with written_whole(path) as part:
+        image.save(part, kind)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from websocket import create_connection
 
-from phased_consistency.trainer import host
-from phased_consistency.trainer.host import DIRECT
-from phased_consistency.trainer.host import hosts as hosts
-from phased_consistency.trainer.host import python_of as python_of
+from phased_consistency.trainer.system import comfyui as host
+from phased_consistency.trainer.system.comfyui import DIRECT
+from phased_consistency.trainer.system.comfyui import hosts as hosts
+from phased_consistency.trainer.system.comfyui import python_of as python_of
 
 RUN_SECONDS = 240
 HERE = Path(__file__).parent

@@ -11,10 +11,10 @@ import torch
 from host.graphs import sample
 from host.server import Graph, out
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.generate import generate
-from phased_consistency.trainer.inspection import install_whole
-from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
+from phased_consistency.trainer.families.generate import generate
+from phased_consistency.trainer.lora.install import install_whole
 from phased_consistency.trainer.tiny.comfy import CHECKPOINT, LORA, write_files
+from phased_consistency.trainer.tiny.single_file import LATENT_SCALE, LATENT_SHIFT
 
 PROMPT = "A red star above a yellow heart on a striped blue background"
 

@@ -10,7 +10,7 @@ from host.reference import conditioning, flow_euler
 from host.server import Graph, out
 from host.tiny import merge
 from host.tiny_sd3 import file_of, make_transformer, make_vae
-from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
+from phased_consistency.trainer.tiny.single_file import LATENT_SCALE, LATENT_SHIFT
 
 
 def sd3(lora: str = "sd3.safetensors") -> tuple[Graph, dict[str, list]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fuzzing import fuzz_nodes
 from host.server import hosts
+from support.fuzzing import fuzz_nodes
 
 
 def test_a_part_of_the_run_ends_as_the_whole(tmp_path):

@@ -12,10 +12,10 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from host.server import environment, hosts, python_of
-from ldm_checkpoint import ldm_unet
 from phased_consistency.trainer import families
 from phased_consistency.trainer.families.loading import CONFIGS
-from phased_consistency.trainer.single_file import sd3_transformer
+from phased_consistency.trainer.tiny.single_file import sd3_transformer
+from support.ldm_checkpoint import ldm_unet
 
 # size, a folder of `CONFIGS` -> family, the host's name for it, modules that a LoRA of ours has
 MODELS = {

@@ -12,9 +12,9 @@ from PIL import Image
 
 from phased_consistency.samplers.lora_file import header_text, read_header
 from phased_consistency.samplers.writing import MOST_HEADER, copy_with_metadata
-from phased_consistency.trainer.host import DIRECT
 from phased_consistency.trainer.sharing.panels import COMFYUI_PREVIEWS
 from phased_consistency.trainer.sharing.sidecars import sidecars
+from phased_consistency.trainer.system.comfyui import DIRECT
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from host.test_flow import sd3
 from host.test_sampling import LATENT_SCALE as SD15_SCALE
 from phased_consistency.samplers import FlowSchedule, PhaseGrid, VPSchedule
 from phased_consistency.samplers.editing import denoise_plan, estimated_noise, noise_to_signal
-from phased_consistency.trainer.single_file import LATENT_SCALE as SD3_SCALE
+from phased_consistency.trainer.tiny.single_file import LATENT_SCALE as SD3_SCALE
 
 SCALE = {"sd15": SD15_SCALE, "sd3": SD3_SCALE}
 

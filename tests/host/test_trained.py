@@ -19,7 +19,6 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from bases import clip_config
 from host.graphs import core_sampler, custom, edit, loaded, picture, sample, scheduler
 from host.server import Graph, out
 from host.tiny import make_unet
@@ -27,15 +26,17 @@ from host.tiny import make_vae as make_sd15_vae
 from host.tiny_sd3 import make_transformer, make_vae
 from host.tiny_sdxl import make_sdxl_unet
 from phased_consistency.samplers.operators import Colorize
-from phased_consistency.trainer.editing import Editor
-from phased_consistency.trainer.evaluation.baselines import cells_of, latent_mask
-from phased_consistency.trainer.export import install, recipe_for
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.generate import generate
-from phased_consistency.trainer.loop import train
-from phased_consistency.trainer.single_file import LATENT_SCALE, LATENT_SHIFT
+from phased_consistency.trainer.families.generate import generate
+from phased_consistency.trainer.inference.edit import Editor
+from phased_consistency.trainer.lora.install import install
+from phased_consistency.trainer.lora.recipe import recipe_for
+from phased_consistency.trainer.studies.edit_baselines import cells_of, latent_mask
 from phased_consistency.trainer.tiny.making import SD15
-from runs import small_config
+from phased_consistency.trainer.tiny.single_file import LATENT_SCALE, LATENT_SHIFT
+from phased_consistency.trainer.training.loop import train
+from support.bases import clip_config
+from support.runs import small_config
 
 PROMPTS = ["a red star", "a blue ring on a white background"]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -11,9 +11,9 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm_checkpoint import ldm_unet, save_single_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
+from support.ldm_checkpoint import ldm_unet, save_single_file
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 RANK, ALPHA = 8, 4.0

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from host.tiny import ALPHA, RANK, Lora, make_lora
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
-from phased_consistency.trainer.single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
+from phased_consistency.trainer.tiny.single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
 
 RECIPE = Recipe(family="sd3", prediction="flow", shift=3.0, points=100, phases=4)
 # Every kind of module that can be adapted; block 0 has SD3.5's second attention, block 2 is the last.

@@ -10,9 +10,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from host.tiny import ALPHA, RANK, Lora, kohya, make_lora, make_vae, peft
-from ldm_checkpoint import save_single_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
+from support.ldm_checkpoint import save_single_file
 
 RECIPE = Recipe(family="sdxl", phases=4)
 V_RECIPE = Recipe(family="sdxl", phases=4, prediction="v_prediction", zero_terminal_snr=True)

@@ -13,10 +13,11 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..clock import Clock
-from ..config import Config
+from ..config.config import Config
 from ..families import Base
-from ..loop import Reporter, Run
+from ..reporting.progress import Reporter
+from ..system.clock import Clock
+from ..training.loop import Run
 from .measure import PASSES, alive_bytes, flops, passes_counted, peak_bytes
 from .reference import Reference, check_reference
 from .report import machine, peak_flops

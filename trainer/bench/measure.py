@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..activations import LiveBytes
+from ..efficiency.activations import LiveBytes
 from ..families import Base
 
 # What is counted, each in samples.

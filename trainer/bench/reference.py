@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from ...samplers import jump, renoise
-from ..adapter import Adapter
-from ..adversarial import BETAS, WEIGHT_DECAY, mean_of
-from ..clock import Clock
-from ..config import Config
-from ..engine import Batch
-from ..export import DTYPES
+from ..config.config import Config
 from ..families import Base, load_base
-from ..generate import predict
-from ..loop import Run
+from ..families.base import DTYPES
+from ..families.generate import predict
+from ..lora.adapter import Adapter
 from ..objectives import Pair
+from ..system.clock import Clock
+from ..training.adversary import BETAS, WEIGHT_DECAY, mean_of
+from ..training.engine import Batch
+from ..training.loop import Run
 
 # Pictures that the VAE encodes at a time.
 ENCODED = 8

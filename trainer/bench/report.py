@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..doctor import examine
+from ..system.machine import examine
 from .measure import PASSES
 
 # Dense bf16 and fp16 operations per second with fp32 sums, by the device's whole name (NVIDIA's data sheets).

@@ -21,15 +21,16 @@ from torch import Tensor
 
 from ...samplers import PhaseGrid
 from ...samplers.lora_file import read_header
-from ..checkpoint import write_tensors
-from ..config import Config, DataConfig
+from ..config.config import Config, DataConfig
 from ..families import Base
-from ..generate import generate
+from ..families.generate import generate
+from ..system.files import write_tensors
+from ..tiny.bundled import own_prompts as own_prompts
 from .buckets import Buckets, buckets_for
 from .index import count_texts, is_whole, latents_name, pieces_there, texts_of, write_index
+from .prompts import prompts_of
 from .reading import ahead, stop_or_skip
-from .sources import Source, open_source, prompts_of
-from .sources import own_prompts as own_prompts
+from .sources import Source, open_source
 from .store import FORMAT, INDEX, SHARD, TEXTS, LatentCache, prompts_name
 
 TEACHER = PhaseGrid(points=1000, phases=1)

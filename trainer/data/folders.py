@@ -13,13 +13,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ...samplers.texts import brief
+from ..pictures import FORMATS
 from .buckets import Buckets
 from .reading import stop_or_skip
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
-# What is read, whatever a file is called: Pillow knows kinds that run programs (EPS), too.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # EXIF's number for how a picture is to be turned; from 5 on it is turned by a quarter.
 ORIENTATION, QUARTER = 0x0112, 5
 
@@ -133,7 +133,7 @@ def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Ten
         with Image.open(file, formats=FORMATS) as image:
             image = _in_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # each of Pillow's decoders fails in its own way
-        raise ValueError(f"cannot be read ({_words(error)})") from error
+        raise ValueError(f"cannot be read ({brief(error)})") from error
     width, height = image.size
     frame = size.nearest(width, height) if isinstance(size, Buckets) else (size, size)
     scale = max(to / side for to, side in zip(frame, image.size, strict=True))
@@ -158,11 +158,6 @@ def _in_rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     white.paste(image, mask=image)
     return white
-
-
-def _words(error: Exception) -> str:
-    """What an error says, or what it is where it says nothing."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def aspect_of(path: Path) -> float | None:

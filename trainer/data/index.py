@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint import write_tensors
+from ..system.files import write_tensors
 from .buckets import Buckets, bucket_notes
 from .store import INDEX, LATENTS, PROMPTS, TEXTS, hashes_of, numbers, open_file, reading, strings
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from ..checkpoint import write_text
+from ..system.files import write_text
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 # How many items each thread may be ahead of who takes the results.

@@ -20,6 +20,7 @@ from webdataset import tariterators
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
+from ...samplers.texts import printable
 from .buckets import Buckets
 from .folders import PICTURES, is_text, load_picture
 
@@ -140,7 +141,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
     try:
         while isinstance(found := _next(samples), dict):
             read += 1
-            yield _sample(f"{name}/{_readable(found['__key__'])}", found)
+            yield _sample(f"{name}/{printable(found['__key__'])}", found)
     finally:
         failed = stream.close()
     yield from (Sample(name, problem=what) for what in strange)
@@ -183,11 +184,6 @@ def _files(stream: _Watched, is_wanted: Callable[[tarfile.TarInfo], bool]) -> It
     yield {}  # ends the last sample
 
 
-def _readable(name: str) -> str:
-    """A name in an archive as text: it may be in another encoding, or hold what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() else "?" for c in name)[:200]
-
-
 def _next(samples: Iterator[dict]) -> dict | str | None:
     """The next sample, what went wrong instead, or None at the end."""
     try:
@@ -205,7 +201,7 @@ def _words(error: Exception) -> str:
 
 def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
     """Whether a file is one of a sample's; too large ones, and pictures whose names have a second dot, are noted."""
-    kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), _readable(file.name)
+    kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), printable(file.name)
     if kind.endswith(KINDS) and kind not in KINDS:
         strange.append(f"a second dot in the name {name}, which webdataset takes for the kind .{kind}: rename it")
     if kind not in (*KINDS, "txt", "json") or META.match(file.name):

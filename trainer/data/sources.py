@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ..config import Config
-from ..families import bundled_folder
-from . import pictures_of, read_prompts
+from ..config.config import Config
+from ..tiny.digits import NAME as DIGITS
+from ..tiny.digits import Digit, drawn_digits
 from .buckets import Buckets
-from .digits import Digit
-from .folders import Picture, aspect_of
+from .folders import Picture, aspect_of, find_pictures
 from .reading import ahead, file_hashes, stop_or_skip
 from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shown
 from .store import SHARD
@@ -104,12 +103,13 @@ def absent(shards: Iterable[str]) -> list[str]:
     return [f"{shard}: no such file" for shard in shards if (path := local_path(shard)) and not path.is_file()]
 
 
-def prompts_of(config: Config) -> list[str]:
-    """The prompts that the teacher makes latents of."""
-    return read_prompts(config.data.prompts or own_prompts(config.base.path))[: config.data.count]
+def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
+    """What `data.images` names: `count` drawn digits, or a folder's pictures and the skipped ones (`find_pictures`).
 
-
-def own_prompts(base: str) -> str | None:
-    """The prompt file that comes with a bundled tiny base, whose language is not that of the default list."""
-    folder = bundled_folder(base)
-    return str(folder / "prompts.txt") if folder else None
+    Raises ValueError where the word for the drawn ones is a folder's name, too.
+    """
+    if images == DIGITS and Path(images).is_dir():
+        raise ValueError(
+            f"data.images={images} means drawn digits, and a folder is called so: for that write ./{images}."
+        )
+    return (drawn_digits(count), []) if images == DIGITS else find_pictures(images, skip_bad)

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...samplers.texts import brief
+
 # Of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
 FORMAT = 2
 SHARD = 256
@@ -206,8 +208,7 @@ def reading(path: Path) -> Iterator[None]:
     except Damaged:
         raise
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise Damaged(f"{path} is damaged ({what}). Delete it: the same command makes it again.") from error
+        raise Damaged(f"{path} is damaged ({brief(error)}). Delete it: the same command makes it again.") from error
 
 
 class Damaged(ValueError):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers import Recipe
-from ..data import read_prompts
-from ..data.cache import own_prompts
-from ..families import Base, bundled_folder
-from ..inspection import header_of_family, recipe_of
+from ..data.prompts import read_prompts
+from ..families import Base
+from ..lora.install import header_of_family, recipe_of
+from ..tiny.bundled import bundled_folder, own_prompts
 from ..tiny.scenes import Scene, held_out_scenes
 from .trial import SOLVERS, TEACHER, TRAILING, Setting
 

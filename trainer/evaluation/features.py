@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ...samplers.texts import brief
 from ..families.loading import has_clip_words
 from .contestants import unique_names
 
@@ -78,7 +79,7 @@ def inception(device: torch.device) -> Features:
         with _weights_only():
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
     except (RuntimeError, UnpicklingError) as error:
-        raise Absent(f"{weights} is not torch-fidelity's file ({' '.join(str(error).split())[:100]}).") from error
+        raise Absent(f"{weights} is not torch-fidelity's file ({brief(error)}).") from error
     whole = lambda pixels: pixels.mul(255).round().to(device, torch.uint8)  # noqa: E731
     return Features("inception", lambda _, pixels: network(whole(pixels)).float().cpu())
 
@@ -142,7 +143,7 @@ def _load(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise Absent(f"{folder} holds no CLIP that can be loaded ({' '.join(str(error).split())[:200]}).") from error
+        raise Absent(f"{folder} holds no CLIP that can be loaded ({brief(error)}).") from error
     if found["missing_keys"]:
         raise Absent(f"{folder} lacks {len(found['missing_keys'])} of the weights of a {kind.__name__}.")
     return model.eval().requires_grad_(False)

@@ -20,11 +20,11 @@ from torch import Tensor
 from ...samplers import Recipe
 from ...samplers.lora_file import file_hash
 from ...samplers.phases import count_steps
-from ..checkpoint import write_text
-from ..export import package_version
 from ..families import Base, family_of
-from ..inspection import installed, load_for_sample, mismatches
-from ..previews import draw_grid, save_image
+from ..lora.install import installed, load_for_sample, mismatches
+from ..pictures import draw_grid, save_image
+from ..system.files import write_text
+from ..system.machine import package_version
 from ..tiny.scenes import follows_prompt
 from . import plots
 from .contestants import (
@@ -38,8 +38,8 @@ from .contestants import (
 )
 from .features import Absent, ClipScore, Features, find_features
 from .guidance import GuidanceTrial
+from .markdown import markdown
 from .metrics import consistency, diversity, frechet_distance, paired_error, sliced_wasserstein
-from .text import markdown
 from .trial import TEACHER, Setting, Trial
 
 REFERENCE_STEPS = 40

@@ -11,10 +11,10 @@ from torch import Tensor
 from ...samplers import PhaseGrid, Recipe
 from ...samplers.phases import count_steps
 from ...samplers.schedule import TICKS
-from ..adapter import bare
-from ..batches import seed_of
+from ..data.order import seed_of
 from ..families import Base, Condition
-from ..generate import generate
+from ..families.generate import generate
+from ..lora.adapter import bare
 from ..objectives import tells_target_time
 from .metrics import paired_error, sliced_wasserstein
 

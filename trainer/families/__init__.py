@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from .base import Base, Condition, bundled_folder
+from ..tiny.bundled import bundled_folder
+from .base import Base, Condition
 from .detection import family_of
 from .loading import check_finite
 from .pixels import Pixels

@@ -15,6 +15,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...samplers import PhaseGrid, Schedule
+from ..tiny.bundled import bundled_folder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # A prompt's encoding by name, each (B, ...): what `Base.encode_prompts` returns and `Base.denoise` takes.
 Condition = dict[str, Tensor]
@@ -264,9 +267,3 @@ def side_multiple(resolution: int, multiple: int) -> None:
     if resolution % multiple:
         near = max(1, resolution // multiple) * multiple
         raise ValueError(f"resolution {resolution} is not a multiple of {multiple}: use {near} or {near + multiple}.")
-
-
-def bundled_folder(path: str) -> Path | None:
-    """The folder of a tiny base that ships with the pack ("tiny-sd15"), or None for any other path."""
-    folder = Path(__file__).parent.parent / "tiny" / path.removeprefix("tiny-")
-    return folder if path.startswith("tiny-") and folder.is_dir() else None

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...samplers.lora_file import TensorInfo, family_title
-from ..data.digits import NAME as DIGITS
-from .base import bundled_folder
+from ..tiny.bundled import bundled_folder
+from ..tiny.digits import NAME as DIGITS
 from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, read_config
 
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}

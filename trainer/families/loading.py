@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header
-from .base import bundled_folder
+from ...samplers.texts import brief
+from ..tiny.bundled import bundled_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"
@@ -42,8 +43,7 @@ def naming(place: str | Path, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{place} cannot be loaded: {reason.rstrip('.')}. {advice}") from error
+        raise ValueError(f"{place} cannot be loaded: {brief(error).rstrip('.')}. {advice}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -240,8 +240,7 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
     except (NotImplementedError, KeyError) as error:  # torch's, for weights never filled in; the conversion's
         raise ValueError(f"{path.name} lacks some of the weights of its {part}. {GET_IT}") from error
     except Exception as error:  # the conversion's, at weights of other shapes
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path.name}: its {part} cannot be converted ({reason}). {GET_IT}") from error
+        raise ValueError(f"{path.name}: its {part} cannot be converted ({brief(error)}). {GET_IT}") from error
     _check_filled(model, f"{path.name}: its {part}", GET_IT)
     return model
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...samplers import VPSchedule
 from ...samplers.lora_file import file_hash
-from ..checkpoint import write_tensors
-from ..data.digits import DIGITS, NAME
+from ..system.files import write_tensors
+from ..tiny.digits import DIGITS, NAME
 from . import loading
 from . import prediction as predictions
 from .base import Alone, Base, Condition, side_multiple

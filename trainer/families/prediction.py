@@ -12,7 +12,7 @@ from torch import Tensor
 from ...samplers import jump, output_from_x0_eps
 from ...samplers.lora_file import LoraHeader, read_header
 from ...samplers.schedule import TICKS
-from .base import bundled_folder
+from ..tiny.bundled import bundled_folder
 from .loading import is_hub_id, read_config
 
 # How files write the two kinds: diffusers, ModelSpec, ComfyUI, kohya.

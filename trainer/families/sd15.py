@@ -9,7 +9,7 @@ from . import loading
 from .base import Condition
 from .clip import text_states
 from .unet import UNetBase
-from .unet_parts import TextEncoder
+from .unet_loading import TextEncoder
 
 
 class SD15(UNetBase):

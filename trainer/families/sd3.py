@@ -16,7 +16,7 @@ from ...samplers import FlowSchedule
 from . import loading
 from .base import Base, Condition, side_multiple
 from .clip import text_states
-from .sd3_parts import T5_LENGTH, folder_parts, single_file_parts, variant
+from .sd3_loading import T5_LENGTH, folder_parts, single_file_parts, variant
 
 # PCM's adversarial SD3 list without its slip, which left add_q_proj, add_k_proj and add_v_proj out: 340 modules on
 # SD3-medium, 392 on SD3.5-medium (its attn2 too), 536 on SD3.5-large. ComfyUI maps every one of them, with scale and

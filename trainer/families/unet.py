@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...samplers import VPSchedule
 from . import prediction as predictions
 from .base import Base, Condition, side_multiple
-from .unet_parts import TextEncoder, folder_parts, single_file_parts
+from .unet_loading import TextEncoder, folder_parts, single_file_parts
 
 # PCM's published targets (the set of LCM-LoRA): 278 modules on SD1.5, 788 on SDXL.
 LORA_TARGETS = (

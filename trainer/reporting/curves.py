@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..evaluation.plots import logarithmic, plain
-from ..history import Line
-from ..validation import LOSS
+from .log import LOSS, Line
 
 WIDTH, HEIGHT = 5.2, 3.1
 BINS = 300  # of a curve of more updates than that, whose spread is drawn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from itertools import cycle
 from pathlib import Path
@@ -12,9 +11,9 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
-from ..history import LOG
-from ..pages import write_page
+from ..system.pages import data_url, jpeg_url, write_page
 from .curves import curves
+from .log import LOG
 from .story import BESIDE, Story, duration
 
 REPORT, TEMPLATE = "report.html", Path(__file__).parent / "page.html"
@@ -80,14 +79,12 @@ def _grids(folder: Path) -> tuple[list[tuple[int, str]], int]:
 def _picture(path: Path) -> str | None:
     """A picture as an address that holds it; None where there is none, or no whole one."""
     try:
-        data, kind = path.read_bytes(), "png"
+        data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            if len(data) > SMALL or image.width > WIDEST:
-                image.thumbnail((WIDEST, 4 * WIDEST), Image.Resampling.LANCZOS)
-                file, kind = io.BytesIO(), "jpeg"
-                image.convert("RGB").save(file, "JPEG", quality=QUALITY, subsampling=0)
-                data = file.getvalue()
+            if len(data) <= SMALL and image.width <= WIDEST:
+                return data_url(data, "png")
+            image.thumbnail((WIDEST, 4 * WIDEST), Image.Resampling.LANCZOS)
+            return jpeg_url(image, QUALITY)
     except (OSError, ValueError, SyntaxError):
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

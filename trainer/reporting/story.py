@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers.lora_file import family_title
-from ..config import Config, flat
-from ..history import KILLED, LOG, Line, read_log, without_places
-from ..inspection import describe
-from ..locks import only_run
+from ..config.config import Config
+from ..config.load import flat
+from ..config.presets import PRESETS
+from ..lora.describe import describe
 from ..objectives import OBJECTIVES
-from ..presets import PRESETS
+from ..system.locks import only_run
+from .log import KILLED, LOG, Line, read_log, without_places
 
 Table = list[tuple[str, ...]]
 STEP = re.compile(r"-(\d{7})$")
@@ -157,8 +158,7 @@ class Story:
         """Time, work and memory, over all starts."""
         seconds = sum(start["seconds"] for start in self.starts)
         done = sum(start["to"] - start["from"] for start in self.starts)
-        train, processes = self.settings["train"], self.start["device"]["processes"]
-        samples = done * train["batch_size"] * train["accumulation"] * processes
+        samples = done * self.start["samples per update"]
         rows = [("time from the first update on", duration(seconds)), ("starts", str(len(self.starts)))]
         again = f", {done - self.step} of them twice" if done > self.step else ""
         rows.append(("updates", f"{self.step} of {self.steps}{again}"))

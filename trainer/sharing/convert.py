@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .factors import error_text, errors
-from .lora import STYLES, check_out, settled, write_lora
-from .reading import read_lora
+from .pairs import STYLES, check_out, settled, write_lora
+from .read import read_lora
 
 
 def convert(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..export import DTYPES
 from ..families import Base
-from ..inspection import load_for_check
+from ..families.base import DTYPES
+from ..lora.install import load_for_check
 from .factors import error_text, from_svd, rounded
-from .lora import Pair, check_out, settled, write_lora
+from .pairs import Pair, check_out, settled, write_lora
 
 OVERSAMPLING = 16  # random directions beside the rank, and passes, of the randomised SVD (arXiv 0909.4061, Sec. 4.6)
 PASSES = 4

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora import Pair
+from .pairs import Pair
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:

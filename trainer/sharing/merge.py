@@ -10,8 +10,8 @@ from typing import Any
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
 from .factors import approximated, concatenated, error_text, errors, rounded, widest
-from .lora import MUST, Lora, Pair, check_out, settled, write_lora
-from .reading import read_lora
+from .pairs import MUST, Lora, Pair, check_out, settled, write_lora
+from .read import read_lora
 
 
 def merge(

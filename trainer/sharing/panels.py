@@ -6,8 +6,6 @@ ModelSpec's readers (https://github.com/Stability-AI/ModelSpec). Each line says 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections import Counter
@@ -20,13 +18,13 @@ from PIL import Image
 
 from ...samplers.lora_file import family_title, file_hash, header_text, read_header, tensor_hash
 from ...samplers.writing import MOST_HEADER
-from .. import pages
-from ..export import EMPTY_HASH
-from .lora import MUST
+from ..lora.write import EMPTY_HASH
+from ..system import pages
+from .pairs import MUST
 from .sidecars import A1111_VERSIONS, UNKNOWN, open_picture
 
 TEMPLATE = Path(__file__).parent / "panels.html"
-SIDE = 512  # pixels of a preview on the page
+SIDE, QUALITY = 512, 88  # of a preview on the page, in pixels, and as a JPEG
 MOST_TAGS = 12
 DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
 A1111_PREVIEWS = (".preview.png", ".preview.jpg", ".preview.webp", ".png", ".webp", ".jpg")
@@ -352,8 +350,7 @@ def _show(panel: Panel, preview: Path | None) -> None:
     panel.add("Preview", preview.name if preview else "", "the first of its names that is there")
     if picture:
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        picture.save(data := io.BytesIO(), "JPEG", quality=88)
-        panel.picture = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+        panel.picture = pages.jpeg_url(picture, QUALITY)
 
 
 def _tags(seen: Seen) -> list[tuple[str, int]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .factors import approximated, error_text, errors, rank_for_error, rounded, widest
-from .lora import check_out, settled, write_lora
 from .merge import check_rank
-from .reading import read_lora
+from .pairs import check_out, settled, write_lora
+from .read import read_lora
 
 
 def resize(

@@ -14,9 +14,8 @@ from PIL import Image
 
 from ...samplers.lora_file import file_hash, read_header
 from ...samplers.lora_info import facts
-from ..checkpoint import write_text
-from ..pictures import read_pictures
-from ..previews import save_image, to_image
+from ..pictures import read_pictures, save_image, to_image
+from ..system.files import write_text
 
 A1111_VERSIONS = {"sd15": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
 BASE_MODELS = {"sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL 1.0", "sd3": "SD 3"}

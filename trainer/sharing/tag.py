@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -25,12 +23,13 @@ from ...samplers.lora_file import (
 )
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import copy_with_metadata
-from ..export import hashes
-from .lora import HASHES, check_out
+from ..lora.write import hashes
+from ..system.pages import jpeg_url
+from .pairs import HASHES, check_out
 from .sidecars import open_picture
 
 THUMBNAIL = "modelspec.thumbnail"
-SIDE = 256  # of ModelSpec's thumbnails, in pixels
+SIDE, QUALITY = 256, 90  # of ModelSpec's thumbnails, in pixels, and as a JPEG
 NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 # what the tensors themselves decide: a header that says otherwise lies
 OF_TENSORS = (*HASHES, *NETWORK, PEFT_KEY, "format")
@@ -77,9 +76,8 @@ def thumbnail(picture: Path) -> dict[str, str]:
 
     The middle of the picture is taken. Raises as `open_picture` does.
     """
-    square, data = ImageOps.fit(open_picture(picture), (SIDE, SIDE), Image.Resampling.LANCZOS), io.BytesIO()
-    square.save(data, "JPEG", quality=90)
-    return {THUMBNAIL: f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"}
+    square = ImageOps.fit(open_picture(picture), (SIDE, SIDE), Image.Resampling.LANCZOS)
+    return {THUMBNAIL: jpeg_url(square, QUALITY)}
 
 
 def _legacy_hash(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> dict[str, str]:

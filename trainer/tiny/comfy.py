@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from ...samplers.writing import written_whole
-from ..single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
+from .single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
 from .taesd import full_size
 
 BASE = Path(__file__).parent / "sd3"

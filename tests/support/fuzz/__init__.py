@@ -1,0 +1,1 @@
+"""The parts of the fuzz run: what is mutated, how, and what is watched."""

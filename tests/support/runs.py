@@ -1,0 +1,72 @@
+"""Small runs of the trainer for tests: settings that take seconds, a stub base, and `pcm` in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.trainer.config.config import Config
+from phased_consistency.trainer.config.load import load_config
+from phased_consistency.trainer.reporting.progress import Reporter
+
+TINY = "tiny-sd15"
+SMALL = {
+    "base.path": TINY,
+    "base.dtype": "fp32",
+    "data.count": 6,
+    "data.teacher_steps": 4,
+    "data.teacher_guidance": 3,
+    "data.resolution": 32,
+    "data.batch_size": 3,
+    "lora.rank": 4,
+    "lora.alpha": 2,
+    "objective.guidance": [3, 4],
+    "train.batch_size": 3,
+    "train.steps": 4,
+    "train.lr": 1e-2,
+    "train.save_every": 2,
+    "train.trackers": "[]",
+    "train.report": "false",
+    "preview.every": 0,
+    "validation.every": 0,
+}
+
+
+def settings(output: Path, **changes) -> list[str]:
+    """Overrides of a small run in a folder; changes: "section__key" -> value, where None leaves the key out."""
+    values = SMALL | {"output": output} | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
+
+
+def small_config(output: Path, **changes) -> Config:
+    return load_config(overrides=settings(output, **changes))
+
+
+class Notes(Reporter):
+    """Keeps what a run says, and the updates that it shows."""
+
+    def __init__(self):
+        self.said, self.steps = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def update(self, status):
+        self.steps.append(status.step)
+
+
+def start_pcm(*args, cwd: Path | None = None) -> subprocess.Popen:
+    """`pcm ...` in its own process, with its output kept apart."""
+    command = [sys.executable, "-m", "phased_consistency.trainer", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return read_header(path).metadata

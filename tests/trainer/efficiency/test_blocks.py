@@ -1,0 +1,189 @@
+"""The blocks of a network: computed again, offloaded, compiled; none of it changes what a step computes."""
+
+import pytest
+import torch
+
+from phased_consistency.trainer.efficiency import blocks
+from phased_consistency.trainer.efficiency.blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute
+from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.lora.adapter import Adapter, Whole
+
+TICKS = torch.tensor([400, 900])
+
+
+def adapted(path="tiny-sd15"):
+    base = load_base(path)
+    adapter = Adapter(base.network, base.lora_targets, rank=2, alpha=1.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return base, adapter
+
+
+def inputs(base, side=32):
+    shape, condition = base.latent_shape(side), base.encode_prompts(["a red star", "a blue ring"])
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), TICKS, condition
+
+
+def step(base, adapter):
+    """Teacher, student and discriminator's body as a step runs them; outputs and the adapter's gradients."""
+    x, tick, condition = inputs(base)
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    with torch.no_grad(), adapter.off():
+        teacher = base.denoise(x, tick, condition)
+    student = base.denoise(x, tick, condition)
+    with adapter.off():
+        features = base.features(student, tick, condition)
+    ((student - teacher).square().mean() + sum(f.square().mean() for f in features)).backward()
+    return [teacher, student.detach(), *(p.grad.clone() for p in adapter.parameters())]
+
+
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+def test_nothing_changes_to_the_bit(path):
+    base, adapter = adapted(path)
+    plain = step(base, adapter)
+    offload = Offload(base.network, base.device)
+    recompute(adapter)
+    assert all(a.equal(b) for a, b in zip(plain, step(base, adapter), strict=True))
+    assert offload.copies > 0
+
+
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sd3"])
+def test_some_blocks_computed_again_change_no_bit(path):
+    base, adapter = adapted(path)
+    plain = step(base, adapter)
+    recompute(adapter, list(blocks_of(base.network))[::2])
+    assert all(a.equal(b) for a, b in zip(plain, step(base, adapter), strict=True))
+
+
+def kept(base, adapter):
+    """Bytes that autograd keeps for a student's pass, besides weights."""
+    own = {p.untyped_storage().data_ptr() for p in base.network.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = base.denoise(*inputs(base))
+    del output
+    return sum(seen.values())
+
+
+def test_blocks_that_are_computed_again_keep_nothing():
+    base, adapter = adapted()
+    before = kept(base, adapter)
+    recompute(adapter)
+    assert kept(base, adapter) < 0.35 * before
+
+
+def test_a_block_runs_twice_with_gradients_and_once_without():
+    base, adapter = adapted()
+    path, block = next(iter(blocks_of(base.network).items()))
+    calls, run = [], block.forward
+    block.forward = lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or run(*args, **kwargs)
+    recompute(adapter, [path])
+    with torch.no_grad():
+        base.denoise(*inputs(base))
+    assert calls == [False]
+    base.denoise(*inputs(base)).sum().backward()
+    assert calls == [False, True, True]
+
+
+def test_offloaded_weights_come_once_a_pass_and_leave_with_it():
+    base, adapter = adapted()
+    frozen = [p for b in blocks_of(base.network).values() for p in b.parameters() if not p.requires_grad]
+    offload = Offload(base.network, base.device)
+    recompute(adapter)
+    assert offload.bytes == sum(p.nbytes for p in frozen)
+    with torch.no_grad():
+        base.denoise(*inputs(base))
+    assert offload.copies == len(frozen)
+    base.denoise(*inputs(base)).sum().backward()
+    assert offload.copies == 3 * len(frozen), "forward, and again for the backward"
+
+
+def test_an_offloaded_network_takes_a_second_adapter():
+    """As the self-test of a saved LoRA does."""
+    base, adapter = adapted()
+    Offload(base.network, base.device)
+    recompute(adapter)
+    meant = base.denoise(*inputs(base)).detach()
+    base.network.add_adapter(base.network.peft_config["default"], "second")
+    base.network.set_adapters("second")
+    assert not base.denoise(*inputs(base)).equal(meant)
+    base.network.set_adapters("default")
+    base.network.delete_adapters("second")
+    assert base.denoise(*inputs(base)).equal(meant)
+
+
+def test_a_network_that_is_trained_whole_is_computed_again_too():
+    base = load_base("digits")
+    whole = Whole(base.network)
+    x, condition = torch.randn(2, 4, 16, 16), base.encode_prompts(["3", "7"])
+
+    def gradients():
+        base.network.zero_grad()
+        base.denoise(x, TICKS, condition).square().mean().backward()
+        return [p.grad.clone() for p in whole.parameters()]
+
+    plain = gradients()
+    recompute(whole)
+    assert all(a.equal(b) for a, b in zip(plain, gradients(), strict=True))
+
+
+@pytest.mark.parametrize(("path", "offloaded"), [("tiny-sd15", False), ("tiny-sd3", True)])
+def test_steps_after_the_first_compile_nothing(path, offloaded):
+    """With the adapter on and off, with and without gradients."""
+    torch._dynamo.reset()
+    base, adapter = adapted(path)
+    plain = step(base, adapter)
+    adapter.switch_by_number()
+    assert compile_blocks(base.network, backend="eager") == len(blocks_of(base.network))
+    if offloaded:
+        Offload(base.network, base.device)
+    recompute(adapter)
+    for found, meant in zip(step(base, adapter), plain, strict=True):
+        torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-4)
+    step(base, adapter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(base, adapter)
+
+
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+@torch.no_grad()
+def test_a_number_that_is_zero_leaves_the_bare_base(path):
+    """To the bit, at a size that leaves no map of one pixel, whose strides are anyone's guess."""
+    base, adapter = adapted(path)
+    points = inputs(base, side=64)
+    with adapter.off():
+        bare = base.denoise(*points)
+    adapter.switch_by_number()
+    with adapter.off():
+        assert base.denoise(*points).equal(bare)
+    assert not base.denoise(*points).equal(bare)
+
+
+def test_a_number_switches_through_nested_blocks_and_exceptions():
+    base, adapter = adapted()
+    adapter.switch_by_number()
+    layer = next(iter(adapter.layers.values()))
+    with pytest.raises(RuntimeError, match="inside"), adapter.off():
+        with adapter.off():
+            assert layer.scaling["default"] == 0
+        assert layer.scaling["default"] == 0 and adapter.is_off
+        raise RuntimeError("inside")
+    assert layer.scaling["default"] == 0.5 and not adapter.is_off
+
+
+def test_a_backend_that_is_absent_is_said(monkeypatch):
+    def broken(_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+
+    monkeypatch.setattr(blocks.torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"on this cpu: .*compiler found\. Install a C\+\+ compiler .*compile=false"):
+        check_compiler(torch.device("cpu"))

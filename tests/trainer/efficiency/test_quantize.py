@@ -1,0 +1,146 @@
+"""A base in 8 bits: which layers, how much smaller, and how near its outputs and gradients stay."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phased_consistency.trainer.efficiency.blocks import Offload, compile_blocks, recompute
+from phased_consistency.trainer.efficiency.quantize import (
+    Trial,
+    check_quantizer,
+    guided_error,
+    predictions,
+    quantizable,
+    quantize,
+    stored_bytes,
+)
+from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.lora.adapter import Adapter
+from phased_consistency.trainer.reporting.progress import Reporter
+from phased_consistency.trainer.training.loop import train
+from support.runs import small_config
+
+pytest.importorskip("torchao", reason="torchao is not installed: pip install phased-consistency[quantize]")
+TICK = torch.tensor([500, 900])
+PROMPTS = ["a red star", "a blue ring"]
+# A relative error that a format's rounding explains: half a step of 127 of the row's largest, or of 3 bits of mantissa.
+TOLERANCE = {"int8": 0.02, "fp8": 0.06}
+
+
+def adapted(path="tiny-sd15", dtype=torch.float32):
+    base = load_base(path, dtype=dtype)
+    adapter = Adapter(base.network, base.lora_targets, rank=2, alpha=2.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters().items():
+            if name.endswith("lora_B"):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return base, adapter
+
+
+def gradients(base, adapter):
+    x = torch.randn(2, *base.latent_shape(64), generator=torch.Generator().manual_seed(0))
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    output = base.denoise(x, TICK, base.encode_prompts(PROMPTS))
+    output.square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in adapter.parameters()])
+
+
+def relative(found, meant):
+    return ((found - meant).norm() / meant.norm()).item()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sd3"])
+def test_gradients_of_the_lora_stay_near_the_original_bases(path, format):
+    base, adapter = adapted(path)
+    meant = gradients(base, adapter)
+    quantize(base.network, format)
+    assert 1e-4 < relative(gradients(base, adapter), meant) < TOLERANCE[format]
+
+
+@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+def test_only_the_blocks_own_linear_layers_are_chosen(path):
+    base, _ = adapted(path)
+    chosen = set(quantizable(base.network))
+    linear = {n for n, m in base.network.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
+    left = {n.removesuffix(".base_layer") for n in linear - chosen}
+    told = ("time_emb", "time_text_embed", "add_embedding", "proj_in", "proj_out", "context_embedder", "norm")
+    assert chosen and left and all(any(part in name for part in told) for name in left), left
+    assert not any(part in name for part in told for name in chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("format", "row"), [("int8", 5), ("fp8", 4)])
+def test_the_weights_take_a_byte_each_and_a_scale_a_row(format, row, dtype):
+    base, _ = adapted(dtype=dtype)
+    layers = quantizable(base.network)
+    numbers, rows = sum(m.weight.numel() for m in layers.values()), sum(m.out_features for m in layers.values())
+    others = sum(p.nbytes for p in base.network.parameters()) - sum(m.weight.nbytes for m in layers.values())
+    told = quantize(base.network, format)
+    assert sum(map(stored_bytes, base.network.parameters())) == others + numbers + rows * row
+    assert told.startswith(f"{format} base: {len(layers)} layers, ")
+
+
+def test_teacher_and_student_share_the_quantised_base():
+    """With the adapter off, what is left is the quantised base, to the bit."""
+    base, adapter = adapted()
+    bare = load_base("tiny-sd15")
+    for network in (base.network, bare.network):
+        quantize(network, "int8")
+    x, condition = torch.randn(2, *base.latent_shape(64)), base.encode_prompts(PROMPTS)
+    with torch.no_grad(), adapter.off():
+        assert base.denoise(x, TICK, condition).equal(bare.denoise(x, TICK, condition))
+
+
+def test_quantised_blocks_are_offloaded_compiled_and_computed_again():
+    torch._dynamo.reset()
+    base, adapter = adapted("tiny-sd3")
+    quantize(base.network, "int8")
+    meant = gradients(base, adapter)
+    adapter.switch_by_number()
+    compile_blocks(base.network, backend="eager")
+    offload = Offload(base.network, base.device)
+    recompute(adapter)
+    torch.testing.assert_close(gradients(base, adapter), meant, atol=1e-7, rtol=1e-4)
+    assert offload.copies
+
+
+def test_the_guided_error_is_what_guidance_makes_of_both_halves():
+    base, adapter = adapted()
+    null = base.encode_prompts([""])
+    trial = Trial(torch.randn(2, *base.latent_shape(64)), base.encode_prompts(PROMPTS), null)
+    original = predictions(base, adapter, trial, 7.5)
+    assert guided_error(original, original) == (0, 0)
+    same = predictions(base, adapter, trial, 1.0)
+    torch.testing.assert_close(same[1], same[0])
+    quantize(base.network, "int8")
+    plain, guided = guided_error(original, predictions(base, adapter, trial, 7.5))
+    assert 1e-4 < plain < guided < 0.1
+
+
+class Told(Reporter):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_a_run_on_a_quantised_base_says_its_error_and_passes_its_self_test(tmp_path):
+    told = Told()
+    path = train(small_config(tmp_path / "run", base__quantize="int8", train__steps=2), told)
+    assert any(line.startswith("int8 base: ") for line in told.lines)
+    assert any("Its prediction is off by 0." in line and "at CFG 4 by " in line for line in told.lines)
+    assert any("0 keys unmatched" in line for line in told.lines)
+    plain = load_file(train(small_config(tmp_path / "plain", train__steps=2)))
+    assert load_file(path).keys() == plain.keys()
+
+
+def test_without_torchao_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="base.quantize=fp8 needs torchao: pip install torchao, or leave"):
+        check_quantizer("fp8")

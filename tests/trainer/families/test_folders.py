@@ -1,0 +1,143 @@
+"""Bases as diffusers folders, here and from the hub: what is read of them, and what is said where something lacks."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import GatedRepoError
+from transformers import CLIPTextModelWithProjection
+
+from phased_consistency.trainer.families import load_base, loading
+from support.bases import make_sdxl_folder
+from support.runs import TINY
+
+WEIGHED = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    return SimpleNamespace(folder=folder, parts=make_sdxl_folder(folder, tiny_base.tokenizers[0]))
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(made.folder, tmp_path / "folder")
+
+
+def in_fp16(folder):
+    """Rename every component's weights to their fp16 variant, as fp16-only bases have them."""
+    for part in WEIGHED:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Make the hub give the files of a folder that a download's patterns ask for, into another; what was asked."""
+
+    def hub(source, target):
+        asked = []
+
+        def download(repo, allow_patterns, ignore_patterns=()):
+            asked.append(allow_patterns)
+            for file in (f for f in source.rglob("*") if f.is_file()):
+                name = file.relative_to(source)
+                if any(name.match(p) for p in allow_patterns) and not any(name.match(p) for p in ignore_patterns):
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, target / name)
+            return str(target)
+
+        monkeypatch.setattr(loading, "snapshot_download", download)
+        return asked
+
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("unet", UNet2DConditionModel), ("text_encoder_2", CLIPTextModelWithProjection)]
+)
+def test_weights_are_loaded_in_the_wanted_precision(made, monkeypatch, part, kind):
+    told = {}
+    real = kind.from_pretrained
+
+    def from_pretrained(*args, **options):
+        told.update(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    model = loading.load_part(made.folder, part, kind, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.bfloat16 in told.values(), "not in fp32 first, which takes twice the memory"
+
+
+def test_weights_in_fp16_alone_are_read(made, folder):
+    base, own = load_base(str(in_fp16(folder))), load_base(str(made.folder))
+    found = zip((base.network, base.vae, *base.text_encoders), (own.network, own.vae, *own.text_encoders), strict=True)
+    for module, other in found:
+        assert all(torch.equal(w, other.state_dict()[name]) for name, w in module.state_dict().items())
+    assert base.base_hash == own.base_hash
+
+
+def test_variants_beside_the_plain_weights_are_not_part_of_the_base(made, folder):
+    before = loading.folder_hash(folder, WEIGHED)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for variant in ("fp16", "non_ema"):
+        weights.with_suffix(f".{variant}.safetensors").write_bytes(b"another")
+    assert loading.folder_hash(folder, WEIGHED) == before
+
+
+@pytest.mark.parametrize("only_fp16", [False, True])
+def test_the_hub_is_asked_for_fp16_where_there_is_no_other(folder, tmp_path, hub, only_fp16):
+    if only_fp16:
+        in_fp16(folder)
+    asked = hub(folder, tmp_path / "cache")
+    root = loading.diffusers_folder("owner/name", (*WEIGHED, "scheduler"), "SDXL")
+    assert len(asked) == 1 + only_fp16
+    assert all(loading.weight_files(root / part) for part in WEIGHED)
+
+
+def test_a_gated_repository_says_how_to_get_in(monkeypatch):
+    def download(*_, **__):
+        raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="licence at https://huggingface.co/owner/name and run hf auth login"):
+        loading.diffusers_folder("owner/name", ("unet",), "SD1.5")
+
+
+def test_a_folder_or_download_that_is_not_whole_is_named(folder, tmp_path, hub):
+    for name in ("scheduler/scheduler_config.json", "vae/config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="is not whole: it lacks vae/config.json, scheduler/scheduler_config.json."):
+        load_base(str(folder))
+    hub(folder, tmp_path / "cache")
+    with pytest.raises(ValueError, match="owner/name is no diffusers folder of SDXL: it lacks scheduler/"):
+        load_base("owner/name")
+    shutil.copytree(loading.CONFIGS / "sdxl" / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="owner/name is not whole: it lacks vae/config.json. Get the base again"):
+        load_base("owner/name")
+
+
+def test_weights_of_another_kind_are_named(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="unet holds no weights in .safetensors, the only kind that is read"):
+        load_base(str(folder))
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="model.ckpt is a file of a kind that is not read. Convert it to a .safetens"):
+        load_base(str(tmp_path / "model.ckpt"))
+
+
+def test_a_tokenizer_folder_without_words_is_refused(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="which holds no tokenizer"):
+        load_base(TINY, tokenizer=str(tmp_path))

@@ -1,0 +1,133 @@
+"""A run's log: over kills and starts it holds each update once, and what it cannot hold ends no run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from phased_consistency.trainer.reporting.log import LOG, History, continued, read_log, without_places
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def history(tmp_path, said):
+    return History(tmp_path / LOG, said.append)
+
+
+def steps(folder, kind="update"):
+    return [line["step"] for line in read_log(folder) if line["kind"] == kind]
+
+
+def update(history, *numbers):
+    for number in numbers:
+        history.add("update", step=number, seconds=float(number), loss=1 / number)
+
+
+def test_each_update_is_there_once_after_a_kill(history, tmp_path):
+    history.begin(0, device="one")
+    update(history, 1, 2, 3, 4, 5)
+    History(tmp_path / LOG, print).begin(3, device="other")
+    update(history, 4, 5, 6)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert [line["device"] for line in read_log(tmp_path) if line["kind"] == "start"] == ["one", "other"]
+
+
+def test_a_killed_start_gets_an_end_that_tells_what_it_took(history, tmp_path):
+    history.begin(0)
+    update(history, 1, 2, 3)
+    history.begin(2)
+    history.add("end", step=4, seconds=9.0, how="finished")
+    history.begin(4)
+    ends = [line for line in read_log(tmp_path) if line["kind"] == "end"]
+    assert [(line["how"], line["step"], line["seconds"]) for line in ends] == [("killed", 3, 3.0), ("finished", 4, 9.0)]
+
+
+def test_a_run_that_begins_anew_has_none_of_the_old_figures(history, tmp_path):
+    history.begin(0)
+    history.add("validation", step=0, figures={"held-out loss": 1.0})
+    update(history, 1)
+    history.begin(0)
+    assert steps(tmp_path, "validation") == steps(tmp_path) == [] and steps(tmp_path, "start") == [0, 0]
+
+
+def test_what_went_before_the_first_update_stays(history, tmp_path):
+    history.begin(0)
+    history.add("validation", step=0, figures={"held-out loss": 1.0})
+    update(history, 1, 2)
+    history.begin(1)
+    assert steps(tmp_path, "validation") == [0] and steps(tmp_path) == [1]
+
+
+def test_nothing_is_dropped_where_nothing_was_lost():
+    lines = [{"kind": "start", "step": 0}, {"kind": "update", "step": 1, "seconds": 2.0}]
+    lines += [{"kind": "end", "step": 1, "seconds": 2.5, "how": "stopped"}]
+    assert list(continued(lines, 1)) == lines
+
+
+def test_a_line_cut_short_ends_the_log(history, tmp_path):
+    history.begin(0)
+    update(history, 1, 2)
+    path = tmp_path / LOG
+    path.write_bytes(path.read_bytes()[:-7])
+    assert steps(tmp_path) == [1] and read_log(tmp_path / "elsewhere") == []
+
+
+def test_lines_are_strict_json(history, tmp_path):
+    history.begin(0)
+    history.add("update", step=1, loss=float("nan"), norms={"a": float("inf")}, more=[1.0, float("-inf")])
+    *_, last = (tmp_path / LOG).read_text().splitlines()
+    told = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert told == {"kind": "update", "step": 1, "loss": None, "norms": {"a": None}, "more": [1.0, None]}
+
+
+def test_a_log_that_cannot_be_written_is_said_once(history, tmp_path, said):
+    history.begin(0)
+    (tmp_path / LOG).unlink()
+    (tmp_path / LOG).mkdir()
+    update(history, 1, 2, 3)
+    assert len(said) == 1 and said[0].startswith("log.jsonl is no longer written: ")
+
+
+def test_file_names_that_are_no_text_are_written(history, tmp_path, said):
+    history.begin(0, left_out=["bad\udcff.png: cannot be read"])
+    assert said == [] and read_log(tmp_path)[0]["left_out"] == ["bad?.png: cannot be read"]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"kind": "update"}', '{"kind": "update", "step": null}', '{"step": 1}'])
+def test_a_line_that_is_no_log_line_is_left_out(line, history, tmp_path, said):
+    history.begin(0)
+    with (tmp_path / LOG).open("a") as file:
+        file.write(f"{line}\n")
+    update(history, 1)
+    history.begin(1)
+    assert said == [] and steps(tmp_path) == [1] and steps(tmp_path, "start") == [0, 1]
+
+
+def test_no_process_but_the_first_writes(tmp_path):
+    history = History(None, pytest.fail)
+    history.begin(0)
+    history.add("update", step=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (
+            "The last checkpoint is kept in /home/me/runs/one/checkpoints.",
+            "The last checkpoint is kept in checkpoints.",
+        ),
+        (r"Cannot write C:\Users\me\runs\x.safetensors: disk full", "Cannot write x.safetensors: disk full"),
+        ("'/data/set one/a.png' is damaged", "'set one/a.png' is damaged"),
+        ("https://host.org/a/set-0001.tar?token=secret cannot be read", "set-0001.tar cannot be read"),
+        ("s3://key:word@bucket/ is gone", "bucket is gone"),
+        ("runs/one holds 3/4 of it; and/or, 1:2", "runs/one holds 3/4 of it; and/or, 1:2"),
+    ],
+)
+def test_messages_for_others_have_no_places(text, left):
+    assert without_places(text) == left

@@ -1,0 +1,75 @@
+"""The rows of docs/robustness.md on what a run is made of: its base and its pictures."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from phased_consistency.trainer.training import setup as parts
+from phased_consistency.trainer.training.loop import train
+from support.faults import fails
+from support.runs import Notes, small_config
+
+
+def test_a_base_that_was_replaced(tmp_path):
+    """The file of the same name has other weights: seen by its hash, before anything is made with it."""
+    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    shutil.copytree(folder, tmp_path / "base")
+    config = small_config(tmp_path / "run", base__path=tmp_path / "base")
+    train(config)
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v * 1.001 if "mid_block" in k else v for k, v in tensors.items()}, weights)
+    caches = list((tmp_path / "run" / "cache").iterdir())
+    fails(config, "base replaced between runs", error=ValueError)
+    assert list((tmp_path / "run" / "cache").iterdir()) == caches
+    train(config, accept_changes=True)
+
+
+def test_a_base_with_weights_that_are_not_finite(tmp_path):
+    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    shutil.copytree(folder, tmp_path / "base")
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["mid_block.resnets.0.conv1.weight"][0] = float("nan")
+    save_file(tensors, weights)
+    fails(small_config(tmp_path / "run", base__path=tmp_path / "base"), "NaN in the base's weights", error=ValueError)
+    assert not (tmp_path / "run" / "cache").exists(), "nothing was made with it"
+
+
+def test_changed_pictures(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(4):
+        Image.new("RGB", (64, 64), (60 * n, 90, 20)).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text("a colour")
+    config = small_config(tmp_path / "run", data__images=pictures, data__count=None)
+    train(config)
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(pictures / "0.png")
+    fails(config, "pictures changed between runs", error=ValueError)
+    assert "have changed since." in " ".join(_said(config, accept_changes=True))
+
+
+def _said(config, **how):
+    notes = Notes()
+    train(config, notes, **how)
+    return notes.said
+
+
+def test_a_picture_that_cannot_be_read(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(3):
+        Image.fromarray(np.full((64, 64, 3), 60 * n, np.uint8)).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text("a grey")
+    whole = (pictures / "1.png").read_bytes()
+    (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
+    settings = {"data__images": pictures, "data__count": None}
+    fails(small_config(tmp_path / "run", **settings), "picture that cannot be read", error=ValueError)
+    said = _said(small_config(tmp_path / "run", **settings, data__skip_bad="true"))
+    assert any("Left out" in line and "1.png" in line for line in said), said
+    (pictures / "1.png").write_bytes(whole)
+    (pictures / "2.txt").unlink()
+    fails(small_config(tmp_path / "other", **settings), "picture without a caption", error=ValueError)

@@ -1,0 +1,48 @@
+"""What this machine can do: versions, device, optional parts, disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..efficiency.memory import MARGIN, PEAKS, advice
+from ..system.machine import OPTIONAL
+
+
+def report(d: dict[str, Any]) -> str:
+    """`examine` for people."""
+    device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
+    host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
+    lines = [
+        f"python {d['python']}; " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in d["packages"].items()),
+        f"device: {device}",
+        f"disk: {d['free_disk_gib']} GiB free here; hub: {d['hub']}; ComfyUI: {host}",
+        *(f"optional {k}: {v or 'not installed'} ({OPTIONAL[k]})" for k, v in d["optional"].items()),
+    ]
+    if d["missing"]:
+        lines.append(f'missing: {", ".join(d["missing"])}. Run: pip install "phased-consistency[train]"')
+    if d["device"]["kind"] == "cpu":
+        lines.append(
+            f"No CUDA device: {', '.join(_bundled())} and make demo run here; a full-size base would take days."
+        )
+    if "run" in d:
+        lines += ["", d["run"]["text"], _verdict(d)]
+    return "\n".join(lines)
+
+
+def _bundled() -> list[str]:
+    """The tiny bases that ship with the pack, as base.path names them."""
+    folders = (Path(__file__).parents[1] / "tiny").glob("*/model_index.json")
+    return sorted(f"tiny-{file.parent.name}" for file in folders)
+
+
+def _verdict(d: dict[str, Any]) -> str:
+    run = d["run"]
+    need = max(gib for name, gib in run["memory_gib"].items() if name.startswith(PEAKS))
+    if d["device"]["kind"] != "cuda":
+        return f"This run needs at least {need:.1f} GiB of memory."
+    have = d["device"]["memory_gib"]
+    compared = f"This run needs at least {need:.1f} GiB; the device has {have:.1f} GiB, so it"
+    if need * MARGIN < have:
+        return f"{compared} fits."
+    return f"{compared} will not fit: {advice([*run['would_save_gib'].items()])}."

@@ -1,0 +1,1 @@
+"""A run's settings: their sections, presets, and how they are read."""

@@ -1,0 +1,185 @@
+"""A run's configuration from a preset, a TOML file and `key=value` overrides; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..objectives import OBJECTIVES, PCM, known_to
+from .config import Config
+from .presets import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEEPEST = 6  # levels of sections and lists in a configuration
+MOST_PROBLEMS, LONGEST = 50, 200  # that are told at once; characters of a value or a key in them
+
+
+def load_config(file: str | None = None, overrides: list[str] = (), preset: str | None = None) -> Config:
+    """Preset, then TOML file, then `key=value` overrides, each over the one before.
+
+    Where one of them changes the objective, it keeps of the settings before those that it has too.
+    Raises ValueError that lists every problem at once, with the nearest known key for each unknown one.
+    """
+    values: dict[str, Any] = {}
+    document = _read_toml(file) if file else {}
+    preset = preset or document.pop("preset", None)
+    document.pop("preset", None)
+    if preset is not None:
+        if str(preset) not in PRESETS:
+            near = _nearest(str(preset), PRESETS)
+            raise ValueError(f"Unknown preset {_short(repr(preset))}; available: {', '.join(PRESETS)}.{near}")
+        _lay(values, PRESETS[preset].values)
+    _lay(values, document)
+    given: dict[str, Any] = {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep:
+            given_as = _short(repr(item))
+            raise ValueError(f"Cannot read the override {given_as}: write key=value, for example train.steps=2000.")
+        _set(given, key.strip(), _parse_value(text.strip()))
+        _check_depth(given, f"The override {_short(item)}")
+    _lay(values, given)
+    values.setdefault("base", {})
+    if isinstance(values.get("objective"), dict):
+        values["objective"].setdefault("name", PCM.model_fields["name"].default)
+    try:
+        config = Config.model_validate(values)
+        config._preset = preset and str(preset)
+        return config
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _read_toml(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UTF-8's, TOML's, and Python's of numbers with thousands of digits
+        raise ValueError(f"{file} is not valid TOML: {_short(error)}.") from None
+    _check_depth(document, file)
+    return document
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Raise ValueError for what is nested deeper than any setting."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [v for e in level if isinstance(e, dict | list) for v in (e.values() if isinstance(e, dict) else e)]
+    if level:
+        raise ValueError(f"{where} nests more than {DEEPEST} levels of sections and lists; settings take fewer.")
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it is one, else the text itself, so that paths need no quotes."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is a name here
+
+
+def _lay(over: dict[str, Any], new: dict[str, Any]) -> None:
+    """Merge one source's settings over those before; a change of the objective keeps the keys that both have."""
+    objective, before = new.get("objective"), over.get("objective")
+    if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in [*OBJECTIVES]:
+        over["objective"] = known_to(objective["name"], before)
+    _merge(over, new)
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = deepcopy(value)
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"Cannot set {_short(dotted)}: {_short(section)} is a value, not a section.")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors()
+    lines = [f"  {_sentence(problem)}" for problem in problems[:MOST_PROBLEMS]]
+    more = [f"  and {len(problems) - len(lines)} more."] if len(problems) > len(lines) else []
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return f"The configuration has {count}:\n" + "\n".join(lines + more)
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    """One problem in words; between "objective" and the key its place has the objective's name."""
+    loc = problem["loc"]
+    of_objective = loc[:1] == ("objective",)
+    where = ".".join(_short(p) for p in (loc[:1] + loc[2:] if of_objective else loc))
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(loc[:-1]).model_fields)
+        near, others = _nearest(str(loc[-1]), known), ""
+        having = [name for name, row in OBJECTIVES.items() if of_objective and loc[-1] in row.model_fields]
+        if having:
+            near, others = "", f" The objective {loc[1]} takes no such setting ({', '.join(having)} do{_s(having)})."
+        return f"{where}: unknown key.{near}{others} Known here: {', '.join(known)}."
+    if problem["type"] == "union_tag_invalid":
+        name = problem["ctx"]["tag"]
+        near = _nearest(name, OBJECTIVES)
+        return f"objective.name = {_short(repr(name))}: available: {', '.join(OBJECTIVES)}.{near}"
+    if problem["type"] == "missing":
+        return f"{where}: is required; {_field_help(loc)}."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{where} = {_short(repr(problem['input']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _short(text: object) -> str:
+    """As much of a text of any length as says what it is."""
+    text = str(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _s(names: list[str]) -> str:
+    return "es" if len(names) == 1 else ""
+
+
+def _section(loc: tuple) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        model = OBJECTIVES.get(part) or model.model_fields[part].annotation
+    return model
+
+
+def _field_help(loc: tuple) -> str:
+    if isinstance(loc[-1], int):
+        return f"{'.'.join(map(str, loc[:1] + loc[2:-1] if loc[0] == 'objective' else loc[:-1]))} has more entries"
+    field = _section(loc[:-1]).model_fields[loc[-1]]
+    if field.description:
+        return field.description
+    return f"a section with {', '.join(_section(loc).model_fields)}"
+
+
+def _nearest(given: str, known) -> str:
+    close = difflib.get_close_matches(given[:LONGEST], list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

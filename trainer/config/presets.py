@@ -1,0 +1,220 @@
+"""The presets: one table, each row with where its numbers come from and what it costs."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..objectives import known_to
+
+
+@dataclass(frozen=True)
+class Preset:
+    """values: what it sets. source: where the numbers come from. cost: what a run takes, and how that is known."""
+
+    values: dict[str, Any]
+    source: str
+    cost: str = field(default="not measured yet")
+
+
+# What a family's presets share: the published launch scripts' numbers, for one GPU.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "base": {"family": "sd15", "path": "stable-diffusion-v1-5/stable-diffusion-v1-5", "dtype": "bf16"},
+        "data": {"resolution": 512, "count": 1000},
+        "lora": {"rank": 64, "alpha": 8.0},
+        "objective": {"points": 40, "guidance": [5.0, 6.0]},
+        "train": {"steps": 5000, "batch_size": 20, "lr": 5e-6, "weight_decay": 1e-3},
+    },
+    "sdxl": {
+        "base": {"family": "sdxl", "path": "stabilityai/stable-diffusion-xl-base-1.0", "dtype": "bf16"},
+        "data": {"resolution": 1024, "count": 1000, "teacher_guidance": 7.0, "batch_size": 2},
+        "lora": {"rank": 64, "alpha": 8.0},
+        "objective": {"points": 40, "guidance": [7.0, 8.0]},
+        "train": {"steps": 10_000, "batch_size": 2, "accumulation": 5, "lr": 2e-6, "weight_decay": 0.0},
+    },
+    "sd3": {
+        "base": {"family": "sd3", "path": "stabilityai/stable-diffusion-3-medium-diffusers", "dtype": "bf16"},
+        "data": {"resolution": 1024, "count": 1000, "teacher_steps": 28, "teacher_guidance": 5.0, "batch_size": 2},
+        "lora": {"rank": 32, "alpha": 8.0},
+        "objective": {"points": 100, "guidance": [4.0, 4.0]},
+        "train": {"steps": 10_000, "batch_size": 2, "lr": 5e-6, "weight_decay": 1e-3},
+        "validation": {"every": 1000},  # an update is of few samples
+    },
+}
+SOURCES = {
+    "sd15": "Published SD1.5 launch script, one GPU's batch; its 50 solver points are 40 here, so that trained edges "
+    "and sampled levels agree.",
+    "sdxl": "Published SDXL launch script (which is adversarial only), one GPU's batch of 10 as 5 times 2.",
+    "sd3": "Published SD3 launch scripts, one GPU's batch; CFG 4 is what their code really uses; our LoRA also adapts "
+    "the context stream's q, k, v.",
+}
+STEPS = (1, 2, 4, 8)
+# What each kind of preset changes, by section, and what it says of that.
+ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
+# ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
+NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
+NOTES = {
+    "adv": " Heads' weight and lr: docs/measurements/demo.md.",
+    "normalcfg": " No guidance in the teacher's step, 10 % of the prompts dropped.",
+}
+
+
+# The relatives: by what they differ from their family's PCM presets, and where those numbers come from.
+LCM_LORA = {"train": {"lr": 1e-4}}  # and alpha = rank, as for all of them
+RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "lcm": (
+        LCM_LORA | {"objective": {"name": "lcm", "points": 50, "guidance": [6.0, 16.0]}},
+        "diffusers' LCM-LoRA script: lr 1e-4, alpha = rank, skipping step 20, CFG 6 to 16.",
+    ),
+    "tcd": (
+        LCM_LORA | {"objective": {"name": "tcd", "points": 50, "guidance": [3.0, 15.0]}},
+        "TCD's README: skipping step 20, CFG 3 to 15; lr and alpha are LCM-LoRA's.",
+    ),
+    "ctm": (
+        LCM_LORA | {"objective": {"name": "ctm", "points": 50}},
+        "LCM-LoRA's lr and alpha.",
+    ),
+    "cd": (LCM_LORA | {"objective": {"name": "cd"}}, "The paper's levels, solver and target; LCM-LoRA's lr and alpha."),
+    "dscd": (
+        LCM_LORA | {"objective": {"name": "dscd"}},
+        "The paper's levels (sCD on latents) and normalisation; LCM-LoRA's lr and alpha.",
+    ),
+    "progressive": (
+        LCM_LORA | {"objective": {"name": "progressive", "phases": 4}},
+        "From 32 steps to 4 in three stages; LCM-LoRA's lr and alpha.",
+    ),
+    "ct": (
+        LCM_LORA | {"objective": {"name": "ct"}, "base": {"null": "empty"}},
+        "ECT's curriculum on the base; LCM-LoRA's lr and alpha. Wants your pictures in data.images.",
+    ),
+    "ufogen": (
+        LCM_LORA | {"objective": {"name": "ufogen"}, "base": {"null": "empty"}} | ADVERSARIAL,
+        "PCM's discriminator, LCM-LoRA's lr and alpha. Wants your pictures, many of them, in data.images.",
+    ),
+    "lcf": (
+        {"objective": {"name": "lcf", "points": 50}, "train": {"lr": 1e-5, "steps": 1000}},
+        "The paper's skipping step 20. Wants your pictures in data.images, and a few-step LoRA in lora.init.",
+    ),
+}
+
+
+def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
+    """A family's preset, its LoRA's name, and changes by section; another objective keeps what it knows of PCM's."""
+    own = {"train": {"gradient_checkpointing": True}}
+    values = {"name": lora, **_changed(FAMILIES[family], own, *changes)}
+    train = values["train"]
+    seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
+    return name, Preset(values, note, f"{seen:,} samples")
+
+
+def _changed(values: dict[str, Any], *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A copy of these settings with changes by section."""
+    values = deepcopy(values)
+    for change in changes:
+        for section, new in change.items():
+            before = values.get(section, {})
+            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
+    return values
+
+
+def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
+    """A family's PCM preset of a kind ("4step-adv")."""
+    note = SOURCES[family] + NOTES.get(kind.rsplit("-", 1)[-1], "")
+    return _preset(f"{family}-{kind}", f"pcm-{family}-{kind}", family, note, *changes)
+
+
+def _presets_of(family: str) -> dict[str, Preset]:
+    rows = []
+    for steps in STEPS:
+        phases = {"objective": {"phases": steps}}
+        rows += [_pcm(family, f"{steps}step", phases), _pcm(family, f"{steps}step-adv", phases, ADVERSARIAL)]
+        if steps >= 4:  # without guidance in the teacher the phases must be fine (arXiv 2405.18407, Sec. 3.2)
+            rows.append(_pcm(family, f"{steps}step-normalcfg", phases, NORMALCFG))
+    stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
+    rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+    alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
+    for name, (changes, note) in RELATIVES.items():
+        rows.append(_preset(f"{name}-{family}", f"{name}-{family}", family, note, alpha, changes))
+    return dict(rows)
+
+
+DEMO: dict[str, Any] = {
+    "base": {"path": "tiny-sd15", "dtype": "fp32"},
+    "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
+    "lora": {"rank": 32, "alpha": 32.0},
+    "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
+    "train": {
+        "steps": 600,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "lr_schedule": "cosine",
+        "warmup": 20,
+        "weight_decay": 0.0,
+        "ema": 0.98,
+        "save_every": 200,
+    },
+    "preview": {"every": 300},
+    "validation": {"count": 0, "every": 100},  # its figures, and what is shown of it, are of all samples
+}
+DEMO_SD3 = {
+    "base": {"path": "tiny-sd3"},
+    "lora": {"rank": 16, "alpha": 16.0},
+    "train": {"steps": 480, "batch_size": 16, "save_every": 120},
+    "preview": {"every": 0},
+    "validation": {"every": 120},
+}
+
+PRESETS: dict[str, Preset] = {
+    **_presets_of("sd15"),
+    **_presets_of("sdxl"),
+    **_presets_of("sd3"),
+    "demo": Preset(
+        {"name": "lora", "output": "out/demo/run", **DEMO},
+        source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
+        cost="6 minutes on 2 CPU cores, 8 with the report",
+    ),
+    "demo-sd3": Preset(
+        {"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **_changed(DEMO, DEMO_SD3)},
+        source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
+        "(docs/measurements/comfyui.md).",
+        cost="11 minutes of CPU time with one thread",
+    ),
+    "lcf-demo": Preset(
+        {
+            "name": "lcf-demo",
+            "output": "out/lcf",
+            "base": {"path": "tiny-sd15", "dtype": "fp32"},
+            "data": {"images": "out/style", "resolution": 128},
+            "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
+            "objective": {"name": "lcf", "points": 20, "phases": 4},
+            "train": {"steps": 60, "batch_size": 20, "lr": 3e-4, "weight_decay": 0.0, "ema": 0.8, "save_every": 100},
+            "preview": {"every": 0},
+        },
+        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
+        cost="1.5 minutes of CPU time with one thread",
+    ),
+    "digits": Preset(
+        {
+            "name": "digits",
+            "base": {"path": "digits", "dtype": "fp32"},
+            "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
+            "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
+            "train": {
+                "steps": 1600,
+                "batch_size": 64,
+                "lr": 2e-3,
+                "lr_schedule": "cosine",
+                "warmup": 50,
+                "weight_decay": 0.0,
+                "ema": 0.99,
+                "save_every": 400,
+            },
+            "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
+            "validation": {"count": 0},
+        },
+        source="Tuned in short runs (docs/measurements/isolation.md).",
+        cost="8.5 minutes of CPU time with one thread",
+    ),
+}

@@ -1,0 +1,215 @@
+"""The sections of a run's configuration, beside the objective's own."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..objectives import Section
+from ..tiny.digits import NAME as DIGITS
+
+
+class BaseConfig(Section):
+    """The frozen base model."""
+
+    path: str = Field(
+        description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-sd3, or "
+        "digits: a small network with random weights, which is trained whole"
+    )
+    family: Literal["sd15", "sdxl", "sd3"] | None = Field(
+        None, description="model family; default: found from the base"
+    )
+    prediction: Literal["epsilon", "v_prediction", "flow"] | None = Field(
+        None, description="what the network predicts; default: what the base says"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="SD1.5 and SDXL only: whether the noisiest level is noise alone; default: what the base says"
+    )
+    null: Literal["zeros", "empty"] | None = Field(
+        None, description="what guidance subtracts: zeros or the empty prompt; default: the family's, as published"
+    )
+    tokenizer: str | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
+    config: str | None = Field(None, description="folder of component configs, for an unusual single file")
+    parts: str | None = Field(
+        None, description="diffusers folder that supplies what a single file lacks: VAE, text encoders, tokenizers"
+    )
+    shift: float | None = Field(None, gt=0, description="SD3 only: time shift; default: what the base says")
+    t5: bool | None = Field(None, description="SD3 only: false leaves out the T5 encoder, which saves its memory")
+    t5_length: int | None = Field(None, ge=1, le=512, description="SD3 only: T5 tokens of a prompt; default 77")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="precision of the frozen weights and the forward pass"
+    )
+    quantize: Literal["int8", "fp8"] | None = Field(
+        None, description="weights of the blocks' linear layers in 8 bits, by torchao; the run says what that changes"
+    )
+
+
+class DataConfig(Section):
+    """What the student learns on: pictures in a folder or in shards, or only prompts (the teacher then makes the
+    latents)."""
+
+    images: str | None = Field(
+        None,
+        description="folder of pictures with .txt captions beside them or a metadata.jsonl, or digits: drawn ones; "
+        "none, and no shards: prompts only",
+    )
+    shards: tuple[str, ...] = Field(
+        (),
+        description="webdataset tar files or addresses of pictures with captions, such as set-{0000..0012}.tar, "
+        "instead of images",
+    )
+    prompts: str | None = Field(
+        None, description="text file, one prompt a line; default: the list that ships with the pack"
+    )
+    count: int = Field(1000, ge=1, description="how many latents the teacher makes of prompts, or digits are drawn")
+    teacher_steps: int = Field(25, ge=1, le=1000, description="prompts only: DDIM steps for each")
+    teacher_guidance: float = Field(7.5, ge=1, description="prompts only: CFG scale for each")
+    resolution: int = Field(512, ge=8, description="side of the square pictures in pixels")
+    buckets: bool | tuple[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")], ...] = Field(
+        False,
+        description="keep the pictures' shapes: true for sizes of about resolution^2 from 1:2 to 2:1, or a list such "
+        'as ["768x512", "512x768"], width by height',
+    )
+    batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
+    workers: int = Field(
+        min(8, os.cpu_count() or 1), ge=0, description="threads that read pictures while caching; 0: none beside it"
+    )
+    cache: str | None = Field(
+        None, description="folder of cached latents and embeddings; default: cache/ in the run folder"
+    )
+    skip_bad: bool = Field(
+        False, description="leave out unreadable pictures and shards and missing captions instead of stopping"
+    )
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.images is not None and self.shards:
+            raise ValueError("data.images and data.shards are both set: set the one that holds the pictures")
+        if self.buckets and (self.images in (None, DIGITS) and not self.shards):
+            raise ValueError(
+                "data.buckets is for pictures in data.images or data.shards: what the teacher makes of prompts, and "
+                "drawn digits, are square. Leave it out"
+            )
+        if self.buckets == ():
+            raise ValueError('data.buckets is an empty list: name sizes such as ["768x512", "512x768"], or say true')
+        return self
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the samples are pictures, and not the teacher's own."""
+        return self.images is not None or bool(self.shards)
+
+
+class LoraConfig(Section):
+    """The adapter; its strength is alpha / rank, and both are stored in the file."""
+
+    rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
+    alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
+    init: str | None = Field(
+        None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
+    )
+
+
+class AdversarialConfig(Section):
+    """The adversarial consistency loss (arXiv 2405.18407, Sec. 3.3)."""
+
+    weight: float = Field(
+        0.0, ge=0, description="weight of the generator's loss beside the distance; 0: no discriminator"
+    )
+    lr: float = Field(1e-4, gt=0, description="learning rate of the discriminator's heads")
+    width: int = Field(
+        256, ge=8, multiple_of=8, description="channels of the heads; 256 is 2 M parameters on SD1.5 and SDXL"
+    )
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: int = Field(5000, ge=1, description="optimizer updates")
+    batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per update")
+    lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update"
+    )
+    warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay of the LoRA")
+    max_grad_norm: float = Field(1.0, gt=0, description="norm to which a larger gradient is clipped")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps its averages in 8 bits, and needs bitsandbytes (extra quantize)"
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none"
+    )
+    gradient_checkpointing: Literal[False, True, "auto"] = Field(
+        False, description="compute blocks again instead of keeping them; auto: as few as fit the device's free memory"
+    )
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="what gradient_checkpointing=auto may fill; default: what is free on the GPU"
+    )
+    offload: bool = Field(
+        False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"
+    )
+    shard: bool = Field(
+        False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
+    )
+    compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
+    seed: int = Field(0, ge=0, description="seed of every random draw of the run")
+    save_every: int = Field(500, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",),
+        description="where the figures go beside log.jsonl in the run folder; wandb sends them to its servers, unless "
+        "WANDB_MODE=offline",
+    )
+    report: bool = Field(True, description="write report.html into the run folder at the end")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tensorboard" in values:
+            raise ValueError(
+                'train.tensorboard: is train.trackers now, a list: ["tensorboard"] is the default, [] is none, and '
+                "there are wandb and trackio too"
+            )
+        return values
+
+
+class PreviewConfig(Section):
+    """Fixed-seed grids during the run."""
+
+    every: int = Field(500, ge=0, description="updates between grids; 0: none")
+    steps: tuple[int, ...] = Field((1, 2, 4, 8), description="numbers of steps, a row of the grid each")
+    prompts: tuple[str, ...] = Field(
+        (), description="prompts, a column of the grid each; default: the first four of the training prompts"
+    )
+    guidance: float | None = Field(None, ge=1, description="CFG scale; default: what the LoRA recommends")
+    seed: int = Field(0, ge=0, description="seed of the pictures' noise")
+
+
+class ValidationConfig(Section):
+    """Samples that training never sees, and what is measured on them during the run."""
+
+    count: int = Field(
+        32, ge=0, description="samples held out: at most a tenth of them, and of fewer than 20 none; 0: none"
+    )
+    every: int = Field(500, ge=0, description="updates between measurements, besides the first and the last; 0: never")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 2, 4, 8),
+        description="numbers of steps at which the LoRA's pictures are compared with the teacher's, beside its own",
+    )
+    teacher_steps: int = Field(25, ge=1, le=1000, description="DDIM steps of the teacher's pictures")
+    best: bool = Field(True, description="keep the LoRA that was nearest to the teacher, as <name>-best")

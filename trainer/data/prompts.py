@@ -1,0 +1,36 @@
+"""The prompts that the teacher makes latents of: the list that ships, or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.config import Config
+from ..tiny.bundled import own_prompts
+
+PROMPTS = Path(__file__).parent / "prompts.txt"
+
+
+def read_prompts(file: str | None) -> list[str]:
+    """Prompts, one a line; blank lines and lines starting with # are left out. None: the list that ships with the pack.
+
+    Raises ValueError for a missing or empty file, and for one that is no text.
+    """
+    path = Path(file) if file else PROMPTS
+    if not path.is_file():
+        raise ValueError(f"No prompt file at {path}. Set data.prompts to a text file with one prompt a line.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8. Write a text file with one prompt a line.")
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts. Write one a line.")
+    return prompts
+
+
+def prompts_of(config: Config) -> list[str]:
+    """The prompts that the teacher makes latents of."""
+    return read_prompts(config.data.prompts or own_prompts(config.base.path))[: config.data.count]

@@ -1,0 +1,138 @@
+"""The network's repeated blocks, where nearly all of its weights, activations and time are, and how each is run:
+computed again for the backward pass, compiled, with its frozen weights in main memory or shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import wraps
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from ..lora.adapter import Learner
+
+KINDS = (ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock)
+# Graphs of one kind of block that torch.compile may make before it gives up in silence: one for each size of the
+# picture inside the network, with and without gradients, for the batches of teacher, target and student.
+GRAPHS = 64
+Pass = Callable[..., object]
+
+
+def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block, in the network's order."""
+    return {path: module for path, module in network.named_modules() if isinstance(module, KINDS)}
+
+
+def recompute(learner: Learner, paths: Collection[str] | None = None) -> None:
+    """Keep no activations of these blocks (default: all) for the backward pass, only their inputs.
+
+    Each is computed again with the learner as it was: a discriminator's body ran without an adapter that is on by then.
+    """
+    for path, block in blocks_of(learner.network).items():
+        if paths is None or path in paths:
+            block.forward = _recomputed(block.forward, learner)
+
+
+def _recomputed(run: Pass, learner: Learner) -> Pass:
+    @wraps(run)
+    def forward(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        how = {"use_reentrant": False, "context_fn": learner.as_it_is, "preserve_rng_state": False}
+        return checkpoint(run, *args, **how, **kwargs)
+
+    return forward
+
+
+def shard(network: nn.Module, learner: Learner) -> int:
+    """Leave each process its share of the frozen weights, from which every block is put together for its pass (FSDP,
+    arXiv 2304.11277); what is learnt stays whole everywhere. Returns the bytes that this process still holds of them.
+
+    All processes must run every pass together.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    whole = set(learner.parameters())
+    network.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
+    for module in (*blocks_of(network).values(), network):
+        fully_shard(module, ignored_params={p for p in module.parameters() if p in whole})
+    return sum(p.to_local().nbytes for p in network.parameters() if isinstance(p, DTensor))
+
+
+class Offload:
+    """The blocks' frozen weights in main memory, pinned where there is a GPU; each comes to `device` for every pass of
+    its block. copies: how many weights have come so far.
+
+    To be followed by `recompute`, without which autograd would hold on to every copy until the backward pass.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        self.device, self.copies, self.bytes = device, 0, 0
+        for block in blocks_of(network).values():
+            block.forward = self._brought(block)
+
+    def _brought(self, block: nn.Module) -> Pass:
+        frozen = {path for path, p in block.named_parameters() if not p.requires_grad}
+        for path in frozen:
+            owner, _, name = path.rpartition(".")
+            weight = getattr(block.get_submodule(owner), name)
+            self.bytes += weight.nbytes
+            setattr(block.get_submodule(owner), name, nn.Parameter(self._stored(weight), requires_grad=False))
+        whole = _Call(block)
+
+        @wraps(whole.run)
+        def forward(*args, **kwargs):
+            # an adapter that was loaded since lies beside the weights, in main memory
+            away = {p: w for p, w in block.named_parameters() if p in frozen or w.device != self.device}
+            self.copies += len(away)
+            brought = {f"block.{p}": w.to(self.device, non_blocking=True, copy=True) for p, w in away.items()}
+            return functional_call(whole, brought, args, kwargs)
+
+        return forward
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        weight = weight.detach().cpu()
+        # a quantised weight is more than one tensor, which torch cannot pin as one
+        return weight.pin_memory() if self.device.type == "cuda" and type(weight) is Tensor else weight
+
+
+class _Call(nn.Module):
+    """A block's own pass as a module, which functional_call asks for: the block itself now leads to what calls it."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block, self.run = block, block.forward
+
+    def forward(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
+    """Compile every block's own pass; returns how many there are. Comes before `Offload` and `recompute`.
+
+    Blocks of a kind share their graphs. The adapter must be switched by a number (`Adapter.switch_by_number`): a switch
+    of modules would compile them anew.
+    """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    blocks = blocks_of(network)
+    for block in blocks.values():
+        block.forward = torch.compile(block.forward, backend=backend)
+    return len(blocks)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile and run something small. Raises ValueError where torch.compile lacks what it needs on this device."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of every kind, by what is missing
+        needs = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"train.compile=true, but torch.compile does not work on this {device.type}: {reason}. "
+            f"Install {needs}, or set train.compile=false."
+        ) from error

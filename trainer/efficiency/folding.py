@@ -1,0 +1,67 @@
+"""A LoRA folded into its weights where that is cheaper: (W + s B A) x instead of W x + s B (A x).
+
+Both are the same up to rounding. In a full-size network the factors beside a weight cost little; where layers are not
+much wider than the rank they cost as much as the layer itself. Only in fp32: a weight in bf16 or fp16 is too coarse to
+hold what the factors add to it.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..lora.adapter import NAME, Adapter
+
+
+def fold_where_cheaper(adapter: Adapter) -> None:
+    """Let each layer of the adapter choose in every pass by counts of multiplications, while no other adapter is on.
+
+    Layers that are no plain linear ones or convolutions in fp32 stay as they are.
+    """
+    for layer in adapter.layers.values():
+        base = layer.get_base_layer()
+        if type(base) in (nn.Linear, nn.Conv2d) and type(base.weight) is nn.Parameter:
+            layer.forward = _folding(layer, base)
+
+
+def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
+    beside = layer.forward
+
+    @wraps(beside)
+    def forward(x: Tensor, *args, **kwargs) -> Tensor:
+        alone = not layer.disable_adapters and layer.active_adapters == [NAME]
+        if not alone or base.weight.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            return beside(x, *args, **kwargs)
+        a, b = layer.lora_A[NAME].weight.flatten(1), layer.lora_B[NAME].weight.flatten(1)
+        if not cheaper(_places(base, x), a.shape[1], len(b), len(a), torch.is_grad_enabled()):
+            return beside(x, *args, **kwargs)
+        weight = base.weight + layer.scaling[NAME] * (b @ a).view_as(base.weight)
+        if isinstance(base, nn.Linear):
+            return F.linear(x, weight, base.bias)
+        return base._conv_forward(x, weight, base.bias)
+
+    return forward
+
+
+def cheaper(places: int, inner: int, out: int, rank: int, with_gradient: bool) -> bool:
+    """Whether folding takes fewer multiplications for a layer of (out x inner) weights at `places` vectors.
+
+    Beside the weight, the factors take rank * (inner + out) a place, and with a gradient three times that: for the
+    output, the input's gradient and their own. Folded, B A takes rank * out * inner, with a gradient three times that,
+    and the weight's gradient out * inner a place.
+    """
+    beside, folded = places * rank * (inner + out), rank * out * inner
+    if with_gradient:
+        beside, folded = 3 * beside, 3 * folded + places * out * inner
+    return folded < beside
+
+
+def _places(base: nn.Linear | nn.Conv2d, x: Tensor) -> int:
+    if isinstance(base, nn.Linear):
+        return prod(x.shape[:-1])
+    return x.shape[0] * prod(x.shape[2:]) // prod(base.stride)

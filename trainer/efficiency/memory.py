@@ -1,0 +1,303 @@
+"""The memory that a run takes, from copies of its networks without weights (meta device), and what would lower it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from ..config.config import Config
+from ..families import Base
+from ..families.base import DTYPES, outputs_of
+from ..lora.adapter import Learner, learner
+from ..objectives.discriminator import Discriminator
+from ..system.machine import GIB
+from .activations import Activations, kept_activations, most_bytes
+from .blocks import blocks_of
+from .quantize import ROW_BYTES, quantizable
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+NETWORKS = {"unet": "UNet", "transformer": "transformer"}
+CONTEXT = GIB // 2  # what CUDA and its libraries are taken to hold; it differs between GPUs
+MARGIN = 1.15  # for fragmentation and kernels' workspaces, where an estimate is held against what there is
+TRAINING, PREVIEWS, BEFORE = "training in all, at least", "drawing previews in all", "before: "
+PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest is what a run needs
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Of one block: its frozen parameters, those of them in layers that may be quantised, and these layers' rows."""
+
+    parameters: int
+    quantizable: int
+    rows: int
+
+    def bytes(self, width: int, quantize: str | None) -> int:
+        if quantize is None:
+            return self.parameters * width
+        rest = self.parameters - self.quantizable
+        return rest * width + self.quantizable + self.rows * ROW_BYTES[quantize]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What estimates are made of: the same whatever is switched on to save memory.
+
+    parameters: of the network, of its blocks in `blocks`; learnt: what is trained, in `modules`. activations: of the
+    student's pass with one sample; pass_bytes: what a pass without gradients holds for one. features, heads: the
+    discriminator's pass and parameters. vae, text: bytes of weights; decoding: what drawing one picture holds.
+    """
+
+    parameters: int
+    blocks: dict[str, Frozen]
+    learnt: int
+    modules: int
+    activations: Activations
+    pass_bytes: int
+    features: Activations | None
+    heads: int
+    vae: int
+    text: int
+    decoding: int
+
+
+def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
+    """GiB of each thing a run holds at its peak, the LoRA's modules, the parameters that are trained, and how many of
+    the blocks are computed again for the backward pass.
+
+    Activations are the tensors that autograd would keep for the student's pass, or where that is more, what the
+    teacher's holds; of blocks that are computed again the inputs, and the largest block. Fragmentation and kernels'
+    workspaces come on top. Raises ValueError for a resolution that the network cannot take.
+    """
+    measured, again = _measured(config, family), recomputed(config, family)
+    gib = {name: held / GIB for name, held in _held(config, family, measured, again).items()}
+    gib[TRAINING] = sum(gib.values())
+    if config.preview.every and measured.vae:
+        standing = sum(v for k, v in gib.items() if not k.startswith(("activations", "its features", TRAINING)))
+        gib[PREVIEWS] = standing + (measured.vae + measured.decoding) / GIB
+    network = measured.parameters * BYTES[config.base.dtype]
+    gib[f"{BEFORE}the larger of {NETWORKS[family.component]} and encoders"] = (
+        max(network, measured.text) + measured.vae
+    ) / GIB
+    return {
+        "gib": {k: round(v, 3) for k, v in gib.items()},
+        "lora_modules": measured.modules,
+        "trained_parameters": measured.learnt,
+        "blocks_computed_again": len(again),
+    }
+
+
+def _held(config: Config, family: type[Base], measured: Measured, again: Collection[str]) -> dict[str, float]:
+    """Bytes by what holds them while it trains, with these blocks computed again."""
+    train, title, batch = config.train, NETWORKS[family.component], config.train.batch_size
+    per_parameter = 4 + 4 + OPTIMIZER_BYTES[train.optimizer]
+    kept = measured.activations.bytes(again) * batch
+    teacher = measured.pass_bytes * batch * (2 if config.objective.guided() else 1)
+    held = {} if family.whole else {f"frozen {title}": _frozen_bytes(config, measured)}
+    what = title if family.whole else "LoRA"
+    held |= {
+        f"{what}, gradients, optimizer": measured.learnt * (per_parameter + (4 if train.ema else 0)),
+        f"activations, batch {batch}": max(kept, teacher),
+    }
+    kept_weights = bool(config.objective.target_decay()) + (config.objective.stage(1.0) > 0)
+    if kept_weights:
+        held["averaged or earlier weights"] = measured.learnt * 4 * kept_weights
+    if measured.features:
+        held["discriminator, gradients, optimizer"] = measured.heads * per_parameter
+        held["its features' activations"] = measured.features.bytes(again) * batch
+    return held | {"CUDA context, assumed": CONTEXT}
+
+
+def _frozen_bytes(config: Config, measured: Measured) -> int:
+    """On the device: all weights; of blocks that are offloaded, the largest alone; of those that are
+    shared, this process's part and the largest."""
+    width = BYTES[config.base.dtype]
+    blocks = [block.bytes(width, config.base.quantize) for block in measured.blocks.values()]
+    outside = (measured.parameters - sum(block.parameters for block in measured.blocks.values())) * width
+    if config.train.shard:
+        return (outside + sum(blocks)) // int(os.environ.get("WORLD_SIZE", 1)) + max(blocks, default=0)
+    return outside + (max(blocks, default=0) if config.train.offload else sum(blocks))
+
+
+def recomputed(config: Config, family: type[Base]) -> list[str]:
+    """The blocks that a run computes again for its backward pass: none, all, or for "auto" as few as it takes to fit.
+
+    Raises ValueError for "auto" where nobody says how much memory there is.
+    """
+    measured, wanted = _measured(config, family), config.train.gradient_checkpointing
+    every = measured.activations.by_saving()
+    if config.train.offload or wanted is True:
+        return every
+    if not wanted:
+        return []
+    limit, chosen = limit_bytes(config), []
+    while len(chosen) < len(every) and sum(_held(config, family, measured, chosen).values()) * MARGIN > limit:
+        chosen.append(every[len(chosen)])
+    return chosen
+
+
+def limit_bytes(config: Config) -> int:
+    """What `train.gradient_checkpointing=auto` may fill. Raises ValueError where there is no GPU and nobody says it."""
+    if config.train.memory_limit_gib:
+        return int(config.train.memory_limit_gib * GIB)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "train.gradient_checkpointing=auto asks how much memory the GPU has free, and there is no CUDA device. "
+            "Set train.memory_limit_gib, or train.gradient_checkpointing to true or false."
+        )
+    free, _ = torch.cuda.mem_get_info()
+    # what this process holds already is part of the estimate too
+    return free + torch.cuda.memory_reserved() + CONTEXT
+
+
+def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
+    """Settings that would lower the estimate, as key=value, and by how many GiB each; the best saving first."""
+    train, now = config.train, estimate_memory(config, family)["gib"][TRAINING]
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "train.gradient_checkpointing=true": {"train": {"gradient_checkpointing": True}},
+        "train.optimizer=adamw8bit": {"train": {"optimizer": "adamw8bit"}},
+    }
+    if not (family.whole or train.shard):
+        changes["train.offload=true"] = {"train": {"offload": True}}
+        if config.base.quantize is None:
+            changes["base.quantize=int8"] = {"base": {"quantize": "int8"}}
+    half = train.batch_size // 2
+    if train.batch_size % 2 == 0:
+        pair = {"batch_size": half, "accumulation": train.accumulation * 2}
+        changes[" ".join(f"train.{key}={value}" for key, value in pair.items())] = {"train": pair}
+    saved = {
+        setting: now - estimate_memory(_changed(config, change), family)["gib"][TRAINING]
+        for setting, change in changes.items()
+    }
+    useful = [(setting, round(gib, 3)) for setting, gib in saved.items() if gib >= 0.001]
+    return sorted(useful, key=lambda item: -item[1])
+
+
+def _changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values) for section, values in change.items()}
+    )
+
+
+def advice(saving: list[tuple[str, float]], most: int = 3) -> str:
+    """The best of `switches` in words; where none is left, what else would help."""
+    best = "; ".join(f"{setting} saves about {gib:.2g} GiB" for setting, gib in saving[:most])
+    return best or "all that saves memory is on, so take a smaller data.resolution or lora.rank"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short, on a GPU or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS'
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def explain_out_of_memory(error: BaseException, config: Config, family: type[Base]) -> str:
+    """What the error said, and what would help this run."""
+    first = next(iter(str(error).splitlines()), "Out of memory.")
+    best = advice(switches(config, family))
+    return f"{first}\nBy estimate: {best}. While it is still caching, a smaller data.batch_size helps."
+
+
+def _measured(config: Config, family: type[Base]) -> Measured:
+    folder = family.config_folder(config.base.path, config.base.config)
+    details = (config.base.dtype, config.base.t5 is not False, config.data.resolution)
+    return _measure(
+        family, folder, *details, config.lora.rank, config.adversarial.width * bool(config.adversarial.weight)
+    )
+
+
+@lru_cache(maxsize=8)
+def _measure(
+    family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, heads_width: int
+) -> Measured:
+    with torch.device("meta"):
+        network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
+    inputs = family.dummy_inputs(network.config, resolution, _maker(network.dtype))
+    network.requires_grad_(False)
+    parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
+    with torch.device("meta"):
+        trained = learner(network, family, rank, rank, seed=0)
+    channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
+    heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
+    vae, text, decoding = _encoders(family, folder, t5, resolution)
+    return Measured(
+        parameters=parameters,
+        blocks=blocks,
+        learnt=sum(p.numel() for p in trained.parameters()),
+        modules=0 if family.whole else len(trained.layers),
+        activations=kept_activations(network, lambda: network(**inputs)),
+        pass_bytes=most_bytes(network, lambda: network(**inputs)),
+        features=features,
+        heads=sum(p.numel() for p in heads),
+        vae=vae,
+        text=text,
+        decoding=decoding,
+    )
+
+
+def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:
+    layers = quantizable(network)
+    found = {}
+    for path, block in blocks_of(network).items():
+        own = [layer for name, layer in layers.items() if name.startswith(f"{path}.")]
+        rows = sum(layer.out_features for layer in own)
+        found[path] = Frozen(
+            sum(p.numel() for p in block.parameters()), sum(layer.weight.numel() for layer in own), rows
+        )
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def _maker(dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda *shape: torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def _features(
+    family: type[Base], network: nn.Module, trained: Learner, inputs: dict[str, Any]
+) -> tuple[list[int], Activations]:
+    """Channels of the maps that a discriminator judges, and the bare base's pass for them over the student's points."""
+    stand_in = family(network, None, [], [], None, "", False, "", "", "")
+    x = next(iter(inputs.values())).detach().requires_grad_()
+    inputs = {**inputs, next(iter(inputs)): x}
+    run = lambda: outputs_of(stand_in.feature_blocks(), lambda: network(**inputs))  # noqa: E731
+    with trained.off():
+        return [stand_in.feature_map(output, x).shape[1] for output in run()], kept_activations(network, run)
+
+
+def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tuple[int, int, int]:
+    """Bytes of the VAE and of the text encoders, in fp32, T5 in bf16 as on a GPU; and what decoding a picture holds."""
+    vae_bytes = text = decoding = 0
+    for own in family.configs.iterdir():
+        part = folder / own.name if (folder / own.name / "config.json").is_file() else own
+        if own.name != "vae" and not own.name.startswith("text_encoder"):
+            continue
+        settings = _read(part)
+        with torch.device("meta"):
+            if own.name == "vae":
+                model = VAES[settings["_class_name"]].from_config(settings)
+                latents = torch.empty(1, model.config.latent_channels, resolution // 8, resolution // 8)
+                decoding = most_bytes(model, lambda m=model, x=latents: m.decode(x))
+                vae_bytes = 4 * sum(p.numel() for p in model.parameters())
+                continue
+            kind = getattr(transformers, settings["architectures"][0])
+            model = kind(kind.config_class(**settings))
+        is_t5 = isinstance(model, transformers.T5EncoderModel)
+        if t5 or not is_t5:
+            text += (2 if is_t5 else 4) * sum(p.numel() for p in model.parameters())
+    return vae_bytes, text, decoding

@@ -1,0 +1,102 @@
+"""A frozen base in 8 bits, by torchao: which of its weights, and what that does to its predictions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...samplers import jump
+from ..families import Base, Condition
+from ..lora.adapter import Learner
+from .blocks import blocks_of
+
+# Bytes that a row adds to one byte a number: a scale in fp32, and int8's zero point.
+ROW_BYTES = {"int8": 5, "fp8": 4}
+# At which levels of the schedule predictions are compared, and on how many latents.
+LEVELS, ROWS = (0.2, 0.4, 0.6, 0.8), 4
+
+
+class Trial(NamedTuple):
+    """Clean latents (B, C, h, w) of the run's own data, their prompts' encodings, and what stands for no prompt."""
+
+    x0: Tensor
+    condition: Condition
+    null: Condition
+
+
+def quantizable(network: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> frozen Linear layer within a block, which are what is quantised.
+
+    Outside of the blocks are the projections in and out and the embeddings of time, size and prompt; within, what tells
+    a block the time (`time_emb_proj`, the norms' modulation) is left as it is too.
+    """
+    found = {}
+    for block, module in blocks_of(network).items():
+        for path, layer in module.named_modules():
+            told_time = path.startswith("norm") or "time_emb_proj" in path
+            if isinstance(layer, nn.Linear) and not told_time and not layer.weight.requires_grad:
+                found[f"{block}.{path}"] = layer
+    return found
+
+
+def check_quantizer(format: str) -> None:
+    """Raise ValueError where torchao is not installed."""
+    try:
+        import torchao.quantization  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"base.quantize={format} needs torchao: pip install torchao, or leave base.quantize out."
+        ) from error
+
+
+def quantize(network: nn.Module, format: str) -> str:
+    """Turn the weights of the `quantizable` layers into "int8" or "fp8", a scale a row; returns a sentence on how many.
+
+    Activations keep their dtype, and gradients reach them. A LoRA on top is left alone.
+    """
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    chosen, before = quantizable(network), _bytes(network)
+    share = sum(layer.weight.nbytes for layer in chosen.values()) / before
+    how = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
+    quantize_(network, how, filter_fn=lambda _, path: path in chosen)
+    return (
+        f"{format} base: {len(chosen)} layers, {share:.0%} of its weights, "
+        f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
+    )
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes that a weight takes; a quantised one is several tensors."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    return weight.nbytes
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(stored_bytes(p) for p in network.parameters() if not p.requires_grad)
+
+
+@torch.no_grad()
+def predictions(base: Base, learner: Learner, trial: Trial, guidance: float) -> tuple[Tensor, Tensor]:
+    """The bare base's outputs (L, B, C, h, w) at some levels of noise: for the prompts alone, and under CFG."""
+    x0, schedule = trial.x0[:ROWS], base.schedule
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+    both = base.with_null({name: value[:ROWS] for name, value in trial.condition.items()}, trial.null)
+    plain, guided = [], []
+    with learner.off():
+        for level in LEVELS:
+            tick = torch.full((len(x0),), round(level * schedule.ticks), device=x0.device)
+            x = jump(x0, noise, schedule.alpha(tick), schedule.sigma(tick))
+            with_prompt, without = base.denoise(x.repeat(2, 1, 1, 1), tick.repeat(2), both).chunk(2)
+            plain.append(with_prompt)
+            guided.append(without + guidance * (with_prompt - without))
+    return torch.stack(plain), torch.stack(guided)
+
+
+def guided_error(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """By how much `predictions` differ, relative to their size (L2): the plain ones, and those under CFG."""
+    plain, guided = (((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True))
+    return plain, guided

@@ -1,0 +1,193 @@
+"""Where SD3's parts are and how each is read: transformer, VAE, three text encoders, their tokenizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+
+from ...samplers.lora_file import file_hash
+from ..tiny.bundled import bundled_folder
+from . import loading
+from .clip import clip_tokenizers
+
+T5, T5_LENGTH, T5_REPO = "text_encoder_3", 77, "google/t5-v1_1-xxl"
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+# component -> where single files have it, what it is for people
+IN_FILES = {
+    "vae": (loading.VAE_PREFIXES, "VAE"),
+    "text_encoder": (("text_encoders.clip_l.transformer.",), "CLIP-L text encoder"),
+    "text_encoder_2": (("text_encoders.clip_g.transformer.",), "CLIP-bigG text encoder"),
+    T5: (("text_encoders.t5xxl.transformer.",), "T5-XXL text encoder"),
+}
+BLOCKS = loading.NETWORK_PREFIX + "joint_blocks."
+WITHOUT_T5 = "or base.t5=false to do without T5, as SD3 can"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One SD3, read: text_encoders and tokenizers are two each, or three with T5. scheduler: its config file.
+    supplied: SHA-256 of the weights that `base.parts` supplied, or nothing.
+    """
+
+    transformer: SD3Transformer2DModel
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoders: list[nn.Module]
+    tokenizers: list
+    scheduler: Path
+    base_hash: str
+    supplied: str = ""
+
+
+def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype) -> Parts:
+    """Everything from a diffusers folder or hub id; T5 where it has one, unless told otherwise."""
+    optional = () if t5 is False else (T5, "tokenizer_3")
+    root = loading.diffusers_folder(path, COMPONENTS, "SD3", optional)
+    use_t5 = t5 is not False and (root / T5).is_dir()
+    if t5 and not use_t5:
+        raise ValueError(f"{root} has no {T5}/, the T5-XXL that base.t5=true asks for. Add it, {WITHOUT_T5}.")
+    encoders = _encoders(use_t5)
+    return Parts(
+        transformer=loading.load_part(root, "transformer", SD3Transformer2DModel, dtype),
+        vae=loading.load_vae(root),
+        text_encoders=[_folder_encoder(root, name, t5_dtype) for name in encoders],
+        tokenizers=_tokenizers(tokenizer, [root], path, use_t5),
+        scheduler=root / "scheduler" / "scheduler_config.json",
+        base_hash=loading.folder_hash(root, ["transformer", "vae", *encoders]),
+    )
+
+
+def single_file_parts(
+    path: Path,
+    config: str | None,
+    parts: str | None,
+    tokenizer: str | None,
+    t5: bool | None,
+    dtype: torch.dtype,
+    t5_dtype: torch.dtype,
+) -> Parts:
+    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+    names = loading.checkpoint_header(path).tensors
+    configs = Path(config) if config else loading.CONFIGS / "sd3"
+    of_network = Path(config) if config else loading.CONFIGS / variant(names)
+    _check_size(path, names, of_network)
+    there = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
+    if t5 is None:
+        t5 = T5 in there or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
+    encoders = _encoders(t5)
+    missing = [part for part in ("vae", *encoders) if part not in there]
+    lacking = {part: "{1} ({0[0]}*)".format(*IN_FILES[part]) for part in missing}
+    if T5 in missing:
+        lacking[T5] += f", {WITHOUT_T5.removeprefix('or ')}"
+    other = loading.parts_folder(path, parts, lacking, "SD3")
+    return Parts(
+        transformer=loading.convert_part(path, of_network, "transformer", SD3Transformer2DModel, dtype),
+        vae=loading.load_vae(other)
+        if "vae" in missing
+        else loading.convert_part(path, configs, "vae", AutoencoderKL, torch.float32),
+        text_encoders=[
+            _folder_encoder(other, part, t5_dtype)
+            if part in missing
+            else _file_encoder(path, names, part, configs, t5_dtype)
+            for part in encoders
+        ],
+        tokenizers=_tokenizers(tokenizer, [other, configs], str(path), t5),
+        scheduler=configs / "scheduler" / "scheduler_config.json",
+        base_hash=file_hash(path),
+        supplied=loading.folder_hash(other, missing) if missing else "",
+    )
+
+
+def _encoders(t5: bool) -> list[str]:
+    return ["text_encoder", "text_encoder_2", *([T5] if t5 else [])]
+
+
+def variant(names: dict) -> str:
+    """The folder of transformer config, by what tells SD3-medium, SD3.5-medium and SD3.5-large apart."""
+    if f"{BLOCKS}0.x_block.attn2.qkv.weight" in names:
+        return "sd35-medium"
+    return "sd35-large" if f"{BLOCKS}0.x_block.attn.ln_q.weight" in names else "sd3"
+
+
+def _check_size(path: Path, names: dict, configs: Path) -> None:
+    """Another size would fail deep inside the conversion; say it here in words."""
+    config = loading.read_config(configs / "transformer" / "config.json")
+    blocks = len({name.removeprefix(BLOCKS).split(".")[0] for name in names if name.startswith(BLOCKS)})
+    query = names.get(f"{BLOCKS}0.x_block.attn.qkv.weight")
+    if query is None:
+        raise ValueError(
+            f"{path.name} is no SD3 checkpoint: it has no {BLOCKS}0.* weights. Leave base.family out to have it found."
+        )
+    wanted = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    width = query.shape[-1] if query.shape else 0
+    if (blocks, width) != wanted:
+        raise ValueError(
+            f"{path.name} has {blocks} blocks {width} wide, {configs.name} has {wanted[0]} of {wanted[1]}. "
+            "Set base.config to a folder with this model's component configs."
+        )
+
+
+def _folder_encoder(root: Path, part: str, t5_dtype: torch.dtype) -> nn.Module:
+    if part == T5:
+        return loading.load_part(root, part, T5EncoderModel, t5_dtype)
+    return loading.load_part(root, part, CLIPTextModelWithProjection, torch.float32)
+
+
+def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: torch.dtype) -> nn.Module:
+    (prefix,), title = IN_FILES[part]
+    weights = loading.read_tensors(path, names, prefix)
+    if part == T5:
+        return _file_t5(path, weights, configs / part, t5_dtype)
+    config = CLIPTextConfig.from_pretrained(configs / part)
+    if part == "text_encoder":
+        # SD3 takes CLIP-L's pooled output as it is; a projection that some files carry is never applied
+        weights["text_projection.weight"] = torch.eye(config.projection_dim)
+    return loading.fill(CLIPTextModelWithProjection(config), weights, path, title)
+
+
+def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5EncoderModel:
+    if any(name.endswith(loading.SCALES) for name in weights):
+        raise ValueError(
+            f"{path.name} holds T5-XXL in scaled fp8, which is not read. Give a file with fp16 or plain fp8 weights, "
+            f"{WITHOUT_T5}."
+        )
+    with torch.device("meta"):  # drawing 5 billion numbers to overwrite would take minutes
+        encoder = T5EncoderModel(T5Config.from_pretrained(config))
+    if "shared.weight" in weights:
+        weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    loading.fill(encoder, weights, path, IN_FILES[T5][1], assign=True).tie_weights()
+    return encoder
+
+
+def _tokenizers(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
+    """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
+    clips = clip_tokenizers(asked, others, base)
+    return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips
+
+
+def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
+    own = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
+    try:
+        if own:
+            return T5TokenizerFast.from_pretrained(own)
+        files = ["spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        return T5TokenizerFast.from_pretrained(snapshot_download(T5_REPO, allow_patterns=files))
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"T5's tokenizer for {Path(base).name} is a spiece.model, which needs packages that are not installed. "
+            "Run: pip install sentencepiece protobuf. Or set base.tokenizer to a folder with a tokenizer_3/ that has a "
+            f"tokenizer.json, {WITHOUT_T5}."
+        ) from error
+    except Exception as error:  # tokenizers' own, too
+        raise FileNotFoundError(
+            f"{Path(base).name} brings no usable T5 tokenizer ({type(error).__name__}), and {T5_REPO} is neither "
+            "cached nor reachable. Put the tokenizer_3 folder of any SD3 diffusers model (or ComfyUI's "
+            "comfy/text_encoders/t5_tokenizer under that name) into a folder with CLIP's vocab.json and merges.txt and "
+            f"set base.tokenizer to it, {WITHOUT_T5}."
+        ) from error

@@ -1,0 +1,1 @@
+"""Pictures from a base and a LoRA: sampled, or edited."""

@@ -1,0 +1,1 @@
+"""The adapter while it is trained, and LoRA files: written, installed, checked, described."""

@@ -1,0 +1,199 @@
+"""What is trained: a LoRA on the one base, or where there is no teacher all of its weights.
+
+The LoRA is injected, and switched off for the teacher, so there is never a second copy of the network. Frozen weights
+keep their dtype, trained ones are fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..families import Base
+
+NAME = "default"
+
+
+@contextmanager
+def bare(network: nn.Module) -> Iterator[None]:
+    """Every adapter of a diffusers model is off inside this block, whatever happens in it; it may have none."""
+    if not getattr(network, "peft_config", None):
+        yield
+        return
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+class Learner(ABC):
+    """What a run trains, by name, and the ways to keep and to exchange it."""
+
+    network: nn.Module
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, in a fixed order."""
+
+    @abstractmethod
+    def off(self) -> AbstractContextManager:
+        """The teacher inside this block. Raises ValueError where there is none."""
+
+    def as_it_is(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """torch's checkpoint's two contexts, for a pass now and for the same pass later: on or off as it is now."""
+        return nullcontext(), nullcontext()
+
+    @abstractmethod
+    def sentence(self) -> str:
+        """What it is, for people."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the weights, in fp32 on the CPU."""
+        return {name: p.detach().float().cpu().clone() for name, p in self.named_parameters().items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        """A copy of the weights where they are."""
+        return {name: p.detach().clone() for name, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Overwrite the weights; raises ValueError unless the names and shapes are exactly its own."""
+        self._check(state)
+        for name, parameter in self.named_parameters().items():
+            parameter.copy_(state[name])
+
+    @contextmanager
+    def using(self, state: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights inside this block (an average, say), the present ones afterwards. Raises as `load` does."""
+        self._check(state)
+        own = self.named_parameters()
+        present = {name: parameter.data for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = state[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = present[name]
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (self.named_parameters(), state))
+        wrong = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
+        if wrong:
+            raise ValueError(f"These weights are of another run: {len(wrong)} tensors differ, such as {wrong[0]}.")
+
+
+class Adapter(Learner):
+    """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
+
+    Starts as the identity: B is zero. `seed` fixes A. Raises ValueError when no module matches.
+    """
+
+    def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
+        self.network, self.rank, self.alpha = network, rank, alpha
+        self.is_off = False
+        self._strengths: dict[bool, Tensor] = {}  # the LoRA's part off and on, where a number switches it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.add_adapter(
+                LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True), NAME
+            )
+        self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
+        if not self.layers:
+            raise ValueError(f"No module of the base matches the LoRA targets {', '.join(targets)}.")
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The bare base inside this block: the teacher."""
+        if self.is_off:
+            yield
+            return
+        self.is_off = True
+        try:
+            with self._times_zero() if self._strengths else bare(self.network):
+                yield
+        finally:
+            self.is_off = False
+
+    @contextmanager
+    def _times_zero(self) -> Iterator[None]:
+        self._set_strength(False)
+        try:
+            yield
+        finally:
+            self._set_strength(True)
+
+    def switch_by_number(self) -> None:
+        """From now on `off` multiplies the LoRA's part by 0 instead of leaving it out, so that compiled code stays. Its
+        time is then spent for the teacher too."""
+        scaling = next(iter(self.layers.values())).scaling[NAME]
+        device = next(self.network.parameters()).device
+        self._strengths = {on: torch.tensor(scaling * on, device=device) for on in (False, True)}
+        self._set_strength(not self.is_off)
+
+    def _set_strength(self, on: bool) -> None:
+        # two constants, not one that changes: autograd keeps the number for the backward pass
+        for layer in self.layers.values():
+            layer.scaling[NAME] = self._strengths[on]
+
+    def as_it_is(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), self.off() if self.is_off else nullcontext()
+
+    def sentence(self) -> str:
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g} on {len(self.layers)} modules."
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
+        return {
+            f"{name}.{part}": getattr(layer, part)[NAME].weight
+            for name, layer in self.layers.items()
+            for part in ("lora_A", "lora_B")
+        }
+
+
+class Whole(Learner):
+    """All weights of a network, in fp32: for one that starts from nothing, so that there is no teacher."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network.float().requires_grad_(True)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
+
+    def off(self) -> AbstractContextManager:
+        raise ValueError("There is no teacher: all weights of the network are trained. Use an objective without one.")
+
+    def sentence(self) -> str:
+        return f"All {sum(p.numel() for p in self.parameters()):,} weights of the network are trained."
+
+
+def learner(network: nn.Module, family: type[Base], rank: int, alpha: float, seed: int) -> Learner:
+    """What is trained of a family's network: all of it, or a LoRA on it (see `Adapter`)."""
+    return Whole(network) if family.whole else Adapter(network, family.lora_targets, rank, alpha, seed)
+
+
+class Average:
+    """Moving average of a learner's weights, in fp32: m <- d * m + (1 - d) * w, with d rising from 0 to `decay`."""
+
+    def __init__(self, adapter: Learner, decay: float):
+        self.adapter, self.decay = adapter, decay
+        self.weights = adapter.copy()
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update `step` (from 1)."""
+        decay = min(self.decay, (step - 1) / (step + 9))
+        for name, parameter in self.adapter.named_parameters().items():
+            self.weights[name].lerp_(parameter, 1 - decay)

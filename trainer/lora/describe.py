@@ -1,0 +1,37 @@
+"""`pcm inspect`: what a LoRA file's header says, its hashes, and whether its numbers are finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...samplers.lora_file import file_hash, read_header, tensor_hash
+from ...samplers.lora_info import facts, sentences
+from ...samplers.texts import printable
+from .install import _broken, broken_tensors
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """`facts` of a LoRA's header, its hashes, and the names of its tensors with numbers that are not finite.
+
+    Raises ValueError or FileNotFoundError for a bad file.
+    """
+    header = read_header(file)
+    own, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
+    hashes = {"sha256": file_hash(file), "autov3": own[:12]}
+    hashes["hash_matches_header"] = None if stored is None else stored == own
+    return facts(header) | hashes | {"not_finite": broken_tensors(header)}
+
+
+def describe_text(d: dict[str, Any]) -> str:
+    """`describe` for people."""
+    hashes = {True: "matches", False: "DOES NOT MATCH", None: "is not in"}[d["hash_matches_header"]]
+    lines = [d["file"], *(f"  {line}" for line in sentences(d))]
+    if broken := d["not_finite"]:
+        lines[1:1] = [f"  BROKEN: {_broken(broken)} Get the file again."]
+    if d["recipe"]:
+        told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
+        lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in told.items()))
+    lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
+    lines += [f"    {printable(k, 100)}: {printable(v, 100)}" for k, v in sorted(d["metadata"].items())]
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""The LoRA file: tensors under the names every loader maps, a header that says how to sample it, and a self-test.
+
+SD1.5 and SDXL: kohya's names with an `.alpha` beside each pair. SD3: diffusers' `transformer.*.lora_A/B.weight`, where
+no form of alpha works everywhere (diffusers refuses files with `.alpha` tensors and reads the `lora_adapter_metadata`
+header instead, which ComfyUI does not), so alpha is worked into the weights: both factors are multiplied by
+sqrt(alpha / rank), and every loader's default, alpha = rank, is right. Nothing in the file tells the time, so the same
+run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ...samplers.phases import count_steps
+from ...samplers.recipe import HEADER_KEY
+from ...samplers.writing import check_header
+from ..config.config import Config
+from ..families import Base
+from ..families.base import DTYPES
+from ..objectives import Objective
+from ..system.files import write_tensors
+from ..system.machine import package_version
+from .recipe import recipe_for
+
+EMPTY_HASH = hashlib.sha256().hexdigest()
+
+
+def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Adapter weights by module path -> the file's tensors, under the family's names.
+
+    With one `.alpha` a module, or for a family without, each factor times sqrt(alpha / rank).
+    """
+    tensors = {}
+    for name, weight in weights.items():
+        module, part = name.rsplit(".", 1)
+        key = family.lora_key(module)
+        if family.stores_alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        else:
+            rank = weight.shape[0 if part == "lora_A" else 1]
+            weight = weight * (alpha / rank) ** 0.5
+        tensors[f"{key}.{family.lora_parts[part]}.weight"] = weight.to(dtype).contiguous()
+    return tensors
+
+
+def export(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    base: Base,
+    step: int,
+    samples: int,
+    changes: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write a LoRA with its whole header, atomically. Raises OSError, and as `check_header`."""
+    tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
+    metadata = _kohya_metadata(config, base, step, samples)
+    metadata |= hashes(tensors, metadata)
+    metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
+    metadata |= {
+        HEADER_KEY: recipe_for(config, base).to_header(),
+        **origin(config, step, changes),
+    }
+    check_header(path.name, metadata, tensors)
+    write_tensors(path, tensors, metadata)
+
+
+def origin(config: Config, step: int, changes: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A header's entries on the run that made a file; changes: of its settings on the way, see `agreed_changes`."""
+    told = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "version": package_version()}
+    if changes:
+        told["changes"] = json.dumps(changes)
+    return {f"pcm.{key}": value for key, value in told.items()}
+
+
+def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict[str, str]:
+    train, resolution = config.train, config.data.resolution
+    rank, alpha = str(config.lora.rank), str(config.lora.alpha if base.stores_alpha else float(config.lora.rank))
+    return {
+        "ss_base_model_version": base.base_version,
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}),
+        "ss_output_name": config.name,
+        "ss_sd_model_name": Path(base.path).name,
+        "ss_new_sd_model_hash": base.base_hash,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_num_train_images": str(samples),
+        "ss_tag_frequency": "{}",
+        "ss_steps": str(step),
+        "ss_learning_rate": str(train.lr),
+        "ss_unet_lr": str(train.lr),
+        "ss_lr_scheduler": train.lr_schedule,
+        "ss_optimizer": train.optimizer,
+        "ss_seed": str(train.seed),
+        "ss_mixed_precision": {"fp32": "no"}.get(config.base.dtype, config.base.dtype),
+        **_loss(config.objective),
+        "ss_max_grad_norm": str(train.max_grad_norm),
+        "ss_gradient_accumulation_steps": str(train.accumulation),
+        "ss_total_batch_size": str(train.batch_size * train.accumulation),
+        "ss_training_comment": f"{config.objective.name}{_phases(config)}, phased-consistency",
+    }
+
+
+def _phases(config: Config) -> str:
+    phases = config.grid().phases
+    return f", {phases} phases" if phases > 1 else ""
+
+
+def _loss(objective: Objective) -> dict[str, str]:
+    if getattr(objective, "metric", "l1") == "l2":
+        return {"ss_loss_type": "l2"}
+    if not hasattr(objective, "huber_c"):
+        return {"ss_loss_type": objective.name}
+    return {"ss_loss_type": "huber", "ss_huber_c": str(objective.huber_c)}
+
+
+def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[str, str]:
+    recipe = recipe_for(config, base)
+    # ModelSpec has no word for the flow's prediction
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(base.prediction)
+    return ({"modelspec.prediction_type": prediction} if prediction else {}) | {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": config.name,
+        "modelspec.description": f"{recipe.method} LoRA for {count_steps(recipe.steps)}, made from {recipe.base_name}.",
+        "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
+        "modelspec.usage_hint": recipe.usage_hint(),
+        "modelspec.tags": f"{recipe.method}, few-step, accelerator",
+        "modelspec.hash_sha256": f"0x{tensor_hash}",
+    }
+
+
+def hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str, str]:
+    """kohya's two hashes: SHA-256 of the tensor bytes, and of 64 KiB at 1 MiB of the file with `ss_*` keys alone."""
+    data = save(tensors, ss_metadata)
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    found = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
+    if found["sshs_model_hash"] == EMPTY_HASH:
+        raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
+    if len(data) > 0x100000:
+        found["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return found

@@ -1,0 +1,1 @@
+"""Measurements that fill docs/measurements/, each a script."""

@@ -1,0 +1,168 @@
+"""The matrix of PCM on a tiny base: phases, guidance modes, plain and adversarial, each trained, measured and drawn.
+
+    python -m phased_consistency.trainer.studies.matrix [--out DIR] [--base tiny-sd15] [--cells smallcfg-4 ...]
+        [key=value ...]
+
+Every cell is the preset "demo" with its own objective, on one cache. Its LoRA is sampled at as many steps as it has
+phases and compared with the teacher at 40 steps, on prompts and noises that no run has seen. Cells that are finished
+are not trained again: once the latents are cached, several processes may each take some (--cells, --train-only) before
+one reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config.config import Config
+from ..config.load import load_config
+from ..data.prompts import read_prompts
+from ..evaluation.guidance import GuidanceTrial
+from ..evaluation.trial import Row, Setting, Trial, figures
+from ..families import Base, load_base
+from ..lora.install import installed
+from ..pictures import draw_grid, save_image
+from ..reporting.progress import ProgressBar
+from ..system.files import write_text
+from ..tiny.bundled import own_prompts
+from ..tiny.scenes import held_out_scenes
+from ..training.loop import train
+
+PHASES, MODES = (1, 2, 4, 8), ("smallcfg", "normalcfg")
+GUIDANCE = 4.0  # of the teacher, in the reference and in the small-CFG solver step
+ADVERSARIAL = ("adversarial.weight=0.1", "adversarial.lr=1e-4")
+SWEEP = (1.0, 2.0, 4.0, 6.0, 8.0)
+SEED, SHOWN = 1234, 6
+FEWER = 32  # prompts of the negative-prompt figures, whose references cost the most
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One LoRA of the matrix."""
+
+    mode: str
+    phases: int
+    adversarial: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}-{self.phases}{'-adv' if self.adversarial else ''}"
+
+    @property
+    def setting(self) -> Setting:
+        """Steps and CFG that it is measured at: the teacher's guidance is in a small-CFG LoRA, and left to sampling in
+        a normal-CFG one."""
+        return Setting(self.name, self.phases, 1.0 if self.mode == "smallcfg" else GUIDANCE)
+
+    def config(self, out: Path, base: str, overrides: list[str]) -> Config:
+        """The cell's run: the demo's, with this objective."""
+        own = [f"base.path={base}", f"name={self.name}", f"output={out / self.name}", f"data.cache={out / 'cache'}"]
+        own += [f"objective.phases={self.phases}", f"objective.guidance_mode={self.mode}", "preview.every=0"]
+        return load_config(overrides=[*own, *(ADVERSARIAL if self.adversarial else ()), *overrides], preset="demo")
+
+
+CELLS = [Cell(mode, phases, adv) for mode in MODES for phases in PHASES for adv in (False, True)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, measure, write report.json, table.md and grid.png."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/matrix"))
+    parser.add_argument("--base", default="tiny-sd15")
+    parser.add_argument("--cells", help="these alone, with commas: smallcfg-4,normalcfg-8-adv")
+    parser.add_argument("--train-only", action="store_true", help="no report")
+    parser.add_argument("--pictures", type=int, default=128, help="held-out prompts in the report")
+    parser.add_argument("overrides", nargs="*", help="key=value settings over the preset")
+    args = parser.parse_args(argv)
+    chosen = [c for c in CELLS if args.cells is None or c.name in args.cells.split(",")]
+    if not chosen:
+        parser.error(f"no such cells: {args.cells}; available: {', '.join(c.name for c in CELLS)}")
+    configs = {cell: cell.config(args.out, args.base, args.overrides) for cell in chosen}
+    for config in configs.values():
+        with ProgressBar() as bar:
+            train(config, bar)
+    if not args.train_only:
+        report(args.out, args.base, configs, args.pictures)
+    return 0
+
+
+def report(out: Path, path: str, configs: dict[Cell, Config], number: int) -> None:
+    """Measure every cell and the teacher, and write the files."""
+    base = load_base(path)
+    scenes = held_out_scenes(number, set(read_prompts(own_prompts(path))))
+    prompts = [s.caption for s in scenes]
+    trial = Trial.of(base, prompts, SEED)
+    teacher = [Setting("teacher", steps, GUIDANCE) for steps in (40, *PHASES[::-1])]
+    teacher += [Setting("teacher", steps, 1.0) for steps in PHASES[::-1]]
+    made = [(s, trial.latents(s, base)) for s in teacher]
+    for cell, config in configs.items():
+        with installed(lora_file(config), base) as recipe:
+            made.append((cell.setting, trial.latents(cell.setting, base, recipe)))
+    rows = [figures(setting, latents, made[0][1]) for setting, latents in made]
+    shown = [(f"{s.name}\n{s.steps} steps, CFG {s.guidance:g}", base.decode(x[:SHOWN])) for s, x in made]
+    save_image(draw_grid(shown, prompts[:SHOWN]), out / "grid.png")
+    response = negative_prompts(out, base, prompts[:FEWER], configs)
+    found = {"rows": [r.as_dict() for r in rows], "guidance": response, "pictures": number, "base": path}
+    write_text(out / "report.json", json.dumps(found, indent=2) + "\n")
+    write_text(out / "table.md", table(rows, response))
+    print((out / "table.md").read_text())
+
+
+def lora_file(config: Config) -> Path:
+    """Where a finished run left its LoRA."""
+    return config.run_folder / f"{config.name}.safetensors"
+
+
+def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Cell, Config]) -> list[dict]:
+    """How much CFG and a negative prompt do, for the teacher and the 4-phase LoRAs of both modes; draws negative.png.
+
+    A prompt's negative is the next one's. change: |with - without| / |without| of the negative prompt; agreement: the
+    cosine between that change and the teacher's; sweep: paired error against the teacher at 40 steps of the same CFG.
+    """
+    cells = [(c, configs[c]) for c in (Cell(mode, 4) for mode in MODES) if c in configs]
+    if not cells:
+        return []
+    guided = GuidanceTrial(Trial.of(base, prompts, SEED), base, prompts, Setting("teacher", 40, GUIDANCE))
+    found, shown = [], []
+
+    def add(setting: Setting, swept: dict[float, Tensor], avoided: Tensor) -> None:
+        facts = {"name": setting.name, "steps": setting.steps, "sweep": guided.errors(swept)}
+        found.append(facts | guided.response(GUIDANCE, swept[GUIDANCE], avoided))
+        name = f"{setting.name}, {setting.steps}"
+        shown.extend([(name, swept[GUIDANCE]), ("with negative", avoided)])
+
+    add(guided.setting, {g: guided.reference(g) for g in SWEEP}, guided.reference(GUIDANCE, avoiding=True))
+    for cell, config in cells:
+        setting = Setting(cell.name, 4, GUIDANCE)
+        with installed(lora_file(config), base) as recipe:
+            swept = guided.sweep(setting, recipe, SWEEP)
+            avoided = guided.avoiding.latents(setting, base, recipe)
+        add(setting, swept, avoided)
+    grid = draw_grid([(f"{n}\nCFG {GUIDANCE:g}", base.decode(x[:SHOWN])) for n, x in shown], prompts[:SHOWN])
+    save_image(grid, out / "negative.png")
+    return found
+
+
+def table(rows: list[Row], response: list[dict]) -> str:
+    """The report as Markdown."""
+    lines = ["| | steps | CFG | evaluations | paired error | distance |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r.name} | {r.steps} | {r.guidance:g} | {r.evaluations} | {r.paired_error:.3f} | {r.distance:.4f} |"
+        for r in rows
+    ]
+    heads = " | ".join(f"error at CFG {g:g}" for g in SWEEP)
+    lines += ["", f"| | steps | a negative prompt's change | agreement with the teacher's | {heads} |"]
+    lines.append("|---" * (4 + len(SWEEP)) + "|")
+    for r in response:
+        swept = " | ".join(f"{v:.3f}" for v in r["sweep"].values())
+        lines.append(f"| {r['name']} | {r['steps']} | {r['change']:.3f} | {r['agreement']:.3f} | {swept} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

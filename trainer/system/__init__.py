@@ -1,0 +1,1 @@
+"""Files, locks, signals, processes and the machine: what knows nothing of diffusion."""

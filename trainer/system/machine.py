@@ -1,0 +1,79 @@
+"""What this machine is and has: versions, device, memory, optional packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REQUIRED = (
+    *("torch", "diffusers", "transformers", "peft", "accelerate"),
+    *("safetensors", "numpy", "pydantic", "typer", "rich", "pillow", "matplotlib", "webdataset", "psutil"),
+)
+OPTIONAL = (
+    {"tensorboard": "logs of the run", "wandb": "train.trackers", "trackio": "train.trackers"}
+    | {"bitsandbytes": "train.optimizer=adamw8bit", "torchao": "base.quantize"}
+    | {name: "FID's features in pcm evaluate" for name in ("torchmetrics", "torch-fidelity")}
+    | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
+)
+GIB = 2**30
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine as JSON-ready values; touches no network."""
+    cuda = torch.cuda.is_available()
+    device = {"name": platform.processor() or platform.machine(), "kind": "cpu", "threads": torch.get_num_threads()}
+    if cuda:
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "name": properties.name,
+            "kind": "cuda",
+            "count": torch.cuda.device_count(),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "bf16": torch.cuda.is_bf16_supported(),
+        }
+    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("phased-consistency", *REQUIRED)},
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "device": device,
+        "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on",
+        "comfyui": str(host) if (host / "main.py").is_file() else None,
+        "missing": [name for name in REQUIRED if _version(name) is None],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def package_version() -> str:
+    """The installed version, or "unknown" in a source tree."""
+    try:
+        return version("phased-consistency")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def peak_memory() -> float | None:
+    """GiB at most so far: of the GPU, else of this process where the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(ImportError):  # not on Windows
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return None

@@ -1,0 +1,1 @@
+"""One run of `pcm train`: what it is made of, its loop, and what it leaves."""

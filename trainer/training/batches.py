@@ -1,0 +1,162 @@
+"""What each forward pass of a run sees, made ahead by a thread while the networks run.
+
+Every random draw belongs to one sample's place in the run's endless stream, from (seed, place) alone. So a resumed run
+sees what it would have seen, and an update sees the same samples, noise and levels however it is split into passes and
+processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.cache import LatentCache
+from ..data.held_out import HeldOut
+from ..data.order import Order, seed_of
+from ..families import Base, Condition
+from ..objectives import Levels, Objective
+from .adversary import Judged
+from .engine import Batch
+
+T = TypeVar("T")
+AHEAD = 2
+FIXED = -1  # in a seed, of draws that are no place's in the stream
+
+
+@dataclass(frozen=True)
+class Split:
+    """How an update's samples are shared out: `size` a forward pass, `accumulation` passes, `processes` abreast."""
+
+    size: int
+    accumulation: int = 1
+    processes: int = 1
+
+    @property
+    def update(self) -> int:
+        """Samples of one update, all processes together."""
+        return self.size * self.accumulation * self.processes
+
+    @classmethod
+    def of_update(cls, samples: int, processes: int, most: int) -> Split:
+        """An update of `samples` over this many processes, in passes of at most `most` samples, as few as there can be.
+
+        Raises ValueError where the processes cannot share it evenly.
+        """
+        share, rest = divmod(samples, processes)
+        if rest:
+            able = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+            raise ValueError(
+                f"The run takes {samples} samples an update, which {processes} processes cannot share evenly. "
+                f"Start one of these numbers: {able}; or use another output folder to start anew."
+            )
+        size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
+        return cls(size, share // size, processes)
+
+
+class Batches:
+    """The batches of one process, on the CPU, in pinned memory where the base is on a GPU.
+
+    split: of each update; rank: which of its processes this is. updates: of the whole run, which an objective's
+    curriculum goes by. empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever
+    guidance subtracts. judged: whether an adversary needs its own levels and noise. held_out: samples that the stream
+    never has.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        base: Base,
+        objective: Objective,
+        empty: Condition,
+        *,
+        split: Split,
+        updates: int,
+        seed: int,
+        rank: int = 0,
+        judged: bool = False,
+        held_out: HeldOut | None = None,
+    ):
+        self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
+        self.split, self.updates, self.judged = split, updates, judged
+        self.seed, self.rank, self.held_out = seed, rank, held_out or HeldOut()
+        self.order = Order(
+            [np.setdiff1d(bucket, self.held_out.samples) for bucket in cache.buckets], split.update, seed
+        )
+
+    def at(self, number: int) -> tuple[list[int], Batch]:
+        """The sample numbers and the batch of the run's forward pass `number`, from 0."""
+        split = self.split
+        first = (number * split.processes + self.rank) * split.size
+        samples = self.order.samples(first, split.size)
+        seeds = [seed_of(self.seed, first + i) for i in range(split.size)]
+        return samples, self._batch(samples, seeds, number // split.accumulation / self.updates, self.judged)
+
+    def fixed(self, samples: Sequence[int], draw: int) -> Batch:
+        """Samples of one shape as the last update would take them, at the draws that belong to (seed, sample, draw);
+        without a judge."""
+        seeds = [seed_of(self.seed, sample, draw, FIXED) for sample in samples]
+        return self._batch(samples, seeds, (self.updates - 1) / self.updates, judged=False)
+
+    def _batch(self, samples: Sequence[int], seeds: Sequence[int], progress: float, judged: bool) -> Batch:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x0 = self.cache.latents(samples, generators)
+        draws = [self._draw(x0.shape[1:], progress, generator, judged) for generator in generators]
+        noise, u, r, s, guidance, dropped, *judges = (_stacked(of_each) for of_each in zip(*draws, strict=True))
+        condition = self.condition(samples, dropped)
+        inner = (r > s).nonzero().squeeze(1)
+        batch = Batch(
+            x0, noise, Levels(u, r, s), guidance, condition, progress, Judged(*judges) if judges else None, inner
+        )
+        return batch.pinned() if self.base.device.type == "cuda" else batch
+
+    def _draw(
+        self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool
+    ) -> tuple[Tensor | None, ...]:
+        """One sample's draws, each with a first dimension of 1; what comes later changes nothing before it."""
+        objective = self.objective
+        noise = torch.randn(1, *shape, generator=generator)
+        levels = objective.levels(1, self.base.schedule, progress, generator)
+        guidance = objective.draw_guidance(1, progress, generator)
+        drawn = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
+        if not judged:
+            return drawn
+        return *drawn, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
+
+    def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
+        """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""
+        condition = self.cache.encoding([self.cache.captions[i] for i in samples])
+        if dropped is not None and dropped.any():
+            for key, row in self.empty.items():
+                condition[key][dropped] = row[0]
+        if self.base.knows_sizes:
+            condition["time_ids"] = self.cache.sizes(samples)
+        return condition
+
+    def ahead(self, first: int) -> Iterator[tuple[list[int], Batch]]:
+        """`at` of every forward pass from `first` to the end of the run, made before it is asked for."""
+        return made_ahead(self.at, range(first, self.updates * self.split.accumulation))
+
+
+def made_ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """make(n) for each number, by a thread that is up to AHEAD of them before; what it raises is raised here."""
+    pool, coming = ThreadPoolExecutor(1, "batches"), iter(numbers)
+    try:
+        waiting = deque(pool.submit(make, n) for n in islice(coming, AHEAD))
+        while waiting:
+            made = waiting.popleft()
+            waiting.extend(pool.submit(make, n) for n in islice(coming, 1))
+            yield made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stacked(of_each: Sequence[Tensor | None]) -> Tensor | None:
+    return None if of_each[0] is None else torch.cat(of_each)

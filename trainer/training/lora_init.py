@@ -1,0 +1,41 @@
+"""Starting a run from a few-step LoRA instead of from nothing: `lora.init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ...samplers.lora_file import read_header
+from ..config.config import Config
+from ..families import Base
+from ..lora.adapter import NAME, Adapter
+from ..lora.install import broken_tensors, install
+from .checks import check_start
+
+
+@torch.no_grad()
+def start_from(config: Config, base: Base, adapter: Adapter) -> str:
+    """Give the adapter the weights of `lora.init`, at the strength that its recipe names; returns a sentence on it.
+
+    Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit.
+    """
+    file, recipe = Path(config.lora.init), check_start(config, base)
+    if broken := broken_tensors(read_header(file)):
+        told = f"{len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}"
+        raise ValueError(f"{file.name}: {told}. Get the file again, or start from another.")
+    strength = recipe.strength if recipe else 1.0
+    modules, unmatched = install(file, base, "start")
+    try:
+        taken = [layer for layer in adapter.layers.values() if "start" in layer.lora_A]
+        if unmatched or len(taken) < modules:
+            told = f"only {len(taken)} of its {modules} modules are among those that are trained here"
+            raise ValueError(f"{file.name}: {told}. Use a LoRA that was made for this kind of base.")
+        for layer in taken:
+            down, up = layer.lora_A["start"].weight, layer.lora_B["start"].weight
+            layer.lora_A[NAME].weight[: len(down)] = down
+            layer.lora_B[NAME].weight[:, : len(down)] = up * (strength * layer.scaling["start"] / layer.scaling[NAME])
+    finally:
+        base.network.set_adapters(NAME)
+        base.network.delete_adapters("start")
+    return f"It starts as {file} at strength {strength:g}: {len(taken)} modules."

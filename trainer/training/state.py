@@ -1,0 +1,144 @@
+"""Everything that an update changes: what a checkpoint must hold for a run to go on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..config.config import Config
+from ..lora.adapter import Average, Learner
+from .engine import Engine
+from .update import Learners, make_optimizer
+
+
+class Trained:
+    """The adapter with its average, the discriminator's heads, the optimizer, fp16's scale, and what the objective
+    keeps of earlier weights."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, adapter: Learner, engine: Engine):
+        self.adapter, self.engine, self.accelerator = adapter, engine, accelerator
+        self.average = Average(adapter, config.train.ema) if config.train.ema else None
+        optimizer = make_optimizer(config, self.learners(), engine.base.device)
+        self.optimizer = accelerator.prepare(optimizer)
+
+    def learners(self) -> Learners:
+        """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
+        found = {"adapter": self.adapter.named_parameters()}
+        if self.engine.adversary:
+            found["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
+        return found
+
+    def updated(self, step: int, steps: int) -> None:
+        """Take in the weights after update `step` (from 1) of `steps`."""
+        if self.average:
+            self.average.update(step)
+        self.engine.updated(step, (step - 1) / steps, step / steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported: the average where there is one."""
+        return {n: w.cpu() for n, w in self.average.weights.items()} if self.average else self.adapter.state()
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by group, and facts for JSON."""
+        groups = {
+            "adapter": self.adapter.state(),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
+            "average": self.average.weights if self.average else {},
+            "discriminator": self.learners().get("discriminator", {}),
+            **self.engine.state(),
+        }
+        scaler = self.accelerator.scaler
+        return groups, {"scaler": scaler.state_dict() if scaler else None}
+
+    def load(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], changed: bool = False) -> list[str]:
+        """Put `state` back. changed: whether it may be of other settings; what it then lacks begins anew, and is named.
+
+        Raises ValueError for one of another adapter, and unless `changed` for one that lacks something.
+        """
+        self._load_adapter(groups["adapter"])
+        anew = [] if self._load_optimizer(groups.get("optimizer", {}), changed) else ["the optimizer's state"]
+        wanted = {"discriminator": bool(self.engine.adversary), "average": bool(self.average)}
+        wanted["target"] = bool(self.engine.average)
+        lacking = [group for group, asked in wanted.items() if asked and not groups.get(group)]
+        if lacking and not changed:
+            raise ValueError(
+                f"The checkpoint lacks the {' and the '.join(lacking)} of this run; without it the run would not go on "
+                "as it was. Use another output folder to start anew, or delete the folder."
+            )
+        if self.engine.adversary and "discriminator" not in lacking:
+            self._load_heads(groups["discriminator"])
+        if self.average:
+            saved = groups["adapter" if "average" in lacking else "average"]
+            self.average.weights = {n: w.to(self.engine.base.device) for n, w in saved.items()}
+        self.engine.load(groups | ({"target": groups["adapter"]} if "target" in lacking else {}))
+        if self.accelerator.scaler and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        return anew + [f"the {group}" for group in lacking]
+
+    def _load_adapter(self, saved: dict[str, Tensor]) -> None:
+        try:
+            self.adapter.load(saved)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} A run's base and lora.rank cannot change. Set them back, or use another output folder."
+            ) from error
+
+    def _load_heads(self, saved: dict[str, Tensor]) -> None:
+        heads = self.learners()["discriminator"]
+        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (heads, saved))
+        if shapes != given:
+            raise ValueError("The checkpoint's discriminator is of another shape: set adversarial.width back.")
+        with torch.no_grad():
+            for name, parameter in heads.items():
+                parameter.copy_(saved[name])
+
+    def _load_optimizer(self, saved: dict[str, Tensor], changed: bool) -> bool:
+        """Whether it could be put back. With other settings some weights may be new, or the whole optimizer."""
+        names = self._names()
+        if changed:
+            in_8_bits = "8bit" in type(self.optimizer.optimizer).__name__
+            if saved and in_8_bits != any(key.endswith("/state1") for key in saved):
+                return False
+            saved = {key: value for key, value in saved.items() if key.split("/")[0] in names}
+        load_optimizer_tensors(self.optimizer.optimizer, saved, names)
+        return True
+
+    def _names(self) -> list[str]:
+        """The learners' parameters in the optimizer's order."""
+        return [name for learner in self.learners().values() for name in learner]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: "<parameter>/<entry>"; numbers become 0-d tensors, and entries that hold
+    more (bitsandbytes') come as "<parameter>/<entry>/<entry>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{entry}": value for i, own in state.items() for entry, value in _flat(own)}
+
+
+def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for entry, value in state.items():
+        if isinstance(value, dict):  # their tables are one tensor for all parameters, which a file cannot hold twice
+            yield from ((path, tensor.clone()) for path, tensor in _flat(value, f"{prefix}{entry}/"))
+        else:
+            yield f"{prefix}{entry}", torch.as_tensor(value)
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
+    """Put `optimizer_tensors` back."""
+    number = {name: i for i, name in enumerate(names)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        name, *within, entry = key.split("/")
+        i = number[name]
+        own = state.setdefault(i, {})
+        for outer in within:
+            own = own.setdefault(outer, {})
+        # in the order in which its parameter lies in memory, which fused kernels go by
+        as_parameter = value.shape == parameters[i].shape and value.dtype == parameters[i].dtype
+        own[entry] = torch.empty_like(parameters[i]).copy_(value) if as_parameter else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

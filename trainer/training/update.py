@@ -1,0 +1,159 @@
+"""One optimizer update: forward and backward passes, gradients shared and clipped, the step.
+
+Nothing in it waits for a GPU. What an update gave, its losses and whether they were finite, is on its way to the host
+as an `Outcome`, to be read when the next update is under way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..config.config import Config
+from ..system.clock import Clock
+from ..system.processes import Processes
+from .adversary import BETAS, WEIGHT_DECAY
+from .engine import Batch, Engine, Losses
+
+Learners = dict[str, dict[str, torch.nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What update `step` (from 1) gave: its samples, and numbers that may still be on their way from the GPU.
+
+    numbers: named in `names`; "stop" is the share of processes that were asked to stop, "bad" of those with a loss or
+    gradient that is not finite. totals: (samples,) what was minimised.
+    """
+
+    step: int
+    samples: list[int]
+    names: list[str]
+    numbers: Tensor
+    totals: Tensor
+    landed: torch.cuda.Event | None
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name, once they are here."""
+        if self.landed:
+            self.landed.synchronize()
+        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+
+    def bad_samples(self) -> list[int]:
+        """Those of this process whose loss is not finite."""
+        return [self.samples[i] for i in (~self.totals.isfinite()).nonzero().flatten().tolist()]
+
+
+class Updater:
+    """Makes the updates of one run from the batches that come."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        coming: Iterator[tuple[list[int], Batch]],
+        accumulation: int,
+        optimizer: torch.optim.Optimizer,
+        learners: Learners,
+        processes: Processes,
+    ):
+        self.config, self.engine, self.coming, self.accumulation = config, engine, coming, accumulation
+        self.optimizer, self.learners, self.processes = optimizer, learners, processes
+        self.accelerator: Accelerator = processes.accelerator
+        self.clock: Clock = engine.clock
+
+    def __call__(self, step: int, stop: bool) -> Outcome:
+        """Update `step` (from 1) of the learners. stop: whether this process was asked to."""
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * lr_factor(self.config, step)
+        means: Counter[str] = Counter()
+        samples, totals = [], []
+        for _ in range(self.accumulation):
+            numbers, batch = self._next()
+            with self.accelerator.autocast():
+                losses = self.engine.step(batch)
+            total = self._total(losses)
+            with self.clock.part("backward"):
+                self.accelerator.backward(total.mean() / self.accumulation)
+            samples += numbers
+            totals.append(total.detach())
+            means.update({name: of.detach().mean() / self.accumulation for name, of in losses.named().items()})
+        with self.clock.part("optimizer"):
+            numbers, names = self._step(stop, torch.cat(totals), means)
+        numbers, totals, landed = self._to_host(numbers, torch.cat(totals))
+        return Outcome(step, samples, names, numbers, totals, landed)
+
+    def _next(self) -> tuple[list[int], Batch]:
+        with self.clock.part("data"):
+            numbers, batch = next(self.coming)
+            return numbers, batch.to(self.accelerator.device)
+
+    def _total(self, losses: Losses) -> Tensor:
+        """(B,) what is minimised: each part reaches its own weights alone, so one backward pass serves all."""
+        if losses.generator is None:
+            return losses.distance
+        return losses.distance + self.config.adversarial.weight * losses.generator + losses.discriminator
+
+    def _step(self, stop: bool, totals: Tensor, means: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
+        """Share and clip the gradients and step; the update's numbers with their names."""
+        asked, bad = totals.new_full((), float(stop)), (~totals.isfinite()).any().to(totals.dtype)
+        told = self.processes.mean(self._gradients(), torch.stack([asked, bad, *means.values()]))
+        self.accelerator.unscale_gradients()
+        most = self.config.train.max_grad_norm
+        norms = [torch.nn.utils.clip_grad_norm_(own.values(), most) for own in self.learners.values()]
+        if self.accelerator.scaler is None:  # which skips such steps by itself
+            told[1] += (~torch.stack(norms).isfinite()).any()
+        self.optimizer.step()
+        names = ["stop", "bad", *means, *(f"gradient norm of the {name}" for name in self.learners)]
+        return torch.cat([told, torch.stack(norms).to(told)]), names
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all learners, in a fixed order; zero where no loss reached."""
+        parameters = [p for own in self.learners.values() for p in own.values()]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in parameters]
+
+    def _to_host(self, *tensors: Tensor) -> tuple[Tensor | torch.cuda.Event | None, ...]:
+        if self.accelerator.device.type != "cuda":
+            return *tensors, None
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        landed = torch.cuda.Event()
+        landed.record()
+        return *copies, landed
+
+
+def lr_factor(config: Config, step: int) -> float:
+    """Warm-up and schedule at update `step` (from 1), the same for every learner."""
+    train = config.train
+    warm = min(1.0, step / (train.warmup + 1))
+    falling = 0.5 * (1 + math.cos(math.pi * (step - 1) / train.steps)) if train.lr_schedule == "cosine" else 1.0
+    return warm * falling
+
+
+def make_optimizer(config: Config, learners: Learners, device: torch.device) -> torch.optim.Optimizer:
+    """One optimizer with a group for each learner, so that fp16's one gradient scaler serves both.
+
+    Raises ValueError where its library is missing.
+    """
+    own = {
+        "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
+        "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
+    }
+    groups = [{"params": list(p.values()), "full_lr": own[n]["lr"], **own[n]} for n, p in learners.items()]
+    if config.train.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            wanted = "train.optimizer=adamw8bit needs bitsandbytes"
+            raise ValueError(f"{wanted}: pip install bitsandbytes, or use adamw.") from error
+        return AdamW8bit(groups)
+    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))

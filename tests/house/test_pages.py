@@ -97,8 +97,12 @@ def test_every_launched_command_parses():
 
 
 def test_every_script_is_there():
-    lines = [line for text in TEXTS.values() for line in re.findall(r"^python (tests/.*)$", text, re.M)]
-    assert lines and wrong(lines, lambda line: knows_options(ROOT / line.split()[0], line.split()[1:])) == []
+    def check(line: str) -> None:
+        module, *words = line.split()
+        knows_options(ROOT.joinpath("tests", *module.split(".")).with_suffix(".py"), words)
+
+    lines = [line for text in TEXTS.values() for line in re.findall(r"^cd tests && python -m (.*)$", text, re.M)]
+    assert len(lines) >= 4 and wrong(lines, check) == []
 
 
 def test_every_command_in_a_sentence_has_known_options():
@@ -200,3 +204,9 @@ def test_every_file_and_function_that_a_page_names_is_there():
             if not path.is_file() or (name and name not in defined(ast.parse(path.read_text(encoding="utf-8")))):
                 missing.append(f"{page}: {file}:{name}")
     assert missing == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_a_page_names_every_room(page):
+    rooms = [folder.name for folder in (ROOT / "trainer").iterdir() if (folder / "__init__.py").is_file()]
+    assert len(rooms) > 10 and [room for room in rooms if f"{room}/ " not in TEXTS[page].replace("`", " ")] == []

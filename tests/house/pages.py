@@ -343,13 +343,15 @@ def verbs() -> list[tuple[str, Any]]:
 def cli_list() -> str:
     """A heading, a line and an example for each verb, in the groups of `pcm --help`."""
     groups: dict[str, list[str]] = {}
+    run_elsewhere = {command.line for command in commands() if command.page != "docs/cli.md" and not command.not_run}
     for words, verb in verbs():
         panel = getattr(verb, "rich_help_panel", None)
         group = "Editing" if words.startswith("edit ") else panel if isinstance(panel, str) else "Commands"
         about, _, example = inspect.cleandoc(verb.help).partition("\n\nExample: ")
         line = about.split("\n\n")[0].replace("\n", " ")
-        example = " ".join(example.split("\n\n")[0].split()) or f"pcm {words} {_needed(verb)}"
-        text = f"### `pcm {words}`\n\n{line}\n\n```\n# needs the files it names\n{example}\n```"
+        example = " ".join(example.split("\n\n")[0].split()) or f"pcm {words} {_needed(verb)}".rstrip()
+        mark = "" if example in run_elsewhere else "# needs the files it names, or takes minutes\n"
+        text = f"### `pcm {words}`\n\n{line}\n\n```\n{mark}{example}\n```"
         groups.setdefault(group, []).append(text)
     return "\n\n".join(f"## {group}\n\n" + "\n\n".join(texts) for group, texts in groups.items())
 

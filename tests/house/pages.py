@@ -166,13 +166,14 @@ def presets_table() -> str:
         is_relative = config.objective.name != "pcm" and config.base.family
         key = (config.objective.name, preset.source) if is_relative else cells
         groups.setdefault(key, {})[name] = cells
-    rows, said = [], set()
+    rows: list[list[str]] = []
+    printed: set[str] = set()
     for group in groups.values():
         columns = zip(*group.values(), strict=True)
         *cells, source = (column[0] if len(set(column)) == 1 else BREAK.join(column) for column in columns)
         sentences = re.split(r"(?<=\.) ", source)
-        news = [sentence for sentence in sentences if sentence not in said]
-        said.update(sentences)
+        news = [sentence for sentence in sentences if sentence not in printed]
+        printed.update(sentences)
         words = " ".join(["As above."] * (news != sentences) + news)
         words = re.sub(r"docs/(measurements/\w+\.md)", r"[\1](\1)", words)
         rows.append([BREAK.join(f"`{name}`" for name in group), *cells, words])
@@ -326,8 +327,8 @@ def _type(annotation: Any) -> str:
 
 def _bounds(metadata: list[Any]) -> str:
     """What pydantic checks of a value, in words."""
-    found = [(words, getattr(rule, name, None)) for rule in metadata for name, words in BOUNDS.items()]
-    return ", ".join(words.format(value) for words, value in found if value is not None)
+    limits = [(words, getattr(rule, name, None)) for rule in metadata for name, words in BOUNDS.items()]
+    return ", ".join(words.format(value) for words, value in limits if value is not None)
 
 
 # --- docs/cli.md
@@ -397,10 +398,10 @@ def block(name: str) -> re.Pattern:
 
 def write() -> None:
     """Every generated block of every page, from the code."""
-    for page, made in BLOCKS.items():
+    for page, blocks in BLOCKS.items():
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
-        for name, make in made.items():
+        for name, make in blocks.items():
             start, content, end = block(name).search(text).groups()
             text = text.replace(start + content + end, f"{start}{make()}\n{end.lstrip()}")
         path.write_text(text, encoding="utf-8")

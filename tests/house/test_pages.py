@@ -18,7 +18,7 @@ LINKS = [(page, target) for page, text in TEXTS.items() for target in re.findall
 COMMANDS = list(dict.fromkeys(command.line for command in commands()))
 
 
-@pytest.mark.parametrize(("page", "name"), [(page, name) for page, made in BLOCKS.items() for name in made])
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, blocks in BLOCKS.items() for name in blocks])
 def test_a_generated_block_is_the_code_s(page, name):
     assert block(name).search(TEXTS[page])[2] == BLOCKS[page][name](), "run: python tests/house/pages.py"
 
@@ -51,6 +51,16 @@ def parse(words: list[str]) -> None:
         verb, *rest = rest
         command = command.commands[verb]
     command.make_context(verb, rest)
+    if verb in ("train", "bench"):
+        check_settings(rest)
+
+
+def check_settings(words: list[str]) -> None:
+    """Raise ValueError for an unknown preset, an unknown setting, or a value that it cannot have."""
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
+    preset = words[words.index("--preset") + 1] if "--preset" in words else "demo"
+    if not preset.isupper():  # a stand-in, as in `pcm train --preset NAME`
+        load_config(None, overrides, preset)
 
 
 def knows_options(script: Path, words: list[str]) -> None:
@@ -107,12 +117,14 @@ def test_every_script_is_there():
 
 def test_every_command_in_a_sentence_has_known_options():
     def check(words: str) -> None:
-        verb, *rest = words.split()
+        verb, *rest = shlex.split(words)
         command = typer.main.get_command(app).commands[verb]
         if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
             command = command.commands[rest[0]]
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in rest if word.startswith("--")} <= {*options, "--help"}
+        if verb in ("train", "bench"):
+            check_settings(rest)
 
     spans = [words for text in TEXTS.values() for words in re.findall(r"`pcm ([a-z][^`]*)`", text)]
     assert len(spans) > 50 and wrong(spans, check) == []
@@ -120,8 +132,8 @@ def test_every_command_in_a_sentence_has_known_options():
 
 def test_make_has_every_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = {pair for text in TEXTS.values() for pair in re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", text, re.M)}
-    targets = {"".join(pair) for pair in named}
+    either = re.compile(r"`make ([a-z]+)`|^make ([a-z]+)", re.M)
+    targets = {"".join(pair) for text in TEXTS.values() for pair in either.findall(text)}
     assert {"check", "comfy", "demo", "test"} <= targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
 
@@ -165,15 +177,15 @@ def test_every_page_is_reached_from_the_index():
     while queue:
         page = queue.pop()
         reached.add(page)
-        files = {followed(page, target)[0] for of, target in LINKS if of == page}
+        files = {followed(page, target)[0] for source, target in LINKS if source == page}
         names = {file.relative_to(ROOT).as_posix() for file in files if file.is_relative_to(ROOT)}
         queue += names & TEXTS.keys() - reached
     assert TEXTS.keys() - reached == set()
 
 
 def test_every_page_begins_with_a_title_and_what_it_answers():
-    begins = re.compile(r"# .+\n\n[A-Z]")
-    assert [page for page, text in TEXTS.items() if page.startswith("docs/") and not begins.match(text)] == []
+    opening = re.compile(r"# .+\n\n[A-Z]")
+    assert [page for page, text in TEXTS.items() if page.startswith("docs/") and not opening.match(text)] == []
 
 
 def test_every_picture_is_shown_by_a_page():
@@ -194,10 +206,10 @@ def defined(tree: ast.Module) -> set[str]:
 
 def test_every_file_and_function_that_a_page_names_is_there():
     """`trainer/training/loop.py`, `trainer/training/loop.py:train`, `samplers/phases.py:PhaseGrid.plan`."""
-    named = re.compile(r"`((?:docs|nodes|samplers|tests|trainer)/[\w/.-]+\.(?:py|md))(?::([\w.]+))?`")
+    reference = re.compile(r"`((?:docs|nodes|samplers|tests|trainer)/[\w/.-]+\.(?:py|md))(?::([\w.]+))?`")
     missing = []
     for page, text in TEXTS.items():
-        for file, name in named.findall(text):
+        for file, name in reference.findall(text):
             path = ROOT / file
             if "NAME" in file:
                 continue

@@ -15,6 +15,7 @@ from phased_consistency.trainer.objectives import OBJECTIVES
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in pages()}
 LINKS = [(page, target) for page, text in TEXTS.items() for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+VERBS = typer.main.get_command(app).commands
 COMMANDS = list(dict.fromkeys(command.line for command in commands()))
 
 
@@ -46,7 +47,7 @@ def arguments(line: str) -> list[str]:
 def parse(words: list[str]) -> None:
     """Raise where the command line knows no such verb or option, or misses one that it needs; nothing is run."""
     verb, *rest = words
-    command = typer.main.get_command(app).commands[verb]
+    command = VERBS[verb]
     if hasattr(command, "commands"):  # pcm edit inpaint
         verb, *rest = rest
         command = command.commands[verb]
@@ -118,7 +119,7 @@ def test_every_script_is_there():
 def test_every_command_in_a_sentence_has_known_options():
     def check(words: str) -> None:
         verb, *rest = shlex.split(words)
-        command = typer.main.get_command(app).commands[verb]
+        command = VERBS[verb]
         if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
             command = command.commands[rest[0]]
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ...samplers.phases import count_steps
 from ..config.config import Config
-from ..data.cache import LatentCache
+from ..data.store import LatentCache
 from ..families import Base, Condition
 from ..families.generate import draw, unit_noise
 from ..lora.recipe import recipe_for

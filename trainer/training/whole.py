@@ -1,4 +1,4 @@
-"""Runs that train a network whole, from nothing: what they cannot have, the folder they write, and its test."""
+"""Runs that train a network whole, from nothing: the folder that they write, and its test."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ def self_test(path: Path, base: Base, learner: Learner, condition: dict[str, Ten
     again = load_base(str(path), device=base.device)
     x, tick = probe(base)
     condition = {k: v[:1].to(base.device) for k, v in condition.items()}
-    meant, found = (one.denoise(x, tick, condition) for one in (base, again))
-    weights = sum(p.numel() for p in learner.parameters())
-    return Reloaded(weights, (found - meant).abs().max().item(), meant.square().mean().sqrt().item())
+    meant, reloaded = (one.denoise(x, tick, condition) for one in (base, again))
+    return Reloaded(
+        weights=sum(p.numel() for p in learner.parameters()),
+        max_difference=(reloaded - meant).abs().max().item(),
+        rms_output=meant.square().mean().sqrt().item(),
+    )

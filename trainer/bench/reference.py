@@ -194,14 +194,14 @@ def _load(config: Config, device: torch.device) -> tuple[Base, Base]:
     options = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
     load = lambda dtype: load_base(config.base.path, dtype=dtype, device=device, **options)  # noqa: E731
     teacher = load(full)
-    is_sd3 = teacher.name == "sd3"
-    if is_sd3 and not config.adversarial.weight:
+    low_student = teacher.published_in_low_precision
+    if low_student and not config.adversarial.weight:
         teacher.network.to(low)
     for encoder in teacher.text_encoders:
         encoder.to(low)
     # fp16 overflows in SDXL's VAE
     teacher.vae.to(full if low == full else torch.bfloat16)
-    student = load(low if is_sd3 else full)
+    student = load(low if low_student else full)
     student.drop_encoders()
     student.vae = None
     return teacher, student

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..families import Base
-
+# `Base.latent_shape`: side in pixels -> (C, h, w); ValueError for a side that the network cannot take
+LatentShape = Callable[[int], tuple[int, int, int]]
 # Sides are multiples of so many pixels, where the network and the resolution allow it.
 STEP = 64
 # The widest and the tallest bucket: width by height, and the other way round.
@@ -48,7 +47,7 @@ def name_of(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def buckets_for(asked: bool | tuple[str, ...], resolution: int, base: Base) -> Buckets:
+def buckets_for(asked: bool | tuple[str, ...], resolution: int, latent_shape: LatentShape) -> Buckets:
     """Those that `data.buckets` lists ("768x512"), or those with about the area of a square of this side.
 
     Raises ValueError for a listed side that the network cannot take.
@@ -57,11 +56,11 @@ def buckets_for(asked: bool | tuple[str, ...], resolution: int, base: Base) -> B
         sizes = tuple(tuple(int(side) for side in name.split("x")) for name in asked)
         for name, size in zip(asked, sizes, strict=True):
             try:
-                latent_size(base, size)
+                latent_size(latent_shape, size)
             except ValueError as error:
                 raise ValueError(f"data.buckets lists {name}: {str(error).replace('resolution', 'side', 1)}") from None
         return Buckets(sizes)
-    least = next(side for side in range(1, resolution + 1) if _takes(base, side))
+    least = next(side for side in range(1, resolution + 1) if _takes(latent_shape, side))
     return standard_buckets(resolution, max(least, min(STEP, resolution // 8) // least * least))
 
 
@@ -75,10 +74,10 @@ def standard_buckets(resolution: int, step: int) -> Buckets:
     return Buckets(tuple(sorted(sizes, key=lambda s: s[0] / s[1])))
 
 
-def latent_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
+def latent_size(latent_shape: LatentShape, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a latent for (width, height) in pixels; ValueError for what the network cannot take."""
     width, height = size
-    return base.latent_shape(height)[1], base.latent_shape(width)[2]
+    return latent_shape(height)[1], latent_shape(width)[2]
 
 
 def bucket_notes(sizes: np.ndarray) -> list[str]:
@@ -110,9 +109,9 @@ def _apart(aspect: float, size: tuple[int, int]) -> float:
     return abs(math.log(aspect * size[1] / size[0]))
 
 
-def _takes(base: Base, side: int) -> bool:
+def _takes(latent_shape: LatentShape, side: int) -> bool:
     try:
-        base.latent_shape(side)
+        latent_shape(side)
     except ValueError:
         return False
     return True

@@ -63,7 +63,7 @@ def build_cache(
     called it. Raises ValueError that lists every unreadable picture and missing caption, unless `data.skip_bad`.
     """
     data, share = config.data, Share(rank, processes)
-    buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
+    buckets = buckets_for(data.buckets, data.resolution, base.latent_shape) if data.buckets else None
     if rank > 0:
         wait()  # while the first process takes the files' hashes and looks at what is there
     source = open_source(config, buckets, write=rank == 0) if data.has_pictures else None

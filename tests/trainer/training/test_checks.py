@@ -119,7 +119,8 @@ def test_a_run_and_its_dry_run_refuse_the_same(preset, files, tmp_path):
         assert by_dry_run == by_run, name
         assert (tmp_path / name / "config.json").exists() == (by_run is None), "what is refused is not written down"
         refused += by_run is not None
-    assert 8 < refused < len(SWITCHES)
+    assert refused > 8
+    assert refused < len(SWITCHES) or preset == "lcf-demo", "whose LoRA and pictures are not there"
 
 
 @pytest.mark.parametrize(

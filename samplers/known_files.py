@@ -26,13 +26,15 @@ PLAIN = (
     r"(?:loras?|weights|s?sd(?:xl|v?\d+b?)?|xl|1b|base|converted|half|rank|(?:v|r|rank|dim|fp|bf)?\d+|"
     r"\d*(?:dim|steps?))"
 )
-# Words of the methods' own files; a name of these and PLAIN ones alone is that of no style made with a method.
+# Words of the methods' own files; a name of these and PLAIN ones alone is that of no style made with a
+# method.
 OWN = (
     r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
     r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?)"
 )
 
-# Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM, TCD).
+# Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM,
+# TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
 DISTILLED = {"points": DISTILLED_POINTS, "sampling_points": DISTILLED_POINTS, "sampling_from_noise": True}
 STOCHASTIC = {"mode": "stochastic", "phases": 1}
@@ -49,8 +51,8 @@ def _only(method: str) -> str:
 class KnownFiles:
     """Published files of one kind.
 
-    words: pattern that the words of a file's name match, in lower case with one space between; its groups "steps"
-        (the phases, too) and "shift" are read.
+    words: pattern that the words of a file's name match, in lower case with one space between; its groups
+        "steps" (the phases, too) and "shift" are read.
     families: those that there are such files for.
     settings: fields of `Recipe`.
     guidance: steps -> CFG (best, low, high), for files that keep CFG and negative prompts.
@@ -76,22 +78,23 @@ class KnownFiles:
         return Recipe(**values, source="known file")
 
 
-# Names and settings as checked in 2026-11 in copies of the authors' pages and scripts, except those marked (*), which
-# are as others quote them. No file was opened.
-# - wangfuyun/PCM_Weights. Its training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always the levels
-#   that its authors sample at.
-# - latent-consistency/lcm-lora-sdv1-5, -sdxl, -ssd-1b, and h1t/TCD-SD15-, -SD21-base-, -SDXL-LoRA. All of these are
-#   called pytorch_lora_weights there and are renamed by everyone. CFG up to 2 (*).
-# - ByteDance/Hyper-SD: one file for each number of steps, by DDIM with trailing spacing; the 1-step file by TCD at eta
-#   1, for up to 8 steps; CFG 5 to 8 for SD1.5's and SDXL's "CFG" files. SD3's: strength 0.125, CFG 3, 5 and 7 (*), the
-#   ranges are ours. Left to itself, diffusers' SD3 scheduler starts the last step at sigma 0.009; these are even.
+# Names and settings as checked in 2026-11 in copies of the authors' pages and scripts, except those marked
+# (*), which are as others quote them. No file was opened.
+# - wangfuyun/PCM_Weights. Its training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always
+#   the levels that its authors sample at.
+# - latent-consistency/lcm-lora-sdv1-5, -sdxl, -ssd-1b, and h1t/TCD-SD15-, -SD21-base-, -SDXL-LoRA. All of
+#   these are called pytorch_lora_weights there and are renamed by everyone. CFG up to 2 (*).
+# - ByteDance/Hyper-SD: one file for each number of steps, by DDIM with trailing spacing; the 1-step file by
+#   TCD at eta 1, for up to 8 steps; CFG 5 to 8 for SD1.5's and SDXL's "CFG" files. SD3's: strength 0.125, CFG
+#   3, 5 and 7 (*), the ranges are ours. Left to itself, diffusers' SD3 scheduler starts the last step at
+#   sigma 0.009; these are even.
 # - ByteDance/SDXL-Lightning: Euler, trailing (*); its 1-step files are no LoRAs.
 # - tianweiy/DMD2: LCM's sampler at timesteps 999, 749, 499, 249; less strength where a merged model wants it.
-# - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for trailing
-#   spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
-# - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even levels, CFG 1
-#   to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4 steps 0.90 to 0.96 of its
-#   noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
+# - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for
+#   trailing spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
+# - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even
+#   levels, CFG 1 to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4
+#   steps 0.90 to 0.96 of its noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
 KNOWN_FILES = (
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sd15",), "pcm", TRAILING | {"points": 50}),
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}),
@@ -147,11 +150,12 @@ def recipe_for_file(
 ) -> Recipe | None:
     """The recipe in a LoRA's header, else that of a known public file of this name or title, else None.
 
-    name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache by its
-    repository. metadata: the safetensors `__metadata__`; its `TITLES` tell what a renamed file was called. family: what
-    the file's tensors are of (`LoraHeader.family`), where known: a name that tells no family takes it, and one that
-    tells another is not believed. certain: only by a name that has no words of its own, as titles must not have: one
-    such as "comic_style_dmd2" may tell what a style's LoRA is for. Raises ValueError for an unreadable header.
+    name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache
+    by its repository. metadata: the safetensors `__metadata__`; its `TITLES` tell what a renamed file was
+    called. family: what the file's tensors are of (`LoraHeader.family`), where known: a name that tells no
+    family takes it, and one that tells another is not believed. certain: only by a name that has no words of
+    its own, as titles must not have: one such as "comic_style_dmd2" may tell what a style's LoRA is for.
+    Raises ValueError for an unreadable header.
     """
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY])

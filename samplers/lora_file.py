@@ -1,7 +1,9 @@
-"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha. No weights are touched.
+"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha. No weights are
+touched.
 
-Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3 lora_transformer_*). The host
-maps those whole; of the PEFT and diffusers styles it drops all attention projections for SD1.5 and SDXL.
+Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3
+lora_transformer_*). The host maps those whole; of the PEFT and diffusers styles it drops all attention
+projections for SD1.5 and SDXL.
 """
 
 from __future__ import annotations
@@ -147,7 +149,8 @@ class LoraHeader:
         return family_from_metadata(self.metadata)
 
     def scale_alphas(self) -> dict[str, float]:
-        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host ignores.
+        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host
+        ignores.
 
         Raises ValueError for metadata of another form, and for an alpha that is not a finite number.
         """
@@ -188,7 +191,8 @@ class LoraHeader:
 def split_key(name: str) -> tuple[str, str] | None:
     """Tensor name -> (kohya module name, part), for every published key style; None for other tensors.
 
-    "unet.mid_block.attentions.0.proj_in.lora_A.weight" -> ("lora_unet_mid_block_attentions_0_proj_in", "down").
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight" -> ("lora_unet_mid_block_attentions_0_proj_in",
+    "down").
     """
     for suffix, part in PARTS:
         if name.endswith(suffix):
@@ -235,7 +239,8 @@ def header_text(path: Path) -> bytes:
 def read_header(path: str | Path) -> LoraHeader:
     """Read a safetensors header and check that the file is whole.
 
-    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut short.
+    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut
+    short.
     """
     path = Path(path)
     text = header_text(path)

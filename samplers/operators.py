@@ -1,8 +1,9 @@
 """What an edit knows of a picture: operators that project any picture onto those that agree with it.
 
-Pictures are (B, 3, H, W) in [0, 1], in fp32. `project` is idempotent; what it must keep it keeps exactly, before the
-picture is rounded to 8 bits. These are the consistency-models paper's (A, Omega) of each task (arXiv 2303.01469, Alg. 4
-and App. D) in closed form, with the result pulled back into [0, 1] where plain clipping would break what was kept.
+Pictures are (B, 3, H, W) in [0, 1], in fp32. `project` is idempotent; what it must keep it keeps exactly,
+before the picture is rounded to 8 bits. These are the consistency-models paper's (A, Omega) of each task
+(arXiv 2303.01469, Alg. 4 and App. D) in closed form, with the result pulled back into [0, 1] where plain
+clipping would break what was kept.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Operator(ABC):
         """`project` of a picture of the right size."""
 
     def finish(self, image: Tensor) -> Tensor:
-        """The result from the last decoded picture: it agrees with what is known, and has its transparency, if any.
+        """The result from the last decoded picture: it agrees with what is known, and has its transparency,
+        if any.
 
         Raises ValueError for a picture of another size.
         """
@@ -80,9 +82,9 @@ class Identity(Operator):
 class Inpaint(Operator):
     """What is outside the mask is known, and stays as it is, pixel for pixel, beyond a rim that is blended.
 
-    picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1 both are
-    blended in the result. grow: width of the rim around the mask, in pixels, over which the drawn picture (its version
-    of what is known there) goes over into the given one, so that no seam shows.
+    picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1
+    both are blended in the result. grow: width of the rim around the mask, in pixels, over which the drawn
+    picture (its version of what is known there) goes over into the given one, so that no seam shows.
     Raises ValueError for a mask of another size or number, and for a negative grow.
     """
 
@@ -115,7 +117,8 @@ class Inpaint(Operator):
     def cells(self, factor: int, canvas: tuple[int, int]) -> Tensor:
         """(B, 1, h, w) which latent cells to draw, 1 for those that hold any pixel of the hole.
 
-        factor: pixels a cell. canvas: height and width of the encoded picture; what it has beyond this one is no hole.
+        factor: pixels a cell. canvas: height and width of the encoded picture; what it has beyond this one is
+        no hole.
         """
         right, below = (have - own for have, own in zip(canvas[::-1], self.size[::-1], strict=True))
         return F.max_pool2d(F.pad(self.hole, (0, right, 0, below)), factor)
@@ -141,8 +144,9 @@ def outpaint(picture: Tensor, left: int = 0, top: int = 0, right: int = 0, botto
 class Colorize(Operator):
     """The luminance stays: LUMA's weighted sum of red, green, blue. What is drawn brings the colours.
 
-    The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y, B - Y); a
-    pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it is.
+    The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y, B
+    - Y); a pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it
+    is.
     """
 
     def __init__(self, picture: Tensor):
@@ -159,8 +163,9 @@ class Colorize(Operator):
 class SuperResolution(Operator):
     """Every block of factor x factor pixels keeps its mean: the pixel of the small picture.
 
-    picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is added to the
-    whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a time.
+    picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is
+    added to the whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a
+    time.
     Raises ValueError for a factor that is no whole number of at least 1.
     """
 
@@ -212,7 +217,8 @@ def luminance(image: Tensor) -> Tensor:
 def fill(image: Tensor, hole: Tensor) -> Tensor:
     """The picture with the hole (B, 1, H, W; 1 is unknown) filled by colours that flow in from its rim.
 
-    From coarse to fine: what is known is averaged until nothing is unknown, and handed back down. Grey where all is.
+    From coarse to fine: what is known is averaged until nothing is unknown, and handed back down. Grey where
+    all is.
     """
     if not hole.any():
         return image.expand(max(len(image), len(hole)), -1, -1, -1)

@@ -54,23 +54,27 @@ class Recipe:
     """How a LoRA was trained, and how it wants to be sampled.
 
     family: base model family, a key of `FAMILIES`.
-    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or another;
+    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
+    another;
         "unknown" where the settings are the user's.
-    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any few steps).
-    gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic, which is
-        also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
-    points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such grid, or an
-        unpublished one, the grid that it is sampled on.
+    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any
+    few steps).
+    gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic,
+        which is also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
+    points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such
+        grid, or an unpublished one, the grid that it is sampled on.
     steps: recommended number of steps.
     prediction: what the base predicts: "epsilon", "v_prediction" or "flow".
     zero_terminal_snr: whether the base's schedule ends in pure noise.
     shift: flow time shift; None for VP.
-    min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0 = alpha.
+    min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0 =
+    alpha.
     guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (CFG and negative prompts work as usual).
     guidance: recommended CFG scale (1 = none); guidance_min, guidance_max: the range it was made for.
     negative_prompts: whether a negative prompt has the usual effect within that range.
     strength: recommended LoRA strength.
-    sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the trained one.
+    sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the
+    trained one.
     base_name, base_hash: the checkpoint it was distilled from (SHA-256 of the file, where it is one file).
     source: where this recipe came from, a key of `SOURCES`; not part of the header.
     """
@@ -209,10 +213,11 @@ class Recipe:
     def has_levels(self, ticks: Sequence[float]) -> bool:
         """Whether these levels, ticks of 1000 from noisy to clean, are such as this LoRA knows.
 
-        From pure noise to the clean end they are those of its plan for as many steps, or, at another number of steps
-        than its own, evenly spaced ones. A part of the way is part of the plan for its own number of steps, or for any
-        number where it takes any. A one-phase LoRA knows all of its points: its levels may be as far off as these are
-        apart, and a part to the clean end may be evenly spaced from wherever it starts.
+        From pure noise to the clean end they are those of its plan for as many steps, or, at another number
+        of steps than its own, evenly spaced ones. A part of the way is part of the plan for its own number of
+        steps, or for any number where it takes any. A one-phase LoRA knows all of its points: its levels may
+        be as far off as these are apart, and a part to the clean end may be evenly spaced from wherever it
+        starts.
         """
         slack = max(SLACK, TICKS / self.points) if self.phases == 1 else SLACK
         return any(

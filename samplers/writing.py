@@ -46,7 +46,8 @@ def path_within(folder: Path, name: str) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name of ours beside `path` to write to. What is there in the end is flushed to disk and renamed to `path`.
+    """A name of ours beside `path` to write to. What is there in the end is flushed to disk and renamed to
+    `path`.
 
     On any error or interruption it is removed, and what stood at `path` is untouched.
     """
@@ -70,9 +71,11 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = False) -> bool:
-    """Copy a LoRA file with this recipe, and its usage hint, in the header; returns as `copy_with_metadata` does.
+    """Copy a LoRA file with this recipe, and its usage hint, in the header; returns as `copy_with_metadata`
+    does.
 
-    Raises ValueError for a file that is no LoRA or one of another family, and what `copy_with_metadata` raises.
+    Raises ValueError for a file that is no LoRA or one of another family, and what `copy_with_metadata`
+    raises.
     """
     header = read_header(source)
     if header.family not in (None, recipe.family):
@@ -119,14 +122,16 @@ def copy_with_metadata(
     overwrite: bool = False,
     remove: Collection[str] = (),
 ) -> bool:
-    """Copy a safetensors file with entries of its header set and removed; the others, and every tensor's bytes, stay.
+    """Copy a safetensors file with entries of its header set and removed; the others, and every tensor's
+    bytes, stay.
 
     Returns whether it was written: a target that is this very copy is left as it is.
-    The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay true.
+    The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay
+    true.
     overwrite: whether another file at `target` may be replaced; the source itself never is.
-    Raises ValueError for a damaged source, a target that exists, or a header that would grow above `MOST_HEADER`;
-    KeyError for an entry to remove that is not there; OSError naming the target when it cannot be written, and then no
-    part of the file is left.
+    Raises ValueError for a damaged source, a target that exists, or a header that would grow above
+    `MOST_HEADER`; KeyError for an entry to remove that is not there; OSError naming the target when it cannot
+    be written, and then no part of the file is left.
     """
     read_header(source)
     _check_target(source, target)

@@ -24,8 +24,8 @@ from .sampling import NoiseSampler
 from .schedule import Schedule
 
 CELL = 8  # pixels a latent cell, in every family
-STROKE_RATIO = 0.416  # the stroke schedule's second noise level by its first: 2.24 / 5.38, arXiv 2303.01469, App. D
-NOISIEST = 14.6  # noise-to-signal ratio that is pure noise to the eye: the last of SD's; a flow model's is infinite
+STROKE_RATIO = 0.416  # the second noise level of strokes by their first, 2.24 / 5.38 (arXiv 2303.01469, App. D)
+NOISIEST = 14.6  # noise by signal that is pure noise to the eye: the most in SD; a flow model's is infinite
 MEDIAN_OF_UNIT_NOISE = 0.6745  # the median absolute value of a standard normal variable
 
 
@@ -209,12 +209,11 @@ def denoising(
     seed: int = 0,
     multiple: int = CELL,
 ) -> tuple[LevelPlan, float]:
-    """The levels that take white noise of standard deviation `std` out of pictures, and the noise to add
-    before.
+    """The levels that take white noise of standard deviation `std` out of pictures, and noise to add.
 
-    picture: (B, 3, H, W) in [0, 1]. The second result is a share of the first level's unit noise, from 0 to
-    1: a solver starts between ticks nowhere, so the first level is a little noisier than the encoded picture,
-    and the difference, of variances, is put in.
+    picture: (B, 3, H, W) in [0, 1]. The second result is a share, 0 to 1, of the first level's unit noise:
+    that level is the first whole tick at least as noisy as the encoded picture, and the noise that the
+    picture lacks of it has to be put in. Independent noises add by their variances, hence the squares.
     """
     ratio = latent_noise(codec, picture, std, seed, multiple)
     plan = denoise_plan(grid, schedule, ratio, steps)

@@ -109,7 +109,9 @@ class PCMCompare(io.ComfyNode):
         total = sum(plan.steps for _, _, plan in rows)
         show_step = latent_preview.prepare_callback(model, total)
         steps_done = 0
-        drawn, labels, costs = [], [], []
+        drawn = []  # latents, row after row
+        labels = []
+        costs = []
         for steps, variant, plan in rows:
             evaluations.clear()
             progress = _shifted(show_step, steps_done, total)
@@ -130,8 +132,7 @@ class PCMCompare(io.ComfyNode):
 
 
 def counted(model: Any) -> tuple[Any, list[int]]:
-    """A clone of a host MODEL, and a list that grows by one entry a step: the prompts evaluated, 1, or 2 with
-    CFG.
+    """A clone of a host MODEL, and a list that grows at each step by the number of prompts evaluated, 1 or 2.
 
     Counted where the host hands prompts to the network, so that a CFG schedule and a negative prompt left out
     show.
@@ -147,9 +148,9 @@ def counted(model: Any) -> tuple[Any, list[int]]:
     return model, evaluations
 
 
-def _shifted(show_step: Callable[..., None], done: int, total: int) -> Callable[..., None]:
+def _shifted(show_step: Callable[..., None], steps_before: int, total: int) -> Callable[..., None]:
     """The host's callback for one run of several, after so many steps of `total` in the runs before."""
-    return lambda step, x0, x, _: show_step(done + step, x0, x, total)
+    return lambda step, x0, x, _: show_step(steps_before + step, x0, x, total)
 
 
 def read_step_counts(text: str) -> list[int]:
@@ -157,8 +158,8 @@ def read_step_counts(text: str) -> list[int]:
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     odd = [word for word in words if not re.fullmatch(r"[0-9]{1,4}", word)]
     if odd or not words:
-        read = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
-        raise ValueError(f"step_counts is {text!r}, {read}. Write whole numbers, such as 1, 2, 4, 8.")
+        fault = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
+        raise ValueError(f"step_counts is {text!r}, {fault}. Write whole numbers, such as 1, 2, 4, 8.")
     return list(dict.fromkeys(map(int, words)))
 
 
@@ -201,8 +202,7 @@ def cost_text(evaluations: int) -> str:
 
 
 def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
-    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its lines of label at the
-    left.
+    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its label at the left.
 
     The letters grow with the pictures; beside small ones they keep a size that can be read, and the rows
     grow.

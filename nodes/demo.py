@@ -84,7 +84,8 @@ def vocabulary() -> frozenset[str]:
 @torch.no_grad()
 def encode(text: str) -> tuple[Tensor, Tensor]:
     """A prompt -> context (1, 77, 4096) and pooled (1, 2048), fp32 on the CPU: the trainer's `SD3.encode_prompts`."""
-    hidden, pooled = [], []  # of each encoder
+    hidden = []
+    pooled = []
     for tokenizer, encoder in encoders():
         ids = tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         output = encoder(ids, output_hidden_states=True)

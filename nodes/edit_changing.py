@@ -225,8 +225,7 @@ class PCMInterpolate(io.ComfyNode):
 
 
 def mixed(a: list, b: list, share: float) -> list:
-    """The host CONDITIONING a share of the way from a to b, part by part. Shares 0 and 1 are a and b
-    themselves.
+    """The host CONDITIONING a share of the way from a to b, part by part; shares 0 and 1 are a and b.
 
     Linear in the text, the shorter one filled with zeros, and in the pooled text. All else is the nearer
     one's.
@@ -249,8 +248,8 @@ def _mixed(a: list, b: list, share: float) -> list:
         )
     longest = max(text.shape[1], text_b.shape[1])
     text, text_b = (F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in (text, text_b))
-    rest = (extra, extra_b)[round(share)].copy()
+    extras = (extra, extra_b)[round(share)].copy()
     pooled = [e["pooled_output"] for e in (extra, extra_b) if e.get("pooled_output") is not None]
     if pooled:
-        rest["pooled_output"] = torch.lerp(pooled[0], pooled[-1], share)
-    return [torch.lerp(text, text_b, share), rest]
+        extras["pooled_output"] = torch.lerp(pooled[0], pooled[-1], share)
+    return [torch.lerp(text, text_b, share), extras]

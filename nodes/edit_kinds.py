@@ -153,8 +153,7 @@ class Edit:
         inputs.check("projection", self.projection, inputs.PROJECTIONS)
 
     def on(self, guider: Any, x: Tensor) -> Projection:
-        """The `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on: a
-        `ProjectionMaker`.
+        """The `project` of `sample_phased` for a run of a guider, from x (B, C, h, w) on: a `ProjectionMaker`.
 
         Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another
         family.

@@ -1,5 +1,4 @@
-"""Facts that are in the graph and not in a MODEL: the LoRAs that it has come through, and the words of
-prompts.
+"""Facts that are in the graph and not in a MODEL: LoRAs that it has come through, words of prompts.
 
 An entry is one node of a queued graph, {"class_type", "inputs"}; an input is a value, or a link [node id,
 output].
@@ -34,8 +33,7 @@ def has_links(entry: dict[str, Any]) -> bool:
 
 
 def is_bare(path: list[dict[str, Any]]) -> bool:
-    """Whether a `model_path` shows that no few-step LoRA is on the model, unless its checkpoint has one
-    merged in.
+    """Whether a `model_path` shows that no few-step LoRA is on the model, unless one is merged in.
 
     It has to begin at a loader, and to have nodes of the host and this pack alone: the inputs of other packs'
     nodes do not tell what these do.

@@ -21,8 +21,8 @@ RecipeType = io.Custom("PCM_RECIPE")
 
 def supported(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
     """Call `make` without the keywords this host does not know (0.3.64: no search aliases, no advanced inputs)."""
-    known = inspect.signature(make).parameters
-    return make(*args, **{name: value for name, value in keywords.items() if name in known})
+    parameters = inspect.signature(make).parameters
+    return make(*args, **{name: value for name, value in keywords.items() if name in parameters})
 
 
 def menu_of(core_node: str) -> str:
@@ -40,8 +40,7 @@ def speaking(**keywords: Any) -> io.Schema:
 
 
 def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:
-    """Write lines on a node as it stands in the graph; the result, as the node's `ui`, puts them into the
-    history.
+    """Write lines on a node as it stands in the graph; the result, as its `ui`, puts them into the history.
 
     The most important line first and short: a node of ordinary size shows two lines of about 40 characters.
     Every line is a sentence, since some frontends run them together.

@@ -103,8 +103,8 @@ class PCMStampRecipe(io.ComfyNode):
         target = copy_of(lora, name)
         written = stamp_recipe(source, target, recipe, overwrite)
 
-        short = target.relative_to(folder_paths.get_folder_paths("loras")[0])
-        lines = [f"{'Written' if written else 'There already'}: {short}.", recipe.usage_hint()]
+        name_in_folder = target.relative_to(folder_paths.get_folder_paths("loras")[0])
+        lines = [f"{'Written' if written else 'There already'}: {name_in_folder}.", recipe.usage_hint()]
         metadata = read_header(source).metadata
         if HEADER_KEY in metadata:
             lines.append("It takes the place of the recipe that the file had.")
@@ -121,7 +121,7 @@ def copy_of(lora: str, name: str) -> Path:
 
 
 def fit(header: LoraHeader, model) -> list[str]:
-    """How much of a LoRA has a place in a host MODEL, or why nothing has."""
+    """The share of a LoRA that has a place in a host MODEL, or the reason why nothing has, in sentences."""
     matched = lora_on_model.match(header, model)
     recipe = recipe_of(header)
     try:

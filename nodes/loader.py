@@ -87,8 +87,8 @@ class PCMLoadLora(io.ComfyNode):
             patched = lora_on_model.apply(header, matched, model, strength)
             lora_on_model.set_shift(patched, used.shift)
 
-        others = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
-        lines = lora_on_model.report(header, matched, used, strength, model, patched, others)
+        other_loras = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
+        lines = lora_on_model.report(header, matched, used, strength, model, patched, other_loras)
         settled = recipe_in_file is not None or recipe != "auto"
         if not settled:
             lines.insert(0, "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets.")

@@ -58,7 +58,7 @@ class LoraMatch:
 
 
 def model_family(model: Any) -> str | None:
-    """Family of a host MODEL, a key of `FAMILIES`; None for others."""
+    """Family of a host MODEL, a key of `FAMILIES`; None for any other."""
     config = model.model.model_config
     return next((family for family, kind in CONFIGS.items() if isinstance(config, kind)), None)
 
@@ -95,8 +95,7 @@ def match(header: LoraHeader, model: Any) -> LoraMatch:
 
 
 def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
-    """Shape of the weight, or of the slice of a fused one (key, (dim, start, length)), that a LoRA name
-    stands for.
+    """Shape of the weight, or of a fused one's slice (key, (dim, start, length)), for a LoRA name's target.
 
     None where there is no such weight: the host has names for a middle block even in models that have none.
     """
@@ -127,8 +126,7 @@ def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None
 
 
 def apply(header: LoraHeader, matched: LoraMatch, model: Any, strength: float) -> Any:
-    """A clone of the model with the matching modules patched, under the host's names and with every alpha in
-    place.
+    """A clone of the model with the matching modules patched, each with its alpha.
 
     Raises ValueError for numbers that are not finite, an alpha that is not one number, and what the host
     cannot load.
@@ -262,16 +260,22 @@ def set_shift(model: Any, shift: float | None) -> None:
 
 
 def report(
-    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, patched: Any, others: list[str]
+    header: LoraHeader,
+    matched: LoraMatch,
+    recipe: Recipe,
+    strength: float,
+    model: Any,
+    patched: Any,
+    other_loras: list[str],
 ) -> list[str]:
     """Lines for the loader's node: faults first, then how to sample the LoRA, and the facts of the file.
 
-    model, patched: the host MODEL before and after. others: files of few-step LoRAs that the graph shows on
-    the model already, beside one of this node's kind, which the model itself carries (`LOADED`).
+    model, patched: the host MODEL before and after. other_loras: files of few-step LoRAs that the graph shows
+    on the model already, beside one of this node's kind, which the model itself carries (`LOADED`).
     """
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines = [
-        *(_problems(header, matched, recipe, strength, model, others) if strength else [OFF]),
+        *(_problems(header, matched, recipe, strength, model, other_loras) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
         f"{FAMILIES[recipe.family]} {recipe.method}, {len(matched.names)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
@@ -290,10 +294,10 @@ def report(
 
 
 def _problems(
-    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, others: list[str]
+    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, other_loras: list[str]
 ) -> list[str]:
     """Faults of a LoRA on this model at this strength, a sentence each that says what to do."""
-    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *others] if other][:1]
+    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *other_loras] if other][:1]
     predicted = prediction_of(model.get_model_object("model_sampling"))
     if predicted != recipe.prediction:
         lines.append(OTHER_PREDICTION[recipe.prediction])

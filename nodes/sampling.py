@@ -138,7 +138,8 @@ def is_empty(latent: Tensor) -> bool:
 
 def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> list[str]:
     """Faults in the links of a sampling node, a sentence each, as far as the model and the graph show them."""
-    graph, node_id = node.hidden.prompt, node.hidden.unique_id
+    graph = node.hidden.prompt
+    node_id = node.hidden.unique_id
     path = model_path(graph, node_id)
     loaded = model.get_attachment(LOADED)
     ours = [i for i, entry in enumerate(path) if entry["class_type"] == "PCMLoadLora"]

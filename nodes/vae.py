@@ -98,8 +98,7 @@ def whole(vae: Any) -> Any:
 
 
 def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor]) -> tuple[Tensor, list[str]]:
-    """The result of `decode` with a host VAE, and a sentence where memory ran out and it had to go over to
-    tiles.
+    """The result of `decode`, and a sentence where memory ran out and the VAE had to go over to tiles.
 
     vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses the `HostVAE` that it is called
     with.

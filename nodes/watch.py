@@ -34,7 +34,9 @@ class Watch:
     """
 
     def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
-        self.node, self.recipe, self.report = node, recipe, report
+        self.node = node
+        self.recipe = recipe
+        self.report = report
         self._prompt_id = ""
         self._misfits: list[str] = []
 
@@ -66,6 +68,7 @@ class Watch:
         return executor(noise, latent_image, sampler, sigmas, *rest, **more)
 
     def _look(self, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> None:
+        """Judge a run, and write what does not fit it on the loader."""
         # One queued graph may run the model several times, and a later run must not take back what was said
         # of an earlier one. The next graph starts anew.
         context = get_executing_context()
@@ -121,11 +124,11 @@ def _sampler_misfit(recipe: Recipe, sampler: Any, options: dict[str, Any] | None
 
 def _level_misfit(recipe: Recipe, model: Any, ticks: list[float], empty: bool) -> list[str]:
     """Levels that the LoRA does not know, by the likeliest cause: a node that moves them, shift, scheduler."""
-    known = recipe.has_levels(ticks)
+    is_known = recipe.has_levels(ticks)
     recipe_ticks = recipe.grid().plan(recipe.steps).ticks
-    if moves(model, recipe_ticks) and (not known or moves(model, tuple(map(round, ticks)))):
+    if moves(model, recipe_ticks) and (not is_known or moves(model, tuple(map(round, ticks)))):
         return [MOVED]
-    if known or not is_on_base_schedule(model, recipe):
+    if is_known or not is_on_base_schedule(model, recipe):
         return []
     if (shift := shift_of(model)) != recipe.shift:
         return [f"Shift {shift:g} is not this LoRA's: remove the node that sets it."]

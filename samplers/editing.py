@@ -47,7 +47,8 @@ def canvas(size: tuple[int, int], multiple: int = CELL, least: int = 64) -> tupl
 def extended(image: Tensor, size: tuple[int, int]) -> Tensor:
     """The picture (B, C, H, W) on a canvas of this height and width, its last rows and columns repeated."""
     height, width = size
-    below, right = height - image.shape[-2], width - image.shape[-1]
+    below = height - image.shape[-2]
+    right = width - image.shape[-1]
     return F.pad(image, (0, right, 0, below), mode="replicate")
 
 
@@ -191,11 +192,11 @@ def denoise_plan(grid: PhaseGrid, schedule: Schedule, ratio: float, steps: int |
     landings = grid.edges if grid.phases > 1 else [round(start * j / parts) for j in range(parts)]
     ticks = (start, *sorted({tick for tick in landings if tick < start}, reverse=True))
 
-    taken = len(ticks) - 1
-    if steps in (None, taken):
+    count = len(ticks) - 1
+    if steps in (None, count):
         return LevelPlan(ticks, start / grid.ticks)
-    verb = "is" if taken == 1 else "are"
-    note = f"From the level of this noise on there {verb} {count_steps(taken)}, not {steps}."
+    verb = "is" if count == 1 else "are"
+    note = f"From the level of this noise on there {verb} {count_steps(count)}, not {steps}."
     return LevelPlan(ticks, start / grid.ticks, (note,))
 
 
@@ -259,12 +260,13 @@ def estimated_noise(picture: Tensor) -> float:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The noise a share of the way from `a` to `b` (B, ...) on the great circle: share 0 is a and 1 is b, bit
-    for bit.
+    """The noise a share of the way from `a` to `b` (B, ...) on the great circle; 0 is a, 1 is b, bit for bit.
 
     A straight line would lose variance on the way, and with it the level of noise that the network expects.
     """
-    first, second = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # not every device has float64
+    # On the CPU, since not every device has float64.
+    first = a.flatten(1).cpu().double()
+    second = b.flatten(1).cpu().double()
     cosine = F.cosine_similarity(first, second).clamp(-1, 1)
     angle = cosine.acos()
 

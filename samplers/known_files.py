@@ -171,6 +171,7 @@ def recipe_for_file(
 
 
 def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe | None:
+    """The recipe of the first of `KNOWN_FILES` that a name's words match; family, certain: see `recipe_for_file`."""
     if certain and not re.fullmatch(rf"(?:{PLAIN}|{OWN})(?: (?:{PLAIN}|{OWN}))*", words):
         return None
     named = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
@@ -186,7 +187,8 @@ def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe |
 def _words(name: str) -> str:
     """The words of a file's name, or of its folder's where a library has named it."""
     path = PurePath(name.replace("\\", "/"))
-    name, folder = path.stem, path.parent
+    name = path.stem
+    folder = path.parent
     if name.lower() in UNNAMED:  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
         name = folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
     return _plain(name)

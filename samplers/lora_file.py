@@ -128,10 +128,10 @@ class LoraHeader:
         # An alpha alone is of some other kind of adapter, such as LoHa, whose halves have other names.
         modules = {k: m for k, m in modules.items() if "down" in m.keys or "up" in m.keys}
         if not modules:
-            some = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
+            examples = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
             raise ValueError(
                 f"{self.path.name} holds no LoRA: none of its {len(self.tensors)} tensor names is a LoRA's (they are "
-                f"like {some}). Use a LoRA file, not a checkpoint or an embedding."
+                f"like {examples}). Use a LoRA file, not a checkpoint or an embedding."
             )
         return modules
 
@@ -162,8 +162,9 @@ class LoraHeader:
         try:
             # The keys are "unet.lora_alpha" and the like; of several components the first counts.
             config = {key.split(".")[-1]: value for key, value in reversed(json.loads(text).items())}
-            alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+            patterns = config.get("alpha_pattern") or {}
             patterns = {key.replace(".", "_"): _number(value) for key, value in patterns.items()}
+            alpha = config.get("lora_alpha")
             alpha = None if alpha is None else _number(alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(

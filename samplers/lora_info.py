@@ -28,7 +28,7 @@ NOTED = {
 
 
 def recipe_of(header: LoraHeader) -> Recipe | None:
-    """How a LoRA file must be sampled, from its header, or from its name and family where it is a known file."""
+    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file."""
     return recipe_for_file(str(header.path), header.metadata, header.family)
 
 
@@ -37,7 +37,9 @@ def facts(header: LoraHeader) -> dict[str, Any]:
 
     Reads no tensor but the alphas. Raises ValueError for a file that holds no LoRA.
     """
-    modules, recipe, alphas = header.modules, recipe_of(header), header.alphas()
+    modules = header.modules
+    recipe = recipe_of(header)
+    alphas = header.alphas()
     return {
         "file": str(header.path),
         "bytes": header.path.stat().st_size,

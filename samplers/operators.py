@@ -126,7 +126,8 @@ class Inpaint(Operator):
         factor: pixels a cell, along a side. canvas: height and width of the encoded picture, of which the
         part beyond this picture is no hole.
         """
-        below, right = canvas[0] - self.size[0], canvas[1] - self.size[1]
+        below = canvas[0] - self.size[0]
+        right = canvas[1] - self.size[1]
         return F.max_pool2d(F.pad(self.hole, (0, right, 0, below)), factor)
 
 

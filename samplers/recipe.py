@@ -1,4 +1,4 @@
-"""How a few-step LoRA must be sampled: the recipe, and its form in a LoRA header."""
+"""The recipe of a few-step LoRA, which says how to sample it, and its form in a LoRA header."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plai
 # a field's annotation -> what it may be; a bool is no number
 KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
 KINDS |= {"float | None": (int, float, type(None))}
-GREATEST, LONGEST = 1e6, 1000  # of any number in a recipe, and of any text, in characters
+GREATEST = 1e6  # a number in a recipe is less
+LONGEST = 1000  # characters of a text in a recipe
 SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm_uniform's by 1, at shift 3 by up to 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a LoRA was trained, and how it wants to be sampled.
+    """The facts of a LoRA that sampling needs: how it was trained, and how it is sampled best.
 
     family: base model family, a key of `FAMILIES`.
     objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
@@ -102,8 +103,10 @@ class Recipe:
     source: str = "settings"
 
     def __post_init__(self):
-        if wrong := [text for f in fields(self) if (text := _wrong_kind(f.name, getattr(self, f.name), f.type))]:
-            raise ValueError("Not a usable recipe: " + "; ".join(wrong) + ".")
+        # Types first: the comparisons of `_problems` need them to be right.
+        kinds = (_wrong_kind(f.name, getattr(self, f.name), f.type) for f in fields(self))
+        if wrong_kinds := [clause for clause in kinds if clause]:
+            raise ValueError("Not a usable recipe: " + "; ".join(wrong_kinds) + ".")
         if problems := self._problems():
             raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
 
@@ -114,7 +117,7 @@ class Recipe:
             object.__setattr__(self, "gamma", 0.0 if self.mode == "deterministic" else 1.0)
 
     def _problems(self) -> list[str]:
-        """What is wrong with the values of the fields, each as a clause of an error's sentence."""
+        """Faults in the values of the fields, each as a clause of an error's sentence."""
         problems = [
             f"{name} is {value!r}; available: {', '.join(allowed)}"
             for name, value, allowed in (
@@ -267,7 +270,8 @@ class Recipe:
         if 0 < self.gamma < 1:
             if flow:
                 return "only with the PCM nodes"
-            host, scheduler = "", f"TCD with eta {self.gamma:g}"
+            host = ""
+            scheduler = f"TCD with eta {self.gamma:g}"
         else:
             host, scheduler = SOFTWARE[self.gamma > 0, flow]
         if self.zero_terminal_snr:

@@ -184,6 +184,7 @@ def clamp_factor(schedule: Schedule, k_sigma: Tensor, min_alpha: float) -> Tenso
 
 
 def _noise_from_seed(x: Tensor, extra_args: dict[str, Any]) -> NoiseSampler:
+    """Noise by the seed that the host hands on in `extra_args`; ValueError where there is none."""
     seed = extra_args.get("seed")
     if seed is None:
         raise ValueError("Stochastic sampling needs a noise_sampler, or a seed in extra_args; got neither.")

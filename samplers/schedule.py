@@ -185,7 +185,8 @@ class FlowSchedule(Schedule):
     def __init__(self, shift: float = 3.0, ticks: int = TICKS):
         if not shift > 0 or not math.isfinite(shift):
             raise ValueError(f"shift must be a positive number; got {shift}. SD3 uses 3.0, and 1.0 means no shift.")
-        self.shift, self.ticks = float(shift), ticks
+        self.shift = float(shift)
+        self.ticks = ticks
 
     def sigma(self, tick: int | float | Tensor) -> Tensor:
         u = _double(tick) / self.ticks
@@ -224,6 +225,7 @@ class _Table:
         self.rows = {torch.device("cpu"): row.float()}
 
     def at(self, tick: int | float | Tensor) -> Tensor:
+        """The values at ticks, in their shape; ValueError for ticks that are not whole."""
         n = torch.as_tensor(tick)
         if n.is_floating_point() and (n != n.round()).any():
             raise ValueError(
@@ -294,8 +296,7 @@ def renoise(x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, alpha_to: Te
     Raises ValueError when a target level is the cleaner one, which is looked at on the CPU alone: noise
     cannot be taken out this way.
     """
-    alpha, sigma = _columns(torch.as_tensor(alpha), x), _columns(torch.as_tensor(sigma), x)
-    alpha_to, sigma_to = _columns(torch.as_tensor(alpha_to), x), _columns(torch.as_tensor(sigma_to), x)
+    alpha, sigma, alpha_to, sigma_to = (_columns(torch.as_tensor(c), x) for c in (alpha, sigma, alpha_to, sigma_to))
 
     # From pure noise to pure noise this is 0 / tiny, and all noise is fresh. Without the clamp it were 0 / 0.
     ratio = alpha_to / alpha.clamp(min=torch.finfo(torch.float32).tiny)

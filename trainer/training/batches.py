@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cache import LatentCache
 from ..data.held_out import HeldOut
 from ..data.order import Order, seed_of
+from ..data.store import LatentCache
 from ..families import Base, Condition
 from ..objectives import Levels, Objective
 from .adversary import Judged

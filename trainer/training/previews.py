@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..config.config import Config
-from ..data.cache import LatentCache
+from ..data.store import LatentCache
 from ..families import Base, Condition
 from ..families.generate import generate
 from ..lora.recipe import recipe_for

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from ..config.config import Config
-from ..data.cache import LatentCache, build_cache
+from ..data.cache import build_cache
 from ..data.held_out import hold_out
+from ..data.store import LatentCache
 from ..efficiency.prepare import prepare
 from ..efficiency.quantize import Trial
 from ..families import Base, load_base

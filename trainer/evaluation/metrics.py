@@ -1,4 +1,4 @@
-"""Figures of pictures, or of their features: of pairs, of sets, of the same prompt with several noises.
+"""Figures that compare pictures, or their features: pairs, sets, and pictures of one prompt from several noises.
 
 A picture or its feature is one row of a tensor (N, ...); norms are over the whole row.
 """
@@ -15,7 +15,7 @@ def paired_error(made: Tensor, reference: Tensor) -> float:
 
 
 def agreement(change: Tensor, reference: Tensor) -> float:
-    """Mean over samples of the cosine between two changes: 1 is the same direction, 0 none in common."""
+    """Mean over samples of the cosine between two changes (N, ...): 1 is the same direction, 0 none in common."""
     return torch.cosine_similarity(change.flatten(1), reference.flatten(1)).mean().item()
 
 
@@ -51,7 +51,7 @@ def frechet_distance(made: Tensor, reference: Tensor) -> float:
 
 
 def diversity(samples: Tensor) -> float:
-    """How much K pictures of each of P prompts differ, from samples (P, K, ...): 0 where noise decides nothing.
+    """How much the K pictures of each of P prompts differ, from samples (P, K, ...): 0 where noise decides nothing.
 
     Root mean square difference of one element between two of the K, averaged over pairs and prompts.
     """

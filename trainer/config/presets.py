@@ -56,7 +56,7 @@ ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
 NOTES = {
-    "adv": " Heads' weight and lr: BENCHMARKS.md.",
+    "adv": " Heads' weight and lr: docs/measurements/demo.md.",
     "normalcfg": " No guidance in the teacher's step, 10 % of the prompts dropped.",
 }
 
@@ -106,7 +106,7 @@ def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, di
     values = {"name": lora, **_changed(FAMILIES[family], own, *changes)}
     train = values["train"]
     seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
-    return name, Preset(values, note, f"{seen:,} samples; not measured on a GPU yet")
+    return name, Preset(values, note, f"{seen:,} samples")
 
 
 def _changed(values: dict[str, Any], *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -172,12 +172,13 @@ PRESETS: dict[str, Preset] = {
     **_presets_of("sd3"),
     "demo": Preset(
         {"name": "lora", "output": "out/demo/run", **DEMO},
-        source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
-        cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
+        source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
+        cost="6 minutes on 2 CPU cores, 8 with the report",
     ),
     "demo-sd3": Preset(
         {"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **_changed(DEMO, DEMO_SD3)},
-        source="The demo's settings at half its batch and rank, on the bundled SD3-type base (BENCHMARKS.md).",
+        source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
+        "(docs/measurements/comfyui.md).",
         cost="11 minutes of CPU time with one thread",
     ),
     "lcf-demo": Preset(
@@ -191,7 +192,7 @@ PRESETS: dict[str, Preset] = {
             "train": {"steps": 60, "batch_size": 20, "lr": 3e-4, "weight_decay": 0.0, "ema": 0.8, "save_every": 100},
             "preview": {"every": 0},
         },
-        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/family.md).",
+        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
         cost="1.5 minutes of CPU time with one thread",
     ),
     "digits": Preset(
@@ -213,7 +214,7 @@ PRESETS: dict[str, Preset] = {
             "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
             "validation": {"count": 0},
         },
-        source="Tuned in short runs (docs/isolation.md).",
-        cost="8.5 minutes of CPU time with one thread (docs/isolation.md)",
+        source="Tuned in short runs (docs/measurements/isolation.md).",
+        cost="8.5 minutes of CPU time with one thread",
     ),
 }

@@ -50,8 +50,8 @@ def name_of(size: tuple[int, int]) -> str:
 
 
 def buckets_for(listed: bool | tuple[str, ...], resolution: int, base: Base) -> Buckets:
-    """The buckets of a run. listed: the setting `data.buckets`, a list of sizes ("768x512"), or True for the standard
-    sizes that have about the area of a square with sides of `resolution` pixels.
+    """The buckets of a run. listed: the setting `data.buckets`, a list of sizes ("768x512"), or True for the
+    standard sizes that have about the area of a square with sides of `resolution` pixels.
 
     Raises ValueError for a listed side that the network cannot take.
     """
@@ -64,8 +64,8 @@ def buckets_for(listed: bool | tuple[str, ...], resolution: int, base: Base) -> 
                 raise ValueError(f"data.buckets lists {name}: {str(error).replace('resolution', 'side', 1)}") from None
         return Buckets(sizes)
 
-    # Steps are multiples of the smallest side that the network takes. Where the resolution is small they are an eighth
-    # of it, or there would be few buckets.
+    # Steps are multiples of the smallest side that the network takes. Where the resolution is small they are
+    # an eighth of it, or there would be few buckets.
     smallest = next(side for side in range(1, resolution + 1) if _takes(base, side))
     return standard_buckets(resolution, max(smallest, min(STEP, resolution // 8) // smallest * smallest))
 

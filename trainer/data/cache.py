@@ -1,10 +1,10 @@
 """Cached latents and prompt encodings: made once, fingerprinted, packed in files that `store` reads.
 
-A cache is a folder named by the fingerprint of everything that decides its content. Each file is written whole or not
-at all, so an interrupted caching goes on where it stopped. A picture's latent is kept as the VAE's mean and standard
-deviation, so each visit of the picture draws a fresh latent from them; the teacher's own latents have no spread. First
-come the latents, shared out over the processes; then the first process writes the index, from which it is known which
-prompts there are; then these are encoded, shared out again.
+A cache is a folder named by the fingerprint of everything that decides its content. Each file is written
+whole or not at all, so an interrupted caching goes on where it stopped. A picture's latent is kept as the
+VAE's mean and standard deviation, so each visit of the picture draws a fresh latent from them; the teacher's
+own latents have no spread. First come the latents, shared out over the processes; then the first process
+writes the index, from which it is known which prompts there are; then these are encoded, shared out again.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ def build_cache(
 ) -> LatentCache:
     """Make what is missing of the run's cache and open it.
 
-    progress(what, done, total) is called as it goes. Each process makes its share; wait() returns in each once all have
-    called it. Raises ValueError that lists every unreadable picture and missing caption, unless `data.skip_bad`.
+    progress(what, done, total) is called as it goes. Each process makes its share; wait() returns in each
+    once all have called it. Raises ValueError that lists every unreadable picture and missing caption, unless
+    `data.skip_bad`.
     """
     data, share = config.data, Share(rank, processes)
     buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
 
-    # The first process goes ahead: it takes the files' hashes, which are then there for the others, and deletes what is
-    # damaged before anyone counts what is there.
+    # The first process goes ahead: it takes the files' hashes, which are then there for the others, and
+    # deletes what is damaged before anyone counts what is there.
     if rank > 0:
         wait()
     source = open_source(config, buckets, write=rank == 0) if data.has_pictures else None
@@ -209,8 +210,8 @@ def write_latents(
 ) -> None:
     """Write one file of latents.
 
-    tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes ("64x64"), and for each
-    caption, in order, its row of "sizes" (6) and the number of its "shape".
+    tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes ("64x64"), and for
+    each caption, in order, its row of "sizes" (6) and the number of its "shape".
     """
     facts = {"captions": captions, "shapes": shapes, "skipped": skipped}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
@@ -307,11 +308,11 @@ def _cache_teacher_latents(
 
 @torch.no_grad()
 def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for a base that is read as eps and predicts v, or the other way round, before it makes latents
-    that mean nothing.
+    """Raise ValueError for a base that is read as eps and predicts v, or the other way round, before it makes
+    latents that mean nothing.
 
-    Latents made under the wrong reading fit neither, so the trial is on some that the other reading makes: they are
-    good only where that one is right, and far from a standard deviation of 1 where it is not.
+    Latents made under the wrong reading fit neither, so the trial is on some that the other reading makes:
+    they are good only where that one is right, and far from a standard deviation of 1 where it is not.
     """
     other = base.misread()
     if other is None:

@@ -43,9 +43,9 @@ class Picture:
 def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]]:
     """Pictures below a folder with their captions, and the skipped ones with the reason.
 
-    A caption is in a text file of the picture's name, or in a metadata.jsonl of the picture's folder or one above it:
-    {"file_name": ..., "text": ...} a line, as in Hugging Face's image folders. Raises ValueError for a missing or empty
-    folder, and for missing, empty or double captions unless `skip_bad`.
+    A caption is in a text file of the picture's name, or in a metadata.jsonl of the picture's folder or one
+    above it: {"file_name": ..., "text": ...} a line, as in Hugging Face's image folders. Raises ValueError
+    for a missing or empty folder, and for missing, empty or double captions unless `skip_bad`.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -124,10 +124,10 @@ def _lines(path: Path) -> Iterator[tuple[int, object, object]]:
 def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Tensor]:
     """(pixels, sizes) of a picture, upright, resized to cover its frame (Lanczos), cropped at the centre, on white.
 
-    size: the frame's side, for a square, or the buckets of which the one of nearest aspect ratio is the frame.
-    pixels: (3, H, W) in [-1, 1]. sizes: (6,) original height and width, top and left of the crop (in the resized
-    picture), height and width of the result: SDXL's micro-conditioning (arXiv 2307.01952, Sec. 2.2).
-    Raises ValueError when it cannot be read.
+    size: the frame's side, for a square, or the buckets of which the one of nearest aspect ratio is the
+    frame. pixels: (3, H, W) in [-1, 1]. sizes: (6,) original height and width, top and left of the crop (in
+    the resized picture), height and width of the result: SDXL's micro-conditioning (arXiv 2307.01952, Sec.
+    2.2). Raises ValueError when it cannot be read.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -150,8 +150,8 @@ def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Ten
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, on white where it is transparent. Grey of 16 bits keeps its upper 8, as Pillow does it with
-    coloured pictures."""
+    """The picture in RGB, on white where it is transparent. Grey of 16 bits keeps its upper 8, as Pillow does
+    it with coloured pictures."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in ("RGBA", "LA", "P"):

@@ -42,8 +42,8 @@ def is_whole(pieces: dict[int, bool]) -> bool:
 def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
     """Write the index and the texts of a folder whose latents are all there.
 
-    buckets: the sizes that were used, if any. listed: whether the user named them. Raises ValueError for a listed
-    bucket that no picture went to.
+    buckets: the sizes that were used, if any. listed: whether the user named them. Raises ValueError for a
+    listed bucket that no picture went to.
     """
     files = latents_files(folder)
     # shapes and prompts are numbered in the order in which they first come; the empty prompt is number 0

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 class Order:
     """The endless shuffled stream of sample numbers over one or several buckets.
 
-    buckets: sample numbers by latent shape. group: how many samples one update of all processes together takes; they
-    are all of one bucket. seed: decides all that is shuffled. Raises ValueError for an empty bucket.
+    buckets: sample numbers by latent shape. group: how many samples one update of all processes together
+    takes; they are all of one bucket. seed: decides all that is shuffled. Raises ValueError for an empty
+    bucket.
 
-    Each bucket is an endless stream of its own, shuffled anew at every pass, so nothing is left out at the end of a
-    pass. Groups come in rounds, in which every bucket gets groups in proportion to its samples, in shuffled order. So
-    which bucket a group has, and how often that one came before, is known at any position without going through those
-    before it.
+    Each bucket is an endless stream of its own, shuffled anew at every pass, so nothing is left out at the
+    end of a pass. Groups come in rounds, in which every bucket gets groups in proportion to its samples, in
+    shuffled order. So which bucket a group has, and how often that one came before, is known at any position
+    without going through those before it.
     """
 
     def __init__(self, buckets: Sequence[NDArray], group: int, seed: int):
@@ -27,8 +28,8 @@ class Order:
         if not len(self._counts) or not self._counts.all():
             raise ValueError(f"There are {len(buckets)} buckets of {self._counts.tolist()} samples: none may be empty.")
         self._counts_in_round = self._counts // np.gcd.reduce(self._counts)
-        # The last shuffles, each with the number of the round or pass that it is of. An entry is replaced as one, so
-        # that threads see whole ones.
+        # The last shuffles, each with the number of the round or pass that it is of. An entry is replaced as
+        # one, so that threads see whole ones.
         self._rounds: tuple[int, NDArray, NDArray] | None = None
         self._passes: dict[int, tuple[int, NDArray]] = {}
 

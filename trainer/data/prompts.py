@@ -13,8 +13,8 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 def read_prompts(file: str | None) -> list[str]:
     """The prompts of a file, one a line; blank lines and lines starting with # are left out.
 
-    file: None for the list that ships with the pack. Raises ValueError for a missing or empty file, and for one that
-    is no text.
+    file: None for the list that ships with the pack. Raises ValueError for a missing or empty file, and for
+    one that is no text.
     """
     path = Path(file) if file else PROMPTS
     if not path.is_file():

@@ -46,8 +46,8 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
 def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True) -> list[str]:
     """SHA-256 of each file.
 
-    known: the JSON file that remembers them, so that a file of the same path, size and time is not read again.
-    write: whether to bring it up to date. Raises OSError for a file that cannot be read.
+    known: the JSON file that remembers them, so that a file of the same path, size and time is not read
+    again. write: whether to bring it up to date. Raises OSError for a file that cannot be read.
     """
     remembered = _remembered(known)
     now, kept = time.time_ns(), {}
@@ -69,8 +69,8 @@ def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True
 
 
 def _remembered(known: Path) -> dict[str, list]:
-    """path -> [size, time in ns, hash] of the files in `known`; nothing of a missing or damaged one, as it only saves
-    time."""
+    """path -> [size, time in ns, hash] of the files in `known`; nothing of a missing or damaged one, as it
+    only saves time."""
     try:
         entries = json.loads(known.read_text(encoding="utf-8"))
         return {path: entry for path, entry in entries.items() if [type(e) for e in entry] == [int, int, str]}

@@ -108,8 +108,8 @@ def shown(shard: str) -> str:
 def remote_identity(shard: str) -> tuple[str, str]:
     """(identity, problem) of a remote shard, without reading it.
 
-    identity: the server's words that tell this copy from another: ETag, or length and date; "" where it says neither.
-    problem: why it cannot be read, or "".
+    identity: the server's words that tell this copy from another: ETag, or length and date; "" where it says
+    neither. problem: why it cannot be read, or "".
     """
     if not _scheme(shard).startswith("http"):
         return "", ""
@@ -128,8 +128,8 @@ def remote_identity(shard: str) -> tuple[str, str]:
 def read_shard(shard: str) -> Iterator[Sample]:
     """The samples of a shard in its order, one in memory at a time.
 
-    Whatever is wrong comes as a sample with a `problem`: one without a picture or a caption, and a last one where the
-    shard is missing or ends early.
+    Whatever is wrong comes as a sample with a `problem`: one without a picture or a caption, and a last one
+    where the shard is missing or ends early.
     """
     name = shown(shard)
     strange: list[str] = []  # a line for each file that is left out, told at the end
@@ -166,8 +166,8 @@ def read_shard(shard: str) -> Iterator[Sample]:
 def check_end(shard: str) -> str:
     """The problem of a shard, a file here, whose last block does not end its archive, by reading it; "" for any other.
 
-    Of other shards only the ends are read. A cut shard would be cached a second time once it was whole: so it is told
-    before anything is cached.
+    Of other shards only the ends are read. A cut shard would be cached a second time once it was whole: so it
+    is told before anything is cached.
     """
     with local_path(shard).open("rb") as file:
         first = file.read(BLOCK)

@@ -37,8 +37,9 @@ class Part(NamedTuple):
 class Source:
     """Pictures to be cached.
 
-    what: the word for what progress counts. name: of all together, for messages. identity: JSON-ready, differs where
-    any of them does. skipped: a line for each that is known to be left out. notes: sentences to be told.
+    what: the word for what progress counts. name: of all together, for messages. identity: JSON-ready,
+    differs where any of them does. skipped: a line for each that is known to be left out. notes: sentences to
+    be told.
     """
 
     what: str
@@ -57,8 +58,8 @@ class Source:
 def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
     """The pictures that `data.images` or `data.shards` names. write: whether to remember the files' hashes.
 
-    Raises ValueError for what is missing, bad captions (both unless `data.skip_bad`) and listed buckets that none of a
-    folder's pictures fits.
+    Raises ValueError for what is missing, bad captions (both unless `data.skip_bad`) and listed buckets that
+    none of a folder's pictures fits.
     """
     data, known = config.data, config.cache_folder / HASHES
     if data.shards:
@@ -120,8 +121,8 @@ def absent(shards: Iterable[str]) -> list[str]:
 def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
     """The pictures that `data.images` names, and the skipped ones with the reason.
 
-    They are `count` drawn digits, or a folder's. Raises ValueError where the word for the drawn ones is a folder's
-    name too, and as `find_pictures`.
+    They are `count` drawn digits, or a folder's. Raises ValueError where the word for the drawn ones is a
+    folder's name too, and as `find_pictures`.
     """
     if images == DIGITS and Path(images).is_dir():
         raise ValueError(

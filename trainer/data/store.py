@@ -1,7 +1,8 @@
 """Reading a finished cache: nothing is held in memory but a few numbers for each sample.
 
-Files of a cache, all safetensors: `latents-<part>-<piece>` with up to `SHARD` samples each, `prompts-<number>` with the
-encodings of up to `SHARD` prompts, `texts` with the prompts themselves, and `index`, which says where each sample is.
+Files of a cache, all safetensors: `latents-<part>-<piece>` with up to `SHARD` samples each,
+`prompts-<number>` with the encodings of up to `SHARD` prompts, `texts` with the prompts themselves, and
+`index`, which says where each sample is.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ OPEN = 128
 class LatentCache:
     """The cached samples of one run: `captions`, and latents, sizes and encodings by the sample's number or the prompt.
 
-    skipped: a line for each item that was left out. notes: sentences on what was done to the others. Both are those
-    given and the index's own. Reads are safe from several threads. Raises ValueError for a file that is damaged.
+    skipped: a line for each item that was left out. notes: sentences on what was done to the others. Both are
+    those given and the index's own. Reads are safe from several threads. Raises ValueError for a file that is
+    damaged.
     """
 
     def __init__(self, folder: Path, skipped: Iterable[str] = (), notes: Iterable[str] = ()):

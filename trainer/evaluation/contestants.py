@@ -25,8 +25,8 @@ READ = ("prediction", "snr", "shift")  # the keys of `_reading`
 class Contestant:
     """A LoRA that is in a report.
 
-    name: in the report. recipe: None for a file without one. guidance: the CFG that it was distilled under, None where
-    its header does not tell.
+    name: in the report. recipe: None for a file without one. guidance: the CFG that it was distilled under,
+    None where its header does not tell.
     """
 
     file: Path
@@ -54,8 +54,8 @@ class Contestant:
 def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[Contestant]:
     """The LoRAs of these files, from their headers alone. steps: the numbers of steps to sample them at.
 
-    Raises ValueError or FileNotFoundError for a file that is no LoRA, one of another family, one that cannot be sampled
-    at these steps, and for two that need the base read in different ways.
+    Raises ValueError or FileNotFoundError for a file that is no LoRA, one of another family, one that cannot
+    be sampled at these steps, and for two that need the base read in different ways.
     """
     contestants = []
     for file, name in zip(files, unique_names((file.stem for file in files), taken=[TEACHER]), strict=True):
@@ -101,8 +101,9 @@ def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
 
 
 def distilled_guidance(objective: Mapping[str, Any], recipe: Recipe | None) -> float | None:
-    """The CFG that a LoRA was distilled under: the middle of `guidance`, the range of the teacher's step, in the
-    settings of its objective. None where they have none; for a normal-CFG LoRA the recipe's, at which it is sampled.
+    """The CFG that a LoRA was distilled under: the middle of `guidance`, the range of the teacher's step, in
+    the settings of its objective. None where they have none; for a normal-CFG LoRA the recipe's, at which it
+    is sampled.
     """
     if recipe and recipe.guidance_mode == "normalcfg":
         return recipe.guidance
@@ -128,8 +129,8 @@ def teacher_guidance(contestants: list[Contestant], base: str) -> float:
 
 
 def teacher_settings(budgets: set[int], guidance: float) -> list[Setting]:
-    """The teacher's settings for these numbers of evaluations: each solver with guidance at no more than each of them,
-    and DDIM without guidance at just as many."""
+    """The teacher's settings for these numbers of evaluations: each solver with guidance at no more than each
+    of them, and DDIM without guidance at just as many."""
     cost = 1 if guidance == 1 else 2
     guided = [
         Setting(TEACHER, n // cost, guidance, solver=solver) for n in sorted(budgets) for solver in SOLVERS if n >= cost
@@ -153,8 +154,9 @@ class Prompts:
 def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
     """`number` prompts for pictures of a base.
 
-    They are the file's; without one, for a bundled tiny base, scenes that are not among its training prompts; else the
-    list that ships with the trainer. Repeated where they are fewer than the pictures. Raises ValueError for a bad file.
+    They are the file's; without one, for a bundled tiny base, scenes that are not among its training prompts;
+    else the list that ships with the trainer. Repeated where they are fewer than the pictures. Raises
+    ValueError for a bad file.
     """
     if file is None and (training_prompts := own_prompts(base)):
         scenes = held_out_scenes(number, set(read_prompts(training_prompts)))

@@ -116,8 +116,8 @@ def clip_vision(folder: Path, device: torch.device) -> Features:
 class ClipScore:
     """How well pictures fit their prompts: 100 * max(cos(picture, prompt), 0) by a CLIP of a local folder.
 
-    It is Hessel et al. 2021, arXiv 2104.08718, Eq. 1, with 100 for its 2.5 as torchmetrics has it. Raises Absent for a
-    folder without model or words.
+    It is Hessel et al. 2021, arXiv 2104.08718, Eq. 1, with 100 for its 2.5 as torchmetrics has it. Raises
+    Absent for a folder without model or words.
     """
 
     def __init__(self, folder: Path, device: torch.device):

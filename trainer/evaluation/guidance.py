@@ -15,8 +15,8 @@ from .trial import Setting, Trial
 class GuidanceTrial:
     """The reference under any CFG, with negative prompts and without, each made once, and a LoRA beside it.
 
-    reference: the teacher at many steps. latents: the reference's on this trial, where they are there already. The
-    negative prompt of each picture is the prompt of the next.
+    reference: the teacher at many steps. latents: the reference's on this trial, where they are there
+    already. The negative prompt of each picture is the prompt of the next.
     """
 
     def __init__(self, trial: Trial, base: Base, prompts: list[str], reference: Setting, latents: Tensor | None = None):

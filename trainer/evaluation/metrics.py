@@ -22,8 +22,8 @@ def agreement(change: Tensor, reference: Tensor) -> float:
 def sliced_wasserstein(made: Tensor, reference: Tensor, directions: int = 512) -> float:
     """Sliced 2-Wasserstein distance of two sets of N latents, on fixed random unit directions; 0 is the same set.
 
-    Root of the mean, over directions and quantiles, of the squared difference of the sorted projections (Bonneel et
-    al. 2015, Sec. 3). In the units of one latent element.
+    Root of the mean, over directions and quantiles, of the squared difference of the sorted projections
+    (Bonneel et al. 2015, Sec. 3). In the units of one latent element.
     """
     a, b = made.flatten(1), reference.flatten(1)
     generator = torch.Generator().manual_seed(0)
@@ -34,11 +34,11 @@ def sliced_wasserstein(made: Tensor, reference: Tensor, directions: int = 512) -
 def frechet_distance(made: Tensor, reference: Tensor) -> float:
     """Frechet distance of the Gaussians with the moments of two sets (N, ...), (M, ...); 0 is the same moments.
 
-    |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), squared as usual (FID; Heusel et al. 2017, arXiv 1706.08500,
-    Eq. 6). With centred sets A, B the last trace is the sum of the singular values of A B^T / sqrt((N - 1)(M - 1)), so
-    no square root of a matrix is taken, and sets smaller than their dimensions, whose covariances are singular, are
-    exact too. Such sets still give more than their whole populations would: compare figures of equal N only.
-    Raises ValueError for a set of less than two.
+    |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), squared as usual (FID; Heusel et al. 2017, arXiv
+    1706.08500, Eq. 6). With centred sets A, B the last trace is the sum of the singular values of A B^T /
+    sqrt((N - 1)(M - 1)), so no square root of a matrix is taken, and sets smaller than their dimensions,
+    whose covariances are singular, are exact too. Such sets still give more than their whole populations
+    would: compare figures of equal N only. Raises ValueError for a set of less than two.
     """
     if min(len(made), len(reference)) < 2:
         raise ValueError(f"A Frechet distance needs at least 2 of each; got {len(made)} and {len(reference)}.")

@@ -1,7 +1,8 @@
 """`pcm evaluate`: LoRAs and the teacher's solvers on the same prompts and noises, as report.json, report.md, pictures.
 
-Every figure is against the reference, the teacher at many steps. Sets are compared in each space of features. Beside
-them stands the distance of the reference to itself from other noise: the least for sets that share no noise.
+Every figure is against the reference, the teacher at many steps. Sets are compared in each space of features.
+Beside them stands the distance of the reference to itself from other noise: the least for sets that share no
+noise.
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Make the report, write it into `out`, and return it.
 
-    steps: the numbers of steps for the LoRAs. guidance: the teacher's CFG; default: see `teacher_guidance`. features:
-    names or folders (see `find_features`). clip: folder for the CLIP score. loading: keywords of `load_for_sample`.
-    say: called with each line of progress. Raises ValueError or FileNotFoundError for bad input, before anything is
-    loaded where it can be seen by then.
+    steps: the numbers of steps for the LoRAs. guidance: the teacher's CFG; default: see `teacher_guidance`.
+    features: names or folders (see `find_features`). clip: folder for the CLIP score. loading: keywords of
+    `load_for_sample`. say: called with each line of progress. Raises ValueError or FileNotFoundError for bad
+    input, before anything is loaded where it can be seen by then.
     """
     if pictures < 2:
         raise ValueError(f"--pictures is {pictures}; a report compares sets, so make it at least 2, 64 is usual.")
@@ -262,8 +263,8 @@ class Contest:
 
 
 def guidance_of(name: str, recipe: Recipe, guided: GuidanceTrial, negatives: bool) -> dict[str, Any]:
-    """The report's entry on the guidance of the installed LoRA: the CFG sweep at the recipe's steps, and, where
-    `negatives`, negative prompts at its CFG, or at its highest where that is 1."""
+    """The report's entry on the guidance of the installed LoRA: the CFG sweep at the recipe's steps, and,
+    where `negatives`, negative prompts at its CFG, or at its highest where that is 1."""
     cfg = recipe.guidance if recipe.guidance != 1 else recipe.guidance_max
     setting = Setting(name, recipe.steps, cfg)
     swept = guided.sweep(setting, recipe, tuple(sorted({*SWEEP, recipe.guidance, cfg})))
@@ -330,8 +331,8 @@ def _setting(setting: Setting) -> dict[str, Any]:
 def _write(out: Path, report: dict[str, Any], contest: Contest, prompts: list[str]) -> None:
     """Write report.json, report.md, grid.png and the plots.
 
-    The grid leaves out rows that show nothing new: the teacher without guidance, and other solvers than DDIM at one
-    step, where they are all the same.
+    The grid leaves out rows that show nothing new: the teacher without guidance, and other solvers than DDIM
+    at one step, where they are all the same.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")

@@ -32,10 +32,10 @@ FRESH = -2
 class Setting:
     """A way to make pictures: the teacher (every adapter off) by one of its solvers, or the installed LoRA.
 
-    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none.
-    gamma: how much of each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the
-    teacher's is 0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump.
-    Raises ValueError for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
+    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none. gamma: how much of
+    each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the teacher's is
+    0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump. Raises ValueError
+    for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Setting:
     def ticks(self, recipe: Recipe | None) -> tuple[int, ...]:
         """The ticks of its steps, falling to 0: the LoRA's phase edges, or the teacher's levels.
 
-        DDIM and DPM-Solver++ take trailing levels. DDIM and Euler are one map, so Euler takes the levels that it is
-        mostly used with: evenly spaced from the noisiest tick to the first, then the clean end (arXiv 2305.08891,
-        Table 2, calls it linspace; the host's scheduler "normal").
+        DDIM and DPM-Solver++ take trailing levels. DDIM and Euler are one map, so Euler takes the levels that
+        it is mostly used with: evenly spaced from the noisiest tick to the first, then the clean end (arXiv
+        2305.08891, Table 2, calls it linspace; the host's scheduler "normal").
         """
         if self.name != TEACHER:
             return recipe.grid().plan(self.steps).ticks
@@ -104,9 +104,9 @@ class Row:
 class Trial:
     """The prompts and noises that settings are compared on.
 
-    condition: the prompts' encodings (N, ...). null: the encoding that guidance steers away from, (1, ...) for all or
-    (N, ...) for each its own. noise: (N, C, h, w). seed: of the noise, and of that which a stochastic setting draws
-    between its steps; settings of one gamma share it.
+    condition: the prompts' encodings (N, ...). null: the encoding that guidance steers away from, (1, ...)
+    for all or (N, ...) for each its own. noise: (N, C, h, w). seed: of the noise, and of that which a
+    stochastic setting draws between its steps; settings of one gamma share it.
     """
 
     condition: Condition

@@ -12,7 +12,6 @@ from ..config.config import MAY_CHANGE, Config
 from ..efficiency.memory import explain_out_of_memory, out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
-from ..reporting.journal import Journal
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
@@ -25,7 +24,7 @@ from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .outputs import Outputs
 from .plan import short_of_space
-from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, split_of
+from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal, split_of
 from .state import Trained
 from .update import Outcome, Updater, lr_factor
 from .validation import Validation
@@ -78,7 +77,7 @@ class Run:
         self.say = reporter.say
         self.processes = processes or Processes.start(config.base.dtype)
         self.stopper = stopper or Stopper(self.say)
-        self.journal = Journal(config, self.processes, self.say)
+        self.journal = open_journal(config, self.processes, self.say)
 
         # What can be refused without loading anything comes first: of a run that may not go on, nothing is read
         # and nothing is cached.

@@ -151,6 +151,11 @@ class Prompts:
         return {"source": self.source, "different": len(set(self.texts)), "list": list(dict.fromkeys(self.texts))}
 
 
+def unseen_scenes(base: str, number: int) -> list[Scene]:
+    """`number` scenes whose captions are no training prompts: of a bundled base, else of the list that ships."""
+    return held_out_scenes(number, set(read_prompts(own_prompts(base))))
+
+
 def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
     """`number` prompts for pictures of a base.
 
@@ -158,8 +163,8 @@ def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
     else the list that ships with the trainer. Repeated where they are fewer than the pictures. Raises
     ValueError for a bad file.
     """
-    if file is None and (training_prompts := own_prompts(base)):
-        scenes = held_out_scenes(number, set(read_prompts(training_prompts)))
+    if file is None and own_prompts(base):
+        scenes = unseen_scenes(base, number)
         captions = [scene.caption for scene in scenes]
         return Prompts(captions, f"held-out scenes, none of them a training prompt of {base}", scenes)
     source = file and Path(file).name or "the trainer's default list, which LoRAs made without data.prompts learnt on"

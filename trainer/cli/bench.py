@@ -30,14 +30,14 @@ def bench(
     Example: pcm bench --preset demo adversarial.weight=0.1 --updates 20
     """
     from ..bench.comparison import bench as run
-    from ..bench.report import report
+    from ..bench.report import bench_text
     from ..reporting.progress import ProgressBar
     from ..system.files import write_text
 
     config = configured(settings, preset, default="demo")
     with ProgressBar() as bar:
         details = run(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
-    text = report(details)
+    text = bench_text(details)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
@@ -58,9 +58,9 @@ def bench_data(
     """
     import tempfile
 
-    from ..bench.cache import report, run
+    from ..bench.cache import cache_text, run
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="pcm-bench-") as place:
         details = run(samples, Path(place), batches, batch)
-    answer(details, as_json, report(details))
+    answer(details, as_json, cache_text(details))

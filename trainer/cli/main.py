@@ -167,9 +167,9 @@ def report(
 
     Example: pcm report runs/pcm-lora
     """
-    from ..reporting.page import report as run_report
+    from ..reporting.page import write_report
 
-    details = run_report(run, out)
+    details = write_report(run, out)
     answer(details, as_json, details["text"])
 
 

@@ -1,7 +1,7 @@
-"""Figures of edited pictures: what was kept, how well the new fits, how near the truth it comes.
+"""Figures of edited pictures: how well the known parts are kept, how the new ones fit, how near the truth they come.
 
-Pictures are (B, 3, H, W) in [0, 1]; figures are taken from the 8-bit picture, as it is saved, and in its levels (0 to
-255). Each is of the whole batch; where it says so the mean of its pictures.
+Pictures are (B, 3, H, W) in [0, 1]; figures are taken from the 8-bit picture, as it is saved, and in its
+levels (0 to 255). A figure is of the whole batch, or where it says so the mean of the pictures' own.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def psnr(made: Tensor, truth: Tensor, where: Tensor | None = None) -> float:
 
 
 def low_pass_psnr(made: Tensor, truth: Tensor, block: int) -> float:
-    """PSNR of the means of blocks of block x block pixels: of the layout, with the detail left out."""
+    """PSNR in dB of the means of block x block pixels: of the layout, with the detail left out."""
     error = (F.avg_pool2d(_levels(made), block) - F.avg_pool2d(_levels(truth), block)).square().mean().item()
     return 10 * log10(255**2 / error) if error else inf
 
 
 def pooled_error(made: Tensor, low: Tensor) -> float:
-    """Largest difference, in levels, between the small picture's pixels and the means of the blocks made of them."""
+    """Largest difference, in levels, between the pixels of the small picture and the means of the blocks for them."""
     return (F.avg_pool2d(_levels(made), made.shape[-1] // low.shape[-1]) - _levels(low)).abs().max().item()
 
 
@@ -49,10 +49,10 @@ def luminance_error(made: Tensor, grey: Tensor) -> float:
 def seam_ratio(made: Tensor, region: Tensor, near: int = 8) -> float:
     """How much more neighbouring pixels differ across a region's border than beside it: 1 is no seam to see.
 
-    Mean |difference| (over channels) of the neighbours, side by side or one above the other, of which one is in the
-    region (B, 1, H, W; 1 is in it) and one is not; over that of all others within `near` pixels of the border, on both
-    sides. Each mean is over the whole batch, so that a picture without edges does no harm. What a picture has by chance
-    is its truth's own ratio.
+    region: (B, 1, H, W), 1 is in it. Mean |difference| (over channels) of the neighbours, side by side or one
+    above the other, of which one is in the region and one is not; over that of all others within `near`
+    pixels of the border, on both sides. Each mean is over the whole batch, so that a picture without edges
+    does no harm. By chance a picture has about its truth's own ratio.
     """
     inside = region.gt(0).float().expand(len(made), -1, -1, -1)
     strip = dilate(inside, near) * dilate(1 - inside, near)
@@ -67,20 +67,23 @@ def seam_ratio(made: Tensor, region: Tensor, near: int = 8) -> float:
 
 
 def chroma(made: Tensor) -> float:
-    """Standard deviation of R - Y and B - Y in levels, of each picture; the mean of them. 0 is grey."""
+    """Standard deviation of R - Y and B - Y in levels, the mean over the pictures. 0 is grey."""
     image = _levels(made)
     return (image[:, ::2] - luminance(image)).flatten(1).std(1, correction=0).mean().item()
 
 
 def colourfulness(made: Tensor) -> float:
-    """Hasler & Suesstrunk 2003, Sec. 6 (M3): the spread and, by 0.3, the mean of R - G and (R + G) / 2 - B; mean."""
+    """Colourfulness M3 of Hasler & Suesstrunk 2003, Sec. 6, in levels, the mean over the pictures.
+
+    It is the spread plus 0.3 times the mean of R - G and (R + G) / 2 - B.
+    """
     red, green, blue = _levels(made).flatten(2).unbind(1)
     opponent = torch.stack([red - green, (red + green) / 2 - blue], 1)
     return (opponent.std(2, correction=0).norm(dim=1) + 0.3 * opponent.mean(2).norm(dim=1)).mean().item()
 
 
 def sharpness(made: Tensor) -> float:
-    """Variance of the luminance's Laplacian, in squared levels, of each picture; the mean of them."""
+    """Variance of the luminance's Laplacian, in squared levels, the mean over the pictures."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
     return F.conv2d(luminance(_levels(made)), kernel).flatten(1).var(1, correction=0).mean().item()
 
@@ -92,4 +95,5 @@ def evenness(frames: Tensor) -> float:
 
 
 def _levels(image: Tensor) -> Tensor:
+    """A picture in the levels of its 8-bit file, 0 to 255."""
     return as_saved(image) * 255

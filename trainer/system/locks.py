@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-Say = Callable[[str], None]
+from .saying import Say
 
 
 @contextmanager

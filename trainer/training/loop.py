@@ -12,7 +12,6 @@ from ..config.config import Config
 from ..efficiency.memory import explain_out_of_memory, out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
-from ..reporting.journal import Journal
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
@@ -27,7 +26,7 @@ from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .outputs import Outputs
 from .plan import short_of_space
-from .setup import facts_of, fill_cache, make_batches, make_engine, open_base
+from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .state import Trained
 from .update import Outcome, Updater, lr_factor
 from .validation import Validation
@@ -85,7 +84,7 @@ class Run:
         device = self.processes.accelerator.device
         checked = check_run(config, device, self.processes.count, accept_changes)
         self.changes = checked.changes
-        self.journal = Journal(config, self.processes, self.say)
+        self.journal = open_journal(config, self.processes, self.say)
         if self.processes.first:
             self._tell_settings()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -18,12 +17,15 @@ from ..efficiency.quantize import Trial
 from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
+from ..reporting.journal import Journal
 from ..reporting.log import without_places
 from ..reporting.progress import Reporter
+from ..reporting.trackers import Trackers
 from ..system.clock import Clock
 from ..system.locks import only_filler
 from ..system.machine import examine, package_version
 from ..system.processes import Processes
+from ..system.saying import Say
 from .adversary import Adversary
 from .batches import Batches, Split
 from .checks import check_loaded
@@ -33,7 +35,16 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 LEFT_OUT = 20  # lines on samples left out that are kept
 TRIED = 8  # samples on which the base is tried
 
-Say = Callable[[str], None]
+
+def open_journal(config: Config, processes: Processes, say: Say) -> Journal:
+    """The run's journal, in which only the first process writes.
+
+    Raises ValueError for a tracker whose package is missing.
+    """
+    trackers = None
+    if processes.first:
+        trackers = Trackers(config.train.trackers, config.run_folder, config.name, config.for_others(), say)
+    return Journal(config.run_folder, trackers, config.train.report, say)
 
 
 def open_base(config: Config, processes: Processes, say: Say) -> Base:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -32,6 +31,7 @@ from ..lora.recipe import recipe_for
 from ..reporting.log import LOSS
 from ..system.files import write_tensors
 from ..system.processes import Processes
+from ..system.saying import Say
 from .batches import Batches
 from .engine import Engine
 from .state import Trained
@@ -40,7 +40,6 @@ from .state import Trained
 DRAWS, PICTURES = 2, 16
 TRIAL = -2  # stands in the seed of the pictures' noise
 REFERENCE = "teacher.safetensors"
-Say = Callable[[str], None]
 
 
 def error_at(steps: int) -> str:

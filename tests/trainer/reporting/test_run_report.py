@@ -16,7 +16,7 @@ from phased_consistency.trainer.config.load import flat, load_config
 from phased_consistency.trainer.config.presets import PRESETS
 from phased_consistency.trainer.reporting.curves import curves, smoothed
 from phased_consistency.trainer.reporting.log import LOG, read_log
-from phased_consistency.trainer.reporting.page import report
+from phased_consistency.trainer.reporting.page import write_report
 from phased_consistency.trainer.reporting.story import Story, duration, starting_point
 from phased_consistency.trainer.system.clock import Clock
 from phased_consistency.trainer.system.locks import only_run
@@ -202,13 +202,13 @@ def test_folders_of_no_run_are_refused(tmp_path, fails):
 
 def test_a_damaged_preview_and_file_are_left_out(folder):
     (folder / "previews" / "step-0000002.png").write_bytes(b"no picture")
-    report(folder)
+    write_report(folder)
     assert page(folder).count("data:image/") == 2
 
 
 def test_a_damaged_lora_is_named_and_left_out(folder):
     (folder / "mine-best.safetensors").write_bytes(b"no tensors")
-    report(folder)
+    write_report(folder)
     words = plain(page(folder))
     assert "mine-best.safetensors is left out: " in words and "mine.safetensors 4 " in words
 
@@ -223,7 +223,7 @@ def test_a_log_of_another_version_or_damaged_gets_a_sentence(folder):
         broken[at][key] = value
         (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in broken))
         try:
-            report(folder)
+            write_report(folder)
         except ValueError as error:
             refused += 1
             assert "is of another version, or damaged" in str(error)

@@ -26,6 +26,10 @@ def events(folder):
     return found
 
 
+def trackers_of(config, say):
+    return Trackers(config.train.trackers, config.run_folder, config.name, config.for_others(), say)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run that was killed after its first checkpoint, and went on."""
@@ -70,7 +74,7 @@ def test_a_missing_package_is_named_before_the_run(tmp_path, monkeypatch):
 def test_the_default_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     notes = Notes()
-    opened = Trackers(small_config(tmp_path, train__trackers='["tensorboard"]'), notes.say)
+    opened = trackers_of(small_config(tmp_path, train__trackers='["tensorboard"]'), notes.say)
     opened.start(0)
     assert opened.open == [] and notes.said == [
         "No TensorBoard logs: pip install tensorboard, or set train.trackers=[]."
@@ -79,7 +83,7 @@ def test_the_default_may_be_missing(tmp_path, monkeypatch):
 
 def test_a_tracker_that_fails_is_dropped_and_said_once(tmp_path):
     notes = Notes()
-    opened = Trackers(small_config(tmp_path, train__trackers='["tensorboard"]'), notes.say)
+    opened = trackers_of(small_config(tmp_path, train__trackers='["tensorboard"]'), notes.say)
     opened.start(0)
     opened.open[0].writer.close()
     opened.open[0].writer = None
@@ -97,7 +101,7 @@ def test_wandb_takes_figures_and_pictures_offline(tmp_path, monkeypatch):
     config = small_config(tmp_path / "run", train__trackers='["wandb"]')
     config.run_folder.mkdir()
     notes = Notes()
-    opened = Trackers(config, notes.say)
+    opened = trackers_of(config, notes.say)
     opened.start(0)
     tracker = opened.open[0].tracker
     assert tracker.config["train"]["steps"] == 4 and "output" not in tracker.config
@@ -114,7 +118,7 @@ def test_trackio_takes_figures_and_pictures(tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio")
     config = small_config(tmp_path / "run", train__trackers='["trackio"]')
     notes = Notes()
-    opened = Trackers(config, notes.say)
+    opened = trackers_of(config, notes.say)
     opened.start(0)
     opened.figures({"loss": 0.25}, 1)
     opened.picture("preview", Image.new("RGB", (8, 8), "red"), 1)

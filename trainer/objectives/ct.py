@@ -93,5 +93,5 @@ class CT(Objective):
     def distance(self, jumps: Jumps) -> Tensor:
         t = noise_to_signal(jumps.schedule, jumps.levels.u)
         r = noise_to_signal(jumps.schedule, jumps.levels.r)
-        gap = (t - r).maximum(0.01 * t)  # above `SIGMA_MAX` all levels count as one, and the gap would be 0
+        gap = (t - r).maximum(0.01 * t)  # as near as whole ticks come; 0 where both are `SIGMA_MAX`
         return vector_huber(jumps.student, jumps.target) / gap

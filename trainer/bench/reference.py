@@ -28,7 +28,7 @@ from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..families.generate import predict
 from ..lora.adapter import Adapter
-from ..objectives import Pair
+from ..objectives import Jumps
 from ..system.clock import Clock
 from ..training.adversary import BETAS, WEIGHT_DECAY, mean_of
 from ..training.engine import Batch
@@ -118,8 +118,8 @@ class Reference:
                 fake, real = self._features(student, batch, True), self._features(target, batch, False)
             with self.clock.part("discriminator"):
                 return _hinge(1 + x for x in self.heads(fake)) + _hinge(1 - x for x in self.heads(real))
-        pair = Pair(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
-        distance = self.objective.distance(pair)
+        jumps = Jumps(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
+        distance = self.objective.distance(jumps)
         if len(self.learners) == 1:
             return distance
         with self.clock.part("discriminator"):

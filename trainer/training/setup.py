@@ -13,7 +13,7 @@ from ..data.cache import build_cache
 from ..data.held_out import hold_out
 from ..data.store import LatentCache
 from ..efficiency.prepare import prepare
-from ..efficiency.quantize import Trial
+from ..efficiency.quantize import Probe
 from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
@@ -122,7 +122,7 @@ def make_engine(
         with adapter.off(), accelerator.autocast():
             base.check_prediction(x0, condition)
     with accelerator.autocast():
-        for line in prepare(config, base, adapter, Trial(x0, condition, null)):
+        for line in prepare(config, base, adapter, Probe(x0, condition, null)):
             say(line)
 
     adversary = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..efficiency.memory import MARGIN, PEAKS, advice
 from ..system.machine import OPTIONAL
 
 
@@ -37,6 +36,8 @@ def _bundled() -> list[str]:
 
 
 def _verdict(d: dict[str, Any]) -> str:
+    from ..efficiency.memory import MARGIN, PEAKS, advice
+
     run = d["run"]
     need = max(gib for name, gib in run["memory_gib"].items() if name.startswith(PEAKS))
     if d["device"]["kind"] != "cuda":

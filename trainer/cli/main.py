@@ -269,7 +269,7 @@ def _fail(message: str, code: int) -> int:
 
 def _advice(error: Exception) -> str:
     """The message; of a run that ran out of memory it already names what would save how much."""
-    from ..efficiency.memory import out_of_memory
+    from ..system.machine import out_of_memory
 
     if out_of_memory(error):
         return (

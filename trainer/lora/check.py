@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader, split_key
 from ..families import Base
-from .install import ADAPTER, _broken, broken_tensors, header_of_family, install
+from .describe import broken_sentence, broken_tensors
+from .install import ADAPTER, header_of_family, install
 
 # kohya's names of SDXL's and SD3's blocks in the original layout
 OTHER_LAYOUT = re.compile(
@@ -30,7 +31,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """
     header = header_of_family(file, base.name)
     if broken := broken_tensors(header):
-        text = f"FAILED: {file.name}: {_broken(broken)} Get it again."
+        text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
     modules = {_name_in_header(base, n): m for n, m in base.network.named_modules() if hasattr(m, "weight")}
     fits = lambda n, m: n in modules and m.fits(tuple(modules[n].weight.shape))  # noqa: E731

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config.config import MAY_CHANGE, Config
-from ..efficiency.memory import explain_out_of_memory, out_of_memory
+from ..efficiency.memory import explain_out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
 from ..lora.selftest import self_test
@@ -23,7 +23,7 @@ from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
 from ..system.locks import only_run
-from ..system.machine import peak_memory
+from ..system.machine import out_of_memory, peak_memory
 from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from . import whole

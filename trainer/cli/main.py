@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -237,18 +236,8 @@ def _steps(text: str) -> list[int]:
         raise ValueError(f"--steps is {text!r}; write numbers with commas between them, such as 1,2,4,8.") from None
 
 
-def _quiet_libraries() -> None:
-    """Our own errors say what matters; the libraries' notices about other things would bury them."""
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by peft where they are installed
-        logging.getLogger(library).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def main() -> None:
     """Run a verb; errors a user can mend are one message without a traceback (PCM_DEBUG=1 shows it)."""
-    _quiet_libraries()
     try:
         with contextlib.suppress(BrokenPipeError):
             app()

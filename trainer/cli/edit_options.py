@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import SAMPLING, BaseOptions, SamplingOptions, answer
+from .options import SAMPLING, BaseOptions, Json, SamplingOptions, answer
 
 if TYPE_CHECKING:
     from ...samplers.operators import Operator
@@ -33,7 +33,6 @@ Steps = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Projection = Annotated[
     str,
     typer.Option(

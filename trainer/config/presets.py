@@ -73,7 +73,7 @@ ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
 NOTES = {
-    "adv": " Heads' weight and lr: BENCHMARKS.md.",
+    "adv": " Heads' weight and lr: docs/measurements/demo.md.",
     "normalcfg": " No guidance in the teacher's step, 10 % of the prompts dropped.",
 }
 
@@ -122,7 +122,7 @@ def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, di
     layers = ({"name": lora, **FAMILIES[family]}, {"train": {"gradient_checkpointing": True}}, *changes)
     train = {key: value for layer in layers for key, value in layer.get("train", {}).items()}
     samples = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
-    return name, Preset(layers, note, f"{samples:,} samples; not measured on a GPU yet")
+    return name, Preset(layers, note, f"{samples:,} samples")
 
 
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
@@ -178,12 +178,13 @@ PRESETS: dict[str, Preset] = {
     **_presets_of("sd3"),
     "demo": Preset(
         ({"name": "lora", "output": "out/demo/run", **DEMO},),
-        source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
-        cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
+        source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
+        cost="6 minutes on 2 CPU cores, 8 with the report",
     ),
     "demo-sd3": Preset(
         ({"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **DEMO}, DEMO_SD3),
-        source="The demo's settings at half its batch and rank, on the bundled SD3-type base (BENCHMARKS.md).",
+        source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
+        "(docs/measurements/comfyui.md).",
         cost="11 minutes of CPU time with one thread",
     ),
     "lcf-demo": Preset(
@@ -206,7 +207,7 @@ PRESETS: dict[str, Preset] = {
                 "preview": {"every": 0},
             },
         ),
-        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/family.md).",
+        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
         cost="1.5 minutes of CPU time with one thread",
     ),
     "digits": Preset(
@@ -230,8 +231,8 @@ PRESETS: dict[str, Preset] = {
                 "validation": {"count": 0},
             },
         ),
-        source="Tuned in short runs (docs/isolation.md).",
-        cost="8.5 minutes of CPU time with one thread (docs/isolation.md)",
+        source="Tuned in short runs (docs/measurements/isolation.md).",
+        cost="8.5 minutes of CPU time with one thread",
     ),
 }
 

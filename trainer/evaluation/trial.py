@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from ...samplers.phases import count_steps
 from ...samplers.schedule import TICKS
 from ..data.order import seed_of
 from ..families import Base, Condition
-from ..families.generate import generate
+from ..families.generate import draw, generate, unit_noise
 from ..lora.adapter import bare
-from ..objectives import tells_target_time
 from .metrics import paired_error, sliced_wasserstein
 
 TEACHER = "teacher"
@@ -126,7 +126,7 @@ class Trial:
     def on(cls, base: Base, condition: Condition, null: Condition, seed: int, resolution: int | None = None) -> Trial:
         """The same for encodings that are there."""
         shape = len(next(iter(condition.values()))), *base.latent_shape(resolution or base.default_resolution)
-        return cls(condition, null, _noise(shape, seed), seed)
+        return cls(condition, null, unit_noise(shape, seed), seed)
 
     def first(self, number: int) -> Trial:
         """The first `number` pictures alone."""
@@ -136,30 +136,32 @@ class Trial:
 
     def with_noise(self, seed: int) -> Trial:
         """The same prompts, other noise: at the start and between the steps."""
-        return replace(self, noise=_noise(self.noise.shape, seed), seed=seed)
+        return replace(self, noise=unit_noise(self.noise.shape, seed), seed=seed)
 
     def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:
         """Latents (N, C, h, w) made with this setting. A LoRA must be installed in the base, and needs its recipe."""
         teacher = setting.name == TEACHER
-        ticks, made = setting.ticks(recipe), []
-        how = {"solver": setting.solver, "gamma": setting.gamma or 0.0}
-        if not teacher:
-            gamma = recipe.gamma if setting.gamma is None else setting.gamma
-            told = tells_target_time(recipe.objective)
-            how = {"gamma": gamma, "min_alpha": recipe.min_alpha, "target_time": told}
-        batch = max(1, PLACES // self.noise[0, 0].numel())
+        if teacher:
+            sample = partial(generate, base, solver=setting.solver, gamma=setting.gamma or 0.0)
+        else:
+            sample = partial(draw, base, recipe, gamma=setting.gamma)
+
+        latents = []
+        size = max(1, PLACES // self.noise[0, 0].numel())
         with bare(base.network) if teacher else nullcontext():
-            for at in range(0, len(self.noise), batch):
-                part = slice(at, at + batch)
-                rows = {k: v[part] for k, v in self.condition.items()}
-                null = {k: v[part] if len(v) > 1 else v for k, v in self.null.items()}
-                how["seed"] = seed_of(self.seed, at, FRESH)
-                made.append(generate(base, rows, null, self.noise[part], ticks, setting.guidance, **how).cpu())
-        return torch.cat(made)
-
-
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            for start in range(0, len(self.noise), size):
+                part = slice(start, start + size)
+                latents.append(
+                    sample(
+                        condition={k: v[part] for k, v in self.condition.items()},
+                        null={k: v[part] if len(v) > 1 else v for k, v in self.null.items()},
+                        noise=self.noise[part],
+                        ticks=setting.ticks(recipe),
+                        guidance=setting.guidance,
+                        seed=seed_of(self.seed, start, FRESH),
+                    ).cpu()
+                )
+        return torch.cat(latents)
 
 
 def figures(setting: Setting, made: Tensor, reference: Tensor) -> Row:

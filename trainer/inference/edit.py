@@ -31,10 +31,9 @@ from ...samplers.operators import Colorize, Identity, Inpaint, Operator, SuperRe
 from ...samplers.sampling import Projection
 from ..families import Base, Condition
 from ..families.base import Alone
-from ..families.generate import generate
+from ..families.generate import draw, unit_noise
 from ..families.loading import load_part
 from ..lora.install import install_for_sample, mismatches, null_of
-from ..objectives import tells_target_time
 
 STEPS_ALONE = 8
 PROJECTIONS = ("picture", "latent", "none")
@@ -168,7 +167,7 @@ class Editor:
         plan = self.usual.grid().plan(self._steps)
         channels = self.base.network.config.in_channels
         shape = (1, channels, *(side // CELL for side in size))
-        ends = [_noise(shape, seed).to(self.base.device) for seed in seeds]
+        ends = [unit_noise(shape, seed).to(self.base.device) for seed in seeds]
         latents = []
         for i in range(frames):
             share = i / (frames - 1)
@@ -190,7 +189,7 @@ class Editor:
         """amount: of the noise that is put on the start; less where the start brings its own."""
         self.check_size(operator.size)
         start = begin(operator, self.codec, self.multiple)
-        noise = amount * _noise(start.shape, seed)
+        noise = amount * unit_noise(start.shape, seed)
         latents = self._sample(
             condition, noise, plan, start=start, project=self._projection(operator, start), seed=seed
         )
@@ -204,11 +203,10 @@ class Editor:
         return Projected(operator, self.fast or self.codec, self.every, self.residual)
 
     @torch.no_grad()
-    def _sample(self, condition: Condition, noise: Tensor, plan: LevelPlan, **how) -> Tensor:
+    def _sample(self, condition: Condition, noise: Tensor, plan: LevelPlan, **options) -> Tensor:
+        """Latents at the levels of `plan`; options: of `draw`."""
         condition = {k: v.expand(len(noise), *v.shape[1:]) if len(v) == 1 else v for k, v in condition.items()}
-        how |= self.settings() | {"min_alpha": self.usual.min_alpha}
-        how["target_time"] = self.recipe is not None and tells_target_time(self.recipe.objective)
-        return generate(self.base, condition, self.null, noise, plan.ticks, **how)
+        return draw(self.base, self.usual, condition, self.null, noise, plan.ticks, **self.settings(), **options)
 
 
 def kept_error(operator: Operator, image: Tensor) -> dict[str, float] | None:
@@ -263,7 +261,3 @@ def load_fast_vae(folder: Path, base: Base) -> BaseCodec:
             "one that is made for this family."
         )
     return BaseCodec(replace(base, vae=tiny.requires_grad_(False).eval()))
-
-
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -18,7 +18,9 @@ class PCM(Phased, SelfConsistency):
     pseudo-Huber of each element (Eq. 10's d, c = 0.001 in the published runs), compared at the edge and unweighted.
     """
 
-    name: Literal["pcm"] = "pcm"
+    name: Literal["pcm"] = Field(
+        "pcm", description="phased consistency: every jump ends at the clean edge of its phase"
+    )
     mode: Literal["deterministic", "stochastic"] = Field(
         "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
     )

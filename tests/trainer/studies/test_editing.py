@@ -1,4 +1,4 @@
-"""The figures of edits on closed forms; every edit's goal on the tiny base, beside baselines (docs/editing.md)."""
+"""The figures of edits on closed forms; every edit's goal on the tiny base, beside baselines (docs/measurements/editing.md)."""
 
 import json
 from math import inf, log10, sqrt

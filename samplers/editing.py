@@ -23,6 +23,11 @@ from .phases import LevelPlan, PhaseGrid, count_steps
 from .schedule import Schedule
 
 CELL = 8  # pixels a latent cell, in every family
+PROJECTIONS = (
+    "picture",
+    "latent",
+    "none",
+)  # what a step is made to agree with: `Projected`, `ProjectedLatent`, nothing
 STROKE_RATIO = 0.416  # of the stroke schedule's two noise levels: 2.24 / 5.38, arXiv 2303.01469, App. D
 NOISIEST = 14.6  # noise-to-signal ratio that is pure noise to the eye: the last of SD's; a flow model's is infinite
 

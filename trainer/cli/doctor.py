@@ -8,8 +8,8 @@ from typing import Any
 from ..system.machine import OPTIONAL
 
 
-def report(d: dict[str, Any]) -> str:
-    """`examine` for people."""
+def examination_text(d: dict[str, Any]) -> str:
+    """`examine` of this machine for people, and of `d["run"]`, a plan, whether it fits."""
     device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
     host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
     lines = [

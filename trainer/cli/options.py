@@ -1,4 +1,4 @@
-"""What the verbs of `pcm` share: how a function becomes a verb, options alone and in groups, how a result is printed."""
+"""What the verbs of `pcm` share: how a function becomes one, options alone and in groups, how a result is printed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LORA_FILES, MACHINE = "LoRA files", "This machine"
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
 
-def there(file: Path | None) -> Path | None:
-    """A LoRA's file as it was given. Raises FileNotFoundError or ValueError, as `header_text`.
+def readable(value: Any) -> Any:
+    """A LoRA's file, or several, as they were given. Raises FileNotFoundError or ValueError, as `header_text`.
 
     The verbs read it again; here a mistyped name is said before they import diffusers, which takes seconds.
     """
     from ...samplers.lora_file import header_text
 
-    if file is not None:
+    for file in value if isinstance(value, list) else [value] if value else []:
         header_text(file)
-    return file
+    return value
 
 
 Settings = Annotated[
@@ -52,8 +52,8 @@ BasePath = Annotated[
         help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3.",
     ),
 ]
-LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.", callback=there)]
-LoraToUse = Annotated[Path, typer.Option(help="LoRA to sample with.", callback=there)]
+LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.", callback=readable)]
+LoraToUse = Annotated[Path, typer.Option(help="LoRA to sample with.", callback=readable)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Resolution = Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import shorten
 
 from ..config.presets import PRESETS
+
+LONGEST = 70  # characters of a setting's description
 
 
 def preset_names_with(incomplete: str) -> list[str]:
@@ -14,7 +17,11 @@ def preset_names_with(incomplete: str) -> list[str]:
 
 def setting_names_with(incomplete: str) -> list[tuple[str, str]]:
     """(key with its equals sign, description) of each setting whose dotted key begins so."""
-    return [(f"{key}=", description) for key, description in _settings() if key.startswith(incomplete)]
+    return [
+        (f"{key}=", shorten(description, LONGEST, placeholder=" ..."))  # shells take one line
+        for key, description in _settings()
+        if key.startswith(incomplete)
+    ]
 
 
 def _settings() -> Iterator[tuple[str, str]]:

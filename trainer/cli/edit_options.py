@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import SAMPLING, BaseOptions, Json, SamplingOptions, answer
+from .options import SAMPLING, BaseOptions, Json, SamplingOptions, answer, check_files
 
 if TYPE_CHECKING:
     from ...samplers.operators import Operator
@@ -130,7 +130,10 @@ class EditRequest:
     keeping: KeepingOptions = field(default_factory=KeepingOptions)
 
     def check(self) -> None:
-        """Raise ValueError for options that cannot be, or do not fit each other: before anything is loaded."""
+        """Raise ValueError for options that cannot be, or do not fit each other: before anything is loaded.
+
+        Raises FileNotFoundError for a LoRA that is not there.
+        """
         from ..pictures import check_png
 
         check_png(self.output.out)
@@ -138,6 +141,7 @@ class EditRequest:
             raise ValueError(
                 "--strength is the LoRA's, and there is no --lora. How far an edit goes from its picture is --denoise."
             )
+        check_files(self.sampling.lora)
         self.keeping.check()
         if self.source:
             self.source.check()

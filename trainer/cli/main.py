@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..config.presets import preset_names
-from . import bench, share
+from . import bench, doctor, share
 from .edit import edit
 from .options import (
     DRAWING,
@@ -30,9 +30,9 @@ from .options import (
     Settings,
     Tokenizer,
     answer,
+    check_files,
     configured,
     preset_option,
-    readable,
     verb,
 )
 
@@ -122,6 +122,8 @@ def sample(
     Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
+    check_files(sampling.lora)
+
     from ..inference.sample import sample_grid
 
     details = sample_grid(
@@ -148,7 +150,7 @@ app.add_typer(edit, name="edit", rich_help_panel=DRAWING)
 @verb(app, DRAWING)
 def evaluate(
     base: BaseOptions,
-    lora: Annotated[list[Path], typer.Option(help="LoRA to evaluate. Repeat to compare several.", callback=readable)],
+    lora: Annotated[list[Path], typer.Option(help="LoRA to evaluate. Repeat to compare several.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[str, typer.Option(help="The LoRAs' numbers of steps.")] = "1,2,4,8",
     prompts: Annotated[
@@ -174,6 +176,8 @@ def evaluate(
 
     Example: pcm evaluate --base tiny-sd15 --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
     """
+    check_files(*lora)
+
     from ..evaluation.report import evaluate as compare
 
     def say(line: str) -> None:
@@ -227,6 +231,8 @@ def check(
 
     Exits with 1 when a key is unmatched or the outputs differ.
     """
+    check_files(file)
+
     from ..lora.check import check_parity
     from ..lora.install import load_for_check
 
@@ -241,27 +247,8 @@ for function in share.VERBS:
     verb(app, LORA_FILES)(function)
 
 
-@verb(app, MACHINE)
-def doctor(
-    settings: Settings = None,
-    preset: Annotated[str, preset_option("Also say what this preset would need.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what this machine can do, what is missing, and what a given config will need."""
-    from ..system.machine import examine
-    from .doctor import examination_text
-
-    config = configured(settings, preset) if settings or preset else None
-    details = examine()
-    if config:
-        from ..training.plan import plan
-
-        details["run"] = plan(config)
-    answer(details, as_json, examination_text(details))
-
-
-verb(app, MACHINE)(bench.bench)
-verb(app, MACHINE)(bench.bench_data)
+for function in (doctor.doctor, bench.bench, bench.bench_data):
+    verb(app, MACHINE)(function)
 
 
 def _steps(text: str) -> list[int]:

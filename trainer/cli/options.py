@@ -25,18 +25,6 @@ LORA_FILES, MACHINE = "LoRA files", "This machine"
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
 
-def readable(value: Any) -> Any:
-    """A LoRA's file, or several, as they were given. Raises FileNotFoundError or ValueError, as `header_text`.
-
-    The verbs read it again; here a mistyped name is said before they import diffusers, which takes seconds.
-    """
-    from ...samplers.lora_file import header_text
-
-    for file in value if isinstance(value, list) else [value] if value else []:
-        header_text(file)
-    return value
-
-
 Settings = Annotated[
     list[str],
     typer.Argument(
@@ -52,8 +40,8 @@ BasePath = Annotated[
         help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3.",
     ),
 ]
-LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.", callback=readable)]
-LoraToUse = Annotated[Path, typer.Option(help="LoRA to sample with.", callback=readable)]
+LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")]
+LoraToUse = Annotated[Path, typer.Option(help="LoRA to sample with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Resolution = Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")]
 
@@ -197,3 +185,16 @@ def configured(settings: list[str] | None, preset: str | None, default: str | No
 def answer(details: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a verb's result: for programs, or in words."""
     typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
+
+
+def check_files(*files: Path | None) -> None:
+    """Raise FileNotFoundError or ValueError, as `header_text`, for a name that is no .safetensors file's.
+
+    What a verb runs reads its files anyway. Called before that is imported, with diffusers and its seconds, it says at
+    once that a name is mistyped.
+    """
+    from ...samplers.lora_file import header_text
+
+    for file in files:
+        if file is not None:
+            header_text(file)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BasePath, Json, LoraFile, answer, readable
+from .options import BasePath, Json, LoraFile, answer, check_files
 
 Out = Annotated[Path, typer.Option(help="The .safetensors to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -15,9 +15,7 @@ OfFamily = Annotated[str, typer.Option(help="sd15, sdxl or sd3, for a file that 
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A LoRA of any key style, in .safetensors.", callback=readable)
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A LoRA of any key style, in .safetensors.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
     to: Annotated[str, typer.Option(help="kohya (ComfyUI, A1111, Forge, diffusers) or diffusers.")],
     alpha: Annotated[float, typer.Option(help="For a file without; PCM's training scripts have 8.")] = None,
@@ -29,6 +27,8 @@ def convert(
 
     Example: pcm convert adapter_model.safetensors mine.safetensors --to kohya --alpha 8
     """
+    check_files(source)
+
     from ..sharing.convert import convert as run
 
     details = run(source, out, to, family=family, alpha=alpha, overwrite=overwrite)
@@ -71,7 +71,7 @@ def merge(
     Example: pcm merge pcm-4step.safetensors style.safetensors:0.7 --out fast-style.safetensors
     """
     strengths = [_with_strength(text) for text in files]
-    readable([file for file, _ in strengths])
+    check_files(*(file for file, _ in strengths))
 
     from ..sharing.merge import merge as run
 
@@ -92,6 +92,8 @@ def resize(
 
     Example: pcm resize mine.safetensors --rank 16 --out mine-16.safetensors
     """
+    check_files(file)
+
     from ..sharing.resize import resize as run
 
     details = run(file, out, rank=rank, error=error, family=family, overwrite=overwrite)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...samplers import LevelPlan, Recipe, seeded_noise
 from ...samplers.editing import (
     CELL,
+    PROJECTIONS,
     Codec,
     Projected,
     ProjectedLatent,
@@ -36,7 +37,6 @@ from ..families.loading import load_part
 from ..lora.install import install_for_sample, mismatches, null_of
 
 STEPS_ALONE = 8
-PROJECTIONS = ("picture", "latent", "none")
 
 
 class Edited(NamedTuple):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...samplers.lora_file import file_hash, read_header, tensor_hash
+from safetensors import safe_open
+
+from ...samplers.lora_file import FLOATS, LoraHeader, file_hash, not_finite, read_header, tensor_hash
 from ...samplers.lora_info import facts, sentences
 from ...samplers.texts import printable
-from .install import _broken, broken_tensors
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -23,12 +24,24 @@ def describe(file: Path) -> dict[str, Any]:
     return facts(header) | hashes | {"not_finite": broken_tensors(header)}
 
 
+def broken_tensors(header: LoraHeader) -> list[str]:
+    """The names of a LoRA's tensors with numbers that are not finite, read one by one."""
+    with safe_open(header.path, "pt") as file:
+        names = [name for name, info in header.tensors.items() if info.dtype in FLOATS]
+        return not_finite((name, file.get_tensor(name)) for name in names)
+
+
+def broken_sentence(names: list[str]) -> str:
+    """The defect and its effect, of a file with these tensors that are not finite; the caller adds the advice."""
+    return f"numbers in {len(names)} of its tensors are not finite, such as in {names[0]}: every picture is black."
+
+
 def describe_text(d: dict[str, Any]) -> str:
     """`describe` for people."""
     hashes = {True: "matches", False: "DOES NOT MATCH", None: "is not in"}[d["hash_matches_header"]]
     lines = [d["file"], *(f"  {line}" for line in sentences(d))]
     if broken := d["not_finite"]:
-        lines[1:1] = [f"  BROKEN: {_broken(broken)} Get the file again."]
+        lines[1:1] = [f"  BROKEN: {broken_sentence(broken)} Get the file again."]
     if d["recipe"]:
         told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
         lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in told.items()))

@@ -9,15 +9,12 @@ run gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ...samplers.phases import count_steps
@@ -29,9 +26,8 @@ from ..families.base import DTYPES
 from ..objectives import Objective
 from ..system.files import write_tensors
 from ..system.machine import package_version
+from .hashes import hashes
 from .recipe import recipe_for
-
-EMPTY_HASH = hashlib.sha256().hexdigest()
 
 
 def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -141,15 +137,3 @@ def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[st
         "modelspec.tags": f"{recipe.method}, few-step, accelerator",
         "modelspec.hash_sha256": f"0x{tensor_hash}",
     }
-
-
-def hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str, str]:
-    """kohya's two hashes: SHA-256 of the tensor bytes, and of 64 KiB at 1 MiB of the file with `ss_*` keys alone."""
-    data = save(tensors, ss_metadata)
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    found = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
-    if found["sshs_model_hash"] == EMPTY_HASH:
-        raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
-    if len(data) > 0x100000:
-        found["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-    return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..families import Base
+if TYPE_CHECKING:  # see pairs.py
+    from ..families import Base
 
 NETWORKS = ("lora_unet_", "lora_transformer_")
 # kohya's prefixes -> the encoder's folder; the first form is SD1.5's

@@ -96,8 +96,10 @@ def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | Non
         raise ValueError(f"{lora.name}: {broken_sentence(broken)} Get it again.")
     modules, missing = install(lora, base, ADAPTER)
     if missing:
-        which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
-        raise ValueError(f"{lora.name}: {which}. It was made for another model.")
+        raise ValueError(
+            f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. "
+            "It was made for another model."
+        )
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_of(header)
 
@@ -137,8 +139,5 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {brief(error)}") from error
     modules = len(read_header(path).modules)
-    return modules, modules - _adapted(base, name)
-
-
-def _adapted(base: Base, name: str) -> int:
-    return sum(name in m.lora_A for m in base.network.modules() if hasattr(m, "lora_A"))
+    adapted = sum(name in layer.lora_A for layer in base.network.modules() if hasattr(layer, "lora_A"))
+    return modules, modules - adapted

@@ -234,15 +234,15 @@ def open_editor(
     strength: float | None = None,
     negative: str | None = None,
     fast_vae: Path | None = None,
-    **how,
+    **options,
 ) -> Editor:
     """An editor with this LoRA at this strength (None: what its recipe wants), and with guidance away from `negative`.
 
-    fast_vae: see `load_fast_vae`. how: of `Editor`.
+    fast_vae: see `load_fast_vae`. options: of `Editor`.
     """
     recipe, _ = install_for_sample(lora, base, strength)
     fast = None if fast_vae is None else load_fast_vae(fast_vae, base)
-    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **how)
+    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **options)
 
 
 def load_fast_vae(folder: Path, base: Base) -> BaseCodec:

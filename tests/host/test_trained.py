@@ -134,7 +134,7 @@ def test_the_host_draws_what_the_trainer_draws(server, trained, steps, guidance)
 
 @WITH_VAE
 def test_the_gallerys_baseline_is_the_hosts_masked_latent(server, trained):
-    """Core's VAE Encode, Set Latent Noise Mask and euler, which docs/measurements/editing.md compares PCM Inpaint with."""
+    """Core's VAE Encode, Set Latent Noise Mask and euler: PCM Inpaint's baseline in docs/measurements/editing.md."""
     _, checkpoint, in_model_units = KINDS[trained.kind]
     graph, links = loaded(trained.lora.name, checkpoint)
     prompts_of(graph, links, trained)

@@ -41,7 +41,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Share(NamedTuple):
-    """Which part of the work this process does, as one of several."""
+    """The part of the work that one of several processes does."""
 
     rank: int = 0
     processes: int = 1

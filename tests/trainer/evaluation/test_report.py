@@ -166,7 +166,7 @@ def test_spaces_of_one_name_are_told_apart(clip, tmp_path):
 
 
 def test_names_are_never_given_twice():
-    assert unique_names(["a", "b", "a (2)", "a", "a"], taken=["b"]) == ["a", "b (2)", "a (2)", "a (3)", "a (4)"]
+    assert unique_names(["a", "b", "a (2)", "a", "a"], reserved=["b"]) == ["a", "b (2)", "a (2)", "a (3)", "a (4)"]
 
 
 def test_torchmetrics_that_is_not_installed(monkeypatch):

@@ -28,7 +28,7 @@ from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..families.generate import predict
 from ..lora.adapter import Adapter
-from ..objectives import Pair
+from ..objectives import Jumps
 from ..system.clock import Clock
 from ..training.adversary import BETAS, WEIGHT_DECAY, mean_of
 from ..training.engine import Batch
@@ -118,8 +118,8 @@ class Reference:
                 fake, real = self._features(student, batch, True), self._features(target, batch, False)
             with self.clock.part("discriminator"):
                 return _hinge(1 + x for x in self.heads(fake)) + _hinge(1 - x for x in self.heads(real))
-        pair = Pair(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
-        distance = self.objective.distance(pair)
+        jumps = Jumps(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
+        distance = self.objective.distance(jumps)
         if len(self.learners) == 1:
             return distance
         with self.clock.part("discriminator"):
@@ -208,15 +208,15 @@ def _load(config: Config, device: torch.device) -> tuple[Base, Base]:
     options = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
     load = lambda dtype: load_base(config.base.path, dtype=dtype, device=device, **options)  # noqa: E731
     teacher = load(full)
-    is_sd3 = teacher.name == "sd3"
-    if is_sd3 and not config.adversarial.weight:
+    low_student = teacher.published_in_low_precision
+    if low_student and not config.adversarial.weight:
         teacher.network.to(low)
     for encoder in teacher.text_encoders:
         encoder.to(low)
 
     # fp16 overflows in SDXL's VAE
     teacher.vae.to(full if low == full else torch.bfloat16)
-    student = load(low if is_sd3 else full)
+    student = load(low if low_student else full)
     student.drop_encoders()
     student.vae = None
     return teacher, student

@@ -65,7 +65,7 @@ def train(
     if dry_run:
         from ..training.plan import plan
 
-        details = plan(config)
+        details = plan(config, accept_changes)
         answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
         return
     from accelerate import PartialState

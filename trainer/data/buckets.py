@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..families import Base
-
+# `Base.latent_shape`: side in pixels -> (C, h, w); ValueError for a side that the network cannot take
+LatentShape = Callable[[int], tuple[int, int, int]]
 # Sides are multiples of this many pixels, where the network and the resolution allow it.
 STEP = 64
 # Longer by shorter side of the widest and of the tallest bucket.
@@ -49,7 +48,7 @@ def name_of(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def buckets_for(listed: bool | tuple[str, ...], resolution: int, base: Base) -> Buckets:
+def buckets_for(listed: bool | tuple[str, ...], resolution: int, latent_shape: LatentShape) -> Buckets:
     """The buckets of a run. listed: the setting `data.buckets`, a list of sizes ("768x512"), or True for the
     standard sizes that have about the area of a square with sides of `resolution` pixels.
 
@@ -59,14 +58,14 @@ def buckets_for(listed: bool | tuple[str, ...], resolution: int, base: Base) -> 
         sizes = tuple(tuple(int(side) for side in name.split("x")) for name in listed)
         for name, size in zip(listed, sizes, strict=True):
             try:
-                latent_size(base, size)
+                latent_size(latent_shape, size)
             except ValueError as error:
                 raise ValueError(f"data.buckets lists {name}: {str(error).replace('resolution', 'side', 1)}") from None
         return Buckets(sizes)
 
     # Steps are multiples of the smallest side that the network takes. Where the resolution is small they are
     # an eighth of it, or there would be few buckets.
-    smallest = next(side for side in range(1, resolution + 1) if _takes(base, side))
+    smallest = next(side for side in range(1, resolution + 1) if _takes(latent_shape, side))
     return standard_buckets(resolution, max(smallest, min(STEP, resolution // 8) // smallest * smallest))
 
 
@@ -80,13 +79,13 @@ def standard_buckets(resolution: int, step: int) -> Buckets:
     return Buckets(tuple(sorted(sizes, key=lambda s: s[0] / s[1])))
 
 
-def latent_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
+def latent_size(latent_shape: LatentShape, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the latent of a picture of (width, height) pixels.
 
     Raises ValueError for a side that the network cannot take.
     """
     width, height = size
-    return base.latent_shape(height)[1], base.latent_shape(width)[2]
+    return latent_shape(height)[1], latent_shape(width)[2]
 
 
 def bucket_notes(sizes: np.ndarray) -> list[str]:
@@ -122,10 +121,10 @@ def _apart(aspect: float, size: tuple[int, int]) -> float:
     return abs(math.log(aspect * size[1] / size[0]))
 
 
-def _takes(base: Base, side: int) -> bool:
+def _takes(latent_shape: LatentShape, side: int) -> bool:
     """Whether the network takes pictures with a side of this many pixels."""
     try:
-        base.latent_shape(side)
+        latent_shape(side)
     except ValueError:
         return False
     return True

@@ -66,7 +66,7 @@ def build_cache(
     `data.skip_bad`.
     """
     data, share = config.data, Share(rank, processes)
-    buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
+    buckets = buckets_for(data.buckets, data.resolution, base.latent_shape) if data.buckets else None
 
     # The first process goes ahead: it takes the files' hashes, which are then there for the others, and
     # deletes what is damaged before anyone counts what is there.

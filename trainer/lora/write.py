@@ -67,7 +67,7 @@ def export(
     metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
     metadata |= {
-        HEADER_KEY: recipe_for(config, base).to_header(),
+        HEADER_KEY: recipe_for(config, base.facts).to_header(),
         **origin(config, step, changes),
     }
     check_header(path.name, metadata, tensors)
@@ -127,7 +127,7 @@ def _loss(objective: Objective) -> dict[str, str]:
 
 
 def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[str, str]:
-    recipe = recipe_for(config, base)
+    recipe = recipe_for(config, base.facts)
     # ModelSpec has no word for the flow's prediction
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(base.prediction)
     return ({"modelspec.prediction_type": prediction} if prediction else {}) | {

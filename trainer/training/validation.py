@@ -116,7 +116,7 @@ class Validation:
         self.best: Best | None = None
         self.steps: tuple[int, ...] = ()
         if engine.objective.needs_teacher and not self.base.whole:
-            self.recipe = recipe_for(config, self.base)
+            self.recipe = recipe_for(config, self.base.facts)
             self.steps = steps_of(config, self.recipe)
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
         self.active = bool(config.validation.every and (self.steps or len(batches.held_out)))

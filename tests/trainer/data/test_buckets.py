@@ -65,8 +65,8 @@ def test_steps_fit_the_network_and_the_resolution():
             if side % 32:
                 raise ValueError("no")
 
-    assert buckets_for(True, 64, Base()) == standard_buckets(64, 32)
-    assert buckets_for(True, 1024, Base()) == standard_buckets(1024, 64)
+    assert buckets_for(True, 64, Base().latent_shape) == standard_buckets(64, 32)
+    assert buckets_for(True, 1024, Base().latent_shape) == standard_buckets(1024, 64)
 
 
 def test_a_picture_goes_to_the_bucket_of_nearest_aspect_ratio():

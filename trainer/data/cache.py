@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...samplers import PhaseGrid
 from ...samplers.lora_file import read_header
-from ..config.config import Config, DataConfig
+from ..config.config import Config
+from ..config.sections import DataConfig
 from ..families import Base
 from ..families.generate import generate
 from ..system.files import write_tensors

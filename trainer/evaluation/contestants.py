@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers import Recipe
+from ...samplers.lora_info import recipe_of
 from ..data.prompts import read_prompts
 from ..families import Base
-from ..lora.install import header_of_family, recipe_of
+from ..lora.install import header_of_family
 from ..tiny.bundled import bundled_folder, own_prompts
 from ..tiny.scenes import Scene, held_out_scenes
 from .trial import SOLVERS, TEACHER, TRAILING, Setting

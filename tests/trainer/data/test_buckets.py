@@ -81,9 +81,9 @@ def test_a_picture_goes_to_the_bucket_of_nearest_aspect_ratio():
 def test_every_picture_is_kept_and_counted(build):
     made = build()
     assert len(made) == len(SHAPES) and made.skipped == []
-    found = {tuple(map(int, made.captions[i].split(" by "))): made.sizes([i])[0] for i in range(len(made))}
+    sizes = {tuple(map(int, made.captions[i].split(" by "))): made.sizes([i])[0] for i in range(len(made))}
     for shape, bucket in SHAPES.items():
-        assert found[shape].tolist()[:2] == [*shape[::-1]] and found[shape].tolist()[4:] == [*bucket[::-1]]
+        assert sizes[shape].tolist()[:2] == [*shape[::-1]] and sizes[shape].tolist()[4:] == [*bucket[::-1]]
     assert made.notes == [
         "Buckets: 48x88: 1, 64x64: 2, 88x48: 2",
         "1 picture is wider than 2:1 or taller than 1:2, cropped to the nearest bucket, which cuts off 63% to 63% "

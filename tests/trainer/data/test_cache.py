@@ -54,8 +54,8 @@ def build(tmp_path, folder):
 
 def test_pictures_and_captions_are_paired(folder):
     pictures, skipped = find_pictures(str(folder), skip_bad=False)
-    found = {p.path.relative_to(folder).as_posix(): p.caption for p in pictures}
-    assert found == {n: f"a picture called {n}" for n in ("a.png", "b.jpg", "c.webp", "d.PNG", "more/e.bmp")}
+    captions = {p.path.relative_to(folder).as_posix(): p.caption for p in pictures}
+    assert captions == {n: f"a picture called {n}" for n in ("a.png", "b.jpg", "c.webp", "d.PNG", "more/e.bmp")}
     assert skipped == []
 
 

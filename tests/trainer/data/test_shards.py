@@ -51,22 +51,22 @@ def build(tmp_path):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serve the folder on this machine; returns the address, and what was asked."""
+    """Serve the folder on this machine; returns the address, and the list of requests."""
     if shutil.which("curl") is None:
         pytest.skip("webdataset reads addresses with curl, which is not installed")
     servers = []
 
     def serve(kind=SimpleHTTPRequestHandler):
-        asked = []
+        requests = []
 
         class Handler(kind):
             def log_message(self, *_):
-                asked.append(f"{self.command} {self.path}")
+                requests.append(f"{self.command} {self.path}")
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}", asked
+        return f"http://127.0.0.1:{server.server_port}", requests
 
     yield serve
     for server in servers:
@@ -212,21 +212,21 @@ def test_a_shard_of_no_pictures_and_one_that_is_no_tar(tmp_path):
 
 
 def test_http_gives_what_the_file_gives(shards, build, serve, tmp_path):
-    address, asked = serve()
+    address, requests = serve()
     here, there = build(shards), build(f"{address}/set-{{000..001}}.tar")
     assert torch.equal(here.latents(range(5), [None] * 5), there.latents(range(5), [None] * 5))
     assert list(here.captions) == list(there.captions) and there.notes == []
     build(f"{address}/set-{{000..001}}.tar")
-    assert sorted(asked) == sorted(f"{how} /set-00{n}.tar" for how in ("GET", "HEAD", "HEAD") for n in (0, 1))
+    assert sorted(requests) == sorted(f"{method} /set-00{n}.tar" for method in ("GET", "HEAD", "HEAD") for n in (0, 1))
     write_shard(tmp_path / "set-001.tar", ["white"], npy=bytes(20000))
     assert len(build(f"{address}/set-{{000..001}}.tar")) == 4, "the server tells of the change"
 
 
 def test_an_address_that_is_signed_anew_is_the_same_shard(shards, build, serve):
-    address, asked = serve()
+    address, requests = serve()
     first = build(f"{address}/set-000.tar?signature=one").folder
     assert build(f"{address}/set-000.tar?signature=two").folder == first
-    assert sum(line.startswith("GET") for line in asked) == 1, "nothing is fetched twice"
+    assert sum(line.startswith("GET") for line in requests) == 1, "nothing is fetched twice"
 
 
 def test_a_server_that_tells_nothing_is_said(shards, build, serve):

@@ -116,11 +116,11 @@ def test_a_damaged_file_is_named_and_made_again_once_deleted(folder, monkeypatch
 
 
 def test_a_large_cache_opens_at_once_and_holds_no_memory(tmp_path):
-    found = million.run(20_000, tmp_path / "cache", 60, 32)
-    assert (found["samples"], found["files"]) == (20_000, 2 * 79 + 2)
-    assert found["open_seconds"] < 5
+    result = million.run(20_000, tmp_path / "cache", 60, 32)
+    assert (result["samples"], result["files"]) == (20_000, 2 * 79 + 2)
+    assert result["open_seconds"] < 5
     key = "anonymous_mib" if Path("/proc/self/status").is_file() else "resident_mib"
-    early, late = (found["curve"][at][key] for at in (5, -1))
-    assert late - early < 8, found["curve"]
+    early, late = (result["curve"][at][key] for at in (5, -1))
+    assert late - early < 8, result["curve"]
     with pytest.raises(ValueError, match="is not empty: name a new folder"):
         million.run(1, tmp_path / "cache", 1, 1)

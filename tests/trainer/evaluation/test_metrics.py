@@ -121,11 +121,10 @@ def test_agreement_of_changes(latents):
 
 
 def test_consistency_compares_fewer_steps_with_more(latents):
-    found = consistency({8: 2 * latents, 1: latents, 4: 1.5 * latents})
-    assert {n: list(row) for n, row in found.items()} == {1: [4, 8], 4: [8]}
-    assert (
-        found[1][8] == pytest.approx(0.5) and found[1][4] == pytest.approx(1 / 3) and found[4][8] == pytest.approx(0.25)
-    )
+    errors = consistency({8: 2 * latents, 1: latents, 4: 1.5 * latents})
+    assert {n: list(row) for n, row in errors.items()} == {1: [4, 8], 4: [8]}
+    assert errors[1][8] == pytest.approx(0.5) and errors[1][4] == pytest.approx(1 / 3)
+    assert errors[4][8] == pytest.approx(0.25)
 
 
 class Knowing:

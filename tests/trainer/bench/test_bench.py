@@ -48,8 +48,9 @@ def loops(request, tmp_path_factory):
 
 
 def same_gradients(a: torch.Tensor, of_a, b: torch.Tensor, of_b) -> bool:
-    """Of two losses in as many weights, within the rounding of batches that are split otherwise: in each weight, but
-    for those with next to none of the gradient, such as a query's where there is one place to look at."""
+    """Whether two losses have the same gradients in as many weights, within the rounding of batches that are
+    split otherwise: in each weight, but for those with next to none of the gradient, such as a query's where
+    there is one place to look at."""
     ours, theirs = (torch.autograd.grad(x.mean(), list(of), retain_graph=True) for x, of in ((a, of_a), (b, of_b)))
     whole = torch.cat([g.flatten() for g in ours]).norm()
     return whole > 0 and all((x - y).norm() < 1e-3 * x.norm() + 1e-5 * whole for x, y in zip(ours, theirs, strict=True))
@@ -160,9 +161,9 @@ def test_operations_and_bytes_have_closed_forms():
 
     assert peak_bytes(run, CPU) == 4 * 1500
     before = alive_bytes(CPU)
-    held = torch.zeros(2000, requires_grad=True)
-    views = [held[:10], held.view(2, 1000)]
-    held.sum().backward()
+    tensor = torch.zeros(2000, requires_grad=True)
+    views = [tensor[:10], tensor.view(2, 1000)]
+    tensor.sum().backward()
     assert alive_bytes(CPU) - before == 4 * (2000 + 2000)  # with its gradient; a view holds nothing
     del views
 

@@ -28,7 +28,7 @@ def test_a_group_is_of_one_bucket():
 
 
 def test_a_buckets_own_passes_are_whole_across_its_groups():
-    """What is left of a bucket at the end of a pass comes in its next group."""
+    """Samples that a bucket has left at the end of a pass come in its next group."""
     stream = groups(Order(BUCKETS, 4, 0), 150)
     for bucket in BUCKETS:
         samples = [sample for group in stream for sample in group if group[0] in bucket]

@@ -56,9 +56,9 @@ def test_tensorboard_holds_each_figure_once(run):
 
 
 def test_tensorboard_holds_the_previews(run):
-    shown = events(run).Images("preview")
-    assert [e.step for e in shown] == [2, 4]
-    for event in shown:
+    previews = events(run).Images("preview")
+    assert [e.step for e in previews] == [2, 4]
+    for event in previews:
         with Image.open(run / "previews" / f"step-{event.step:07d}.png") as file:
             assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"), file)
 

@@ -241,7 +241,7 @@ class LineBase:
 
 
 def test_from_nothing_to_the_exact_map_of_a_gaussian():
-    """Of N(m, s^2) the consistency function is known: x goes to m + s (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
+    """The consistency function of N(m, s^2) is known: x goes to m + s (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
     schedule = VPSchedule.from_betas()
     base = LineBase(schedule)
     learner = Whole(base.network)

@@ -163,29 +163,32 @@ def _hole_chapter(g: Gallery, title: str, mask: Tensor, canvas: Tensor) -> Chapt
     return chapter
 
 
-def _by_latents(g: Gallery, chapter: Chapter, usual: Inpaint, mask: Tensor, canvas: Tensor) -> None:
-    """Add rows without the VAE in the loop, ours and the host's way with the same LoRA, levels and noise; and goals."""
+def _by_latents(g: Gallery, chapter: Chapter, usual: Inpaint, mask: Tensor, source: Tensor) -> None:
+    """Add rows without the VAE in the loop, ours and the host's way with the same LoRA, levels and noise; and goals.
+
+    source: (B, 3, H, W) the pictures that the host encodes, with the mask beside them.
+    """
     ended = g.edit(replace(g.ours, projection="none"), usual)
     chapter.add("ours in latents alone", g.edit(replace(g.ours, projection="latent"), usual).image, usual.weight)
     chapter.add("projected at the end alone", ended.image, usual.weight, show=False)
 
-    def host(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def host(picture: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
         """The host's pictures, and where they were drawn: in whole latent cells."""
         known = g.ours.codec.encode(picture)
-        cells = cells_of(mask, known)
+        cells = cells_of(hole, known)
         latents = latent_mask(
             g.ours.base, g.condition, g.null, known, cells, ended.plan.ticks, **g.ours.settings(), seed=SEED
         )
         return g.ours.codec.decode(latents), _enlarged((cells > 0).float(), CELL)
 
-    pictures, region = host(canvas, mask)
+    pictures, region = host(source, mask)
     chapter.add("SetLatentNoiseMask", pictures, region)
     chapter.add("the same, pasted", torch.where(mask > 0, pictures, g.truth), mask)
-    pictures, region = host(*greyed(canvas, mask))
+    pictures, region = host(*greyed(source, mask))
     chapter.add("VAEEncodeForInpaint", pictures, region)
     chapter.add("truth", g.truth, usual.weight, show=False)
-    perfect = usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth)))
-    chapter.add("truth through the VAE", perfect, usual.weight)
+    through_vae = usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth)))
+    chapter.add("truth through the VAE", through_vae, usual.weight)
 
     ours, perfect = chapter.rows["ours"], chapter.rows["truth through the VAE"]
     chapter.goals.append(Goal("PSNR of what is known, dB", ours["PSNR of what is known"], least=50))

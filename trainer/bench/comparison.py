@@ -85,7 +85,10 @@ class Loop:
         return [sum(parts.values()) for parts in self.rounds]
 
     def examine(self, warmup: int, before: int) -> None:
-        """Warm up, count passes meanwhile, then operations and bytes; before: bytes held without this loop."""
+        """Warm up, count passes meanwhile, then operations and bytes.
+
+        before: bytes that were held without this loop.
+        """
         self.prepare(warmup + COUNTED)
         with passes_counted(self.bases) as self.passes:
             for _ in range(warmup):

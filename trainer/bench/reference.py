@@ -148,7 +148,7 @@ class Reference:
             inputs = next(self.inputs)
             with self.clock.part("data"):
                 batch = self.encoded(inputs)
-            with self.run.accelerator.autocast():
+            with self.run.processes.accelerator.autocast():
                 loss = self.losses(batch, learns).mean() / parts
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()

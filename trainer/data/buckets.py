@@ -28,8 +28,8 @@ class Buckets(NamedTuple):
     def check_filled(self, aspects: Iterable[float]) -> None:
         """Raise ValueError for buckets to which no picture of these aspect ratios (width by height) goes."""
         aspects = np.unique(np.fromiter(aspects, float))
-        taken = {self.nearest(aspect, 1) for aspect in aspects}
-        empty = [size for size in self.sizes if size not in taken]
+        filled = {self.nearest(aspect, 1) for aspect in aspects}
+        empty = [size for size in self.sizes if size not in filled]
         if not empty or not len(aspects):
             return
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...samplers import PhaseGrid
 from ...samplers.lora_file import read_header
-from ..config.config import Config, DataConfig
+from ..config.config import Config
+from ..config.sections import DataConfig
 from ..families import Base
 from ..families.generate import generate
 from ..system.files import write_tensors
@@ -41,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Share(NamedTuple):
-    """Which part of the work this process does, as one of several."""
+    """The part of the work that one of several processes does."""
 
     rank: int = 0
     processes: int = 1

@@ -1,4 +1,4 @@
-"""Which samples training never sees: decided by the seed and the cache alone."""
+"""The samples that training never sees: decided by the seed and the cache alone."""
 
 from __future__ import annotations
 
@@ -62,32 +62,32 @@ def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int
     bucket = np.empty(total, np.int64)
     for number, samples in enumerate(buckets):
         bucket[samples] = number
-    left = np.bincount(bucket)
-    taken: list[int] = []
+    remaining = np.bincount(bucket)
+    chosen: list[int] = []
 
     def take(samples: NDArray) -> None:
         """Hold these out, unless that would empty a bucket."""
-        nonlocal left
-        after = left - np.bincount(bucket[samples], minlength=len(left))
+        nonlocal remaining
+        after = remaining - np.bincount(bucket[samples], minlength=len(remaining))
         if (after > 0).all():
-            left = after
-            taken.extend(samples.tolist())
+            remaining = after
+            chosen.extend(samples.tolist())
 
     different, times = np.unique(prompts, return_counts=True)
     for at in shuffled(len(different), seed, HELD_OUT):
-        if times[at] <= count - len(taken):
+        if times[at] <= count - len(chosen):
             take(np.flatnonzero(prompts == different[at]))
-        if len(taken) == count:
+        if len(chosen) == count:
             break
 
-    if len(taken) < count / 2:
+    if len(chosen) < count / 2:
         for sample in shuffled(total, seed, HELD_OUT):
-            if len(taken) == count:
+            if len(chosen) == count:
                 break
-            if sample not in taken:
+            if sample not in chosen:
                 take(np.array([sample]))
 
-    samples = np.sort(np.array(taken, np.int64))
+    samples = np.sort(np.array(chosen, np.int64))
     trained = np.ones(total, bool)
     trained[samples] = False
     return HeldOut(samples, int(np.isin(prompts[samples], prompts[trained]).sum()))

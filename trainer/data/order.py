@@ -48,26 +48,26 @@ class Order:
         if len(self.buckets) == 1:
             return 0, group
         number, at = divmod(group, int(self._counts_in_round.sum()))
-        drawn = self._rounds
-        if drawn is None or drawn[0] != number:
+        last = self._rounds
+        if last is None or last[0] != number:
             labels = np.repeat(np.arange(len(self.buckets), dtype=np.int32), self._counts_in_round)
             labels = labels[shuffled(len(labels), self.seed, number, -1 - len(self.buckets))]
             # sorted by bucket, each group's place less where its bucket starts is how many of the same are before it
             before = np.empty(len(labels), np.int32)
             starts = np.repeat(self._counts_in_round.cumsum() - self._counts_in_round, self._counts_in_round)
             before[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - starts
-            drawn = self._rounds = number, labels, before
-        bucket = int(drawn[1][at])
-        return bucket, number * int(self._counts_in_round[bucket]) + int(drawn[2][at])
+            last = self._rounds = number, labels, before
+        bucket = int(last[1][at])
+        return bucket, number * int(self._counts_in_round[bucket]) + int(last[2][at])
 
     def _from_bucket(self, bucket: int, position: int, count: int) -> list[int]:
         """At most `count` samples, at least 1, of a bucket's own stream: as many as are left of the pass."""
         number, at = divmod(position, int(self._counts[bucket]))
-        drawn = self._passes.get(bucket)
-        if drawn is None or drawn[0] != number:
+        last = self._passes.get(bucket)
+        if last is None or last[0] != number:
             order = self.buckets[bucket][shuffled(len(self.buckets[bucket]), self.seed, number, -1 - bucket)]
-            drawn = self._passes[bucket] = number, order
-        return drawn[1][at : at + count].tolist()
+            last = self._passes[bucket] = number, order
+        return last[1][at : at + count].tolist()
 
 
 def shuffled(count: int, *seed: int) -> NDArray:

@@ -1,4 +1,4 @@
-"""Where a run's samples come from, and what identifies them: a folder, drawn digits, webdataset shards, or prompts."""
+"""The sources of a run's samples, and what tells them from others: a folder, drawn digits, or webdataset shards."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers import Recipe
+from ...samplers.lora_info import recipe_of
 from ..data.prompts import read_prompts
 from ..families import Base
-from ..lora.install import header_of_family, recipe_of
+from ..lora.install import header_of_family
 from ..tiny.bundled import bundled_folder, own_prompts
 from ..tiny.scenes import Scene, held_out_scenes
 from .trial import SOLVERS, TEACHER, TRAILING, Setting
@@ -58,7 +59,7 @@ def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[C
     be sampled at these steps, and for two that need the base read in different ways.
     """
     contestants = []
-    for file, name in zip(files, unique_names((file.stem for file in files), taken=[TEACHER]), strict=True):
+    for file, name in zip(files, unique_names((file.stem for file in files), reserved=[TEACHER]), strict=True):
         header = header_of_family(file, family)
         recipe = recipe_of(header)
         for n in steps:
@@ -90,9 +91,9 @@ def tells_most(contestants: list[Contestant]) -> Contestant:
     return max(contestants, key=lambda c: 0 if c.recipe is None else 1 + (c.recipe.source == "header"))
 
 
-def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """The names, each with a number where it is one of `taken` or the same as an earlier one."""
-    unique, used = [], set(taken)
+def unique_names(names: Iterable[str], reserved: Iterable[str] = ()) -> list[str]:
+    """The names, each with a number where it is one of `reserved` or the same as an earlier one."""
+    unique, used = [], set(reserved)
     for name in names:
         numbered = chain([name], (f"{name} ({n})" for n in count(2)))
         unique.append(next(candidate for candidate in numbered if candidate not in used))

@@ -55,12 +55,12 @@ DECODED = 8  # pictures that are decoded and measured together
 class Look:
     """One setting's pictures as the metrics see them.
 
-    features: (N, D) by space. facts: figures of how pictures follow their prompts. shown: (n, 3, H, W), the first few.
+    features: (N, D) by space. facts: figures of how they follow their prompts. examples: (n, 3, H, W), the first few.
     """
 
     features: dict[str, Tensor]
     facts: dict[str, float]
-    shown: Tensor
+    examples: Tensor
 
 
 class Judge:
@@ -73,7 +73,7 @@ class Judge:
     def look(self, latents: Tensor) -> Look:
         """Decode latents (N, C, h, w), one for each prompt, a few at a time, and measure them."""
         features: dict[str, list[Tensor]] = {space.name: [] for space in self.spaces}
-        scores, followed, shown = [], [], []
+        scores, followed, examples = [], [], []
         for at in range(0, len(latents), DECODED):
             part = slice(at, at + DECODED)
             pixels = self.base.decode(latents[part])
@@ -83,12 +83,12 @@ class Judge:
                 scores.append(self.clip(pixels, self.prompts.texts[part]))
             if self.prompts.scenes:
                 followed += [follows_prompt(s, p) for s, p in zip(self.prompts.scenes[part], pixels, strict=True)]
-            shown.append(pixels[: max(0, SHOWN - at)])
+            examples.append(pixels[: max(0, SHOWN - at)])
 
         facts = {"clip_score": torch.cat(scores).mean().item()} if scores else {}
         if followed:
             facts["prompt_followed"] = sum(followed) / len(followed)
-        return Look({name: torch.cat(x) for name, x in features.items()}, facts, torch.cat(shown))
+        return Look({name: torch.cat(x) for name, x in features.items()}, facts, torch.cat(examples))
 
 
 def evaluate(
@@ -342,7 +342,7 @@ def _write(out: Path, report: dict[str, Any], contest: Contest, prompts: list[st
     single = Setting(TEACHER, 1, guidance)
     is_new = lambda s: s.guidance == guidance and (s.steps > 1 or s == single)  # noqa: E731
     order = sorted(contest.latents, key=lambda s: (s != contest.reference, s.evaluations, s.name == TEACHER))
-    rows = [(_wrapped(s), contest.looks[s].shown) for s in order if s.name != TEACHER or is_new(s)]
+    rows = [(_wrapped(s), contest.looks[s].examples) for s in order if s.name != TEACHER or is_new(s)]
     side = min(CELL, rows[0][1].shape[-1])
     save_image(draw_grid(rows, prompts[:SHOWN], max(96, side)), out / "grid.png")
     plots.draw(report, out)

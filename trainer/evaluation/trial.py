@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Its two lines beside a row of pictures."""
+        """The setting in two lines, to stand beside a row of pictures."""
         return f"{self.who}\n{count_steps(self.steps)}, CFG {self.guidance:g}"
 
     def ticks(self, recipe: Recipe | None) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class Trial:
         return Trial(condition, null, self.noise[:number], self.seed)
 
     def with_noise(self, seed: int) -> Trial:
-        """The same prompts, other noise: at the start and between the steps."""
+        """A trial of the same prompts with other noise, at the start and between the steps."""
         return replace(self, noise=unit_noise(self.noise.shape, seed), seed=seed)
 
     def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:

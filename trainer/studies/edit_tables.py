@@ -40,12 +40,12 @@ class Chapter:
     captions: list[str]
     measure: Callable[..., Figures] | None = None
     rows: dict[str, Figures] = field(default_factory=dict)
-    shown: list[tuple[str, Tensor]] = field(default_factory=list)
+    pictures: list[tuple[str, Tensor]] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
 
     def show(self, label: str, pictures: Tensor) -> None:
         """Add a row of pictures (B, 3, H, W)."""
-        self.shown.append((textwrap.fill(label, LETTERS, break_long_words=False), pictures[: len(self.captions)]))
+        self.pictures.append((textwrap.fill(label, LETTERS, break_long_words=False), pictures[: len(self.captions)]))
 
     def add(self, label: str, pictures: Tensor, *others: Tensor, show: bool = True) -> None:
         """Measure a row of pictures, with these other arguments of `measure`."""

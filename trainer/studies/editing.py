@@ -1,4 +1,4 @@
-"""Every zero-shot edit on a tiny base, measured against the truth and beside baselines, and drawn, for docs/editing.md.
+"""Every zero-shot edit on a tiny base, drawn, and measured against the truth and baselines (docs/measurements/).
 
     python -m phased_consistency.trainer.studies.editing [--lora FILE] [--out DIR] [--base tiny-sd15] [--pictures 16]
         [--edits inpaint,denoise]
@@ -149,11 +149,11 @@ def _hole_chapter(g: Gallery, title: str, mask: Tensor, canvas: Tensor) -> Chapt
     Its rows are measured by where the edit drew, (B, 1, H, W): more than the mask where there is a rim.
     """
 
-    def measure(pictures: Tensor, drawn: Tensor) -> Figures:
+    def measure(pictures: Tensor, region: Tensor) -> Figures:
         return {
-            "PSNR of what is known": psnr(pictures, g.truth, drawn == 0),
+            "PSNR of what is known": psnr(pictures, g.truth, region == 0),
             "seam at the mask": seam_ratio(pictures, mask),
-            "seam where drawing ends": seam_ratio(pictures, drawn),
+            "seam where drawing ends": seam_ratio(pictures, region),
             "PSNR of the hole": psnr(pictures, g.truth, mask),
             "follows": g.follows(pictures),
         }
@@ -163,29 +163,32 @@ def _hole_chapter(g: Gallery, title: str, mask: Tensor, canvas: Tensor) -> Chapt
     return chapter
 
 
-def _by_latents(g: Gallery, chapter: Chapter, usual: Inpaint, mask: Tensor, canvas: Tensor) -> None:
-    """Add rows without the VAE in the loop, ours and the host's way with the same LoRA, levels and noise; and goals."""
+def _by_latents(g: Gallery, chapter: Chapter, usual: Inpaint, mask: Tensor, source: Tensor) -> None:
+    """Add rows without the VAE in the loop, ours and the host's way with the same LoRA, levels and noise; and goals.
+
+    source: (B, 3, H, W) the pictures that the host encodes, with the mask beside them.
+    """
     ended = g.edit(replace(g.ours, projection="none"), usual)
     chapter.add("ours in latents alone", g.edit(replace(g.ours, projection="latent"), usual).image, usual.weight)
     chapter.add("projected at the end alone", ended.image, usual.weight, show=False)
 
-    def host(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def host(picture: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
         """The host's pictures, and where they were drawn: in whole latent cells."""
         known = g.ours.codec.encode(picture)
-        cells = cells_of(mask, known)
+        cells = cells_of(hole, known)
         latents = latent_mask(
             g.ours.base, g.condition, g.null, known, cells, ended.plan.ticks, **g.ours.settings(), seed=SEED
         )
         return g.ours.codec.decode(latents), _enlarged((cells > 0).float(), CELL)
 
-    pictures, drawn = host(canvas, mask)
-    chapter.add("SetLatentNoiseMask", pictures, drawn)
+    pictures, region = host(source, mask)
+    chapter.add("SetLatentNoiseMask", pictures, region)
     chapter.add("the same, pasted", torch.where(mask > 0, pictures, g.truth), mask)
-    pictures, drawn = host(*greyed(canvas, mask))
-    chapter.add("VAEEncodeForInpaint", pictures, drawn)
+    pictures, region = host(*greyed(source, mask))
+    chapter.add("VAEEncodeForInpaint", pictures, region)
     chapter.add("truth", g.truth, usual.weight, show=False)
-    perfect = usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth)))
-    chapter.add("truth through the VAE", perfect, usual.weight)
+    through_vae = usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth)))
+    chapter.add("truth through the VAE", through_vae, usual.weight)
 
     ours, perfect = chapter.rows["ours"], chapter.rows["truth through the VAE"]
     chapter.goals.append(Goal("PSNR of what is known, dB", ours["PSNR of what is known"], least=50))
@@ -402,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         for name in chosen:
             chapters[name] = EDITS[name](gallery)
-            grid = draw_grid(chapters[name].shown, chapters[name].captions)
+            grid = draw_grid(chapters[name].pictures, chapters[name].captions)
             grid.save(args.out / f"{name}.jpg", quality=88)
     seconds = process_time() - began
 

@@ -16,6 +16,7 @@ import torch
 from packaging import version
 
 from ...samplers import Recipe
+from ...samplers.lora_info import recipe_of
 from ..config.config import MAY_CHANGE, Config
 from ..data.buckets import buckets_for
 from ..data.prompts import prompts_of
@@ -26,7 +27,7 @@ from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
-from ..lora.install import header_of_family, recipe_of
+from ..lora.install import header_of_family
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available

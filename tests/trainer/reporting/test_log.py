@@ -81,8 +81,8 @@ def test_lines_are_strict_json(run_log, tmp_path):
     run_log.begin(0)
     run_log.add("update", step=1, loss=float("nan"), norms={"a": float("inf")}, more=[1.0, float("-inf")])
     *_, last = (tmp_path / LOG).read_text().splitlines()
-    told = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert told == {"kind": "update", "step": 1, "loss": None, "norms": {"a": None}, "more": [1.0, None]}
+    line = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert line == {"kind": "update", "step": 1, "loss": None, "norms": {"a": None}, "more": [1.0, None]}
 
 
 def test_a_log_that_cannot_be_written_is_said_once(run_log, tmp_path, said):

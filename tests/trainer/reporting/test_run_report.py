@@ -162,8 +162,8 @@ def test_costs_add_up_over_starts(finished, folder):
 def test_a_killed_run_can_be_reported_on(folder, pcm):
     cut(folder, "end", "saved")
     result = pcm("report", folder, "--json")
-    told = json.loads(result.out)
-    assert (result.code, told["state"], told["step"], told["steps"]) == (0, "killed", 4, 4)
+    answer = json.loads(result.out)
+    assert (result.code, answer["state"], answer["step"], answer["steps"]) == (0, "killed", 4, 4)
     assert "the same command goes on from its last checkpoint" in plain(page(folder))
 
 
@@ -255,7 +255,7 @@ def test_curves_of_many_updates_stay_small():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (312, "5 min 12 s"), (25_530, "7 h 05 min")]
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (312, "5 min 12 s"), (25_530, "7 h 05 min")]
 )
-def test_durations_are_in_words(seconds, told):
-    assert duration(seconds) == told
+def test_durations_are_in_words(seconds, text):
+    assert duration(seconds) == text

@@ -70,18 +70,18 @@ def test_low_pass_psnr_sees_the_layout_alone():
 
 def test_pooled_error_is_the_largest_of_a_block():
     low = levels(torch.full((8, 8), 100))
-    made = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert pooled_error(made, low) == 0
-    made[0, 1, 5, 6] += 32 / 255
-    assert pooled_error(made, low) == pytest.approx(2)
+    pictures = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert pooled_error(pictures, low) == 0
+    pictures[0, 1, 5, 6] += 32 / 255
+    assert pooled_error(pictures, low) == pytest.approx(2)
 
 
 def test_luminance_error_weighs_the_channels():
-    made = levels(torch.full((4, 4), 100))
-    grey = made[:, :1].clone()
-    assert luminance_error(made, grey) == pytest.approx(0, abs=1e-4)
-    made[:, 0] += 10 / 255
-    assert luminance_error(made, grey) == pytest.approx(10 * 0.2989 / 0.9999, abs=1e-4)
+    pictures = levels(torch.full((4, 4), 100))
+    grey = pictures[:, :1].clone()
+    assert luminance_error(pictures, grey) == pytest.approx(0, abs=1e-4)
+    pictures[:, 0] += 10 / 255
+    assert luminance_error(pictures, grey) == pytest.approx(10 * 0.2989 / 0.9999, abs=1e-4)
 
 
 def test_an_even_slope_has_no_seam():
@@ -89,15 +89,15 @@ def test_an_even_slope_has_no_seam():
 
 
 def test_a_seam_is_told_by_its_height():
-    """Of 32 pairs across the border half rise by 2 + 20 levels, half by 2 - 20: |change| is 20 on average, else 2."""
+    """Half of 32 pairs across the border rise by 2 + 20 levels, half by 2 - 20: |change| is 20 on average, else 2."""
     assert seam_ratio(slope() + 20 / 255 * block(), block()) == pytest.approx(10)
 
 
 def test_an_edge_that_is_far_from_the_border_is_no_seam():
-    made = slope()
-    made[..., 0] = 1
-    assert seam_ratio(made, block(), near=4) == pytest.approx(1)
-    assert seam_ratio(made, block(), near=12) < 0.5
+    pictures = slope()
+    pictures[..., 0] = 1
+    assert seam_ratio(pictures, block(), near=4) == pytest.approx(1)
+    assert seam_ratio(pictures, block(), near=12) < 0.5
 
 
 def test_means_are_of_the_batch():
@@ -141,8 +141,8 @@ def test_latents_masked_everywhere_are_generated_and_nowhere_are_kept(tiny_base)
     cells = torch.ones(1, 1, 8, 8)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(3))
     alone = generate(tiny_base, condition, null, noise, ticks, guidance=2.0, start=known)
-    made = latent_mask(tiny_base, condition, null, known, cells, ticks, guidance=2.0, seed=3)
-    torch.testing.assert_close(made, alone, atol=1e-5, rtol=1e-5)
+    pictures = latent_mask(tiny_base, condition, null, known, cells, ticks, guidance=2.0, seed=3)
+    torch.testing.assert_close(pictures, alone, atol=1e-5, rtol=1e-5)
     assert torch.equal(latent_mask(tiny_base, condition, null, known, 0 * cells, ticks, seed=3), known)
 
 
@@ -155,7 +155,7 @@ def test_the_host_s_masks():
 
 
 def test_goals_and_tables():
-    chapter = Chapter("Edit", ["a"], lambda made: {"sum": made.sum().item(), "error": inf})
+    chapter = Chapter("Edit", ["a"], lambda pictures: {"sum": pictures.sum().item(), "error": inf})
     chapter.add("a row", torch.ones(1, 3, 2, 2))
     chapter.goals = [Goal("is met", 0.5, 0, 1), Goal("is not", 2.0, most=1)]
     text = tables([chapter])

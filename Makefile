@@ -15,10 +15,6 @@ READY := .venv/.ready
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 demo: export MALLOC_TOP_PAD_ = 1073741824
-# as pcm does: the libraries' notices about other things would bury the run's own lines
-demo: export TRANSFORMERS_VERBOSITY = error
-demo: export DIFFUSERS_VERBOSITY = error
-demo: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo: venv
 	$(BIN)/python -m phased_consistency.trainer.demo
 

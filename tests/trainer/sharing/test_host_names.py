@@ -16,9 +16,7 @@ SIZES = {"sd3": 340, "sd35-medium": 392, "sd35-large": 536}  # size -> modules t
 def network_of(size):
     """The full-size network, without weights."""
     with torch.device("meta"):
-        return SD3.network_class.from_config(
-            SD3.network_class.load_config(SD3.configs.parent / size / "transformer")
-        )
+        return SD3.network_class.from_config(SD3.network_class.load_config(SD3.configs.parent / size / "transformer"))
 
 
 @pytest.fixture(scope="module", params=hosts() or [None], ids=lambda path: path.parent.name if path else "none")

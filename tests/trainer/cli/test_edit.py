@@ -19,11 +19,9 @@ from phased_consistency.trainer.pictures import write_pictures
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 from phased_consistency.trainer.tiny.scenes import draw
 from support.edit_files import SCENES, box, save
-from support.edit_files import loaded_once as loaded_once
-from support.edit_files import mask as mask
-from support.edit_files import photo as photo
 from support.runs import TINY, sha256
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 EDITS = ("inpaint", "outpaint", "colorize", "upscale", "stroke", "denoise", "interpolate")
 FAST = ("--steps", "2", "--guidance", "1")
 

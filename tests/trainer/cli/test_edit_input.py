@@ -8,11 +8,10 @@ from PIL import Image
 
 from phased_consistency.trainer.inference.edit import Editor
 from phased_consistency.trainer.tiny.bundled import bundled_folder
-from support.edit_files import loaded_once as loaded_once
-from support.edit_files import mask as mask
-from support.edit_files import photo as photo
 from support.edit_files import save
 from support.runs import TINY
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,36 @@ from phased_consistency.trainer.tiny.digits import Digit, drawn_digits, random_d
 from phased_consistency.trainer.training.engine import Batch, Engine
 from phased_consistency.trainer.training.loop import train
 from support.closed_form import MEAN, STD, Gaussian
-from support.runs import sha256
+from support.runs import settings, sha256
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def settings(output, **changes):
-    values = {"output": output, "data.count": 40, "train.batch_size": 4, "train.steps": 6, "train.save_every": 2}
-    values |= {"train.trackers": "[]", "train.report": "false", "preview.every": 0}
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in values.items()]
+# What the preset decides, or a network that is trained whole has not, in place of a small run's settings.
+DIGITS = {"data__count": 40, "train__batch_size": 4, "train__steps": 6} | dict.fromkeys(
+    (
+        "base__path",
+        "base__dtype",
+        "data__teacher_steps",
+        "data__teacher_guidance",
+        "data__resolution",
+        "data__batch_size",
+        "lora__rank",
+        "lora__alpha",
+        "objective__guidance",
+        "train__lr",
+        "validation__every",
+    )
+)
+
+
+def digits(output, **changes):
+    """Overrides of a small run from nothing."""
+    return settings(output, **DIGITS | changes)
 
 
 def small(output, **changes):
-    return load_config(overrides=settings(output, **changes), preset="digits")
+    return load_config(overrides=digits(output, **changes), preset="digits")
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +156,7 @@ def test_checkpointed_gradients_are_the_same(whole, tmp_path):
 
 
 def test_train_and_sample_end_to_end(pcm, tmp_path):
-    trained = pcm(
-        "train", "--preset", "digits", *settings(tmp_path / "run", train__steps=2, preview__every=1), "--json"
-    )
+    trained = pcm("train", "--preset", "digits", *digits(tmp_path / "run", train__steps=2, preview__every=1), "--json")
     assert trained.code == 0, trained.err
     assert json.loads(trained.out)["base"] == str(tmp_path / "run" / "digits")
     assert "weights of the network are trained" in trained.err
@@ -187,7 +201,7 @@ def test_the_report_tells_drawings_from_noise(whole, tmp_path, capsys):
     ],
 )
 def test_what_it_has_not(changes, message, tmp_path):
-    overrides = [*settings(tmp_path / "run"), *(f"{k}={v}" for k, v in changes.items())]
+    overrides = [*digits(tmp_path / "run"), *(f"{k}={v}" for k, v in changes.items())]
     with pytest.raises(ValueError, match=re.escape(message)):
         train(load_config(overrides=overrides, preset="digits"))
 

@@ -9,7 +9,7 @@ import sys
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     answer, sys.stdout = sys.stdout, sys.stderr  # the host prints
     from comfy.cli_args import args
 
@@ -18,7 +18,7 @@ def main() -> None:
     import comfy.model_detection
     import torch
 
-    weights = {name: torch.empty(shape, device="meta") for name, shape in asked["weights"].items()}
+    weights = {name: torch.empty(shape, device="meta") for name, shape in request["weights"].items()}
     config = comfy.model_detection.model_config_from_unet(weights, "")
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(weights, "", device="meta")
@@ -31,7 +31,7 @@ def main() -> None:
         weight = held[key] if part is None else held[key].narrow(*part)
         return list(weight.shape)
 
-    json.dump({"kind": type(config).__name__, "shapes": {name: shape(name) for name in asked["names"]}}, answer)
+    json.dump({"kind": type(config).__name__, "shapes": {name: shape(name) for name in request["names"]}}, answer)
 
 
 if __name__ == "__main__":

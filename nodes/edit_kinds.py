@@ -155,8 +155,8 @@ class Edit:
     def on(self, guider: Any, x: Tensor) -> Projection:
         """The `project` of `sample_phased` for a run of a guider, from x (B, C, h, w) on: a `ProjectionMaker`.
 
-        Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another
-        family.
+        Raises ValueError for latents that are not of the operator's
+        pictures, and for a VAE of another family.
         """
         check_latents(self.operator, x)
         check_family(self.vae, guider.model_patcher)

@@ -100,8 +100,8 @@ def whole(vae: Any) -> Any:
 def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor]) -> tuple[Tensor, list[str]]:
     """The result of `decode`, and a sentence where memory ran out and the VAE had to go over to tiles.
 
-    vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses the `HostVAE` that it is called
-    with.
+    vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses
+    the `HostVAE` that it is called with.
     Raises ValueError for a last_decode that is none of `inputs.LAST_DECODES`.
     """
     inputs.check("last_decode", last_decode, inputs.LAST_DECODES)

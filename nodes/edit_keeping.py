@@ -77,7 +77,7 @@ def edited(
     only the start matters. amount: of the noise to add, as a share of all of the first level's.
     Raises ValueError for a VAE of another family.
     """
-    check_family(vae, model)
+    check_family(vae, model)  # the host would fail later, with words of tensors' sizes
     text = show(node, lines)
 
     samples = begin(operator, HostVAE(vae))

@@ -161,7 +161,7 @@ class Edit:
         check_latents(self.operator, x)
         check_family(self.vae, guider.model_patcher)
         codec = ModelVAE(whole(self.vae), guider.inner_model)  # tiles would draw their seams into every step
-        if self.projection == "latent":
+        if self.projection == "latent":  # the VAE runs once, before the first step
             return ProjectedLatent.of(self.operator, begin(self.operator, codec).to(x))
         project = Projected(self.operator, codec, self.every, self.form == "residual")
         return beside_model(project, guider, self.vae, x.shape)

@@ -169,6 +169,8 @@ class PCMCFGSchedule(io.ComfyNode):
         cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
 
+        # One schedule a model: on top of another, this one takes its place
+        # instead of both being followed in turn.
         model = model.clone()
         model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)

@@ -68,6 +68,7 @@ def beside_model(project: Projection, guider: Any, vae: Any, shape: tuple[int, .
     """
     models = [guider.model_patcher, *getattr(guider, "loaded_models", [])]
     needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])  # both prompts in one batch
+    # A VAE on another device, such as the CPU, takes no room beside the model.
     beside = vae.memory_used_decode(shape, vae.vae_dtype) if vae.device == guider.model_patcher.load_device else 0
     memory.load_models_gpu([*models, vae.patcher], memory_required=max(needed, beside))
 

@@ -5,8 +5,8 @@ A phased consistency model (PCM, arXiv 2405.18407, Sec. 3.1) cuts the way from n
     0 = s_0 < s_1 < ... < s_M = T,
 
 and is trained to map each point x_t of phase m, s_m < t <= s_(m+1), to the point x_(s_m) of the same solution
-path. So M jumps from edge to edge make a picture, without fresh noise in between. M = 1 is an ordinary
-consistency model.
+path. So M jumps from edge to edge make a picture, without fresh noise in between. With M = 1 this is an
+ordinary consistency model.
 
 `PhaseGrid` places the edges. Training asks it where to start and which edge to map to, sampling asks it for
 the levels of n steps, so what was trained and what is sampled cannot differ. The jump itself is

@@ -24,6 +24,8 @@ from .sampling import NoiseSampler
 from .schedule import Schedule
 
 CELL = 8  # pixels a latent cell, in every family
+# What a step is made to agree with: `Projected`, `ProjectedLatent`, or nothing.
+PROJECTIONS = ("picture", "latent", "none")
 STROKE_RATIO = 0.416  # the second noise level of strokes by their first, 2.24 / 5.38 (arXiv 2303.01469, App. D)
 NOISIEST = 14.6  # noise by signal that is pure noise to the eye: the most in SD; a flow model's is infinite
 MEDIAN_OF_UNIT_NOISE = 0.6745  # the median absolute value of a standard normal variable

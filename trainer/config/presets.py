@@ -1,24 +1,43 @@
-"""The presets: one table, each row with where its numbers come from and what it costs."""
+"""The presets: one table, each row with where its numbers come from and what it costs.
+
+Their names are there without torch, whose import takes a second: `pcm --help` and the shell's completion ask for them.
+"""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-
-from ..objectives import known_to
 
 
 @dataclass(frozen=True)
 class Preset:
-    """values: what it sets. source: where the numbers come from. cost: what a run takes, and how that is known."""
+    """One preset.
 
-    values: dict[str, Any]
+    layers: settings by section, each over those before. source: where the numbers come from. cost: what a run takes,
+    and how that is known.
+    """
+
+    layers: tuple[dict[str, Any], ...]
     source: str
-    cost: str = field(default="not measured yet")
+    cost: str
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What it sets; another objective keeps what it knows of the settings before it."""
+        from ..objectives import known_to  # imports torch
+
+        first, *others = self.layers
+        values = deepcopy(first)
+        for layer in others:
+            for section, new in layer.items():
+                before = values.get(section, {})
+                values[section] = (known_to(new["name"], before) if "name" in new else before) | new
+        return values
 
 
-# What a family's presets share: the published launch scripts' numbers, for one GPU.
+# family -> the settings that its presets share: the published launch scripts' numbers, for one GPU.
 FAMILIES: dict[str, dict[str, Any]] = {
     "sd15": {
         "base": {"family": "sd15", "path": "stable-diffusion-v1-5/stable-diffusion-v1-5", "dtype": "bf16"},
@@ -50,8 +69,8 @@ SOURCES = {
     "sd3": "Published SD3 launch scripts, one GPU's batch; CFG 4 is what their code really uses; our LoRA also adapts "
     "the context stream's q, k, v.",
 }
-STEPS = (1, 2, 4, 8)
-# What each kind of preset changes, by section, and what it says of that.
+STEPS = (1, 2, 4, 8)  # phases of the PCM presets, which are also the steps to sample with
+# Settings by which a kind of preset differs from its family's, and a sentence on them for `Preset.source`.
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
@@ -61,8 +80,9 @@ NOTES = {
 }
 
 
-# The relatives: by what they differ from their family's PCM presets, and where those numbers come from.
-LCM_LORA = {"train": {"lr": 1e-4}}  # and alpha = rank, as for all of them
+# PCM's relatives: objective -> (settings by which its presets differ from their family's, where these come
+# from).
+LCM_LORA = {"train": {"lr": 1e-4}}  # LCM-LoRA's; alpha = rank, which it has too, is set for all relatives below
 RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "lcm": (
         LCM_LORA | {"objective": {"name": "lcm", "points": 50, "guidance": [6.0, 16.0]}},
@@ -101,45 +121,42 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 
 
 def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's preset, its LoRA's name, and changes by section; another objective keeps what it knows of PCM's."""
-    own = {"train": {"gradient_checkpointing": True}}
-    values = {"name": lora, **_changed(FAMILIES[family], own, *changes)}
-    train = values["train"]
-    seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
-    return name, Preset(values, note, f"{seen:,} samples")
+    """A row of the table: the preset's name, and the family's settings with changes by section, the later ones last.
 
-
-def _changed(values: dict[str, Any], *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A copy of these settings with changes by section."""
-    values = deepcopy(values)
-    for change in changes:
-        for section, new in change.items():
-            before = values.get(section, {})
-            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
-    return values
+    lora: the name of the LoRA that it makes. note: the preset's `source`.
+    """
+    memory = {"train": {"gradient_checkpointing": True}}  # so that it fits one GPU
+    layers = ({"name": lora, **FAMILIES[family]}, memory, *changes)
+    train = {key: value for layer in layers for key, value in layer.get("train", {}).items()}
+    samples = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
+    return name, Preset(layers, note, f"{samples:,} samples")
 
 
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's PCM preset of a kind ("4step-adv")."""
+    """A row for a family's PCM preset of a kind, such as "4step-adv"."""
     note = SOURCES[family] + NOTES.get(kind.rsplit("-", 1)[-1], "")
     return _preset(f"{family}-{kind}", f"pcm-{family}-{kind}", family, note, *changes)
 
 
 def _presets_of(family: str) -> dict[str, Preset]:
+    """All presets of a family by name: PCM's by phases and kind, then the relatives'."""
     rows = []
     for steps in STEPS:
         phases = {"objective": {"phases": steps}}
         rows += [_pcm(family, f"{steps}step", phases), _pcm(family, f"{steps}step-adv", phases, ADVERSARIAL)]
         if steps >= 4:  # without guidance in the teacher the phases must be fine (arXiv 2405.18407, Sec. 3.2)
             rows.append(_pcm(family, f"{steps}step-normalcfg", phases, NORMALCFG))
+
     stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
     rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+
     alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
     for name, (changes, note) in RELATIVES.items():
         rows.append(_preset(f"{name}-{family}", f"{name}-{family}", family, note, alpha, changes))
     return dict(rows)
 
 
+# Settings of `make demo`, and those in which the demo on the bundled SD3-type base differs.
 DEMO: dict[str, Any] = {
     "base": {"path": "tiny-sd15", "dtype": "fp32"},
     "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
@@ -171,50 +188,73 @@ PRESETS: dict[str, Preset] = {
     **_presets_of("sdxl"),
     **_presets_of("sd3"),
     "demo": Preset(
-        {"name": "lora", "output": "out/demo/run", **DEMO},
+        ({"name": "lora", "output": "out/demo/run", **DEMO},),
         source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
         cost="6 minutes on 2 CPU cores, 8 with the report",
     ),
     "demo-sd3": Preset(
-        {"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **_changed(DEMO, DEMO_SD3)},
+        ({"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **DEMO}, DEMO_SD3),
         source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
         "(docs/measurements/comfyui.md).",
         cost="11 minutes of CPU time with one thread",
     ),
     "lcf-demo": Preset(
-        {
-            "name": "lcf-demo",
-            "output": "out/lcf",
-            "base": {"path": "tiny-sd15", "dtype": "fp32"},
-            "data": {"images": "out/style", "resolution": 128},
-            "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
-            "objective": {"name": "lcf", "points": 20, "phases": 4},
-            "train": {"steps": 60, "batch_size": 20, "lr": 3e-4, "weight_decay": 0.0, "ema": 0.8, "save_every": 100},
-            "preview": {"every": 0},
-        },
+        (
+            {
+                "name": "lcf-demo",
+                "output": "out/lcf",
+                "base": {"path": "tiny-sd15", "dtype": "fp32"},
+                "data": {"images": "out/style", "resolution": 128},
+                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
+                "objective": {"name": "lcf", "points": 20, "phases": 4},
+                "train": {
+                    "steps": 60,
+                    "batch_size": 20,
+                    "lr": 3e-4,
+                    "weight_decay": 0.0,
+                    "ema": 0.8,
+                    "save_every": 100,
+                },
+                "preview": {"every": 0},
+            },
+        ),
         source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
         cost="1.5 minutes of CPU time with one thread",
     ),
     "digits": Preset(
-        {
-            "name": "digits",
-            "base": {"path": "digits", "dtype": "fp32"},
-            "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
-            "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
-            "train": {
-                "steps": 1600,
-                "batch_size": 64,
-                "lr": 2e-3,
-                "lr_schedule": "cosine",
-                "warmup": 50,
-                "weight_decay": 0.0,
-                "ema": 0.99,
-                "save_every": 400,
+        (
+            {
+                "name": "digits",
+                "base": {"path": "digits", "dtype": "fp32"},
+                "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
+                "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
+                "train": {
+                    "steps": 1600,
+                    "batch_size": 64,
+                    "lr": 2e-3,
+                    "lr_schedule": "cosine",
+                    "warmup": 50,
+                    "weight_decay": 0.0,
+                    "ema": 0.99,
+                    "save_every": 400,
+                },
+                "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
+                "validation": {"count": 0},
             },
-            "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
-            "validation": {"count": 0},
-        },
+        ),
         source="Tuned in short runs (docs/measurements/isolation.md).",
         cost="8.5 minutes of CPU time with one thread",
     ),
 }
+
+
+def preset_names() -> str:
+    """The names of all presets, in a few words."""
+    first, *families = FAMILIES
+    kinds = [f"-{name.removeprefix(f'{first}-')}" for name in PRESETS if name.startswith(f"{first}-")]
+    of_families = {name for family in FAMILIES for name in _presets_of(family)}
+    alone = [name for name in PRESETS if name not in of_families]
+    return (
+        f"{first}, {' or '.join(families)}, then one of {', '.join(kinds)}; {'-, '.join(RELATIVES)}- and a family; or "
+        f"{', '.join(alone)}"
+    )

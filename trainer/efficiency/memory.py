@@ -200,14 +200,6 @@ def advice(saving: list[tuple[str, float]], most: int = 3) -> str:
     return best or "all that saves memory is on, so take a smaller data.resolution or lora.rank"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was short, on a GPU or in main memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS'
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
 def explain_out_of_memory(error: BaseException, config: Config, family: type[Base]) -> str:
     """What the error said, and what would help this run."""
     first = next(iter(str(error).splitlines()), "Out of memory.")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...samplers.lora_file import LoraHeader, split_key
 from ..families import Base
 from ..families.generate import probe
-from .install import ADAPTER, _broken, broken_tensors, header_of_family, install
+from .describe import broken_sentence, broken_tensors
+from .install import ADAPTER, header_of_family, install
 
 # kohya's names of SDXL's and SD3's blocks in the original layout
 OTHER_LAYOUT = re.compile(
@@ -45,7 +46,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """
     header = header_of_family(file, base.name)
     if broken := broken_tensors(header):
-        text = f"FAILED: {file.name}: {_broken(broken)} Get it again."
+        text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
     names = _names(header, base)

@@ -8,33 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ...samplers import Recipe
-from ...samplers.lora_file import (
-    FLOATS,
-    LoraHeader,
-    family_title,
-    not_finite,
-    read_header,
-)
+from ...samplers.lora_file import LoraHeader, family_title, read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES
+from .describe import broken_sentence, broken_tensors
 
 ADAPTER = "file"
-
-
-def broken_tensors(header: LoraHeader) -> list[str]:
-    """The names of a LoRA's tensors with numbers that are not finite, read one by one."""
-    with safe_open(header.path, "pt") as file:
-        names = [name for name, info in header.tensors.items() if info.dtype in FLOATS]
-        return not_finite((name, file.get_tensor(name)) for name in names)
-
-
-def _broken(names: list[str]) -> str:
-    return f"numbers in {len(names)} of its tensors are not finite, such as in {names[0]}: every picture is black."
 
 
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
@@ -110,11 +93,13 @@ def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | Non
     """
     header = header_of_family(lora, base.name)
     if broken := broken_tensors(header):
-        raise ValueError(f"{lora.name}: {_broken(broken)} Get it again.")
+        raise ValueError(f"{lora.name}: {broken_sentence(broken)} Get it again.")
     modules, missing = install(lora, base, ADAPTER)
     if missing:
-        which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
-        raise ValueError(f"{lora.name}: {which}. It was made for another model.")
+        raise ValueError(
+            f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. "
+            "It was made for another model."
+        )
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_of(header)
 
@@ -154,8 +139,5 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {brief(error)}") from error
     modules = len(read_header(path).modules)
-    return modules, modules - _adapted(base, name)
-
-
-def _adapted(base: Base, name: str) -> int:
-    return sum(name in m.lora_A for m in base.network.modules() if hasattr(m, "lora_A"))
+    adapted = sum(name in layer.lora_A for layer in base.network.modules() if hasattr(layer, "lora_A"))
+    return modules, modules - adapted

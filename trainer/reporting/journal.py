@@ -41,7 +41,7 @@ class Journal:
             yield
             end = {"how": "finished"}
         except Exception as error:
-            end = {"how": getattr(error, "how", "failed"), "reason": without_places(str(error) or repr(error))}
+            end = {"how": getattr(error, "ending", "failed"), "reason": without_places(str(error) or repr(error))}
             raise
         finally:
             self._close(end, at_end)

@@ -180,8 +180,8 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
         return None
 
     # a base that is still on the hub may predict what the LoRA was made for: its own files will tell
-    told = recipe.source == "header" and not base.assumed
-    if told and (recipe.prediction, recipe.shift) != (base.prediction, base.shift):
+    comparable = recipe.source == "header" and not base.assumed
+    if comparable and (recipe.prediction, recipe.shift) != (base.prediction, base.shift):
         raise ValueError(
             f"{file} was made for a base with {_reading(recipe.prediction, recipe.shift)}, and this one has "
             f"{_reading(base.prediction, base.shift)}. Use its own base, or set base.prediction or base.shift."

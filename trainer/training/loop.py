@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.config import Config
-from ..efficiency.memory import explain_out_of_memory, out_of_memory
+from ..efficiency.memory import explain_out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
 from ..system.locks import only_run
-from ..system.machine import peak_memory
+from ..system.machine import out_of_memory, peak_memory
 from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from .batches import Split

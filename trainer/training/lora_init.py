@@ -10,7 +10,8 @@ from ...samplers.lora_file import read_header
 from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import NAME, Adapter
-from ..lora.install import broken_tensors, install
+from ..lora.describe import broken_tensors
+from ..lora.install import install
 from .checks import check_start
 
 

@@ -14,7 +14,6 @@ from phased_consistency.trainer.efficiency.memory import (
     TRAINING,
     estimate_memory,
     explain_out_of_memory,
-    out_of_memory,
     recomputed,
     switches,
 )
@@ -22,7 +21,7 @@ from phased_consistency.trainer.efficiency.quantize import quantize, stored_byte
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.lora.adapter import Adapter
-from phased_consistency.trainer.system.machine import GIB
+from phased_consistency.trainer.system.machine import GIB, out_of_memory
 from support.runs import TINY, small_config
 
 

@@ -21,23 +21,27 @@ __all__ = ["FAMILIES", "Base", "Condition", "bundled_folder", "family_class", "f
 def load_base(path: str, *, family: str | None = None, **options) -> Base:
     """Load a base from a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
 
-    family: default: found from the base. options: see the family's `load`.
-    Raises ValueError for an unknown family, one that the base is not of, options that it has not, or weights that are
-    not finite, and the family's own errors.
+    family: default: found from the base. options: those of the family's `load`; None leaves one out.
+    Raises ValueError for an unknown family, one that the base is not of, options that the family has not, and
+    weights that are not finite; and the family's own errors.
     """
     kind = family_class(path, family)
     known = inspect.signature(kind.load).parameters
     options = {name: value for name, value in options.items() if value is not None}
     if strange := [name for name in options if name not in known]:
         raise ValueError(f"base.{strange[0]} is not for {kind.title}. Leave it out.")
+
     base = kind.load(str(bundled_folder(path) or path), **options)
-    base.path = path
+    base.path = path  # as the user said it, not the bundled folder's place on this machine
     check_finite(path, [base.network, *([base.vae] if base.vae else []), *base.text_encoders])
     return base
 
 
 def family_class(path: str, family: str | None = None) -> type[Base]:
-    """The class of the base's family, which `family` must agree with where it says one. Raises ValueError."""
+    """The class of a base's family, found from the base; nothing is loaded.
+
+    Raises ValueError for an unknown family, or one that the base is not of.
+    """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
     return FAMILIES[family_of(path, family)]

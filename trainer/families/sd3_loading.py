@@ -1,4 +1,4 @@
-"""Where SD3's parts are and how each is read: transformer, VAE, three text encoders, their tokenizers."""
+"""Reading the parts of SD3, from a folder or a single file: transformer, VAE, text encoders, their tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .clip import clip_tokenizers
 
 T5, T5_LENGTH, T5_REPO = "text_encoder_3", 77, "google/t5-v1_1-xxl"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-# component -> where single files have it, what it is for people
+# component -> how the names of its weights begin in single files, and its name for people
 IN_FILES = {
     "vae": (loading.VAE_PREFIXES, "VAE"),
     "text_encoder": (("text_encoders.clip_l.transformer.",), "CLIP-L text encoder"),
@@ -30,9 +30,11 @@ WITHOUT_T5 = "or base.t5=false to do without T5, as SD3 can"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """One SD3, read: text_encoders and tokenizers are two each, or three with T5. scheduler: its config file.
-    supplied: SHA-256 of the weights that `base.parts` supplied, or nothing.
+class SD3Parts:
+    """The parts of one SD3, read: text encoders and tokenizers are two each, or three with T5.
+
+    scheduler: path of the scheduler config. base_hash: see `Base`. supplied: SHA-256 of the weights that
+    `base.parts` supplied, or nothing.
     """
 
     transformer: SD3Transformer2DModel
@@ -44,15 +46,17 @@ class Parts:
     supplied: str = ""
 
 
-def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype) -> Parts:
-    """Everything from a diffusers folder or hub id; T5 where it has one, unless told otherwise."""
+def folder_parts(
+    path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype
+) -> SD3Parts:
+    """Read all parts from a diffusers folder or hub id. t5: whether with T5; None: where the folder has one."""
     optional = () if t5 is False else (T5, "tokenizer_3")
     root = loading.diffusers_folder(path, COMPONENTS, "SD3", optional)
     use_t5 = t5 is not False and (root / T5).is_dir()
     if t5 and not use_t5:
         raise ValueError(f"{root} has no {T5}/, the T5-XXL that base.t5=true asks for. Add it, {WITHOUT_T5}.")
     encoders = _encoders(use_t5)
-    return Parts(
+    return SD3Parts(
         transformer=loading.load_part(root, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[_folder_encoder(root, name, t5_dtype) for name in encoders],
@@ -70,23 +74,26 @@ def single_file_parts(
     t5: bool | None,
     dtype: torch.dtype,
     t5_dtype: torch.dtype,
-) -> Parts:
-    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+) -> SD3Parts:
+    """Read the parts from one .safetensors file, and from the diffusers folder `parts` those that the file lacks.
+
+    t5: whether with T5; None: where one of them has it.
+    """
     names = loading.checkpoint_header(path).tensors
     configs = Path(config) if config else loading.CONFIGS / "sd3"
-    of_network = Path(config) if config else loading.CONFIGS / variant(names)
-    _check_size(path, names, of_network)
-    there = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
+    network_configs = Path(config) if config else loading.CONFIGS / variant(names)
+    _check_size(path, names, network_configs)
+    in_file = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
     if t5 is None:
-        t5 = T5 in there or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
+        t5 = T5 in in_file or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
     encoders = _encoders(t5)
-    missing = [part for part in ("vae", *encoders) if part not in there]
+    missing = [part for part in ("vae", *encoders) if part not in in_file]
     lacking = {part: "{1} ({0[0]}*)".format(*IN_FILES[part]) for part in missing}
     if T5 in missing:
         lacking[T5] += f", {WITHOUT_T5.removeprefix('or ')}"
     other = loading.parts_folder(path, parts, lacking, "SD3")
-    return Parts(
-        transformer=loading.convert_part(path, of_network, "transformer", SD3Transformer2DModel, dtype),
+    return SD3Parts(
+        transformer=loading.convert_part(path, network_configs, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(other)
         if "vae" in missing
         else loading.convert_part(path, configs, "vae", AutoencoderKL, torch.float32),
@@ -104,18 +111,22 @@ def single_file_parts(
 
 
 def _encoders(t5: bool) -> list[str]:
+    """The text encoders' components."""
     return ["text_encoder", "text_encoder_2", *([T5] if t5 else [])]
 
 
 def variant(names: dict) -> str:
-    """The folder of transformer config, by what tells SD3-medium, SD3.5-medium and SD3.5-large apart."""
+    """The folder of the transformer's config for a single file with these tensors.
+
+    SD3.5 normalises q and k (ln_q), which SD3 does not; SD3.5-medium has a second attention (attn2) besides.
+    """
     if f"{BLOCKS}0.x_block.attn2.qkv.weight" in names:
         return "sd35-medium"
     return "sd35-large" if f"{BLOCKS}0.x_block.attn.ln_q.weight" in names else "sd3"
 
 
 def _check_size(path: Path, names: dict, configs: Path) -> None:
-    """Another size would fail deep inside the conversion; say it here in words."""
+    """Raise ValueError for a transformer of another size, which would fail deep inside the conversion."""
     config = loading.read_config(configs / "transformer" / "config.json")
     blocks = len({name.removeprefix(BLOCKS).split(".")[0] for name in names if name.startswith(BLOCKS)})
     query = names.get(f"{BLOCKS}0.x_block.attn.qkv.weight")
@@ -165,17 +176,17 @@ def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5E
     return encoder
 
 
-def _tokenizers(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
-    """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
-    clips = clip_tokenizers(asked, others, base)
-    return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips
+def _tokenizers(chosen: str | None, defaults: list[Path | None], base: str, t5: bool) -> list:
+    """CLIP-L's, CLIP-bigG's and, where used, T5's tokenizer, each from the first of these folders that has it."""
+    clips = clip_tokenizers(chosen, defaults, base)
+    return [*clips, _t5_tokenizer([Path(p) for p in (chosen, *defaults) if p], base)] if t5 else clips
 
 
 def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
-    own = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
+    folder = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
     try:
-        if own:
-            return T5TokenizerFast.from_pretrained(own)
+        if folder:
+            return T5TokenizerFast.from_pretrained(folder)
         files = ["spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
         return T5TokenizerFast.from_pretrained(snapshot_download(T5_REPO, allow_patterns=files))
     except ImportError as error:

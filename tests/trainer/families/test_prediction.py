@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from phased_consistency.samplers.lora_file import LoraHeader, TensorInfo
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.families.prediction import Found, found_in_header, found_in_scheduler, settle
+from phased_consistency.trainer.families.prediction import Finding, found_in_header, found_in_scheduler, settle
 from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.tiny.bundled import bundled_folder
@@ -22,7 +22,7 @@ from support.ldm_checkpoint import save_single_file
 from support.runs import small_config
 
 EPS, V = "epsilon", "v_prediction"
-SAYS_EPS = Found(EPS, False, "scheduler_config.json")
+SAYS_EPS = Finding(EPS, False, "scheduler_config.json")
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def header(tmp_path):
     ],
 )
 def test_single_files_say_it_by_tensors_or_header(header, tensors, metadata, prediction, zero_snr):
-    found = found_in_header(header(tensors, **metadata))
-    assert (found.prediction, found.zero_terminal_snr) == (prediction, zero_snr)
-    assert "base.safetensors" in found.where
+    actual = found_in_header(header(tensors, **metadata))
+    assert (actual.prediction, actual.zero_terminal_snr) == (prediction, zero_snr)
+    assert "base.safetensors" in actual.where
 
 
 @pytest.mark.parametrize("marker", ["edm_mean", "edm_vpred.sigma_max"])
@@ -90,7 +90,7 @@ def test_other_schedulers_are_refused(tmp_path, change, message):
     ],
 )
 def test_what_is_told_adds_to_what_is_found(found, told, settled):
-    assert settle(Found(*found, "a file"), SAYS_EPS, *told) == settled
+    assert settle(Finding(*found, "a file"), SAYS_EPS, *told) == settled
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_is_told_adds_to_what_is_found(found, told, settled):
 )
 def test_contradictions_are_sentences(found, told, message):
     with pytest.raises(ValueError, match=message):
-        settle(Found(*found, "a file"), SAYS_EPS, *told)
+        settle(Finding(*found, "a file"), SAYS_EPS, *told)
 
 
 def test_a_folders_v_may_not_be_contradicted_but_its_epsilon_may():
@@ -193,8 +193,8 @@ def test_a_dry_run_tells_of_the_recipe_that_the_run_writes(tiny_base, tmp_path, 
     config = small_config(tmp_path / "run", base__path=tmp_path / "base", **told)
     stand_in = _stand_in(config, SDXL)
     base = load_base(str(tmp_path / "base"), **{k.removeprefix("base__"): v for k, v in told.items()})
-    found = [(b.prediction, b.zero_terminal_snr) for b in (stand_in, base)]
-    assert found == [settled] * 2
+    actual = [(b.prediction, b.zero_terminal_snr) for b in (stand_in, base)]
+    assert actual == [settled] * 2
     assert recipe_for(config, stand_in) == recipe_for(config, dataclasses.replace(base, base_hash=""))
 
 
@@ -211,5 +211,5 @@ def test_random_weights_pass(tiny_base, tmp_path):
     make_sdxl_folder(tmp_path, tiny_base.tokenizers[0])
     base = load_base(str(tmp_path))
     for prediction in (EPS, V):
-        told = dataclasses.replace(base, prediction=prediction)
-        told.check_prediction(torch.randn(2, 4, 8, 8), base.encode_prompts(["a", "b"]))
+        variant = dataclasses.replace(base, prediction=prediction)
+        variant.check_prediction(torch.randn(2, 4, 8, 8), base.encode_prompts(["a", "b"]))

@@ -27,10 +27,10 @@ def another_colour(scene, rng):
 
 
 def test_prompts_are_distinct_and_repeatable():
-    made = prompts(500, seed=3)
-    assert len(made) == len(set(made)) == 500
-    assert made == prompts(500, seed=3) and made[:100] == prompts(100, seed=3)
-    assert made != prompts(500, seed=4)
+    calls = prompts(500, seed=3)
+    assert len(calls) == len(set(calls)) == 500
+    assert calls == prompts(500, seed=3) and calls[:100] == prompts(100, seed=3)
+    assert calls != prompts(500, seed=4)
 
 
 def test_captions_name_what_is_drawn():

@@ -114,7 +114,7 @@ def test_the_shipped_workflows_are_numbered_without_a_gap():
 
 
 def test_what_names_a_template_names_one_that_there_is():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("nodes/web/docs/*.md"), *WORKFLOWS]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("nodes/web/docs/*.md"), *WORKFLOWS]
     named = {name for page in pages for name in re.findall(r"\b\d\d_[a-z]\w+", page.read_text(encoding="utf-8"))}
     assert named and named - {path.stem for path in WORKFLOWS} == set()
 

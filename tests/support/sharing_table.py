@@ -3,7 +3,7 @@
     python -m support.sharing_table
 
 prints a table for random bases of all families, LoRAs on every module that the trainer adapts, and every verb.
-docs/sharing.md has it. Needs a ComfyUI: $COMFYUI_PATH, else comfy-cli's.
+docs/measurements/sharing.md has it. Needs a ComfyUI: $COMFYUI_PATH, else comfy-cli's.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Settings, answer, configured
+from .options import Json, Settings, answer, configured, preset_option
 
 
 def bench(
     settings: Settings = None,
-    preset: Annotated[str, typer.Option(help="Start from this preset; default without a file: demo.")] = None,
+    preset: Annotated[str, preset_option("Start from this preset; default without a file: demo.")] = None,
     updates: Annotated[int, typer.Option(min=1, help="Updates to time, of each loop.")] = 20,
     warmup: Annotated[int, typer.Option(min=1, help="Updates before, in which passes are counted.")] = 3,
     reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Run the reference loop too.")] = True,
@@ -29,15 +29,15 @@ def bench(
 
     Example: pcm bench --preset demo adversarial.weight=0.1 --updates 20
     """
-    from ..bench.comparison import bench as run
-    from ..bench.report import report
+    from ..bench.comparison import bench as compare
+    from ..bench.report import bench_text
     from ..reporting.progress import ProgressBar
     from ..system.files import write_text
 
     config = configured(settings, preset, default="demo")
     with ProgressBar() as bar:
-        details = run(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
-    text = report(details)
+        details = compare(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
+    text = bench_text(details)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
@@ -58,9 +58,10 @@ def bench_data(
     """
     import tempfile
 
-    from ..bench.cache import report, run
+    from ..bench.cache import cache_text
+    from ..bench.cache import run as measure
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="pcm-bench-") as place:
-        details = run(samples, Path(place), batches, batch)
-    answer(details, as_json, report(details))
+        details = measure(samples, Path(place), batches, batch)
+    answer(details, as_json, cache_text(details))

@@ -1,16 +1,34 @@
-"""What this machine can do: versions, device, optional parts, disk."""
+"""`pcm doctor`: what this machine can do, versions, device, optional parts, disk, and whether a run fits it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..efficiency.memory import MARGIN, PEAKS, advice
-from ..system.machine import OPTIONAL
+from .options import Json, Settings, answer, configured, preset_option
 
 
-def report(d: dict[str, Any]) -> str:
-    """`examine` for people."""
+def doctor(
+    settings: Settings = None,
+    preset: Annotated[str, preset_option("Also say what this preset would need.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do, what is missing, and what a given config will need."""
+    from ..system.machine import examine
+
+    config = configured(settings, preset) if settings or preset else None
+    details = examine()
+    if config:
+        from ..training.plan import plan
+
+        details["run"] = plan(config)
+    answer(details, as_json, examination_text(details))
+
+
+def examination_text(d: dict[str, Any]) -> str:
+    """`examine` of this machine for people, and of `d["run"]`, a plan, whether it fits."""
+    from ..system.machine import OPTIONAL
+
     device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
     host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
     lines = [
@@ -37,6 +55,8 @@ def _bundled() -> list[str]:
 
 
 def _verdict(d: dict[str, Any]) -> str:
+    from ..efficiency.memory import MARGIN, PEAKS, advice
+
     run = d["run"]
     need = max(gib for name, gib in run["memory_gib"].items() if name.startswith(PEAKS))
     if d["device"]["kind"] != "cuda":

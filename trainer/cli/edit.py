@@ -1,14 +1,18 @@
-"""`pcm edit`: a verb for each zero-shot edit, on picture files."""
+"""`pcm edit`: a verb for each zero-shot edit, from picture files to picture files (samplers/editing.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .edit_options import Changing, Drawing, Keeping
-from .options import Resolution, with_options
+from .edit_options import EditRequest, KeepingOptions, OutputOptions, PictureOptions
+from .options import BaseOptions, Resolution, SamplingOptions, verb
+
+if TYPE_CHECKING:
+    from ..families import Condition
+    from ..inference.edit import Edited, Editor
 
 edit = typer.Typer(
     no_args_is_help=True,
@@ -23,10 +27,13 @@ Denoise = Annotated[
 Side = Annotated[int, typer.Option(help="Pixels to add there.")]
 
 
-@edit.command()
-@with_options
+@verb(edit)
 def inpaint(
-    options: Keeping,
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
+    keeping: KeepingOptions,
     mask: Annotated[
         list[Path],
         typer.Option(
@@ -47,15 +54,19 @@ def inpaint(
     from ...samplers.operators import Inpaint
     from ..pictures import hole_notes, with_mask
 
-    pictures = options.pictures()
-    known = Inpaint(*with_mask(pictures, mask), grow)
-    options.keep("inpaint", pictures, known, denoise, notes=hole_notes(known.hole))
+    request = EditRequest("inpaint", base, sampling, output, source, keeping)
+    pictures = request.read_pictures()
+    operator = Inpaint(*with_mask(pictures, mask), grow)
+    request.keep(operator, denoise, pictures, hole_notes(operator.hole))
 
 
-@edit.command()
-@with_options
+@verb(edit)
 def outpaint(
-    options: Keeping,
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
+    keeping: KeepingOptions,
     left: Side = 0,
     top: Side = 0,
     right: Side = 0,
@@ -71,14 +82,21 @@ def outpaint(
     from ...samplers import operators
     from ..pictures import hole_notes
 
-    pictures = options.pictures()
-    known = operators.outpaint(pictures.pixels, left, top, right, bottom, grow)
-    options.keep("outpaint", pictures, known, denoise, notes=hole_notes(known.hole))
+    request = EditRequest("outpaint", base, sampling, output, source, keeping)
+    pictures = request.read_pictures()
+    operator = operators.outpaint(pictures.pixels, left, top, right, bottom, grow)
+    request.keep(operator, denoise, pictures, hole_notes(operator.hole))
 
 
-@edit.command()
-@with_options
-def colorize(options: Keeping, denoise: Denoise = 1.0) -> None:
+@verb(edit)
+def colorize(
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
+    keeping: KeepingOptions,
+    denoise: Denoise = 1.0,
+) -> None:
     """Draw the colours of a grey picture. The luminance of every pixel stays as it is; colours it has are not used.
 
     Example: pcm edit colorize --base base.safetensors --lora pcm.safetensors --image old.jpg
@@ -86,14 +104,18 @@ def colorize(options: Keeping, denoise: Denoise = 1.0) -> None:
     """
     from ...samplers.operators import Colorize
 
-    pictures = options.pictures()
-    options.keep("colorize", pictures, Colorize(pictures.pixels), denoise)
+    request = EditRequest("colorize", base, sampling, output, source, keeping)
+    pictures = request.read_pictures()
+    request.keep(Colorize(pictures.pixels), denoise, pictures)
 
 
-@edit.command()
-@with_options
+@verb(edit)
 def upscale(
-    options: Keeping,
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
+    keeping: KeepingOptions,
     factor: Annotated[int, typer.Option(help="How many times as wide and high.")] = 2,
     denoise: Denoise = 0.75,
 ) -> None:
@@ -104,29 +126,40 @@ def upscale(
     """
     from ...samplers.operators import SuperResolution
 
-    pictures = options.pictures()
+    request = EditRequest("upscale", base, sampling, output, source, keeping)
+    pictures = request.read_pictures()
     notes = ["--factor 1 keeps every pixel: the result is the picture itself."] if factor == 1 else []
-    options.keep("upscale", pictures, SuperResolution(pictures.pixels, factor), denoise, notes=notes)
+    request.keep(SuperResolution(pictures.pixels, factor), denoise, pictures, notes)
 
 
-@edit.command()
-@with_options
-def stroke(options: Changing, denoise: Denoise = 0.75) -> None:
+@verb(edit)
+def stroke(
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
+    denoise: Denoise = 0.75,
+) -> None:
     """Paint a picture after rough strokes of colour, or vary one. Nothing of it is kept but what the noise leaves.
 
     Example: pcm edit stroke --base base.safetensors --lora pcm.safetensors --image strokes.png --denoise 0.75
     --prompt "a castle on a hill" --out out.png
     """
-    pictures = options.pictures()
-    options.run(
-        "stroke", pictures, lambda editor, prompt: editor.stroke(pictures.pixels, prompt, options.seed, denoise)
-    )
+    request = EditRequest("stroke", base, sampling, output, source)
+    pictures = request.read_pictures()
+
+    def draw(editor: Editor, prompts: Condition) -> Edited:
+        return editor.stroke(pictures.pixels, prompts, sampling.seed, denoise)
+
+    request.draw(draw, pictures)
 
 
-@edit.command()
-@with_options
+@verb(edit)
 def denoise(
-    options: Changing,
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    source: PictureOptions,
     noise: Annotated[
         float,
         typer.Option(help="Standard deviation of the noise, in levels of 255; default: estimated, and said."),
@@ -140,20 +173,27 @@ def denoise(
 
     if noise is not None and not 0 <= noise <= 255:
         raise ValueError(f"--noise is {noise:g}; a standard deviation of 0 to 255 levels.")
-    pictures, notes = options.pictures(), []
+    request = EditRequest("denoise", base, sampling, output, source)
+    pictures = request.read_pictures()
+
+    notes = []
     if noise is None:
         noise = 255 * estimated_noise(pictures.pixels[:, :3])
         notes.append(f"The noise is estimated at {noise:.1f} of 255 levels; --noise says another.")
     if noise == 0:
         notes.append("There is no noise to take out: the result is the picture itself.")
-    draw = lambda editor, prompt: editor.denoise(pictures.pixels, prompt, options.seed, noise / 255)  # noqa: E731
-    options.run("denoise", pictures, draw, notes=notes, noise=noise)
+
+    def draw(editor: Editor, prompts: Condition) -> Edited:
+        return editor.denoise(pictures.pixels, prompts, sampling.seed, noise / 255)
+
+    request.draw(draw, pictures, notes, facts={"noise": noise})
 
 
-@edit.command()
-@with_options
+@verb(edit)
 def interpolate(
-    options: Drawing,
+    base: BaseOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
     prompt: Annotated[str, typer.Option(help="Of the first frame.")],
     to_prompt: Annotated[str, typer.Option(help="Of the last frame; default: the same.")] = None,
     to_seed: Annotated[int, typer.Option(help="Of the last frame's noise; default: the same.")] = None,
@@ -171,17 +211,21 @@ def interpolate(
     from ...samplers.editing import CELL
     from ..pictures import numbered, sheet, write_pictures
 
-    options.check()
-    to_prompt, to_seed = prompt if to_prompt is None else to_prompt, options.seed if to_seed is None else to_seed
-    if (prompt, options.seed) == (to_prompt, to_seed):
+    request = EditRequest("interpolate", base, sampling, output)
+    request.check()
+    prompts = (prompt, prompt if to_prompt is None else to_prompt)
+    seeds = (sampling.seed, sampling.seed if to_seed is None else to_seed)
+    if prompts[0] == prompts[1] and seeds[0] == seeds[1]:
         raise ValueError("Both ends have one prompt and one seed: give another --to-prompt, --to-seed, or both.")
     if frames < 2:
         raise ValueError(f"--frames is {frames}; at least 2, the two ends.")
-    editor = options.editor()
+
+    editor = request.open_editor()
     _, height, width = editor.base.latent_shape(resolution or editor.base.default_resolution)
-    ends = tuple(editor.base.encode_prompts([words]) for words in (prompt, to_prompt))
-    drawn = editor.interpolate((CELL * height, CELL * width), ends, (options.seed, to_seed), frames)
-    files = numbered(options.out, frames)
+    ends = tuple(editor.base.encode_prompts([words]) for words in prompts)
+    drawn = editor.interpolate((CELL * height, CELL * width), ends, seeds, frames)
+
+    files = numbered(output.out, frames)
     write_pictures(drawn.image, files)
-    write_pictures(sheet(drawn.image), [options.out])
-    options.report("interpolate", editor, drawn, [options.out, *files], to_seed=to_seed, frames=frames)
+    write_pictures(sheet(drawn.image), [output.out])
+    request.tell(editor, drawn, [output.out, *files], [], {"to_seed": seeds[1], "frames": frames})

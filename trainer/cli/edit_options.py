@@ -1,15 +1,15 @@
-"""Options that several edits of `pcm edit` have, as fields of dataclasses that know what to do with them."""
+"""The groups of options of `pcm edit`, and the request that an edit makes of them: what all edits do in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import SAMPLING, Sampling, answer
+from .options import SAMPLING, BaseOptions, Json, SamplingOptions, answer, check_files
 
 if TYPE_CHECKING:
     from ...samplers.operators import Operator
@@ -33,7 +33,7 @@ Steps = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
-Projections = Annotated[
+Projection = Annotated[
     str,
     typer.Option(
         help="What every step is made to agree with: the picture, through the VAE; its latent (inpaint and outpaint "
@@ -65,125 +65,179 @@ FastVae = Annotated[
 
 
 @dataclass(kw_only=True)
-class Drawing(Sampling):
-    """Of every edit: what draws, how, and where to."""
+class OutputOptions:
+    """What every edit takes beside its base and its LoRA: a group of options, see `options.verb`."""
 
     out: Out
     steps: Steps = None
-
-    def check(self) -> None:
-        """Raise ValueError for options that cannot be, or do not fit each other: before anything is loaded."""
-        from ..pictures import check_png
-
-        check_png(self.out)
-        if self.strength is not None and self.lora is None:
-            raise ValueError(
-                "--strength is the LoRA's, and there is no --lora. How far an edit goes from its picture is --denoise."
-            )
-
-    def editor(self, **more) -> Editor:
-        """The base and the LoRA, loaded; more: of `open_editor`."""
-        from ..inference.edit import open_editor
-
-        how = {"steps": self.steps, "guidance": self.guidance, "gamma": self.gamma}
-        return open_editor(self.load(self.lora), self.lora, self.strength, self.negative, **how, **more)
-
-    def report(
-        self, kind: str, editor: Editor, edited: Edited, files: list[Path], notes: Sequence[str] = (), **facts
-    ) -> None:
-        """Say what was done: what the user should know to stderr, the result to stdout."""
-        from ...samplers.editing import CELL
-        from ...samplers.phases import count_steps
-
-        plan, (height, width) = edited.plan, edited.image.shape[-2:]
-        warnings = list(dict.fromkeys([*notes, *editor.warnings(plan)]))
-        for warning in warnings:
-            typer.echo(warning, err=True)
-        details = {"out": str(self.out), "files": [str(file) for file in files], "edit": kind}
-        details |= {"steps": plan.steps, "ticks": plan.ticks, **editor.settings(), "seed": self.seed}
-        details |= {"size": [width, height], "canvas": [CELL * side for side in edited.latents.shape[:1:-1]]}
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        text = f"{files[0]}{more}: {width}x{height}, {count_steps(plan.steps)}"
-        answer(details | facts | {"warnings": warnings}, self.as_json, text)
+    as_json: Json = False
 
 
 @dataclass(kw_only=True)
-class Changing(Drawing):
-    """Of the edits that begin with a picture."""
+class PictureOptions:
+    """The pictures that an edit begins with, and what they are to show: a group of options."""
 
     image: Images
     prompt: Prompts = None
 
-    def pictures(self) -> Pictures:
-        """The pictures; every option is checked first."""
-        from ..pictures import read_pictures
-
-        self.check()
+    def check(self) -> None:
+        """Raise ValueError for prompts that are neither one nor as many as the pictures."""
         if len(self.prompt or [""]) not in (1, len(self.image)):
             raise ValueError(
                 f"{len(self.prompt)} prompts for {len(self.image)} pictures: give one prompt, or one for each picture."
             )
-        return read_pictures(self.image)
-
-    def run(
-        self,
-        kind: str,
-        pictures: Pictures,
-        draw: Callable[[Editor, Condition], Edited],
-        known: Operator | None = None,
-        notes: Sequence[str] = (),
-        **facts,
-    ) -> None:
-        """Draw, write and say it. known: what the result must agree with, if anything."""
-        from ..inference.edit import kept_error
-        from ..pictures import numbered, write_pictures
-
-        editor = self.editor(**self.loop())
-        edited = draw(editor, editor.base.encode_prompts(self.prompt or [""]))
-        files = numbered(self.out, len(self.image)) if len(self.image) > 1 else [self.out]
-        write_pictures(edited.image, files, pictures.profiles)
-        kept = known and kept_error(known, edited.image)
-        self.report(kind, editor, edited, files, notes, **facts, kept_error=kept)
-
-    def loop(self) -> dict:
-        """What the editor is told of its loop."""
-        return {}
 
 
 @dataclass(kw_only=True)
-class Keeping(Changing):
-    """Of the edits that keep what an operator knows of the picture."""
+class KeepingOptions:
+    """How an edit keeps what its operator knows of the picture: a group of options.
 
-    projection: Projections = "picture"
+    Those that are None are as `Editor` has them, and fit any projection.
+    """
+
+    projection: Projection = "picture"
     every: Every = None
     form: Form = None
     fast_vae: FastVae = None
 
     def check(self) -> None:
-        from ..inference.edit import PROJECTIONS
+        """Raise ValueError for a value that there is not, and for options that this projection has no use for."""
+        from ...samplers.editing import PROJECTIONS
 
-        super().check()
         for name, value, known in (("projection", self.projection, PROJECTIONS), ("form", self.form, FORMS)):
             if value is not None and value not in known:
                 raise ValueError(f"--{name} is {value!r}; available: {', '.join(known)}.")
-        given = {"--every": self.every, "--form": self.form, "--fast-vae": self.fast_vae}
-        unused = [name for name, value in given.items() if value is not None]
+        options = {"--every": self.every, "--form": self.form, "--fast-vae": self.fast_vae}
+        unused = [name for name, value in options.items() if value is not None]
         if unused and self.projection != "picture":
             raise ValueError(
                 f"{unused[0]} is for --projection picture, and it is {self.projection}. Leave {unused[0]} out."
             )
 
-    def loop(self) -> dict:
-        how = {"projection": self.projection, "fast_vae": self.fast_vae, "residual": FORMS[self.form or "residual"]}
-        return how | ({} if self.every is None else {"every": self.every})
 
-    def keep(self, kind: str, pictures: Pictures, known: Operator, denoise: float, **more) -> None:
-        """`run` of an edit that is its operator."""
+@dataclass
+class EditRequest:
+    """One `pcm edit KIND`, and its parts in the order in which they run: check, read, draw, write, tell.
+
+    source: None for an edit that begins with no picture. keeping: left as it is by an edit that keeps nothing.
+    """
+
+    kind: str
+    base: BaseOptions
+    sampling: SamplingOptions
+    output: OutputOptions
+    source: PictureOptions | None = None
+    keeping: KeepingOptions = field(default_factory=KeepingOptions)
+
+    def check(self) -> None:
+        """Raise ValueError for options that cannot be, or do not fit each other: before anything is loaded.
+
+        Raises FileNotFoundError for a LoRA that is not there.
+        """
+        from ..pictures import check_png
+
+        check_png(self.output.out)
+        if self.sampling.strength is not None and self.sampling.lora is None:
+            raise ValueError(
+                "--strength is the LoRA's, and there is no --lora. How far an edit goes from its picture is --denoise."
+            )
+        check_files(self.sampling.lora)
+        self.keeping.check()
+        if self.source:
+            self.source.check()
+
+    def read_pictures(self) -> Pictures:
+        """The pictures to edit; every option is checked first."""
+        from ..pictures import read_pictures
+
+        self.check()
+        return read_pictures(self.source.image)
+
+    def open_editor(self) -> Editor:
+        """The base and the LoRA, loaded."""
+        from ..inference.edit import open_editor
+
+        sampling, keeping = self.sampling, self.keeping
+        return open_editor(
+            self.base.load(sampling.lora),
+            sampling.lora,
+            sampling.strength,
+            sampling.negative,
+            steps=self.output.steps,
+            guidance=sampling.guidance,
+            gamma=sampling.gamma,
+            projection=keeping.projection,
+            every=1 if keeping.every is None else keeping.every,
+            residual=FORMS[keeping.form or "residual"],
+            fast_vae=keeping.fast_vae,
+        )
+
+    def keep(self, operator: Operator, denoise: float, pictures: Pictures, notes: Sequence[str] = ()) -> None:
+        """Draw what the operator does not know, and write and tell the result. denoise: as `Editor.edit`."""
         from ...samplers.operators import Inpaint
 
-        if self.projection == "latent" and not isinstance(known, Inpaint):
+        if self.keeping.projection == "latent" and not isinstance(operator, Inpaint):
             raise ValueError(
-                f"--projection latent is for inpaint and outpaint: what {kind} keeps is in no cell of the latent. "
+                f"--projection latent is for inpaint and outpaint: what {self.kind} keeps is in no cell of the latent. "
                 "Choose picture or none."
             )
-        self.run(kind, pictures, lambda editor, prompt: editor.edit(known, prompt, self.seed, denoise), known, **more)
+
+        def draw(editor: Editor, prompts: Condition) -> Edited:
+            return editor.edit(operator, prompts, self.sampling.seed, denoise)
+
+        self.draw(draw, pictures, notes, operator=operator)
+
+    def draw(
+        self,
+        draw: Callable[[Editor, Condition], Edited],
+        pictures: Pictures,
+        notes: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
+        operator: Operator | None = None,
+    ) -> None:
+        """Draw from the pictures, and write and tell the result.
+
+        draw: from the editor and the encoded prompts. notes: warnings for the user. facts: for --json beside the usual.
+        operator: what the result must agree with, if anything.
+        """
+        from ..inference.edit import kept_error
+        from ..pictures import numbered, write_pictures
+
+        editor, out = self.open_editor(), self.output.out
+        edited = draw(editor, editor.base.encode_prompts(self.source.prompt or [""]))
+
+        files = numbered(out, len(pictures.files)) if len(pictures.files) > 1 else [out]
+        write_pictures(edited.image, files, pictures.profiles)
+
+        error = kept_error(operator, edited.image) if operator else None
+        self.tell(editor, edited, files, notes, {**(facts or {}), "kept_error": error})
+
+    def tell(
+        self, editor: Editor, edited: Edited, files: list[Path], notes: Sequence[str], facts: Mapping[str, Any]
+    ) -> None:
+        """Say what was done: what the user should know to stderr, the result to stdout."""
+        from ...samplers.editing import CELL
+        from ...samplers.phases import count_steps
+
+        plan = edited.plan
+        height, width = edited.image.shape[-2:]
+        warnings = list(dict.fromkeys([*notes, *editor.warnings(plan)]))
+        for warning in warnings:
+            typer.echo(warning, err=True)
+
+        details = {
+            "out": str(self.output.out),
+            "files": [str(file) for file in files],
+            "edit": self.kind,
+            "steps": plan.steps,
+            "ticks": plan.ticks,
+            **editor.settings(),
+            "seed": self.sampling.seed,
+            "size": [width, height],
+            "canvas": [CELL * side for side in edited.latents.shape[:1:-1]],
+            **facts,
+            "warnings": warnings,
+        }
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        text = f"{files[0]}{others}: {width}x{height}, {count_steps(plan.steps)}"
+        answer(details, self.output.as_json, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -11,27 +10,33 @@ from typing import Annotated
 
 import typer
 
-from .bench import bench, bench_data
+from ..config.presets import preset_names
+from . import bench, doctor, share
 from .edit import edit
 from .options import (
-    Base,
-    Configs,
+    DRAWING,
+    LORA_FILES,
+    MACHINE,
+    TRAINING,
+    BaseOptions,
+    BasePath,
+    ConfigsFolder,
     Family,
     Json,
-    Parts,
-    Reading,
+    LoraFile,
+    PartsFolder,
     Resolution,
-    Sampling,
+    SamplingOptions,
     Settings,
     Tokenizer,
     answer,
+    check_files,
     configured,
-    with_options,
+    preset_option,
+    verb,
 )
-from .share import VERBS as SHARING
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train few-step LoRAs (phased consistency and its relatives) on your own checkpoint; sample them, edit "
@@ -39,10 +44,10 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@verb(app, TRAINING, epilog=f"Presets: {preset_names()}.")
 def train(
     settings: Settings = None,
-    preset: Annotated[str, typer.Option(help="Start from this preset; see below.")] = None,
+    preset: Annotated[str, preset_option("Start from this preset; see below.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the config, the plan, the memory it takes.")
     ] = False,
@@ -55,23 +60,21 @@ def train(
 
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
-    Presets: sd15, sdxl or sd3, then -1step, -2step, -4step, -8step (each also -adv), -4step-normalcfg,
-    -8step-normalcfg, -stochastic (also -adv); lcm-, tcd-, ctm-, cd-, dscd-, progressive-, ct-, ufogen- or lcf- and a
-    family; demo, lcf-demo; and digits, which starts from nothing. Every setting is
-    section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without data.images the
-    teacher makes the latents from prompts.
+    Every setting is section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without
+    data.images the teacher makes the latents from prompts. The preset digits starts from nothing.
     """
     config = configured(settings, preset)
     if dry_run:
         from ..training.plan import plan
 
-        details = plan(config)
+        details = plan(config, accept_changes)
         answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
         return
+
     from accelerate import PartialState
 
     from ..reporting.progress import ProgressBar
-    from ..training.loop import RunStopped
+    from ..training.failure import RunStopped
     from ..training.loop import train as run
 
     try:
@@ -82,41 +85,71 @@ def train(
         raise typer.Exit(1) from None
     if not PartialState().is_main_process:
         return
-    made = "base" if path.is_dir() else "lora"
-    answer({made: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
+    product = "base" if path.is_dir() else "lora"
+    answer({product: str(path), "run": str(config.run_folder), "steps": config.train.steps}, as_json, f"Done: {path}")
 
 
-@app.command()
-@with_options
+@verb(app, TRAINING, name="report")
+def run_page(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/pcm-lora.")],
+    out: Annotated[Path, typer.Option(help="HTML to write; default: report.html in the run folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run as one HTML page: what came out, curves, pictures, costs, settings, starts and stops.
+
+    Every run writes it at its end; this is for one that is under way, or was killed.
+
+    Example: pcm report runs/pcm-lora
+    """
+    from ..reporting.page import write_report
+
+    details = write_report(run, out)
+    answer(details, as_json, details["text"])
+
+
+@verb(app, DRAWING)
 def sample(
-    options: Sampling,
+    base: BaseOptions,
+    sampling: SamplingOptions,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several columns.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
     steps: Annotated[str, typer.Option(help="One row for each, such as 1,2,4,8.")] = "4",
     resolution: Resolution = None,
+    as_json: Json = False,
 ) -> None:
     """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
 
     Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
+    check_files(sampling.lora)
+
     from ..inference.sample import sample_grid
 
-    numbers, o = _steps(steps), options
-    how = (o.lora, numbers, o.guidance, o.negative, o.strength, o.gamma, o.seed, resolution)
-    details = sample_grid(o.load(o.lora), prompt, out, *how)
+    details = sample_grid(
+        base.load(sampling.lora),
+        prompt,
+        out,
+        lora=sampling.lora,
+        steps=_steps(steps),
+        guidance=sampling.guidance,
+        negative=sampling.negative,
+        strength=sampling.strength,
+        gamma=sampling.gamma,
+        seed=sampling.seed,
+        resolution=resolution,
+    )
     for warning in details["warnings"]:
         typer.echo(warning, err=True)
-    answer(details, o.as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
+    answer(details, as_json, f"{out}: {len(details['rows'])} rows of {len(prompt)} pictures")
 
 
-app.add_typer(edit, name="edit")
+app.add_typer(edit, name="edit", rich_help_panel=DRAWING)
 
 
-@app.command()
-@with_options
+@verb(app, DRAWING)
 def evaluate(
-    options: Reading,
+    base: BaseOptions,
     lora: Annotated[list[Path], typer.Option(help="LoRA to evaluate. Repeat to compare several.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[str, typer.Option(help="The LoRAs' numbers of steps.")] = "1,2,4,8",
@@ -134,6 +167,7 @@ def evaluate(
     ] = None,
     clip: Annotated[Path, typer.Option(help="Folder of a CLIP model, for the CLIP score.")] = None,
     resolution: Resolution = None,
+    as_json: Json = False,
 ) -> None:
     """Compare LoRAs with the teacher at as many evaluations, from the same prompts and noise; write a report.
 
@@ -142,39 +176,40 @@ def evaluate(
 
     Example: pcm evaluate --base tiny-sd15 --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
     """
-    from ..evaluation.report import evaluate as run
+    check_files(*lora)
 
-    how = options.how() | {"dtype": options.dtype, "resolution": resolution}
-    how |= {"clip": clip, "features": features, "guidance": guidance}
-    say = lambda line: typer.echo(line, err=True)  # noqa: E731
-    report = run(
-        options.base, lora, out, steps=_steps(steps), prompts=prompts, pictures=pictures, seed=seed, say=say, **how
+    from ..evaluation.report import evaluate as compare
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    details = compare(
+        base.path,
+        lora,
+        out,
+        steps=_steps(steps),
+        prompts=prompts,
+        pictures=pictures,
+        seed=seed,
+        say=say,
+        dtype=base.dtype,
+        family=base.family,
+        tokenizer=base.tokenizer,
+        config=base.config,
+        parts=base.parts,
+        t5=base.t5,
+        resolution=resolution,
+        clip=clip,
+        features=features,
+        guidance=guidance,
     )
-    for line in [*report["warnings"], *(f"Left out. {line}" for line in report["left_out"])]:
+    for line in [*details["warnings"], *(f"Left out. {line}" for line in details["left_out"])]:
         say(line)
-    answer(report, options.as_json, f"{out / 'report.md'}: {len(report['rows'])} settings, {pictures} pictures of each")
+    answer(details, as_json, f"{out / 'report.md'}: {len(details['rows'])} settings, {pictures} pictures of each")
 
 
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/pcm-lora.")],
-    out: Annotated[Path, typer.Option(help="HTML to write; default: report.html in the run folder.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the report of a run as one HTML page: what came out, curves, pictures, costs, settings, starts and stops.
-
-    Every run writes it at its end; this is for one that is under way, or was killed.
-
-    Example: pcm report runs/pcm-lora
-    """
-    from ..reporting.page import report as run_report
-
-    details = run_report(run, out)
-    answer(details, as_json, details["text"])
-
-
-@app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")], as_json: Json = False) -> None:
+@verb(app, LORA_FILES)
+def inspect(file: LoraFile, as_json: Json = False) -> None:
     """Print what a LoRA's header says: recipe, family, rank, alpha, keys, hashes, metadata."""
     from ..lora.describe import describe, describe_text
 
@@ -182,52 +217,38 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")
     answer(details, as_json, describe_text(details))
 
 
-@app.command()
+@verb(app, LORA_FILES)
 def check(
-    file: Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")],
-    base: Base,
+    file: LoraFile,
+    base: BasePath,
     family: Family = None,
     tokenizer: Tokenizer = None,
-    config: Configs = None,
-    parts: Parts = None,
+    config: ConfigsFolder = None,
+    parts: PartsFolder = None,
     as_json: Json = False,
 ) -> None:
     """Load a LoRA through diffusers and by hand, in fp32, and compare: unmatched keys, greatest output difference.
 
     Exits with 1 when a key is unmatched or the outputs differ.
     """
+    check_files(file)
+
     from ..lora.check import check_parity
     from ..lora.install import load_for_check
 
-    how = {"family": family, "tokenizer": tokenizer, "config": config, "parts": parts}
-    result = check_parity(file, load_for_check(base, **how))
-    answer(result, as_json, result["text"])
-    if not result["passed"]:
+    loaded = load_for_check(base, family=family, tokenizer=tokenizer, config=config, parts=parts)
+    details = check_parity(file, loaded)
+    answer(details, as_json, details["text"])
+    if not details["passed"]:
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor(
-    settings: Settings = None,
-    preset: Annotated[str, typer.Option(help="Also say what this preset would need.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what this machine can do, what is missing, and what a given config will need."""
-    from ..system.machine import examine
-    from .doctor import report
-
-    details = examine()
-    if settings or preset:
-        from ..training.plan import plan
-
-        details["run"] = plan(configured(settings, preset))
-    answer(details, as_json, report(details))
+for function in share.VERBS:
+    verb(app, LORA_FILES)(function)
 
 
-app.command()(bench)
-app.command()(bench_data)
-for verb in SHARING:
-    app.command()(verb)
+for function in (doctor.doctor, bench.bench, bench.bench_data):
+    verb(app, MACHINE)(function)
 
 
 def _steps(text: str) -> list[int]:
@@ -237,21 +258,11 @@ def _steps(text: str) -> list[int]:
         raise ValueError(f"--steps is {text!r}; write numbers with commas between them, such as 1,2,4,8.") from None
 
 
-def _quiet_libraries() -> None:
-    """Our own errors say what matters; the libraries' notices about other things would bury them."""
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by peft where they are installed
-        logging.getLogger(library).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def main() -> None:
     """Run a verb; errors a user can mend are one message without a traceback (PCM_DEBUG=1 shows it)."""
-    _quiet_libraries()
     try:
         with contextlib.suppress(BrokenPipeError):
-            app()
+            app(prog_name="pcm")  # for `python -m` too: the shell's completion is of this name
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("PCM_DEBUG"):
             raise
@@ -269,7 +280,7 @@ def _fail(message: str, code: int) -> int:
 
 def _advice(error: Exception) -> str:
     """The message; of a run that ran out of memory it already names what would save how much."""
-    from ..efficiency.memory import out_of_memory
+    from ..system.machine import out_of_memory
 
     if out_of_memory(error):
         return (

@@ -1,31 +1,47 @@
-"""What the verbs of `pcm` share: options with their help, and how an answer is printed."""
+"""What the verbs of `pcm` share: how a function becomes one, options alone and in groups, how a result is printed."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from .completion import preset_names_with, setting_names_with
+
 if TYPE_CHECKING:
     from ..config.config import Config
-    from ..families import Base as LoadedBase
+    from ..families import Base
 
+# the parts of `pcm --help`
+TRAINING, DRAWING = "Train", "Draw and measure"
+LORA_FILES, MACHINE = "LoRA files", "This machine"
+# the parts of a verb's own --help
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
+
 Settings = Annotated[
-    list[str], typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A TOML file, then overrides.")
+    list[str],
+    typer.Argument(
+        metavar="[CONFIG.toml] [key=value ...]",
+        help="A TOML file, then overrides.",
+        autocompletion=setting_names_with,
+    ),
 ]
-Base = Annotated[
+BasePath = Annotated[
     str,
-    typer.Option(help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3."),
+    typer.Option(
+        "--base",
+        help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3.",
+    ),
 ]
-Lora = Annotated[Path, typer.Option(help="LoRA to sample with.")]
+LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")]
+LoraToUse = Annotated[Path, typer.Option(help="LoRA to sample with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Resolution = Annotated[int, typer.Option(help="Side in pixels; default: the base's own.")]
 
@@ -49,13 +65,112 @@ Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found fro
 Tokenizer = Annotated[
     str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.", rich_help_panel=READING)
 ]
-Configs = Annotated[
+ConfigsFolder = Annotated[
     str, typer.Option(help="Folder of component configs, for an unusual single file.", rich_help_panel=READING)
 ]
-Parts = Annotated[
+PartsFolder = Annotated[
     str, typer.Option(help="Diffusers folder that supplies what a single file lacks.", rich_help_panel=READING)
 ]
 T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.", rich_help_panel=READING)]
+
+
+def preset_option(help: str) -> Any:
+    """The option --preset, which completes the presets' names."""
+    return typer.Option(help=help, autocompletion=preset_names_with)
+
+
+@dataclass(kw_only=True)
+class BaseOptions:
+    """Which base, and how it is read: a group of options, see `verb`."""
+
+    path: BasePath
+    dtype: Dtype = "fp32"
+    family: Family = None
+    tokenizer: Tokenizer = None
+    config: ConfigsFolder = None
+    parts: PartsFolder = None
+    t5: T5 = None
+
+    def load(self, lora: Path | None) -> Base:
+        """The base, as `load_for_sample` reads it for this LoRA."""
+        from ..lora.install import load_for_sample
+
+        return load_for_sample(
+            self.path,
+            self.dtype,
+            lora,
+            family=self.family,
+            tokenizer=self.tokenizer,
+            config=self.config,
+            parts=self.parts,
+            t5=self.t5,
+        )
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """The LoRA, if any, and how it is sampled: a group of options, see `verb`."""
+
+    lora: LoraToUse = None
+    guidance: Guidance = None
+    negative: Negative = None
+    strength: Strength = None
+    gamma: Gamma = None
+    seed: Seed = 0
+
+
+def verb(app: typer.Typer, panel: str | None = None, **settings) -> Callable[[Callable], Callable]:
+    """Make a function a verb of `app`, its docstring the help. panel: the part of the help that names it.
+
+    Typer makes an option of each parameter. Options that several verbs share are fields of a dataclass, a group, and a
+    verb has a parameter for each group that it takes: `def sample(base: BaseOptions, prompt: Prompt)`. Typer is shown
+    the fields in place of the group (--base, --dtype, ..., --prompt), and the verb is called with the group whole.
+    settings: of `typer.Typer.command`.
+    """
+
+    def register(function: Callable) -> Callable:
+        app.command(help=reflowed(function.__doc__), rich_help_panel=panel, **settings)(_ungrouped(function))
+        return function
+
+    return register
+
+
+def _ungrouped(function: Callable) -> Callable:
+    """The function that takes each field of its groups by itself."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    groups = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    shared = [option for group in groups.values() for option in _options(group)]
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
+
+    @wraps(function)
+    def command(**values) -> None:
+        whole = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        function(**whole, **values)
+
+    # the order in --help: what must be given, then the verb's own, then what it shares
+    ordered = sorted([*own, *shared], key=lambda p: p.default is not p.empty)
+    command.__signature__ = inspect.Signature(ordered)
+    command.__annotations__ = {p.name: p.annotation for p in ordered}
+    return command
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    """A parameter for each field of a group."""
+    hints, keyword = get_type_hints(group, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(
+            field.name,
+            keyword,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def reflowed(text: str) -> str:
+    """A docstring's paragraphs as one line each, for a terminal of any width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
 def configured(settings: list[str] | None, preset: str | None, default: str | None = None) -> Config:
@@ -72,56 +187,14 @@ def answer(details: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
 
 
-@dataclass(kw_only=True)
-class Reading:
-    """Of every verb that runs a base: which one, and how it is read."""
+def check_files(*files: Path | None) -> None:
+    """Raise FileNotFoundError or ValueError, as `header_text`, for a name that is no .safetensors file's.
 
-    base: Base
-    dtype: Dtype = "fp32"
-    family: Family = None
-    tokenizer: Tokenizer = None
-    config: Configs = None
-    parts: Parts = None
-    t5: T5 = None
-    as_json: Json = False
+    What a verb runs reads its files anyway. Called before that is imported, with diffusers and its seconds, it says at
+    once that a name is mistyped.
+    """
+    from ...samplers.lora_file import header_text
 
-    def how(self) -> dict[str, Any]:
-        """What `load_base` is told besides the path and the precision."""
-        return {name: getattr(self, name) for name in ("family", "tokenizer", "config", "parts", "t5")}
-
-    def load(self, lora: Path | None) -> LoadedBase:
-        """The base, as `load_for_sample` reads it for this LoRA."""
-        from ..lora.install import load_for_sample
-
-        return load_for_sample(self.base, self.dtype, lora, **self.how())
-
-
-@dataclass(kw_only=True)
-class Sampling(Reading):
-    """Of every verb that draws with a LoRA, or without one."""
-
-    lora: Lora = None
-    guidance: Guidance = None
-    negative: Negative = None
-    strength: Strength = None
-    gamma: Gamma = None
-    seed: Seed = 0
-
-
-def with_options(run: Callable) -> Callable:
-    """The command of `run(options, own, ...)`: its own options, and one for each field of the dataclass `options`."""
-    first, *own = inspect.signature(run, eval_str=True).parameters.values()
-    kind = first.annotation
-    hints = get_type_hints(kind, include_extras=True)  # each field's in the module of its own class
-    shared = {p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(kind).parameters.values()}
-
-    @wraps(run)
-    def command(**values) -> None:
-        run(kind(**{name: values.pop(name) for name in shared}), **values)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own)]
-    # the order in --help: what must be given, then the verb's own, then what it shares
-    parameters.sort(key=lambda p: (p.default is not p.empty, p.name in shared))
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+    for file in files:
+        if file is not None:
+            header_text(file)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Base, Json, answer
+from .options import BasePath, Json, LoraFile, answer, check_files
 
-File = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")]
 Out = Annotated[Path, typer.Option(help="The .safetensors to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 OfFamily = Annotated[str, typer.Option(help="sd15, sdxl or sd3, for a file that does not tell.")]
@@ -28,6 +27,8 @@ def convert(
 
     Example: pcm convert adapter_model.safetensors mine.safetensors --to kohya --alpha 8
     """
+    check_files(source)
+
     from ..sharing.convert import convert as run
 
     details = run(source, out, to, family=family, alpha=alpha, overwrite=overwrite)
@@ -35,7 +36,7 @@ def convert(
 
 
 def tag(
-    file: File,
+    file: LoraFile,
     changes: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE ...]", help="Entries to set.")] = None,
     remove: Annotated[list[str], typer.Option(help="Entry to remove. Repeat for several.")] = None,
     thumbnail: Annotated[Path, typer.Option(help="A picture for ComfyUI's model library and SwarmUI.")] = None,
@@ -52,8 +53,8 @@ def tag(
 
     if wrong := next((text for text in changes or () if not text.partition("=")[1] or text.startswith("=")), None):
         raise ValueError(f"{wrong!r} is no entry; write key=value.")
-    told = dict(text.split("=", 1) for text in changes or ()) | (entry_of(thumbnail) if thumbnail else {})
-    details = run(file, told, remove or (), out, overwrite)
+    entries = dict(text.split("=", 1) for text in changes or ()) | (entry_of(thumbnail) if thumbnail else {})
+    details = run(file, entries, remove or (), out, overwrite)
     answer(details, as_json, details["text"])
 
 
@@ -69,14 +70,17 @@ def merge(
 
     Example: pcm merge pcm-4step.safetensors style.safetensors:0.7 --out fast-style.safetensors
     """
+    strengths = [_with_strength(text) for text in files]
+    check_files(*(file for file, _ in strengths))
+
     from ..sharing.merge import merge as run
 
-    details = run([_with_strength(text) for text in files], out, rank=rank, family=family, overwrite=overwrite)
+    details = run(strengths, out, rank=rank, family=family, overwrite=overwrite)
     answer(details, as_json, details["text"])
 
 
 def resize(
-    file: File,
+    file: LoraFile,
     out: Out,
     rank: Annotated[int, typer.Option(help="At most this in every module.")] = None,
     error: Annotated[float, typer.Option(help="Instead: the least ranks with at most this error, as 0.1.")] = None,
@@ -88,6 +92,8 @@ def resize(
 
     Example: pcm resize mine.safetensors --rank 16 --out mine-16.safetensors
     """
+    check_files(file)
+
     from ..sharing.resize import resize as run
 
     details = run(file, out, rank=rank, error=error, family=family, overwrite=overwrite)
@@ -95,7 +101,7 @@ def resize(
 
 
 def extract(
-    base: Base,
+    base: BasePath,
     tuned: Annotated[str, typer.Option(help="What it was tuned to, likewise.")],
     out: Out,
     rank: Annotated[int, typer.Option(help="Of every module.")] = 64,
@@ -115,7 +121,7 @@ def extract(
 
 
 def sidecars(
-    file: File,
+    file: LoraFile,
     preview: Annotated[Path, typer.Option(help="A picture, to be FILE's .preview.png.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -131,7 +137,7 @@ def sidecars(
 
 
 def panels(
-    file: File,
+    file: LoraFile,
     out: Annotated[Path, typer.Option(help="The .html to write.")],
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -1,25 +1,40 @@
-"""The presets: one table, each row with where its numbers come from and what it costs."""
+"""The presets: one table, each row with where its numbers come from and what it costs.
+
+Their names are there without torch, whose import takes a second: `pcm --help` and the shell's completion ask for them.
+"""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-
-from ..objectives import known_to
 
 
 @dataclass(frozen=True)
 class Preset:
     """One preset.
 
-    values: the settings, by section. source: where the numbers come from. cost: what a run takes, and how
-    that is known.
+    layers: settings by section, each over those before. source: where the numbers come from. cost: what a run takes,
+    and how that is known.
     """
 
-    values: dict[str, Any]
+    layers: tuple[dict[str, Any], ...]
     source: str
-    cost: str = field(default="not measured yet")
+    cost: str
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What it sets; another objective keeps what it knows of the settings before it."""
+        from ..objectives import known_to  # imports torch
+
+        first, *others = self.layers
+        values = deepcopy(first)
+        for layer in others:
+            for section, new in layer.items():
+                before = values.get(section, {})
+                values[section] = (known_to(new["name"], before) if "name" in new else before) | new
+        return values
 
 
 # family -> the settings that its presets share: the published launch scripts' numbers, for one GPU.
@@ -60,7 +75,7 @@ ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
 NOTES = {
-    "adv": " Heads' weight and lr: BENCHMARKS.md.",
+    "adv": " Heads' weight and lr: docs/measurements/demo.md.",
     "normalcfg": " No guidance in the teacher's step, 10 % of the prompts dropped.",
 }
 
@@ -108,23 +123,13 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
     """A row of the table: the preset's name, and the family's settings with changes by section, the later ones last.
 
-    lora: the name of its LoRA. note: the preset's `source`.
+    lora: the name of the LoRA that it makes. note: the preset's `source`.
     """
     memory = {"train": {"gradient_checkpointing": True}}  # so that it fits one GPU
-    values = {"name": lora, **_changed(FAMILIES[family], memory, *changes)}
-    train = values["train"]
-    seen = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
-    return name, Preset(values, note, f"{seen:,} samples; not measured on a GPU yet")
-
-
-def _changed(values: dict[str, Any], *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A copy of these settings with changes by section. Another objective keeps what it knows of the one before."""
-    values = deepcopy(values)
-    for change in changes:
-        for section, new in change.items():
-            before = values.get(section, {})
-            values[section] = (known_to(new["name"], before) if "name" in new else before) | new
-    return values
+    layers = ({"name": lora, **FAMILIES[family]}, memory, *changes)
+    train = {key: value for layer in layers for key, value in layer.get("train", {}).items()}
+    samples = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
+    return name, Preset(layers, note, f"{samples:,} samples")
 
 
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
@@ -183,49 +188,73 @@ PRESETS: dict[str, Preset] = {
     **_presets_of("sdxl"),
     **_presets_of("sd3"),
     "demo": Preset(
-        {"name": "lora", "output": "out/demo/run", **DEMO},
-        source="Tuned on the bundled tiny base; the trials are in BENCHMARKS.md.",
-        cost="6 minutes on 2 CPU cores, 8 with the report (BENCHMARKS.md)",
+        ({"name": "lora", "output": "out/demo/run", **DEMO},),
+        source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
+        cost="6 minutes on 2 CPU cores, 8 with the report",
     ),
     "demo-sd3": Preset(
-        {"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **_changed(DEMO, DEMO_SD3)},
-        source="The demo's settings at half its batch and rank, on the bundled SD3-type base (BENCHMARKS.md).",
+        ({"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **DEMO}, DEMO_SD3),
+        source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
+        "(docs/measurements/comfyui.md).",
         cost="11 minutes of CPU time with one thread",
     ),
     "lcf-demo": Preset(
-        {
-            "name": "lcf-demo",
-            "output": "out/lcf",
-            "base": {"path": "tiny-sd15", "dtype": "fp32"},
-            "data": {"images": "out/style", "resolution": 128},
-            "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
-            "objective": {"name": "lcf", "points": 20, "phases": 4},
-            "train": {"steps": 60, "batch_size": 20, "lr": 3e-4, "weight_decay": 0.0, "ema": 0.8, "save_every": 100},
-            "preview": {"every": 0},
-        },
-        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/family.md).",
+        (
+            {
+                "name": "lcf-demo",
+                "output": "out/lcf",
+                "base": {"path": "tiny-sd15", "dtype": "fp32"},
+                "data": {"images": "out/style", "resolution": 128},
+                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
+                "objective": {"name": "lcf", "points": 20, "phases": 4},
+                "train": {
+                    "steps": 60,
+                    "batch_size": 20,
+                    "lr": 3e-4,
+                    "weight_decay": 0.0,
+                    "ema": 0.8,
+                    "save_every": 100,
+                },
+                "preview": {"every": 0},
+            },
+        ),
+        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
         cost="1.5 minutes of CPU time with one thread",
     ),
     "digits": Preset(
-        {
-            "name": "digits",
-            "base": {"path": "digits", "dtype": "fp32"},
-            "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
-            "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
-            "train": {
-                "steps": 1600,
-                "batch_size": 64,
-                "lr": 2e-3,
-                "lr_schedule": "cosine",
-                "warmup": 50,
-                "weight_decay": 0.0,
-                "ema": 0.99,
-                "save_every": 400,
+        (
+            {
+                "name": "digits",
+                "base": {"path": "digits", "dtype": "fp32"},
+                "data": {"images": "digits", "resolution": 16, "count": 6000, "batch_size": 256},
+                "objective": {"name": "ct", "curriculum": "ict", "s0": 10, "s1": 80},
+                "train": {
+                    "steps": 1600,
+                    "batch_size": 64,
+                    "lr": 2e-3,
+                    "lr_schedule": "cosine",
+                    "warmup": 50,
+                    "weight_decay": 0.0,
+                    "ema": 0.99,
+                    "save_every": 400,
+                },
+                "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
+                "validation": {"count": 0},
             },
-            "preview": {"every": 400, "steps": [1, 2, 4], "prompts": list("0123456789")},
-            "validation": {"count": 0},
-        },
-        source="Tuned in short runs (docs/isolation.md).",
-        cost="8.5 minutes of CPU time with one thread (docs/isolation.md)",
+        ),
+        source="Tuned in short runs (docs/measurements/isolation.md).",
+        cost="8.5 minutes of CPU time with one thread",
     ),
 }
+
+
+def preset_names() -> str:
+    """The names of all presets, in a few words."""
+    first, *families = FAMILIES
+    kinds = [f"-{name.removeprefix(f'{first}-')}" for name in PRESETS if name.startswith(f"{first}-")]
+    of_families = {name for family in FAMILIES for name in _presets_of(family)}
+    alone = [name for name in PRESETS if name not in of_families]
+    return (
+        f"{first}, {' or '.join(families)}, then one of {', '.join(kinds)}; {'-, '.join(RELATIVES)}- and a family; or "
+        f"{', '.join(alone)}"
+    )

@@ -18,11 +18,15 @@ class BaseConfig(Section):
         description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-sd3, or "
         "digits: a small network with random weights, which is trained whole"
     )
-    family: Literal["sd15", "sdxl", "sd3"] | None = Field(None, description="default: found from the base")
-    prediction: Literal["epsilon", "v_prediction", "flow"] | None = Field(
-        None, description="default: what the base says"
+    family: Literal["sd15", "sdxl", "sd3"] | None = Field(
+        None, description="model family; default: found from the base"
     )
-    zero_terminal_snr: bool | None = Field(None, description="default: what the base says; SD1.5 and SDXL only")
+    prediction: Literal["epsilon", "v_prediction", "flow"] | None = Field(
+        None, description="what the network predicts; default: what the base says"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="SD1.5 and SDXL only: whether the noisiest level is noise alone; default: what the base says"
+    )
     null: Literal["zeros", "empty"] | None = Field(
         None, description="what guidance subtracts: zeros or the empty prompt; default: the family's, as published"
     )
@@ -106,8 +110,8 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """The adapter; its strength is alpha / rank, and both are stored in the file."""
 
-    rank: int = Field(64, ge=1)
-    alpha: float = Field(8.0, gt=0)
+    rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
+    alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
     init: str | None = Field(
         None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
@@ -117,8 +121,10 @@ class LoraConfig(Section):
 class AdversarialConfig(Section):
     """The adversarial consistency loss (arXiv 2405.18407, Sec. 3.3)."""
 
-    weight: float = Field(0.0, ge=0, description="of the generator's loss beside the distance; 0: no discriminator")
-    lr: float = Field(1e-4, gt=0, description="of the discriminator's heads")
+    weight: float = Field(
+        0.0, ge=0, description="weight of the generator's loss beside the distance; 0: no discriminator"
+    )
+    lr: float = Field(1e-4, gt=0, description="learning rate of the discriminator's heads")
     width: int = Field(
         256, ge=8, multiple_of=8, description="channels of the heads; 256 is 2 M parameters on SD1.5 and SDXL"
     )
@@ -130,12 +136,16 @@ class TrainConfig(Section):
     steps: int = Field(5000, ge=1, description="optimizer updates")
     batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per update")
-    lr: float = Field(5e-6, gt=0)
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update"
+    )
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
-    weight_decay: float = Field(1e-3, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay of the LoRA")
+    max_grad_norm: float = Field(1.0, gt=0, description="norm to which a larger gradient is clipped")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps its averages in 8 bits, and needs bitsandbytes (extra quantize)"
+    )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none"
     )
@@ -152,9 +162,9 @@ class TrainConfig(Section):
         False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
     )
     compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="seed of every random draw of the run")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         ("tensorboard",),
         description="where the figures go beside log.jsonl in the run folder; wandb sends them to its servers, unless "
@@ -182,10 +192,12 @@ class PreviewConfig(Section):
     """Fixed-seed grids during the run."""
 
     every: int = Field(500, ge=0, description="updates between grids; 0: none")
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    prompts: tuple[str, ...] = Field((), description="default: the first four of the training prompts")
-    guidance: float | None = Field(None, ge=1, description="default: what the LoRA recommends")
-    seed: int = Field(0, ge=0)
+    steps: tuple[int, ...] = Field((1, 2, 4, 8), description="numbers of steps, a row of the grid each")
+    prompts: tuple[str, ...] = Field(
+        (), description="prompts, a column of the grid each; default: the first four of the training prompts"
+    )
+    guidance: float | None = Field(None, ge=1, description="CFG scale; default: what the LoRA recommends")
+    seed: int = Field(0, ge=0, description="seed of the pictures' noise")
 
 
 class ValidationConfig(Section):
@@ -197,7 +209,7 @@ class ValidationConfig(Section):
     every: int = Field(500, ge=0, description="updates between measurements, besides the first and the last; 0: never")
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 2, 4, 8),
-        description="numbers of steps at which its pictures are compared with the teacher's, beside what it recommends",
+        description="numbers of steps at which the LoRA's pictures are compared with the teacher's, beside its own",
     )
     teacher_steps: int = Field(25, ge=1, le=1000, description="DDIM steps of the teacher's pictures")
     best: bool = Field(True, description="keep the LoRA that was nearest to the teacher, as <name>-best")

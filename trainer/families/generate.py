@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...samplers import sample_dpmpp_2m, sample_phased, x0_eps_from_output
+from ...samplers import Recipe, sample_dpmpp_2m, sample_phased, x0_eps_from_output
 from ...samplers.editing import noised
 from ...samplers.sampling import NoiseSampler, Projection
+from ..objectives import tells_target_time
 from . import Base, Condition
+from .base import Alone
+
+
+def unit_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Noise of this shape from a seed, drawn on the CPU, so that it is the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def probe(base: Base) -> tuple[Tensor, Tensor]:
+    """A noisy point (1, C, h, w) and its tick (1,), halfway up the schedule: where two forms of a network are compared.
+
+    It is the same for every call, so that a figure of one run can be set beside that of another.
+    """
+    x = unit_noise((1, *base.latent_shape(base.default_resolution)), seed=0)
+    tick = torch.tensor([base.schedule.ticks // 2])
+    return x.to(base.device), tick.to(base.device)
 
 
 def predict(base: Base, x: Tensor, tick: Tensor, condition: Condition, min_alpha: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -38,10 +55,12 @@ def sampling_model(
     def model(x: Tensor, sigma: Tensor, **_) -> Tensor:
         tick = schedule.tick(sigma).round().long()
         point = x * schedule.k_scale(sigma).to(x.device).view(-1, 1, 1, 1)
-        told = condition | (base.target_time(tick.new_tensor([ends[t] for t in tick.tolist()])) if ends else {})
+        inputs = condition
+        if ends:
+            inputs = condition | base.target_time(tick.new_tensor([ends[t] for t in tick.tolist()]))
         if guidance == 1:
-            return predict(base, point, tick, told)[0]
-        both = base.with_null(told, null)
+            return predict(base, point, tick, inputs)[0]
+        both = base.with_null(inputs, null)
         cond, uncond = predict(base, point.repeat(2, 1, 1, 1), tick.repeat(2), both)[0].chunk(2)
         return uncond + guidance * (cond - uncond)
 
@@ -79,6 +98,51 @@ def generate(
     model = sampling_model(base, condition, null, guidance, ends if target_time else None)
     if solver == "dpm++":
         return sample_dpmpp_2m(model, x, sigmas, schedule=schedule)
-    extra = {} if seed is None else {"seed": seed}
-    how = {"gamma": gamma, "min_alpha": min_alpha, "project": project, "noise_sampler": noise_sampler}
-    return sample_phased(model, x, sigmas, schedule=schedule, extra_args=extra, **how)
+    return sample_phased(
+        model,
+        x,
+        sigmas,
+        schedule=schedule,
+        extra_args={} if seed is None else {"seed": seed},
+        gamma=gamma,
+        min_alpha=min_alpha,
+        project=project,
+        noise_sampler=noise_sampler,
+    )
+
+
+def draw(
+    base: Base,
+    usual: Recipe | Alone,
+    condition: Condition,
+    null: Condition,
+    noise: Tensor,
+    ticks: tuple[int, ...],
+    *,
+    guidance: float | None = None,
+    gamma: float | None = None,
+    seed: int | None = None,
+    start: Tensor | None = None,
+    project: Projection | None = None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) by `generate`, as a LoRA's recipe says, or as the base is sampled `alone`.
+
+    Whatever draws with a LoRA does it by this function, so that previews, `pcm sample`, `pcm evaluate` and `pcm edit`
+    cannot differ. guidance, gamma: None is what `usual` says.
+    """
+    return generate(
+        base,
+        condition,
+        null,
+        noise,
+        ticks,
+        guidance=usual.guidance if guidance is None else guidance,
+        gamma=usual.gamma if gamma is None else gamma,
+        min_alpha=usual.min_alpha,
+        seed=seed,
+        target_time=isinstance(usual, Recipe) and tells_target_time(usual.objective),
+        start=start,
+        project=project,
+        noise_sampler=noise_sampler,
+    )

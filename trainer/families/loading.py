@@ -138,12 +138,15 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
         ) from error
 
 
-def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: str) -> Path | None:
+def parts_folder(
+    path: Path, parts: str | None, lacking: dict[str, str], title: str, download: bool = True
+) -> Path | None:
     """The folder base.parts, which supplies what a single file lacks, and perhaps tokenizers; None where it is not set.
 
-    parts: diffusers folder, bundled base or hub id. lacking: the components that the file lacks -> their
-    names for people. title: the family for people. Raises ValueError where something is lacking and `parts`
-    has it not either, FileNotFoundError where there is no such folder.
+    parts: diffusers folder, bundled base or hub id. lacking: the components that the file lacks -> their names
+    for people. title: the family for people. download: whether a hub id may be fetched; else None is returned.
+    Raises ValueError where something is lacking and `parts` has it not either, FileNotFoundError where there is
+    no such folder.
     """
     if parts is None:
         if lacking:
@@ -157,16 +160,15 @@ def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: 
         raise FileNotFoundError(
             f"No folder at {parts}. Set base.parts to a diffusers folder of {title}, or leave it out."
         )
+    if not (download or Path(place).is_dir()):
+        return None
     return diffusers_folder(place, lacking, title, ("tokenizer", "tokenizer_2", "tokenizer_3"))
 
 
 def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     """Load one component of a diffusers folder as this class. Raises ValueError when it cannot be read."""
+    check_weights(root, [part])
     files = weight_files(root / part)
-    if not files:
-        raise ValueError(
-            f"{root / part} holds no weights in .safetensors, the only kind that is read. Get the base in that format."
-        )
     of_diffusers = issubclass(kind, ModelMixin)
     argument = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = "fp16" if _is_fp16(files[0]) else None
@@ -177,6 +179,16 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
     _check_filled(model, f"{root} is not whole: its {part}", "Get the base again.")
     # transformers keeps some weights in fp32, whatever it is asked for
     return model if of_diffusers else model.to(dtype)
+
+
+def check_weights(root: Path, parts: Iterable[str]) -> None:
+    """Raise ValueError for a component of a diffusers folder without weights of the kind that is read."""
+    for part in parts:
+        if not weight_files(root / part):
+            raise ValueError(
+                f"{root / part} holds no weights in .safetensors, the only kind that is read. "
+                "Get the base in that format."
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..system.files import write_tensors
 from ..tiny.digits import DIGITS, NAME
 from . import loading
 from . import prediction as predictions
-from .base import Alone, Base, Condition, side_multiple
+from .base import Alone, Base, BaseFacts, Condition, side_multiple
 
 # Mean and spread of the drawn digits' pixels in [-1, 1]; taken off, latents have about 0 and 1.
 MEAN, SPREAD = -0.6, 0.7
@@ -71,12 +71,29 @@ class Pixels(Base):
             network = loading.load_part(root, "unet", UNet2DModel, torch.float32)
             base_hash = loading.folder_hash(root, ["unet"])
 
-        betas, finding = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
+        betas, mark = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
         network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=finding.zero_terminal_snr)
-        return cls(
-            network, None, [], [], schedule, finding.prediction, finding.zero_terminal_snr, "empty", path, base_hash
-        )
+        schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=mark.zero_terminal_snr)
+        return cls(network, None, [], [], schedule, mark.prediction, mark.zero_terminal_snr, "empty", path, base_hash)
+
+    @classmethod
+    def look(cls, path: str) -> BaseFacts:
+        if path == NAME:
+            root = cls.configs
+        else:
+            root = loading.diffusers_folder(path, ("unet", "scheduler"), cls.title)
+            loading.check_weights(root, ["unet"])
+        _, mark = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
+        return BaseFacts(cls, path, mark.prediction, mark.zero_terminal_snr)
+
+    @classmethod
+    def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
+        other = next((prompt for prompt in prompts if prompt and prompt not in DIGITS), None)
+        if other is not None:
+            raise ValueError(
+                f"{other!r} is no prompt of {Path(path).name}: it knows the digits {', '.join(DIGITS)}, and the "
+                "empty prompt for any of them."
+            )
 
     @property
     def untrained(self) -> bool:
@@ -104,17 +121,8 @@ class Pixels(Base):
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"label": (B,)}: the digit, or ten for any. Raises ValueError for other words."""
-        other = next((prompt for prompt in prompts if prompt and prompt not in DIGITS), None)
-        if other is not None:
-            raise ValueError(
-                f"{other!r} is no prompt of {Path(self.path).name}: it knows the digits {', '.join(DIGITS)}, and the "
-                "empty prompt for any of them."
-            )
-        return {
-            "label": torch.tensor(
-                [DIGITS.index(prompt) if prompt else EMPTY for prompt in prompts], device=self.device
-            ).float()
-        }
+        self.check_prompts(self.path, prompts)
+        return {"label": torch.tensor([DIGITS.index(p) if p else EMPTY for p in prompts], device=self.device).float()}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, None]:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/2, W/2): grey, scaled, 2 x 2 pixels a point."""
@@ -140,10 +148,12 @@ class Pixels(Base):
         sample = make(1, *Pixels.latent_shape_of(network_config, resolution))
         return {"sample": sample, "timestep": make(1), "class_labels": make(1).long()}
 
-    def feature_blocks(self) -> list[nn.Module]:
-        raise ValueError(f"{self.path} is trained whole: there is no frozen network for a discriminator to look with.")
+    @staticmethod
+    def feature_blocks(network: UNet2DModel) -> list[nn.Module]:
+        raise ValueError("It is trained whole: there is no frozen network for a discriminator to look with.")
 
-    def feature_map(self, output, x: Tensor) -> Tensor:
+    @staticmethod
+    def feature_map(network: UNet2DModel, output, x: Tensor) -> Tensor:
         return output
 
     @staticmethod

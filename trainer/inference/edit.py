@@ -15,6 +15,7 @@ from torch import Tensor
 from ...samplers import LevelPlan, Recipe, seeded_noise
 from ...samplers.editing import (
     CELL,
+    PROJECTIONS,
     Codec,
     Projected,
     ProjectedLatent,
@@ -31,13 +32,11 @@ from ...samplers.operators import Colorize, Identity, Inpaint, Operator, SuperRe
 from ...samplers.sampling import Projection
 from ..families import Base, Condition
 from ..families.base import Alone
-from ..families.generate import generate
+from ..families.generate import draw, unit_noise
 from ..families.loading import load_part
 from ..lora.install import install_for_sample, mismatches, null_of
-from ..objectives import tells_target_time
 
 STEPS_ALONE = 8
-PROJECTIONS = ("picture", "latent", "none")
 
 
 class Edited(NamedTuple):
@@ -124,10 +123,10 @@ class Editor:
 
     def warnings(self, plan: LevelPlan) -> list[str]:
         """What is wrong with the settings, and how the levels differ from what was asked for: a sentence for each."""
-        found = mismatches(self.recipe, self.base)
+        warnings = mismatches(self.recipe, self.base)
         if self.recipe:
-            found += self.recipe.warnings(self._steps, self.settings()["guidance"])
-        return [*found, *plan.notes]
+            warnings += self.recipe.warnings(self._steps, self.settings()["guidance"])
+        return [*warnings, *plan.notes]
 
     def edit(self, operator: Operator, condition: Condition, seed: int = 0, denoise: float = 1.0) -> Edited:
         """Inpaint, outpaint, colorize or super-resolve: what the operator knows is kept.
@@ -150,8 +149,9 @@ class Editor:
         operator = Identity(picture)
         std = estimated_noise(operator.start) if noise is None else noise
         steps = self.steps if self.recipe else self._steps
-        how = (self.usual.grid(), self.base.schedule, steps, seed, self.multiple)
-        plan, amount = denoising(self.codec, operator.start, std, *how)
+        plan, amount = denoising(
+            self.codec, operator.start, std, self.usual.grid(), self.base.schedule, steps, seed, self.multiple
+        )
         if not plan.steps:
             return Edited(operator.finish(operator.start), begin(operator, self.codec, self.multiple), plan)
         return self._edit(operator, condition, seed, plan, amount)
@@ -168,7 +168,7 @@ class Editor:
         plan = self.usual.grid().plan(self._steps)
         channels = self.base.network.config.in_channels
         shape = (1, channels, *(side // CELL for side in size))
-        ends = [_noise(shape, seed).to(self.base.device) for seed in seeds]
+        ends = [unit_noise(shape, seed).to(self.base.device) for seed in seeds]
         latents = []
         for i in range(frames):
             share = i / (frames - 1)
@@ -187,10 +187,11 @@ class Editor:
     def _edit(
         self, operator: Operator, condition: Condition, seed: int, plan: LevelPlan, amount: float = 1.0
     ) -> Edited:
-        """amount: of the noise that is put on the start; less where the start brings its own."""
+        """Draw from the operator's start along `plan`, and decode. amount: share of the unit noise that is put on the
+        start, less where the start brings noise of its own."""
         self.check_size(operator.size)
         start = begin(operator, self.codec, self.multiple)
-        noise = amount * _noise(start.shape, seed)
+        noise = amount * unit_noise(start.shape, seed)
         latents = self._sample(
             condition, noise, plan, start=start, project=self._projection(operator, start), seed=seed
         )
@@ -204,11 +205,10 @@ class Editor:
         return Projected(operator, self.fast or self.codec, self.every, self.residual)
 
     @torch.no_grad()
-    def _sample(self, condition: Condition, noise: Tensor, plan: LevelPlan, **how) -> Tensor:
+    def _sample(self, condition: Condition, noise: Tensor, plan: LevelPlan, **options) -> Tensor:
+        """Latents at the levels of `plan`; options: of `draw`."""
         condition = {k: v.expand(len(noise), *v.shape[1:]) if len(v) == 1 else v for k, v in condition.items()}
-        how |= self.settings() | {"min_alpha": self.usual.min_alpha}
-        how["target_time"] = self.recipe is not None and tells_target_time(self.recipe.objective)
-        return generate(self.base, condition, self.null, noise, plan.ticks, **how)
+        return draw(self.base, self.usual, condition, self.null, noise, plan.ticks, **self.settings(), **options)
 
 
 def kept_error(operator: Operator, image: Tensor) -> dict[str, float] | None:
@@ -234,15 +234,15 @@ def open_editor(
     strength: float | None = None,
     negative: str | None = None,
     fast_vae: Path | None = None,
-    **how,
+    **options,
 ) -> Editor:
     """An editor with this LoRA at this strength (None: what its recipe wants), and with guidance away from `negative`.
 
-    fast_vae: see `load_fast_vae`. how: of `Editor`.
+    fast_vae: see `load_fast_vae`. options: of `Editor`.
     """
     recipe, _ = install_for_sample(lora, base, strength)
     fast = None if fast_vae is None else load_fast_vae(fast_vae, base)
-    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **how)
+    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **options)
 
 
 def load_fast_vae(folder: Path, base: Base) -> BaseCodec:
@@ -263,7 +263,3 @@ def load_fast_vae(folder: Path, base: Base) -> BaseCodec:
             "one that is made for this family."
         )
     return BaseCodec(replace(base, vae=tiny.requires_grad_(False).eval()))
-
-
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -6,12 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ...samplers.phases import count_steps
 from ..families import Base
-from ..families.generate import generate
+from ..families.generate import draw, unit_noise
 from ..lora.install import install_for_sample, mismatches, null_of
-from ..objectives import tells_target_time
 from ..pictures import check_png, draw_grid, save_image
 
 
@@ -31,26 +29,35 @@ def sample_grid(
     """Draw a row for each number of steps and write the grid; returns what was used, with the recipe's warnings.
 
     guidance, strength, gamma: None is the recipe's. Without a recipe they are those of the base alone, and strength 1.
+    resolution: side in pixels; None is the base's own. Raises ValueError for a name that is no PNG's, and as
+    `install_for_sample`.
     """
     check_png(out)
     recipe, strength = install_for_sample(lora, base, strength)
     usual = recipe or base.alone
-    grid = usual.grid()
     guidance = usual.guidance if guidance is None else guidance
     gamma = usual.gamma if gamma is None else gamma
-    shape = base.latent_shape(resolution or base.default_resolution)
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).repeat(len(prompts), 1, 1, 1)
+
+    # one noise for the whole grid: a column differs by its prompt alone, and a row by its steps
+    noise = unit_noise((1, *base.latent_shape(resolution or base.default_resolution)), seed)
+    noise = noise.repeat(len(prompts), 1, 1, 1)
     condition = base.encode_prompts(prompts)
     null = null_of(base, negative)
-    rows, pictures, warnings = [], [], mismatches(recipe, base)
+
+    rows, pictures = [], []
+    warnings = mismatches(recipe, base)
     for n in steps:
-        plan = grid.plan(n)
+        plan = usual.grid().plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]
-        told = recipe is not None and tells_target_time(recipe.objective)
-        how = {"min_alpha": usual.min_alpha, "seed": seed, "target_time": told}
-        latents = generate(base, condition, null, noise, plan.ticks, guidance, gamma, **how)
-        pictures.append((f"{n} step{'s' * (n > 1)}\nCFG {guidance:g}", base.decode(latents)))
+        latents = draw(base, usual, condition, null, noise, plan.ticks, guidance=guidance, gamma=gamma, seed=seed)
+        pictures.append((f"{count_steps(n)}\nCFG {guidance:g}", base.decode(latents)))
         rows.append({"steps": n, "guidance": guidance, "gamma": gamma, "ticks": plan.ticks})
     save_image(draw_grid(pictures, prompts), out)
-    facts = {"out": str(out), "rows": rows, "strength": strength}
-    return facts | {"recipe": recipe and asdict(recipe), "warnings": list(dict.fromkeys(warnings))}
+
+    return {
+        "out": str(out),
+        "rows": rows,
+        "strength": strength,
+        "recipe": recipe and asdict(recipe),
+        "warnings": list(dict.fromkeys(warnings)),
+    }

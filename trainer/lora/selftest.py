@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from ..families import Base
+from ..families.generate import probe
 from .adapter import NAME, Adapter
 from .install import install
+
+RELOADED = "selftest"  # what the file is called in the network while it is tried
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """modules: in the file; unmatched: how many of them diffusers did not take; weights_error: |file - meant| / |meant|
-    over what all modules add to their weights; the output of the reloaded file against that of the weights meant to be
-    in it: greatest and root-mean-square difference, and the LoRA's own effect and the output's size as root mean
-    squares, for scale (a base in bf16 rounds its outputs more than a LoRA may change them)."""
+    """How a reloaded file compares with what was meant to be in it.
+
+    modules: in the file. unmatched: how many of them diffusers did not take. weights_error: |file - meant| / |meant|
+    over what all modules add to their weights. max_difference, rms_difference: between the outputs of the two, greatest
+    and root mean square. rms_effect, rms_output: the LoRA's own effect and the output's size, for scale: a base in bf16
+    rounds its outputs more than a LoRA may change them.
+    """
 
     modules: int
     unmatched: int
@@ -43,32 +49,47 @@ class SelfTest:
 
 @torch.no_grad()
 def self_test(path: Path, base: Base, adapter: Adapter, condition: dict[str, Tensor]) -> SelfTest:
-    """Reload a saved LoRA through diffusers beside the adapter, and compare their outputs on one noisy point."""
-    shape = base.latent_shape(base.default_resolution)
-    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
-    tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
+    """Reload a saved LoRA through diffusers beside the adapter, and compare their outputs on one noisy point.
+
+    condition: a prompt's encoding (1, ...), of which the first is taken.
+    """
+    x, tick = probe(base)
     condition = {k: v[:1].to(base.device) for k, v in condition.items()}
     meant = base.denoise(x, tick, condition)
     with adapter.off():
         bare = base.denoise(x, tick, condition)
-    modules, unmatched = install(path, base, "selftest")
+
+    modules, unmatched = install(path, base, RELOADED)
     try:
-        base.network.set_adapters("selftest")
+        base.network.set_adapters(RELOADED)
         reloaded = base.denoise(x, tick, condition)
-        weights_error = _weights_error(adapter, "selftest")
+        weights_error = _weights_error(adapter)
     finally:
         base.network.set_adapters(NAME)
-        base.network.delete_adapters("selftest")
+        base.network.delete_adapters(RELOADED)
+
     difference = (reloaded - meant).abs()
-    sizes = _rms(difference), _rms(meant - bare), _rms(meant)
-    return SelfTest(modules, unmatched, weights_error, difference.max().item(), *sizes)
+    return SelfTest(
+        modules=modules,
+        unmatched=unmatched,
+        weights_error=weights_error,
+        max_difference=difference.max().item(),
+        rms_difference=_rms(difference),
+        rms_effect=_rms(meant - bare),
+        rms_output=_rms(meant),
+    )
 
 
-def _weights_error(adapter: Adapter, loaded: str) -> float:
+def _weights_error(adapter: Adapter) -> float:
+    """|reloaded - meant| / |meant| over the weights of all modules that the file has."""
     error, size = 0.0, 0.0
-    for layer in (m for m in adapter.layers.values() if loaded in m.lora_A):
-        meant, found = (layer.get_delta_weight(name).float() for name in (NAME, loaded))
-        error += (found.to(meant.device) - meant).square().sum().item()  # offload keeps what is loaded in main memory
+    for layer in adapter.layers.values():
+        if RELOADED not in layer.lora_A:
+            continue
+        meant = layer.get_delta_weight(NAME).float()
+        reloaded = layer.get_delta_weight(RELOADED).float()
+        # with offload, what diffusers loads lies in main memory while the adapter is on the device
+        error += (reloaded.to(meant.device) - meant).square().sum().item()
         size += meant.square().sum().item()
     return (error / size) ** 0.5 if size else 0.0
 

@@ -22,7 +22,10 @@ class CD(SelfConsistency):
     dx/dsigma.
     """
 
-    name: Literal["cd"] = "cd"
+    name: Literal["cd"] = Field(
+        "cd",
+        description="consistency distillation as first published: Heun's method, Karras' levels, an averaged target",
+    )
     scales: int = Field(40, ge=2, le=1000, description="levels above the clean end, the paper's N - 1")
     huber_c: float | None = Field(
         None, gt=0, description="metric l1: where it turns from square to linear; default 1e-3"
@@ -30,7 +33,7 @@ class CD(SelfConsistency):
     metric: Literal["l2", "l1"] = Field(
         "l2", description="l2: mean square; l1: mean absolute, as a narrow pseudo-Huber"
     )
-    solver: Solver = Field("heun", description="the teacher's; the paper's is heun, of two evaluations a step")
+    solver: Solver = Field("heun", description="the teacher's solver; the paper's is heun, of two evaluations a step")
     target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the averaged weights that make the target")
 
     @model_validator(mode="after")

@@ -27,9 +27,16 @@ class CT(Objective):
     ticks.
     """
 
-    name: Literal["ct"] = "ct"
-    curriculum: Literal["ict", "ect"] = "ect"
-    p_mean: float = Field(-0.4, description="mean of log t; the papers' -1.1 is for data of spread 0.5")
+    name: Literal["ct"] = Field(
+        "ct", description="consistency training by ECT's or iCT's curriculum: jumps to x0, without a teacher"
+    )
+    curriculum: Literal["ict", "ect"] = Field(
+        "ect",
+        description="how levels and their gap change over the run; ict: from nothing, ect: from a diffusion model",
+    )
+    p_mean: float = Field(
+        -0.4, description="mean of log t, t = sigma / alpha; the papers' -1.1 is for data of spread 0.5"
+    )
     p_std: float = Field(2.0, gt=0, description="spread of log t")
     s0: int | None = Field(None, ge=2, description="ict: levels at first; default 10")
     s1: int | None = Field(None, ge=2, description="ict: levels at last; default 1280")

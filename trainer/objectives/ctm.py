@@ -22,7 +22,11 @@ class CTM(TCD):
     two are left out, as in SimpleCTM (arXiv 2405.18407, Sec. 4).
     """
 
-    name: Literal["ctm"] = "ctm"
+    name: Literal["ctm"] = Field(
+        "ctm",
+        description="consistency trajectories: as tcd, over several steps of the teacher; the network is told "
+        "where a jump ends, if it has an input for it",
+    )
     solver_steps: int = Field(4, ge=1, le=100, description="points that the neighbour may be away, and steps to it")
 
     target_time: ClassVar[bool] = True

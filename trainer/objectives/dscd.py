@@ -23,9 +23,11 @@ class DSCD(Distillation):
     the teacher's velocity alone to the whole (the paper's r).
     """
 
-    name: Literal["dscd"] = "dscd"
+    name: Literal["dscd"] = Field(
+        "dscd", description="tangent-normalised consistency: jumps to x0, learnt along the normalised tangent"
+    )
     p_mean: float = Field(-0.1, description="mean of log(sigma / alpha); the paper's -0.8 is for data of spread 0.5")
-    p_std: float = Field(1.6, gt=0, description="spread of it")
+    p_std: float = Field(1.6, gt=0, description="spread of log(sigma / alpha)")
     delta: float = Field(
         0.05, gt=0, le=0.5, description="angle between the levels, in radians; bf16 wants 0.02 or more"
     )

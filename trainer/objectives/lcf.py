@@ -17,7 +17,9 @@ class LCF(Phased, OwnTarget):
     phases' edges, so that a PCM LoRA stays one.
     """
 
-    name: Literal["lcf"] = "lcf"
+    name: Literal["lcf"] = Field(
+        "lcf", description="fine-tuning of a few-step LoRA in lora.init, on pictures, keeping its jumps"
+    )
     points: int = Field(50, description="solver points; the paper's skipping step k is 1000 / points")
     phases: int = Field(1, description="1 for LCM LoRAs and bare bases; a PCM LoRA's own number")
 

@@ -20,7 +20,9 @@ class LCM(SelfConsistency):
     own weights make the target (the paper: an average, target_ema = 0.95).
     """
 
-    name: Literal["lcm"] = "lcm"
+    name: Literal["lcm"] = Field(
+        "lcm", description="latent consistency: every jump ends at x0; the teacher skips 1000 / points timesteps"
+    )
     points: int = Field(50, description="solver points; the paper's skipping step k is 1000 / points")
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:

@@ -271,7 +271,8 @@ class SelfConsistency(OwnTarget, Distillation):
     """Consistency distillation: x_r by a solver of the teacher, the student's own network at both ends."""
 
     solver: Solver = Field(
-        "ddim", description="the teacher's; heun takes two evaluations a step, dpm++ (2M) needs solver_steps >= 2"
+        "ddim",
+        description="the teacher's solver; heun takes two evaluations a step, dpm++ (2M) needs solver_steps >= 2",
     )
     solver_steps: int = Field(1, ge=1, le=100, description="steps of the teacher's solver from x_u to x_r")
 

@@ -30,7 +30,9 @@ class PCM(Phased, SelfConsistency):
     from `SelfConsistency`, all in objective.py; here is what only PCM has.
     """
 
-    name: Literal["pcm"] = "pcm"
+    name: Literal["pcm"] = Field(
+        "pcm", description="phased consistency: every jump ends at the clean edge of its phase"
+    )
     mode: Literal["deterministic", "stochastic"] = Field(
         "deterministic", description="how the LoRA is to be sampled; stochastic needs phases = 1"
     )

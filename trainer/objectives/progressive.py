@@ -22,7 +22,10 @@ class Progressive(Distillation):
     1) times the squared error of x0 (Sec. 4).
     """
 
-    name: Literal["progressive"] = "progressive"
+    name: Literal["progressive"] = Field(
+        "progressive",
+        description="progressive distillation: two steps of the teacher in one, then it is the teacher, and again",
+    )
     phases: int = Field(4, ge=1, description="steps at last, which is also the number to sample with")
     halvings: int = Field(3, ge=1, le=8, description="stages; the first teacher takes phases * 2^halvings steps")
 

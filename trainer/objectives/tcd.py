@@ -20,7 +20,7 @@ class TCD(SelfConsistency):
     time input.
     """
 
-    name: Literal["tcd"] = "tcd"
+    name: Literal["tcd"] = Field("tcd", description="trajectory consistency: a jump ends anywhere below its start")
     points: int = Field(50, description="solver points; the paper's skipping step k is 1000 / points")
 
     gamma: ClassVar[float] = 0.3

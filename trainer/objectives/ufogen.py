@@ -22,7 +22,9 @@ class UFOGen(Objective):
     that the paper has many machines for.
     """
 
-    name: Literal["ufogen"] = "ufogen"
+    name: Literal["ufogen"] = Field(
+        "ufogen", description="diffusion and GAN in one: x0 from any level, judged after re-noising it"
+    )
     reconstruction: float = Field(1.0, gt=0, description="weight of the distance, beside adversarial.weight")
 
     needs_teacher: ClassVar[bool] = False

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..families import Base
+if TYPE_CHECKING:  # see pairs.py
+    from ..families import Base
 
 NETWORKS = ("lora_unet_", "lora_transformer_")
 # kohya's prefixes -> the text encoder's folder; the first is SD1.5's, which has one encoder
@@ -43,12 +45,7 @@ def dotted_name(kohya: str, family: type[Base]) -> str | None:
 def kohya_name(dotted: str, family: type[Base]) -> str:
     """diffusers' module name with its component -> the kohya name that ComfyUI maps for this family."""
     component, path = dotted.split(".", 1)
-    if component == family.component:
-        prefix = f"lora_{component}_"
-    elif component == "text_encoder":
-        prefix = "lora_te_" if family.name == "sd15" else "lora_te1_"
-    else:
-        prefix = "lora_te2_"
+    prefix = f"lora_{component}_" if component == family.component else family.text_prefixes[component]
     return prefix + path.replace(".", "_")
 
 

@@ -13,19 +13,21 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from ...samplers import Recipe
 from ...samplers.lora_file import PEFT_KEY
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
-from ..families import Base
-from ..lora.write import hashes
+from ..lora.hashes import hashes
 from ..system.files import write_tensors
 from .names import kohya_name
+
+if TYPE_CHECKING:  # neither `pcm tag` nor `pcm panels` waits for the families' libraries
+    from ..families import Base
 
 STYLES = ("kohya", "diffusers")
 # entries that are hashes of the tensors, made anew for every file
@@ -185,6 +187,8 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 def _peft_metadata(pairs: dict[str, Pair]) -> str:
     """PEFT's configuration of each component, as diffusers writes and reads it: "unet.r", "unet.lora_alpha", ..."""
+    from peft import LoraConfig  # takes seconds, and this style alone needs it
+
     entries = {}
     for component in sorted({name.split(".", 1)[0] for name in pairs}):
         of_component = {n.split(".", 1)[1]: p for n, p in pairs.items() if n.startswith(f"{component}.")}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ...samplers.lora_file import family_title, file_hash, header_text, read_header, tensor_hash
 from ...samplers.writing import MOST_HEADER
-from ..lora.write import EMPTY_HASH
+from ..lora.hashes import EMPTY_HASH
 from ..system import pages
 from .pairs import MUST
 from .sidecars import A1111_VERSIONS, UNKNOWN, open_picture

@@ -130,8 +130,8 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
     others = [name for name in networks if OTHER_LAYOUT.search(name)]
     if not others:
         return header
-    if family.name == "sd3" or len(others) < len(networks):
-        problem = "q, k and v in one" if family.name == "sd3" else "two layouts"
+    if family.fuses_qkv or len(others) < len(networks):
+        problem = "q, k and v in one" if family.fuses_qkv else "two layouts"
         raise ValueError(f"{header.path.name} has {problem}, such as {others[0]}. Get it with diffusers' names.")
     config = family.network_class.load_config(family.configs / family.component)
     layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})

@@ -23,7 +23,7 @@ from ...samplers.lora_file import (
 )
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import copy_with_metadata
-from ..lora.write import hashes
+from ..lora.hashes import hashes
 from ..system.pages import jpeg_url
 from .pairs import HASHES, check_out
 from .sidecars import open_picture

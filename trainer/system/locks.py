@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-Say = Callable[[str], None]  # called with a sentence for the user
+from .saying import Say
 
 
 @contextmanager

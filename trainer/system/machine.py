@@ -78,3 +78,11 @@ def peak_memory() -> float | None:
         unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short, on a GPU or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS'
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -36,10 +36,12 @@ class Adversary:
     """
 
     def __init__(self, base: Base, adapter: Adapter, condition: Condition, resolution: int, width: int, seed: int):
-        self.base, self.adapter = base, adapter
-        x, tick = (torch.zeros(1, *shape, device=base.device) for shape in (base.latent_shape(resolution), ()))
+        self.base = base
+        self.adapter = adapter
+        x = torch.zeros(1, *base.latent_shape(resolution), device=base.device)
+        tick = torch.tensor([base.schedule.ticks], device=base.device)
         with torch.no_grad(), adapter.off():
-            channels = [f.shape[1] for f in base.features(x, tick.long() + base.schedule.ticks, condition)]
+            channels = [features.shape[1] for features in base.features(x, tick, condition)]
         self.heads = Discriminator(channels, width, seed).to(base.device)
 
     def losses(
@@ -54,16 +56,24 @@ class Adversary:
             fake = self._features(student, edge, judged.tick, judged.student_noise, condition)
             with torch.no_grad():
                 real = self._features(target, edge, judged.tick, judged.target_noise, condition)
+
+        # The heads are frozen for the generator's loss, and the features cut off for the discriminator's, so that one
+        # backward pass over the sum of both gives each of them its own gradient.
         self.heads.requires_grad_(False)
         generator = mean_of([relu(1 - logits) for logits in self.heads(fake)])
         self.heads.requires_grad_(True)
-        told_fake = self.heads([f.detach() for f in fake])
-        told_real = self.heads(real)
-        return generator, mean_of([relu(1 + x) for x in told_fake]) + mean_of([relu(1 - x) for x in told_real])
+        logits_of_fake = self.heads([features.detach() for features in fake])
+        logits_of_real = self.heads(real)
+        hinge_of_fake = mean_of([relu(1 + logits) for logits in logits_of_fake])
+        hinge_of_real = mean_of([relu(1 - logits) for logits in logits_of_real])
+        return generator, hinge_of_fake + hinge_of_real
 
     def _features(self, x: Tensor, edge: Tensor, tick: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
-        level = self.base.schedule
-        point = renoise(x, noise, level.alpha(edge), level.sigma(edge), level.alpha(tick), level.sigma(tick))
+        """Feature maps of points x at ticks `edge`, re-noised to `tick`."""
+        schedule = self.base.schedule
+        point = renoise(
+            x, noise, schedule.alpha(edge), schedule.sigma(edge), schedule.alpha(tick), schedule.sigma(tick)
+        )
         return self.base.features(point, tick, condition)
 
 

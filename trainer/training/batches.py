@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cache import LatentCache
 from ..data.held_out import HeldOut
 from ..data.order import Order, seed_of
+from ..data.store import LatentCache
 from ..families import Base, Condition
 from ..objectives import Levels, Objective
 from .adversary import Judged
 from .engine import Batch
 
 T = TypeVar("T")
-AHEAD = 2
-FIXED = -1  # in a seed, of draws that are no place's in the stream
+AHEAD = 2  # batches that wait for the networks
+FIXED = -1  # stands in the seed of draws that belong to no place in the stream
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Split:
     def update(self) -> int:
         """Samples of one update, all processes together."""
         return self.size * self.accumulation * self.processes
+
+    def sentence(self) -> str:
+        """How an update is made up, for people."""
+        processes = f"{self.processes} process{'es' * (self.processes > 1)}"
+        return f"{self.update} samples an update: {processes}, {self.accumulation} passes of {self.size} each"
 
     @classmethod
     def of_update(cls, samples: int, processes: int, most: int) -> Split:
@@ -84,12 +89,18 @@ class Batches:
         judged: bool = False,
         held_out: HeldOut | None = None,
     ):
-        self.cache, self.base, self.objective, self.empty = cache, base, objective, empty
-        self.split, self.updates, self.judged = split, updates, judged
-        self.seed, self.rank, self.held_out = seed, rank, held_out or HeldOut()
-        self.order = Order(
-            [np.setdiff1d(bucket, self.held_out.samples) for bucket in cache.buckets], split.update, seed
-        )
+        self.cache = cache
+        self.base = base
+        self.objective = objective
+        self.empty = empty
+        self.split = split
+        self.updates = updates
+        self.judged = judged
+        self.seed = seed
+        self.rank = rank
+        self.held_out = held_out or HeldOut()
+        buckets = [np.setdiff1d(bucket, self.held_out.samples) for bucket in cache.buckets]
+        self.order = Order(buckets, split.update, seed)
 
     def at(self, number: int) -> tuple[list[int], Batch]:
         """The sample numbers and the batch of the run's forward pass `number`, from 0."""
@@ -109,26 +120,34 @@ class Batches:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x0 = self.cache.latents(samples, generators)
         draws = [self._draw(x0.shape[1:], progress, generator, judged) for generator in generators]
-        noise, u, r, s, guidance, dropped, *judges = (_stacked(of_each) for of_each in zip(*draws, strict=True))
-        condition = self.condition(samples, dropped)
-        inner = (r > s).nonzero().squeeze(1)
+        noise, u, r, s, guidance, dropped, *judges = (_stacked(column) for column in zip(*draws, strict=True))
         batch = Batch(
-            x0, noise, Levels(u, r, s), guidance, condition, progress, Judged(*judges) if judges else None, inner
+            x0=x0,
+            noise=noise,
+            levels=Levels(u, r, s),
+            guidance=guidance,
+            condition=self.condition(samples, dropped),
+            progress=progress,
+            judged=Judged(*judges) if judges else None,
+            inner=(r > s).nonzero().squeeze(1),
         )
         return batch.pinned() if self.base.device.type == "cuda" else batch
 
     def _draw(
         self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool
     ) -> tuple[Tensor | None, ...]:
-        """One sample's draws, each with a first dimension of 1; what comes later changes nothing before it."""
+        """One sample's draws, each with a first dimension of 1.
+
+        Their order is part of what a seed means: a draw that is left out, the judge's, must be the last.
+        """
         objective = self.objective
         noise = torch.randn(1, *shape, generator=generator)
         levels = objective.levels(1, self.base.schedule, progress, generator)
         guidance = objective.draw_guidance(1, progress, generator)
-        drawn = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
+        draws = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
         if not judged:
-            return drawn
-        return *drawn, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
+            return draws
+        return *draws, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
 
     def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
         """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""
@@ -147,16 +166,18 @@ class Batches:
 
 def made_ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
     """make(n) for each number, by a thread that is up to AHEAD of them before; what it raises is raised here."""
-    pool, coming = ThreadPoolExecutor(1, "batches"), iter(numbers)
+    pool = ThreadPoolExecutor(1, "batches")
+    numbers = iter(numbers)
     try:
-        waiting = deque(pool.submit(make, n) for n in islice(coming, AHEAD))
+        waiting = deque(pool.submit(make, n) for n in islice(numbers, AHEAD))
         while waiting:
-            made = waiting.popleft()
-            waiting.extend(pool.submit(make, n) for n in islice(coming, 1))
-            yield made.result()
+            batch = waiting.popleft()
+            # the next one is begun before this one is handed out, so that the thread never stands still
+            waiting.extend(pool.submit(make, n) for n in islice(numbers, 1))
+            yield batch.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _stacked(of_each: Sequence[Tensor | None]) -> Tensor | None:
-    return None if of_each[0] is None else torch.cat(of_each)
+def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
+    return None if column[0] is None else torch.cat(column)

@@ -1,4 +1,4 @@
-"""Atomic files, and checkpoints that resume exactly."""
+"""Checkpoints: tensors by group and JSON facts in one safetensors file, from which a run goes on exactly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ State = tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
-    """Save tensors by group (adapter, average, optimizer) and JSON facts after `step`; the last `keep` files stay."""
+    """Save tensors by group (adapter, average, optimizer) and JSON facts after `step`; the last `keep` files stay.
+
+    Raises OSError where the file cannot be written; the older ones are then untouched.
+    """
     tensors = {f"{group}/{name}": t.detach().cpu() for group, named in groups.items() for name, t in named.items()}
     path = folder / f"step-{step:07d}.safetensors"
     write_tensors(path, tensors, {"step": str(step), "facts": json.dumps(facts)})
@@ -30,7 +33,7 @@ def save_state(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], fa
 
 
 def latest_facts(folder: Path) -> Facts | None:
-    """Those of the newest checkpoint, or None. Raises ValueError when it is damaged."""
+    """Step and facts of the newest checkpoint, or None. Raises ValueError when it is damaged."""
     newest = _newest(folder)
     if newest is None:
         return None
@@ -53,19 +56,18 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 def load_latest_state(folder: Path) -> State | None:
-    """That of the newest checkpoint, or None. Raises ValueError when it is damaged."""
-    found = latest_facts(folder)
-    if found is None:
-        return None
-    groups: dict[str, dict[str, Tensor]] = {}
+    """Step, tensors and facts of the newest checkpoint, or None. Raises ValueError when it is damaged."""
     newest = _newest(folder)
+    if newest is None:
+        return None
+    step, facts = latest_facts(folder)
+    groups: dict[str, dict[str, Tensor]] = {}
     with safe_open(newest, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             group, slash, name = key.partition("/")
             if not slash:
                 raise _damaged(newest, f"{key!r} is no name of its tensors.")
             groups.setdefault(group, {})[name] = file.get_tensor(key)
-    step, facts = found
     return step, groups, facts
 
 
@@ -99,21 +101,22 @@ def agreed_changes(
 
 def check_same_base(facts: dict[str, Any], path: str, base_hash: str) -> None:
     """Raise ValueError where a checkpoint is of a base with another hash; before anything is cached of it."""
-    then = facts["base"]
-    if then != base_hash:
+    before = facts["base"]
+    if before != base_hash:
         raise ValueError(
-            f"The base {path} is not the one that this run was begun with: its SHA-256 was {then[:16]}… and is "
+            f"The base {path} is not the one that this run was begun with: its SHA-256 was {before[:16]}… and is "
             f"{base_hash[:16]}… now. Put the other file back to go on, use another output folder to start anew, or "
             "--accept-changes."
         )
 
 
-def _differences(a: dict, b: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    found = []
-    for key in a.keys() | b.keys():
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += _differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            found.append((prefix + key, x, y))
-    return sorted(found)
+def _differences(then: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """(dotted key, value then, value now) for every setting that differs between two nested tables, in order."""
+    differences = []
+    for key in then.keys() | now.keys():
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            differences += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            differences.append((prefix + key, before, after))
+    return sorted(differences)

@@ -36,9 +36,12 @@ from .adversary import Adversary, Judged
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x0 (B, C, h, w), noise like them, the step's levels, CFG scales (B,) or None for a teacher without
-    guidance, the prompts' encodings, share of the run that is done, where the adversary judges, if there is one, and
-    `inner`, the rows whose target takes a pass of the network (r > s; without it a GPU must wait until they are found).
+    """What one forward pass sees of B samples.
+
+    x0: latents (B, C, h, w); noise: like them. levels: u >= r >= s of each. guidance: CFG scales (B,), or None for a
+    teacher without guidance. condition: the prompts' encodings. progress: share of the run that is done. judged: where
+    the adversary judges, if there is one. inner: the rows whose target takes a pass of the network (r > s); without it
+    a GPU must wait until they are counted.
     """
 
     x0: Tensor
@@ -78,13 +81,13 @@ class Losses:
     discriminator: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Those there are, by what a plot calls them."""
-        all_of_them = {
+        """The losses that there are, by what a plot calls them."""
+        losses = {
             "loss": self.distance,
             "generator loss": self.generator,
             "discriminator loss": self.discriminator,
         }
-        return {name: values for name, values in all_of_them.items() if values is not None}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
 
 class Engine:
@@ -99,10 +102,14 @@ class Engine:
         adversary: Adversary | None = None,
         clock: Clock | None = None,
     ):
-        self.base, self.adapter, self.objective, self.null = base, adapter, objective, null
+        self.base = base
+        self.adapter = adapter
+        self.objective = objective
+        self.null = null
         self.adversary = adversary
         self.average = Average(adapter, objective.target_decay()) if objective.target_decay() else None
         self.clock = clock or Clock()
+
         # Both halves of guidance in one pass: fewer launches on a GPU. A CPU takes 1.09 to 1.15 times as long for it as
         # for two passes, whose activations stay in its caches (tiny-sd15, 32 samples at 128 px).
         self.batched = base.device.type != "cpu"
@@ -116,8 +123,10 @@ class Engine:
         if self.adversary is None:
             return Losses(distance)
         with self.clock.part("discriminator"):
-            judged = self.adversary.losses(student, target, batch.levels.s, batch.judged, batch.condition)
-            return Losses(distance, *judged)
+            generator, discriminator = self.adversary.losses(
+                student, target, batch.levels.s, batch.judged, batch.condition
+            )
+            return Losses(distance, generator, discriminator)
 
     @torch.no_grad()
     def distance(self, batch: Batch) -> Tensor:
@@ -126,9 +135,10 @@ class Engine:
 
     def _distance(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Student's and target's points, and their distance (B,)."""
-        schedule, levels = self.base.schedule, batch.levels
-        u, r, s = levels.u, levels.r, levels.s
+        u, r, s = batch.levels.u, batch.levels.r, batch.levels.s
         x_u = self._on_path(batch, u)
+
+        # The two passes without gradient first, so that nothing of theirs is held beside the student's activations.
         with torch.no_grad():
             with self.clock.part("teacher"):
                 x_r = self._teacher(x_u, u, r, batch) if self.objective.needs_teacher else self._on_path(batch, r)
@@ -136,9 +146,12 @@ class Engine:
                 target = self._target(x_r, batch)
         # torch before 2.11 keeps autocast's copies of the weights from a block without gradients, and uses them again
         torch.clear_autocast_cache()
+
         with self.clock.part("student"):
             student = self._jump(x_u, u, s, batch.condition)
-            jumps = Jumps(x_u, x_r, student, target, levels, schedule, self.base.prediction, batch.progress)
+            jumps = Jumps(
+                x_u, x_r, student, target, batch.levels, self.base.schedule, self.base.prediction, batch.progress
+            )
             return student, target, self.objective.distance(jumps)
 
     def updated(self, step: int, before: float, after: float) -> None:
@@ -155,15 +168,16 @@ class Engine:
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
         """Put `state` back."""
 
-        def own(group: str) -> dict[str, Tensor]:
-            # a file's tensors lie anywhere, and products of matrices round by where their factors lie
-            return {n: w.to(self.base.device, copy=True) for n, w in groups.get(group, {}).items()}
+        def weights(group: str) -> dict[str, Tensor]:
+            # copied: a file's tensors lie anywhere in memory, and products of matrices round by where factors lie
+            return {name: w.to(self.base.device, copy=True) for name, w in groups.get(group, {}).items()}
 
         if self.average:
-            self.average.weights = own("target")
-        self.earlier = own("teacher")
+            self.average.weights = weights("target")
+        self.earlier = weights("teacher")
 
     def _on_path(self, batch: Batch, tick: Tensor) -> Tensor:
+        """alpha x0 + sigma eps: the batch's own path through latent and noise, at ticks (B,)."""
         return jump(batch.x0, batch.noise, self.base.schedule.alpha(tick), self.base.schedule.sigma(tick))
 
     def _teacher_weights(self) -> AbstractContextManager:
@@ -173,49 +187,59 @@ class Engine:
         return self.adapter.using(self.average.weights) if self.average else nullcontext()
 
     def _teacher(self, x: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """From x at u down to r by the objective's solver, in equal steps of ticks.
+        """x (B, C, h, w) at ticks u, taken down to ticks r by the objective's solver, in equal steps of ticks.
 
         Every solver is the jump with some x0: ddim's is the network's, heun's the mean of both ends' (the trapezoid in
         alpha / sigma, along which x / sigma moves by x0), dpm++'s the one extrapolated from the step before.
         """
         solver, steps = self.objective.teacher_solver()
-        before, tick = None, u
+        tick = u
+        earlier: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # x0 of the step before, and (alpha, sigma) there
         with self._teacher_weights():
             for left in reversed(range(steps)):
-                then = r + (u - r) * left // steps
-                now, after = self._level(tick), self._level(then)
+                lower = r + (u - r) * left // steps
+                start, end = self._level(tick), self._level(lower)
                 x0, eps = self._guided(x, tick, batch)
+
                 along = x0
                 if solver == "dpm++":
-                    along = extrapolated(x0, *(before or (x0, now)), now, after)
+                    x0_before, level_before = earlier or (x0, start)
+                    along = extrapolated(x0, x0_before, level_before, start, end)
                 elif solver == "heun":
-                    end, _ = self._guided(jump(x0, eps, *after), then, batch)
-                    along = torch.where(_rows(then > 0), (x0 + end) / 2, x0)
-                eps = eps if along is x0 else eps_of(x, along, *now)
-                x = torch.where(_rows(then < tick), jump(along, eps, *after), x)
-                before, tick = (x0, now), then
+                    x0_at_end, _ = self._guided(jump(x0, eps, *end), lower, batch)
+                    # at the clean end there is no noise to tell x0 by: the first half alone counts there
+                    along = torch.where(_rows(lower > 0), (x0 + x0_at_end) / 2, x0)
+                eps = eps if along is x0 else eps_of(x, along, *start)
+
+                # rows that have arrived, as those with u = r from the start, stay as they are
+                x = torch.where(_rows(lower < tick), jump(along, eps, *end), x)
+                earlier = (x0, start)
+                tick = lower
         return x
 
     def _guided(self, x: Tensor, tick: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's (x0, eps), guided where the batch says so."""
+        """The teacher's (x0, eps) at ticks (B,): uncond + g (cond - uncond) of each, where the batch has a g."""
         tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
         if batch.guidance is None:
             return predict(self.base, x, tick, batch.condition)
+
         both = self.base.with_null(batch.condition, self.null)
         if self.batched:
-            x0, eps = (of.chunk(2) for of in predict(self.base, x.repeat(2, 1, 1, 1), tick.repeat(2), both))
+            x0, eps = (half.chunk(2) for half in predict(self.base, x.repeat(2, 1, 1, 1), tick.repeat(2), both))
         else:
             halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
             passes = (predict(self.base, x, tick, dict(zip(both, half, strict=True))) for half in halves)
             x0, eps = zip(*passes, strict=True)
+
         g = _rows(batch.guidance)
-        x0, eps = (un + g * (c - un) for c, un in (x0, eps))
+        x0, eps = (uncond + g * (cond - uncond) for cond, uncond in (x0, eps))
         return x0, eps
 
     def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.schedule.alpha(tick), self.base.schedule.sigma(tick)
 
     def _target(self, x_r: Tensor, batch: Batch) -> Tensor:
+        """J(x_r, r -> s); x_r itself in rows where r = s, which need no pass of the network."""
         r, s, inner = batch.levels.r, batch.levels.s, batch.inner
         if self.whole_target:
             return torch.where(_rows(r > s), self._jump(x_r, r.clamp(min=1), s, batch.condition), x_r)
@@ -229,11 +253,13 @@ class Engine:
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:
-        told = self.base.target_time(to) if self.objective.target_time else {}
-        x0, eps = predict(self.base, x, tick, condition | told, self.objective.clamp())
+        """J(x, tick -> to) = alpha_to x0 + sigma_to eps, with the network's own (x0, eps) in x: the phase jump."""
+        if self.objective.target_time:
+            condition = condition | self.base.target_time(to)
+        x0, eps = predict(self.base, x, tick, condition, self.objective.clamp())
         return jump(x0, eps, *self._level(to))
 
 
-def _rows(of_each: Tensor) -> Tensor:
-    """(B,) -> broadcastable over points."""
-    return of_each.view(-1, 1, 1, 1)
+def _rows(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), which broadcasts over points."""
+    return values.view(-1, 1, 1, 1)

@@ -10,7 +10,8 @@ from ...samplers.lora_file import read_header
 from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import NAME, Adapter
-from ..lora.install import broken_tensors, install
+from ..lora.describe import broken_tensors
+from ..lora.install import install
 from .checks import check_start
 
 
@@ -22,15 +23,19 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
     """
     file, recipe = Path(config.lora.init), check_start(config, base)
     if broken := broken_tensors(read_header(file)):
-        told = f"{len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}"
-        raise ValueError(f"{file.name}: {told}. Get the file again, or start from another.")
+        raise ValueError(
+            f"{file.name}: {len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}. "
+            "Get the file again, or start from another."
+        )
     strength = recipe.strength if recipe else 1.0
     modules, unmatched = install(file, base, "start")
     try:
         taken = [layer for layer in adapter.layers.values() if "start" in layer.lora_A]
         if unmatched or len(taken) < modules:
-            told = f"only {len(taken)} of its {modules} modules are among those that are trained here"
-            raise ValueError(f"{file.name}: {told}. Use a LoRA that was made for this kind of base.")
+            raise ValueError(
+                f"{file.name}: only {len(taken)} of its {modules} modules are among those that are trained here. "
+                "Use a LoRA that was made for this kind of base."
+            )
         for layer in taken:
             down, up = layer.lora_A["start"].weight, layer.lora_B["start"].weight
             layer.lora_A[NAME].weight[: len(down)] = down

@@ -16,21 +16,23 @@ from .update import Learners, make_optimizer
 
 
 class Trained:
-    """The adapter with its average, the discriminator's heads, the optimizer, fp16's scale, and what the objective
-    keeps of earlier weights."""
+    """What training changes: the adapter with its average, the discriminator's heads, the optimizer, fp16's scale, and
+    what the objective keeps of earlier weights."""
 
     def __init__(self, config: Config, accelerator: Accelerator, adapter: Learner, engine: Engine):
-        self.adapter, self.engine, self.accelerator = adapter, engine, accelerator
+        self.adapter = adapter
+        self.engine = engine
+        self.accelerator = accelerator
         self.average = Average(adapter, config.train.ema) if config.train.ema else None
         optimizer = make_optimizer(config, self.learners(), engine.base.device)
         self.optimizer = accelerator.prepare(optimizer)
 
     def learners(self) -> Learners:
-        """What is trained, by name: the adapter's weights, and those of the discriminator's heads."""
-        found = {"adapter": self.adapter.named_parameters()}
+        """The weights that the optimizer changes: the adapter's, and those of the discriminator's heads."""
+        learners = {"adapter": self.adapter.named_parameters()}
         if self.engine.adversary:
-            found["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
-        return found
+            learners["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
+        return learners
 
     def updated(self, step: int, steps: int) -> None:
         """Take in the weights after update `step` (from 1) of `steps`."""
@@ -39,8 +41,10 @@ class Trained:
         self.engine.updated(step, (step - 1) / steps, step / steps)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is exported: the average where there is one."""
-        return {n: w.cpu() for n, w in self.average.weights.items()} if self.average else self.adapter.state()
+        """The weights to export, on the CPU: the average where there is one."""
+        if self.average:
+            return {name: weight.cpu() for name, weight in self.average.weights.items()}
+        return self.adapter.state()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by group, and facts for JSON."""
@@ -55,22 +59,29 @@ class Trained:
         return groups, {"scaler": scaler.state_dict() if scaler else None}
 
     def load(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], changed: bool = False) -> list[str]:
-        """Put `state` back. changed: whether it may be of other settings; what it then lacks begins anew, and is named.
+        """Put a checkpoint's `state` back, and return what it held nothing for, which begins anew.
 
-        Raises ValueError for one of another adapter, and unless `changed` for one that lacks something.
+        changed: whether the checkpoint may be of other settings, and so lack something. Raises ValueError for one of
+        another adapter, and unless `changed` for one that lacks something.
         """
         self._load_adapter(groups["adapter"])
         anew = [] if self._load_optimizer(groups.get("optimizer", {}), changed) else ["the optimizer's state"]
-        wanted = {"discriminator": bool(self.engine.adversary), "average": bool(self.average)}
-        wanted["target"] = bool(self.engine.average)
-        lacking = [group for group, asked in wanted.items() if asked and not groups.get(group)]
+
+        needed = {
+            "discriminator": bool(self.engine.adversary),
+            "average": bool(self.average),
+            "target": bool(self.engine.average),
+        }
+        lacking = [group for group, is_needed in needed.items() if is_needed and not groups.get(group)]
         if lacking and not changed:
             raise ValueError(
                 f"The checkpoint lacks the {' and the '.join(lacking)} of this run; without it the run would not go on "
                 "as it was. Use another output folder to start anew, or delete the folder."
             )
+
         if self.engine.adversary and "discriminator" not in lacking:
             self._load_heads(groups["discriminator"])
+        # an average that is new here begins at the weights that the run has come to
         if self.average:
             saved = groups["adapter" if "average" in lacking else "average"]
             self.average.weights = {n: w.to(self.engine.base.device) for n, w in saved.items()}
@@ -89,15 +100,17 @@ class Trained:
 
     def _load_heads(self, saved: dict[str, Tensor]) -> None:
         heads = self.learners()["discriminator"]
-        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (heads, saved))
-        if shapes != given:
+        if {n: t.shape for n, t in heads.items()} != {n: t.shape for n, t in saved.items()}:
             raise ValueError("The checkpoint's discriminator is of another shape: set adversarial.width back.")
         with torch.no_grad():
             for name, parameter in heads.items():
                 parameter.copy_(saved[name])
 
     def _load_optimizer(self, saved: dict[str, Tensor], changed: bool) -> bool:
-        """Whether it could be put back. With other settings some weights may be new, or the whole optimizer."""
+        """Put the optimizer's state back; returns whether that could be done.
+
+        changed: with other settings some weights may be new, or the whole optimizer.
+        """
         names = self._names()
         if changed:
             in_8_bits = "8bit" in type(self.optimizer.optimizer).__name__
@@ -115,30 +128,32 @@ class Trained:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """An optimizer's state as named tensors: "<parameter>/<entry>"; numbers become 0-d tensors, and entries that hold
     more (bitsandbytes') come as "<parameter>/<entry>/<entry>"."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{entry}": value for i, own in state.items() for entry, value in _flat(own)}
+    states = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{entry}": value for i, entries in states.items() for entry, value in _flat(entries)}
 
 
-def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for entry, value in state.items():
-        if isinstance(value, dict):  # their tables are one tensor for all parameters, which a file cannot hold twice
+def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every entry of one parameter's state, nested ones by their path."""
+    for entry, value in entries.items():
+        if isinstance(value, dict):
+            # cloned: bitsandbytes' tables are one tensor for all parameters, which a file cannot hold twice
             yield from ((path, tensor.clone()) for path, tensor in _flat(value, f"{prefix}{entry}/"))
         else:
             yield f"{prefix}{entry}", torch.as_tensor(value)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
-    """Put `optimizer_tensors` back."""
+    """Put into an optimizer what `optimizer_tensors` made of one like it."""
     number = {name: i for i, name in enumerate(names)}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
+    states: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, *within, entry = key.split("/")
         i = number[name]
-        own = state.setdefault(i, {})
+        entries = states.setdefault(i, {})
         for outer in within:
-            own = own.setdefault(outer, {})
+            entries = entries.setdefault(outer, {})
         # in the order in which its parameter lies in memory, which fused kernels go by
         as_parameter = value.shape == parameters[i].shape and value.dtype == parameters[i].dtype
-        own[entry] = torch.empty_like(parameters[i]).copy_(value) if as_parameter else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        entries[entry] = torch.empty_like(parameters[i]).copy_(value) if as_parameter else value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

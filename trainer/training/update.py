@@ -21,6 +21,7 @@ from ..system.processes import Processes
 from .adversary import BETAS, WEIGHT_DECAY
 from .engine import Batch, Engine, Losses
 
+# "adapter" or "discriminator" -> its parameters by name
 Learners = dict[str, dict[str, torch.nn.Parameter]]
 
 
@@ -29,7 +30,8 @@ class Outcome:
     """What update `step` (from 1) gave: its samples, and numbers that may still be on their way from the GPU.
 
     numbers: named in `names`; "stop" is the share of processes that were asked to stop, "bad" of those with a loss or
-    gradient that is not finite. totals: (samples,) what was minimised.
+    gradient that is not finite. totals: (samples,) what was minimised. landed: when both are in main memory; None where
+    they were there from the start.
     """
 
     step: int
@@ -46,7 +48,7 @@ class Outcome:
         return dict(zip(self.names, self.numbers.tolist(), strict=True))
 
     def bad_samples(self) -> list[int]:
-        """Those of this process whose loss is not finite."""
+        """The samples of this process whose loss is not finite."""
         return [self.samples[i] for i in (~self.totals.isfinite()).nonzero().flatten().tolist()]
 
 
@@ -63,8 +65,13 @@ class Updater:
         learners: Learners,
         processes: Processes,
     ):
-        self.config, self.engine, self.coming, self.accumulation = config, engine, coming, accumulation
-        self.optimizer, self.learners, self.processes = optimizer, learners, processes
+        self.config = config
+        self.engine = engine
+        self.coming = coming
+        self.accumulation = accumulation
+        self.optimizer = optimizer
+        self.learners = learners
+        self.processes = processes
         self.accelerator: Accelerator = processes.accelerator
         self.clock: Clock = engine.clock
 
@@ -73,8 +80,10 @@ class Updater:
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * lr_factor(self.config, step)
+
         means: Counter[str] = Counter()
-        samples, totals = [], []
+        samples: list[int] = []
+        totals: list[Tensor] = []
         for _ in range(self.accumulation):
             numbers, batch = self._next()
             with self.accelerator.autocast():
@@ -84,7 +93,8 @@ class Updater:
                 self.accelerator.backward(total.mean() / self.accumulation)
             samples += numbers
             totals.append(total.detach())
-            means.update({name: of.detach().mean() / self.accumulation for name, of in losses.named().items()})
+            means.update({name: loss.detach().mean() / self.accumulation for name, loss in losses.named().items()})
+
         with self.clock.part("optimizer"):
             numbers, names = self._step(stop, torch.cat(totals), means)
         numbers, totals, landed = self._to_host(numbers, torch.cat(totals))
@@ -96,33 +106,38 @@ class Updater:
             return numbers, batch.to(self.accelerator.device)
 
     def _total(self, losses: Losses) -> Tensor:
-        """(B,) what is minimised: each part reaches its own weights alone, so one backward pass serves all."""
+        """(B,) the sum that is minimised: each part reaches its own weights alone, so one backward pass serves all."""
         if losses.generator is None:
             return losses.distance
         return losses.distance + self.config.adversarial.weight * losses.generator + losses.discriminator
 
     def _step(self, stop: bool, totals: Tensor, means: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
         """Share and clip the gradients and step; the update's numbers with their names."""
-        asked, bad = totals.new_full((), float(stop)), (~totals.isfinite()).any().to(totals.dtype)
-        told = self.processes.mean(self._gradients(), torch.stack([asked, bad, *means.values()]))
+        # What the processes must agree on travels with the gradients: one exchange an update, and no number is read.
+        stopping = totals.new_full((), float(stop))
+        bad = (~totals.isfinite()).any().to(totals.dtype)
+        shared = self.processes.mean(self._gradients(), torch.stack([stopping, bad, *means.values()]))
+
         self.accelerator.unscale_gradients()
         most = self.config.train.max_grad_norm
-        norms = [torch.nn.utils.clip_grad_norm_(own.values(), most) for own in self.learners.values()]
-        if self.accelerator.scaler is None:  # which skips such steps by itself
-            told[1] += (~torch.stack(norms).isfinite()).any()
+        norms = [torch.nn.utils.clip_grad_norm_(parameters.values(), most) for parameters in self.learners.values()]
+        if self.accelerator.scaler is None:  # fp16's scaler skips steps with infinite gradients by itself
+            shared[1] += (~torch.stack(norms).isfinite()).any()
         self.optimizer.step()
+
         names = ["stop", "bad", *means, *(f"gradient norm of the {name}" for name in self.learners)]
-        return torch.cat([told, torch.stack(norms).to(told)]), names
+        return torch.cat([shared, torch.stack(norms).to(shared)]), names
 
     def _gradients(self) -> list[Tensor]:
-        """Of all learners, in a fixed order; zero where no loss reached."""
-        parameters = [p for own in self.learners.values() for p in own.values()]
+        """The gradients of all learners, in a fixed order; zero where no loss reached."""
+        parameters = [p for named in self.learners.values() for p in named.values()]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in parameters]
 
     def _to_host(self, *tensors: Tensor) -> tuple[Tensor | torch.cuda.Event | None, ...]:
+        """The tensors on their way to main memory, and the event that tells when they are there."""
         if self.accelerator.device.type != "cuda":
             return *tensors, None
         copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
@@ -144,16 +159,25 @@ def make_optimizer(config: Config, learners: Learners, device: torch.device) -> 
 
     Raises ValueError where its library is missing.
     """
-    own = {
+    settings = {
         "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
         "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
     }
-    groups = [{"params": list(p.values()), "full_lr": own[n]["lr"], **own[n]} for n, p in learners.items()]
+    groups = [
+        {"params": list(parameters.values()), "full_lr": settings[name]["lr"], **settings[name]}
+        for name, parameters in learners.items()
+    ]
     if config.train.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            wanted = "train.optimizer=adamw8bit needs bitsandbytes"
-            raise ValueError(f"{wanted}: pip install bitsandbytes, or use adamw.") from error
-        return AdamW8bit(groups)
+        return adamw_8bit()(groups)
     return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+
+
+def adamw_8bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW, whose state is in 8 bits. Raises ValueError where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw."
+        ) from error
+    return AdamW8bit

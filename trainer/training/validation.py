@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -32,27 +31,27 @@ from ..lora.recipe import recipe_for
 from ..reporting.log import LOSS
 from ..system.files import write_tensors
 from ..system.processes import Processes
+from ..system.saying import Say
 from .batches import Batches
 from .engine import Engine
 from .state import Trained
 
 # Draws of each held-out sample, and pictures at each number of steps.
 DRAWS, PICTURES = 2, 16
-TRIAL = -2  # in a seed, of the pictures' noise
+TRIAL = -2  # stands in the seed of the pictures' noise
 REFERENCE = "teacher.safetensors"
-Say = Callable[[str], None]
 
 
 def error_at(steps: int) -> str:
-    """What the paired error at so many steps is called."""
+    """The name of the paired error at this number of steps."""
     return f"paired error at {count_steps(steps)}"
 
 
 def steps_of(config: Config, recipe: Recipe) -> tuple[int, ...]:
     """The numbers of steps that pictures are compared at: those asked for, as far as there are levels for them, and the
     recommended one."""
-    asked = {*config.validation.steps, recipe.steps}
-    return tuple(sorted(n for n in asked if n <= recipe.grid().points))
+    numbers = {*config.validation.steps, recipe.steps}
+    return tuple(sorted(n for n in numbers if n <= recipe.grid().points))
 
 
 def reference_of(config: Config, recipe: Recipe) -> Setting:
@@ -85,7 +84,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Figures by name, of the weights that would be exported and, where these are an average, of the plain ones too.
 
     improved: whether these are the best so far.
@@ -106,12 +105,18 @@ class Validation:
     def __init__(
         self, config: Config, engine: Engine, batches: Batches, trained: Trained, processes: Processes, say: Say
     ):
-        self.config, self.engine, self.batches, self.trained = config, engine, batches, trained
-        self.base, self.adapter, self.processes, self.say = engine.base, engine.adapter, processes, say
+        self.config = config
+        self.engine = engine
+        self.base = engine.base
+        self.adapter = engine.adapter
+        self.batches = batches
+        self.trained = trained
+        self.processes = processes
+        self.say = say
         self.best: Best | None = None
         self.steps: tuple[int, ...] = ()
         if engine.objective.needs_teacher and not self.base.whole:
-            self.recipe = recipe_for(config, self.base)
+            self.recipe = recipe_for(config, self.base.facts)
             self.steps = steps_of(config, self.recipe)
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
         self.active = bool(config.validation.every and (self.steps or len(batches.held_out)))
@@ -126,10 +131,10 @@ class Validation:
             return f"Nothing is measured during the run: no sample is held out, {no_teacher}."
         parts = [f"the loss on {held_out} held-out samples"] if held_out else []
         if self.steps:
-            of = "held-out prompts" if held_out else "prompts that training sees too"
-            at = ", ".join(map(str, self.steps))
+            prompts = "held-out prompts" if held_out else "prompts that training sees too"
+            numbers = ", ".join(map(str, self.steps))
             teacher = f"the teacher's {count_steps(self.reference.steps)} at CFG {self.reference.guidance:g}"
-            parts.append(f"the paired error of {PICTURES} pictures of {of} against {teacher}, at {at} steps")
+            parts.append(f"the paired error of {PICTURES} pictures of {prompts} against {teacher}, at {numbers} steps")
         return f"Measured at the start, every {every} updates and at the end: {'; '.join(parts)}."
 
     def due(self, step: int) -> bool:
@@ -137,7 +142,7 @@ class Validation:
         every, steps = self.config.validation.every, self.config.train.steps
         return self.active and (step % every == 0 or step == steps)
 
-    def __call__(self, step: int) -> Measured:
+    def __call__(self, step: int) -> Measurement:
         """Measure the weights after update `step` and remember the best; those of update 0 are none."""
         figures = self._measure(self.trained.weights())
         plain = self._measure(self.adapter.state()) if self.trained.average and step else {}
@@ -146,10 +151,10 @@ class Validation:
         improved = bool(self.config.validation.best and step and value < before)
         if improved:
             self.best = Best(step, self.judged_by, value, self.against)
-        return Measured(figures, plain, improved)
+        return Measurement(figures, plain, improved)
 
     def state(self) -> dict[str, Any] | None:
-        """For a checkpoint's facts."""
+        """The best so far, for a checkpoint's facts."""
         return self.best and asdict(self.best)
 
     def load(self, state: dict[str, Any] | None, file: Path) -> None:
@@ -158,11 +163,11 @@ class Validation:
         self.best = Best(**state) if state else None
         if not self.best:
             return
-        missed = "" if file.exists() else "is gone"
+        reason = "" if file.exists() else "is gone"
         if self.active and (self.best.figure, self.best.against) != (self.judged_by, self.against):
-            missed = "was measured against something else"
-        if missed:
-            self.say(f"{file.name} of update {self.best.step} {missed}: the best is looked for anew.")
+            reason = "was measured against something else"
+        if reason:
+            self.say(f"{file.name} of update {self.best.step} {reason}: the best is looked for anew.")
             self.best = None
 
     @torch.no_grad()
@@ -175,19 +180,21 @@ class Validation:
                 figures[error_at(steps)] = paired_error(self._pictures(steps), self.teacher)
         if not self.config.train.shard:
             return figures
-        told = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.base.device)
-        self.processes.mean([told], told.new_zeros(1))  # so that all judge alike
-        return dict(zip(figures, told.tolist(), strict=True))
+
+        # every process has measured, and rounding differs: all must come to one verdict on which weights are the best
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.base.device)
+        self.processes.mean([values], values.new_zeros(1))
+        return dict(zip(figures, values.tolist(), strict=True))
 
     def _loss(self) -> float:
         """The objective's own distance, over all held-out samples at `DRAWS` draws each."""
         held_out, size, device = set(self.batches.held_out), self.batches.split.size, self.base.device
         losses = []
         for bucket in self.batches.cache.buckets:
-            own = [n for n in bucket.tolist() if n in held_out]
+            samples = [n for n in bucket.tolist() if n in held_out]
             for draw in range(DRAWS):
-                for at in range(0, len(own), size):
-                    batch = self.batches.fixed(own[at : at + size], draw).to(device)
+                for start in range(0, len(samples), size):
+                    batch = self.batches.fixed(samples[start : start + size], draw).to(device)
                     with self.processes.accelerator.autocast():
                         losses.append(self.engine.distance(batch).float())
         return torch.cat(losses).mean().item()
@@ -218,11 +225,11 @@ class Validation:
     @cached_property
     def teacher(self) -> Tensor:
         """The reference's latents, from the run's folder where they are there."""
-        path, told = self.config.run_folder / REFERENCE, {"fingerprint": self.against}
+        path, fingerprint = self.config.run_folder / REFERENCE, {"fingerprint": self.against}
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
-                    if file.metadata() == told:
+                    if file.metadata() == fingerprint:
                         return file.get_tensor("latents").clone()  # the file may be replaced
             except SafetensorError as error:
                 self.say(f"{path.name} is damaged ({error}) and is made again.")
@@ -230,7 +237,7 @@ class Validation:
             latents = self.trial.latents(self.reference, self.base)
         if self.processes.first:
             try:
-                write_tensors(path, {"latents": latents}, told)
+                write_tensors(path, {"latents": latents}, fingerprint)
             except OSError as error:  # a run that goes on makes them again
                 self.say(f"{error}")
         return latents

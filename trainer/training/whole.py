@@ -1,4 +1,4 @@
-"""Runs that train a network whole, from nothing: what they cannot have, the folder they write, and its test."""
+"""Runs that train a network whole, from nothing: the folder that they write, and its test."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config.config import Config
 from ..families import Base, load_base
+from ..families.generate import probe
 from ..lora.adapter import Learner
 from ..lora.write import origin
 
@@ -53,10 +54,11 @@ class Reloaded:
 def self_test(path: Path, base: Base, learner: Learner, condition: dict[str, Tensor]) -> Reloaded:
     """Read a saved folder again, and compare its output with the network's own on one noisy point."""
     again = load_base(str(path), device=base.device)
-    shape = base.latent_shape(base.default_resolution)
-    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
-    tick = torch.tensor([base.schedule.ticks // 2], device=base.device)
+    x, tick = probe(base)
     condition = {k: v[:1].to(base.device) for k, v in condition.items()}
-    meant, found = (one.denoise(x, tick, condition) for one in (base, again))
-    weights = sum(p.numel() for p in learner.parameters())
-    return Reloaded(weights, (found - meant).abs().max().item(), meant.square().mean().sqrt().item())
+    meant, reloaded = (one.denoise(x, tick, condition) for one in (base, again))
+    return Reloaded(
+        weights=sum(p.numel() for p in learner.parameters()),
+        max_difference=(reloaded - meant).abs().max().item(),
+        rms_output=meant.square().mean().sqrt().item(),
+    )

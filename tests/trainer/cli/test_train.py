@@ -209,7 +209,7 @@ def test_out_of_memory_names_what_would_save_most(fails, tmp_path, monkeypatch, 
 
 
 def test_out_of_memory_beside_training_says_what_to_try(fails, lora, tmp_path, monkeypatch):
-    def sample(*_):
+    def sample(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(sampling, "sample_grid", sample)

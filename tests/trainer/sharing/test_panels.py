@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import file_hash, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
-from phased_consistency.trainer.lora.write import EMPTY_HASH
+from phased_consistency.trainer.lora.hashes import EMPTY_HASH
 from phased_consistency.trainer.sharing.panels import (
     LORA_MANAGER_PREVIEWS,
     LORA_MANAGER_REQUIRED,

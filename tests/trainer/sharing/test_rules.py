@@ -14,7 +14,8 @@ from phased_consistency.samplers.lora_file import header_text, read_header, tens
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.samplers.writing import MOST_HEADER
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.lora.write import EMPTY_HASH, export
+from phased_consistency.trainer.lora.hashes import EMPTY_HASH
+from phased_consistency.trainer.lora.write import export
 from phased_consistency.trainer.sharing.convert import convert
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.merge import merge

@@ -27,10 +27,10 @@ def another_colour(scene, rng):
 
 
 def test_prompts_are_distinct_and_repeatable():
-    calls = prompts(500, seed=3)
-    assert len(calls) == len(set(calls)) == 500
-    assert calls == prompts(500, seed=3) and calls[:100] == prompts(100, seed=3)
-    assert calls != prompts(500, seed=4)
+    captions = prompts(500, seed=3)
+    assert len(captions) == len(set(captions)) == 500
+    assert captions == prompts(500, seed=3) and captions[:100] == prompts(100, seed=3)
+    assert captions != prompts(500, seed=4)
 
 
 def test_captions_name_what_is_drawn():

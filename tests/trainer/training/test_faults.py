@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.system import stopping
-from phased_consistency.trainer.training import loop, plan
+from phased_consistency.trainer.training import loop, outputs, plan
 from phased_consistency.trainer.training import setup as parts
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.engine import Engine
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_for_a_checkpoint(config, whole, disk):
 
 def test_a_disk_that_is_full_for_a_lora(config, whole, disk, monkeypatch):
     """It fills right after the checkpoint."""
-    real = loop.save_state
+    real = outputs.save_state
 
     def save_state(folder, step, *args):
         real(folder, step, *args)
@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_for_a_lora(config, whole, disk, monkeypatch):
             disk(whole.stat().st_size // 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", save_state)
+        patch.setattr(outputs, "save_state", save_state)
         fails(config, "disk full while a LoRA is saved")
     disk(resource.RLIM_INFINITY)
     assert steps_kept(config) == [2, 4] and goes_on(config, whole).steps[0] == 5
@@ -294,7 +294,7 @@ def test_two_signals_stop_at_once(config, whole):
 @pytest.mark.parametrize(("fault", "times", "kept"), [("Ctrl-C or SIGTERM", 1, [2, 4]), ("Ctrl-C twice", 2, [2])])
 def test_a_signal_while_a_checkpoint_is_saved(fault, times, kept, config, whole, monkeypatch):
     """The first waits for it, the second does not."""
-    real = loop.save_state
+    real = outputs.save_state
 
     def interrupted(folder, step, *args):
         for _ in range(times if step == 4 and steps_kept(config) == [2] else 0):
@@ -302,7 +302,7 @@ def test_a_signal_while_a_checkpoint_is_saved(fault, times, kept, config, whole,
         real(folder, step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", interrupted)
+        patch.setattr(outputs, "save_state", interrupted)
         fails(config, fault)
     assert steps_kept(config) == kept
     goes_on(config, whole)

@@ -1,21 +1,20 @@
 """The rows of docs/robustness.md on what a run is made of: its base and its pictures."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from phased_consistency.trainer.training import setup as parts
+from phased_consistency.trainer.tiny.bundled import bundled_folder
 from phased_consistency.trainer.training.loop import train
 from support.faults import fails
-from support.runs import Notes, small_config
+from support.runs import TINY, Notes, small_config
 
 
 def test_a_base_that_was_replaced(tmp_path):
     """The file of the same name has other weights: seen by its hash, before anything is made with it."""
-    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    folder = bundled_folder(TINY)
     shutil.copytree(folder, tmp_path / "base")
     config = small_config(tmp_path / "run", base__path=tmp_path / "base")
     train(config)
@@ -29,7 +28,7 @@ def test_a_base_that_was_replaced(tmp_path):
 
 
 def test_a_base_with_weights_that_are_not_finite(tmp_path):
-    folder = Path(parts.__file__).parent / "tiny" / "sd15"
+    folder = bundled_folder(TINY)
     shutil.copytree(folder, tmp_path / "base")
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

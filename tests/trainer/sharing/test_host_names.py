@@ -32,6 +32,6 @@ def test_the_host_maps_every_sd3_module_by_kohyas_names(folder, size, count):
     options = {"capture_output": True, "text": True, "timeout": 240, "cwd": folder, "env": environment()}
     run = subprocess.run(command, input=question, **options)
     assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)["shapes"]
+    theirs = json.loads(run.stdout)["shapes"]
     flat = lambda shape: shape and (shape[0], torch.Size(shape[1:]).numel())  # noqa: E731
-    assert {name: flat(shape) for name, shape in found.items()} == {name: flat(shape) for name, shape in ours.items()}
+    assert {name: flat(shape) for name, shape in theirs.items()} == {name: flat(shape) for name, shape in ours.items()}

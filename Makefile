@@ -3,13 +3,13 @@
 PYTHON ?= python3
 TORCH ?= torch
 PYTEST_ARGS ?=
-# test files that run at a time, on one thread each
-WORKERS ?= 2
+# tests that run at a time, on one thread each; as many as there are cores
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo comfy test lint venv clean
+.PHONY: demo comfy check test lint venv clean
 
 # glibc keeps freed memory for the next training step instead of handing it back: 1.25x faster steps on a CPU
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -22,9 +22,15 @@ demo: venv
 comfy: venv
 	$(BIN)/python -m phased_consistency.trainer.comfy
 
+# what is fast (tests/conftest.py), between two edits
+check: export OMP_NUM_THREADS = 1
+check: lint
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not host and not web" $(PYTEST_ARGS)
+
+# everything
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -20,12 +20,32 @@ from .loader import PCMLoadLora
 from .sampling import PCMSample, PCMSampler, PCMScheduler
 
 NODES: list[type[io.ComfyNode]] = [
-    *(PCMLoadLora, PCMScheduler, PCMSampler, PCMSample),
-    *(PCMInpaint, PCMOutpaint, PCMColorize, PCMSuperResolution, PCMStroke, PCMDenoise, PCMInterpolate),
-    *(PCMInpaintOperator, PCMOutpaintOperator, PCMColorizeOperator, PCMSuperResolutionOperator),
-    *(PCMEditSampler, PCMEditDecode),
-    *(PCMLoraInfo, PCMStampRecipe),
-    *(PCMCompare, PCMCFGSchedule),
+    # loading and sampling
+    PCMLoadLora,
+    PCMScheduler,
+    PCMSampler,
+    PCMSample,
+    # editing, one node an edit
+    PCMInpaint,
+    PCMOutpaint,
+    PCMColorize,
+    PCMSuperResolution,
+    PCMStroke,
+    PCMDenoise,
+    PCMInterpolate,
+    # editing in parts, for core custom sampling
+    PCMInpaintOperator,
+    PCMOutpaintOperator,
+    PCMColorizeOperator,
+    PCMSuperResolutionOperator,
+    PCMEditSampler,
+    PCMEditDecode,
+    # LoRA files
+    PCMLoraInfo,
+    PCMStampRecipe,
+    # trying out
+    PCMCompare,
+    PCMCFGSchedule,
     PCMDemoPrompt,
 ]
 
@@ -36,5 +56,5 @@ class PhasedConsistency(ComfyExtension):
 
 
 def comfy_entrypoint() -> PhasedConsistency:
-    """What the host calls to get the nodes."""
+    """The pack's extension; the host calls this to get the nodes."""
     return PhasedConsistency()

@@ -25,7 +25,8 @@ from .lora_on_model import on_schedule_of
 from .sampling import advice, draw
 from .vae import check_family, decode_last
 
-SMALLEST, PAPER = 14, 0.1  # the labels' least height in pixels, and the grey behind them
+SMALLEST = 14  # pixels: the least height of the labels' letters
+PAPER = 0.1  # the grey behind them, 0 to 1
 
 
 class PCMCompare(io.ComfyNode):
@@ -89,37 +90,55 @@ class PCMCompare(io.ComfyNode):
         last_decode: str = inputs.LAST_DECODES[0],
     ) -> io.NodeOutput:
         check_family(vae, model)
-        recipe, cfg = on_schedule_of(model, recipe), cfg or recipe.guidance
+        recipe = on_schedule_of(model, recipe)
+        cfg = cfg or recipe.guidance
         rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
-        told = [advice(cls, model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
-        lines = list(dict.fromkeys(line for each in told for line in each))
+
+        # Faults before anything is drawn. Each row's own settings, the last sentence, stand beside its
+        # picture.
+        warnings = [advice(cls, model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
+        lines = list(dict.fromkeys(line for of_row in warnings for line in of_row))
         show(cls, lines or [f"{len(rows)} settings to draw."])
+
         latent = fit_to_model(model, latent_image)
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
         schedule = schedule_in(model)
         cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
         model, evaluations = counted(model)
+
         total = sum(plan.steps for _, _, plan in rows)
-        show_step, done = latent_preview.prepare_callback(model, total), 0
-        drawn, labels, costs = [], [], []
+        show_step = latent_preview.prepare_callback(model, total)
+        steps_done = 0
+        drawn = []  # latents, row after row
+        labels = []
+        costs = []
         for steps, variant, plan in rows:
             evaluations.clear()
-            progress = _shifted(show_step, done, total)
+            progress = _shifted(show_step, steps_done, total)
             drawn.append(draw(model, variant, plan, cfg, positive, negative, latent, noise, seed, callback=progress))
-            done += plan.steps
-            setting, cost = (steps_text(steps, plan), variant.mode_text), cost_text(sum(evaluations))
+            steps_done += plan.steps
+
+            setting = (steps_text(steps, plan), variant.mode_text)
+            cost = cost_text(sum(evaluations))
             labels.append([*setting, *cfg_text.replace(" on ", "\non ").splitlines(), cost])
             costs.append(f"{', '.join(setting)}, {cfg_text}: {cost}.")
-        images, tiled = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
-        images = image_of(images)
+
+        # All decoded in one go: where memory runs out, every picture is tiled, so that none differs by its
+        # decode.
+        pixels, notes = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
+        images = image_of(pixels)
         grid = labelled_grid(images.chunk(len(rows)), labels)
-        return io.NodeOutput(grid, images, ui=show(cls, [*tiled, *lines, *costs]))
+        return io.NodeOutput(grid, images, ui=show(cls, [*notes, *lines, *costs]))
 
 
 def counted(model: Any) -> tuple[Any, list[int]]:
-    """A clone of a host MODEL, and a list that gets, at each step, how many prompts' predictions it was asked for:
-    1, or 2 with CFG."""
-    model, evaluations = model.clone(), []
+    """A clone of a host MODEL, and a list that grows at each step by the number of prompts evaluated, 1 or 2.
+
+    Counted where the host hands prompts to the network, so that a CFG schedule and a negative prompt left out
+    show.
+    """
+    model = model.clone()
+    evaluations: list[int] = []
 
     def count(executor: Callable[..., Any], network: Any, conds: list, *rest: Any, **more: Any) -> Any:
         evaluations.append(sum(cond is not None for cond in conds))
@@ -129,51 +148,52 @@ def counted(model: Any) -> tuple[Any, list[int]]:
     return model, evaluations
 
 
-def _shifted(show_step: Callable[..., None], done: int, total: int) -> Callable[..., None]:
-    """The host's callback for one run of several, of which so many steps are done."""
-    return lambda step, x0, x, _: show_step(done + step, x0, x, total)
+def _shifted(show_step: Callable[..., None], steps_before: int, total: int) -> Callable[..., None]:
+    """The host's callback for one run of several, after so many steps of `total` in the runs before."""
+    return lambda step, x0, x, _: show_step(steps_before + step, x0, x, total)
 
 
 def read_step_counts(text: str) -> list[int]:
-    """Numbers of steps from text such as "1, 2, 4". Raises ValueError for any other."""
+    """Numbers of steps from text such as "1, 2, 4", each once. Raises ValueError for any other text."""
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     odd = [word for word in words if not re.fullmatch(r"[0-9]{1,4}", word)]
     if odd or not words:
-        read = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
-        raise ValueError(f"step_counts is {text!r}, {read}. Write whole numbers, such as 1, 2, 4, 8.")
+        fault = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
+        raise ValueError(f"step_counts is {text!r}, {fault}. Write whole numbers, such as 1, 2, 4, 8.")
     return list(dict.fromkeys(map(int, words)))
 
 
 def read_modes(text: str, recipe: Recipe) -> list[Recipe]:
-    """The recipe in each mode of text such as "deterministic, gamma 0.3". Raises ValueError for any other."""
-    found = []
+    """The recipe in each mode of text such as "deterministic, gamma 0.3". Raises ValueError for other text."""
+    variants = []
     for word in filter(None, (" ".join(part.lower().split()) for part in re.split(r"[,;\n]", text))):
         gamma = re.fullmatch(r"gamma (0|1|[01]?\.[0-9]+)", word)
         if word == "from recipe":
-            found.append(recipe)
+            variants.append(recipe)
         elif word in inputs.MODES[1:3]:
-            found.append(replace(recipe, mode=word, gamma=None))
+            variants.append(replace(recipe, mode=word, gamma=None))
         elif gamma and float(gamma[1]) <= 1:
             share = float(gamma[1])
-            found.append(replace(recipe, mode="stochastic" if share else "deterministic", gamma=share))
+            variants.append(replace(recipe, mode="stochastic" if share else "deterministic", gamma=share))
         else:
             raise ValueError(
                 f"modes is {text!r}, of which {word!r} is none. Write from recipe, deterministic, stochastic, or gamma "
                 "and a number from 0 to 1, such as: deterministic, stochastic, gamma 0.3."
             )
-    if not found:
+    if not variants:
         raise ValueError(f"modes is {text!r}, in which there is none. Write one or more, such as from recipe.")
-    return found
+    return variants
 
 
 def rows_of(recipe: Recipe, counts: list[int], modes: str, denoise: float) -> list[tuple[int, Recipe, LevelPlan]]:
-    """What each row draws: the number of steps asked for, the recipe in its mode, and the levels."""
-    counts = dict.fromkeys(steps or recipe.steps for steps in counts)
-    return [(n, variant, recipe.grid().plan(n, denoise)) for variant in read_modes(modes, recipe) for n in counts]
+    """Rows of the grid: number of steps (0 is the recipe's), the recipe in its mode, and the levels."""
+    step_counts = dict.fromkeys(steps or recipe.steps for steps in counts)
+    variants = read_modes(modes, recipe)
+    return [(steps, variant, recipe.grid().plan(steps, denoise)) for variant in variants for steps in step_counts]
 
 
 def steps_text(steps: int, plan: LevelPlan) -> str:
-    """The steps that are run, and of how many: fewer where only a part of the noise is put in."""
+    """The steps of a row in words: those that are run, and of how many where denoise leaves some out."""
     return count_steps(steps) if plan.steps == steps else f"{plan.steps} of {count_steps(steps)}"
 
 
@@ -182,35 +202,40 @@ def cost_text(evaluations: int) -> str:
 
 
 def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
-    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its lines of label at the left.
+    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its label at the left.
 
-    The letters grow with the pictures; beside small ones they keep a size that can be read, and the rows grow.
+    The letters grow with the pictures; beside small ones they keep a size that can be read, and the rows
+    grow.
     """
     batch, height, width, channels = rows[0].shape
     size = max(SMALLEST, height // 20)
     gap = size // 2
     strips = [label_strip(lines, size, gap) for lines in labels]
-    column = max(strip.shape[1] for strip in strips)
-    tall = max(height, *(strip.shape[0] for strip in strips))
-    grid = rows[0].new_full((gap + len(rows) * (tall + gap), column + batch * (width + gap), channels), PAPER)
+    label_width = max(strip.shape[1] for strip in strips)
+    row_height = max(height, *(strip.shape[0] for strip in strips))
+
+    grid_height = gap + len(rows) * (row_height + gap)
+    grid_width = label_width + batch * (width + gap)
+    grid = rows[0].new_full((grid_height, grid_width, channels), PAPER)
     for i, (pictures, strip) in enumerate(zip(rows, strips, strict=True)):
-        top = gap + i * (tall + gap)
+        top = gap + i * (row_height + gap)
         grid[top : top + strip.shape[0], : strip.shape[1]] = strip[..., None]
         for j, picture in enumerate(pictures):
-            left = column + j * (width + gap)
+            left = label_width + j * (width + gap)
             grid[top : top + height, left : left + width] = picture
     return grid[None]
 
 
 def label_strip(lines: list[str], size: int, gap: int) -> Tensor:
-    """(h, w) lines of text in letters of this size, white on `PAPER`, with a gap at both sides."""
+    """Lines of text in letters of this size, as (h, w) in [0, 1]: white on `PAPER`, with a gap at both sides."""
     from PIL import Image, ImageDraw
 
-    font, line = label_font(size), round(1.3 * size)
-    wide = math.ceil(max(font.getlength(text) for text in lines))
-    strip = Image.new("L", (gap + wide + gap, line * len(lines)))
+    font = label_font(size)
+    line_height = round(1.3 * size)
+    width = math.ceil(max(font.getlength(text) for text in lines))
+    strip = Image.new("L", (gap + width + gap, line_height * len(lines)))
     for i, text in enumerate(lines):
-        ImageDraw.Draw(strip).text((gap, i * line), text, fill=255, font=font)
+        ImageDraw.Draw(strip).text((gap, i * line_height), text, fill=255, font=font)
     ink = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(strip.height, strip.width) / 255
     return PAPER + (1 - PAPER) * ink
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .host import menu_of, show, speaking
 
 BASE = Path(__file__).parents[1] / "trainer" / "tiny" / "sd3"
-CONTEXT = 4096  # channels of SD3's joint context; what the encoders leave free is zero
-TOKENS = 77
+CONTEXT = 4096  # channels of SD3's joint context; those that the two small encoders leave free are zero
+TOKENS = 77  # in a prompt, with its start and its end
 EXAMPLE = "a red star above a yellow heart on a striped blue background"
 
 
@@ -60,8 +60,9 @@ class PCMDemoPrompt(io.ComfyNode):
 
 
 def check(text: str) -> list[str]:
-    """The words of a prompt. Raises ValueError for those that the demo has not learnt, and for too many."""
-    words, known = re.findall(r"\w+|[^\w\s]", text.lower()), vocabulary()
+    """The words of a prompt. Raises ValueError for any that the demo has not learnt, and for too many."""
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    known = vocabulary()
     strange = [word for word in dict.fromkeys(words) if word not in known]
     if strange:
         named = ", ".join(f"'{word}'" for word in strange)
@@ -76,14 +77,15 @@ def check(text: str) -> list[str]:
 @cache
 def vocabulary() -> frozenset[str]:
     """Every word of the prompts that the base comes with."""
-    lines = _there("prompts.txt").read_text(encoding="utf-8").splitlines()
+    lines = _base_part("prompts.txt").read_text(encoding="utf-8").splitlines()
     return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 @torch.no_grad()
 def encode(text: str) -> tuple[Tensor, Tensor]:
     """A prompt -> context (1, 77, 4096) and pooled (1, 2048), fp32 on the CPU: the trainer's `SD3.encode_prompts`."""
-    hidden, pooled = [], []
+    hidden = []
+    pooled = []
     for tokenizer, encoder in encoders():
         ids = tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         output = encoder(ids, output_hidden_states=True)
@@ -98,17 +100,18 @@ def encoders() -> list[tuple]:
     """The demo base's two tokenizers and CLIP text encoders, 0.8 MB, kept for the next run."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # which the host requires too
 
-    found = []
-    for end in ("", "_2"):
-        words, weights = _there(f"tokenizer{end}"), _there(f"text_encoder{end}")
+    pairs = []
+    for suffix in ("", "_2"):
+        words = _base_part(f"tokenizer{suffix}")
+        weights = _base_part(f"text_encoder{suffix}")
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         encoder = CLIPTextModelWithProjection.from_pretrained(weights, local_files_only=True, use_safetensors=True)
-        found.append((tokenizer, encoder.float().eval()))
-    return found
+        pairs.append((tokenizer, encoder.float().eval()))
+    return pairs
 
 
-def _there(name: str) -> Path:
-    """A part of the base. Raises FileNotFoundError with what to do where the pack came without it."""
+def _base_part(name: str) -> Path:
+    """The path of a file or folder of the base. Raises FileNotFoundError where the pack came without it."""
     if not (BASE / name).exists():
         raise FileNotFoundError(f"The demo base lacks {BASE / name}: install the pack again, whole.")
     return BASE / name

@@ -57,9 +57,13 @@ class PCMStroke(io.ComfyNode):
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
         recipe = on_schedule_of(model, recipe)
-        grid, cfg = recipe.grid(), cfg or recipe.guidance
+        cfg = cfg or recipe.guidance
+
+        # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
+        grid = recipe.grid()
         plan = grid.plan(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
         plan = replace(plan, notes=tuple(note.replace("denoise", "strength", 1) for note in plan.notes))
+
         lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan)
         lines += [f"The strength is {plan.denoise:g}.", *remarks(operator)]
         return edited(cls, operator, plan, lines, model=model, recipe=recipe, cfg=cfg, **shared)
@@ -96,17 +100,31 @@ class PCMDenoise(io.ComfyNode):
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
         std = noise / LEVELS or estimated_noise(operator.start)
-        found = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
+        estimate = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
         recipe = on_schedule_of(model, recipe)
         cfg = cfg or recipe.guidance
+
         codec = ModelVAE(vae, model.model)
         plan, amount = denoising(codec, operator.start, std, recipe.grid(), recipe.schedule(), steps or None, seed)
         if not plan.steps:
-            told = show(cls, [*found, "There is none to take out: the picture is given back as it is."])
-            return io.NodeOutput(image, {"samples": begin(operator, HostVAE(vae))}, ui=told)
-        lines = [*found, *advice(cls, model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
-        how = {"model": model, "recipe": recipe, "vae": vae, "seed": seed, "cfg": cfg}
-        return edited(cls, operator, plan, lines, amount=amount, **how, **shared)
+            # Through the VAE even a clean picture would change, so it is not sent there.
+            text = show(cls, [*estimate, "There is none to take out: the picture is given back as it is."])
+            return io.NodeOutput(image, {"samples": begin(operator, HostVAE(vae))}, ui=text)
+
+        lines = [*estimate, *advice(cls, model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
+        return edited(
+            cls,
+            operator,
+            plan,
+            lines,
+            model=model,
+            recipe=recipe,
+            vae=vae,
+            seed=seed,
+            cfg=cfg,
+            amount=amount,
+            **shared,
+        )
 
 
 class PCMInterpolate(io.ComfyNode):
@@ -163,17 +181,23 @@ class PCMInterpolate(io.ComfyNode):
     ) -> io.NodeOutput:
         check_family(vae, model)
         recipe = on_schedule_of(model, recipe)
-        steps, cfg = steps or recipe.steps, cfg or recipe.guidance
+        steps = steps or recipe.steps
+        cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
         lines = [*advice(cls, model, recipe, steps, cfg, plan), f"{frames} frames, each of them sampled by itself."]
         text = show(cls, lines)
+
         latent = fit_to_model(model, latent_image)
-        like, places = latent["samples"], latent.pop("batch_index", None)
-        if len(like) != 1:
-            raise ValueError(f"latent_image holds {len(like)} latents; the frames are all made of one.")
+        start = latent["samples"]
+        batch_index = latent.pop("batch_index", None)
+        if len(start) != 1:
+            raise ValueError(f"latent_image holds {len(start)} latents; the frames are all made of one.")
+
+        # Both the noise that a frame starts from and the noise between its steps are mixed of the two seeds',
+        # so that the first and the last frame are exactly what Sample PCM makes of them.
         seeds = (seed, seed_b)
-        ends = [comfy.sample.prepare_noise(like, s, places) for s in seeds]
-        there = torch.empty(like.shape, device=model.load_device)
+        noise_a, noise_b = (comfy.sample.prepare_noise(start, s, batch_index) for s in seeds)
+        on_device = torch.empty(start.shape, device=model.load_device)
         show_step = latent_preview.prepare_callback(model, frames * plan.steps)
         drawn = []
         for i in range(frames):
@@ -187,22 +211,24 @@ class PCMInterpolate(io.ComfyNode):
                     mixed(positive, positive_b, share),
                     negative,
                     latent,
-                    slerp(*ends, share),
+                    slerp(noise_a, noise_b, share),
                     seeds[round(share)],
                     lambda step, x0, x, n, i=i: show_step(i * n + step, x0, x, frames * n),
-                    noise_sampler=slerped(*(seeded_noise(there, s) for s in seeds), share),
+                    noise_sampler=slerped(*(seeded_noise(on_device, s) for s in seeds), share),
                 )
             )
-        image, told = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
-        if told:
-            text = show(cls, [*told, *lines])
+
+        image, notes = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
+        if notes:
+            text = show(cls, [*notes, *lines])
         return io.NodeOutput(image_of(image), latent | {"samples": torch.cat(drawn)}, ui=text)
 
 
 def mixed(a: list, b: list, share: float) -> list:
-    """Between two host CONDITIONINGs, part by part: linear in the text, the shorter one filled with zeros, and in the
-    pooled text. All else is the nearer one's. Shares 0 and 1 are a and b themselves.
+    """The host CONDITIONING a share of the way from a to b, part by part; shares 0 and 1 are a and b.
 
+    Linear in the text, the shorter one filled with zeros, and in the pooled text. All else is the nearer
+    one's.
     Raises ValueError for conditionings of other numbers of parts, or of other text encoders.
     """
     if share in (0, 1):
@@ -213,15 +239,17 @@ def mixed(a: list, b: list, share: float) -> list:
 
 
 def _mixed(a: list, b: list, share: float) -> list:
-    (text, extra), (text_b, extra_b) = a, b
+    """One part of `mixed`: [text (B, tokens, width), extras]."""
+    text, extra = a
+    text_b, extra_b = b
     if text.shape[-1] != text_b.shape[-1]:
         raise ValueError(
             f"positive is {text.shape[-1]} wide and positive_b {text_b.shape[-1]}: encode both with the same CLIP."
         )
     longest = max(text.shape[1], text_b.shape[1])
     text, text_b = (F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in (text, text_b))
-    rest = (extra, extra_b)[round(share)].copy()
+    extras = (extra, extra_b)[round(share)].copy()
     pooled = [e["pooled_output"] for e in (extra, extra_b) if e.get("pooled_output") is not None]
     if pooled:
-        rest["pooled_output"] = torch.lerp(pooled[0], pooled[-1], share)
-    return [torch.lerp(text, text_b, share), rest]
+        extras["pooled_output"] = torch.lerp(pooled[0], pooled[-1], share)
+    return [torch.lerp(text, text_b, share), extras]

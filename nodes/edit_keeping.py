@@ -27,7 +27,7 @@ def edit_schema(
     widgets: list[io.Input],
     advanced: list[io.Input],
 ) -> io.Schema:
-    """What every artist's editing node looks like, around its own sockets, widgets and advanced inputs."""
+    """The schema of an artist's editing node, around its own sockets, widgets and advanced inputs."""
     return speaking(
         node_id=node_id,
         display_name=title,
@@ -71,24 +71,38 @@ def edited(
     edit: Edit | None = None,
     amount: float = 1.0,
 ) -> io.NodeOutput:
-    """Encode the operator's start, draw it, decode it, and say so on the node.
+    """Encode an operator's start, draw it, and decode it: the picture and its latent.
 
-    lines: what the node says. amount: of the noise that is added, as a share of all of its level's.
+    plan: the levels. lines: what the node says. edit: makes every step agree with the operator; None where
+    only the start matters. amount: of the noise to add, as a share of all of the first level's.
     Raises ValueError for a VAE of another family.
     """
     check_family(vae, model)
     text = show(node, lines)
+
     samples = begin(operator, HostVAE(vae))
     noise = amount * comfy.sample.prepare_noise(samples, seed, None)
-    drawn = draw(model, recipe, plan, cfg, positive, negative, {"samples": samples}, noise, seed, edit=edit)
-    image, told = finished(operator, vae, drawn, last_decode)
-    if told:
-        text = show(node, [*told, *lines])
+    drawn = draw(
+        model,
+        recipe,
+        plan,
+        cfg,
+        positive,
+        negative,
+        {"samples": samples},
+        noise,
+        seed,
+        project_for=edit.on if edit else None,
+    )
+
+    image, notes = finished(operator, vae, drawn, last_decode)
+    if notes:
+        text = show(node, [*notes, *lines])
     return io.NodeOutput(image, {"samples": drawn}, ui=text)
 
 
 class EditNode(io.ComfyNode):
-    """What the nodes of every `EditKind` share."""
+    """The artist's node of an `EditKind`: inputs, and the edit from picture to picture."""
 
     KIND: EditKind
 
@@ -124,13 +138,17 @@ class EditNode(io.ComfyNode):
         step_vae=None,
         projection: str = inputs.PROJECTIONS[0],
         last_decode: str = inputs.LAST_DECODES[0],
-        **own: Any,
+        **kind_inputs: Any,
     ) -> io.NodeOutput:
-        operator = cls.KIND.make(**own)
+        operator = cls.KIND.make(**kind_inputs)
         recipe = on_schedule_of(model, recipe)
-        steps, cfg = steps or recipe.steps, cfg or recipe.guidance
+        steps = steps or recipe.steps
+        cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        through = step_vae if step_vae is not None and projection == "picture" else vae
+
+        # In latents the known cells are encoded once and stand in the result: they are of the VAE that
+        # decodes it.
+        vae_of_steps = step_vae if step_vae is not None and projection == "picture" else vae
         return edited(
             cls,
             operator,
@@ -144,7 +162,7 @@ class EditNode(io.ComfyNode):
             seed=seed,
             cfg=cfg,
             last_decode=last_decode,
-            edit=Edit(operator, through, every, form, projection),
+            edit=Edit(operator, vae_of_steps, every, form, projection),
         )
 
 

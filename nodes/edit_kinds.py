@@ -1,6 +1,6 @@
-"""The edits that keep what is known of a picture: what each is made of, its inputs, and what is done with it.
+"""The edits that keep what is known of a picture: the operator of each, its inputs, and its part in sampling.
 
-The artists' nodes (`editing`) and the composable ones (`operators`) are both made of these.
+The artists' nodes (`edit_keeping`) and the composable ones (`edit_parts`) are both made of these.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ NO_MASK = 64  # sides of the empty mask that core's Load Image gives for a pictu
 
 @dataclass(frozen=True)
 class EditKind:
-    """One edit. make: its operator, from the values of sockets() and widgets(), by name.
+    """One edit, from which its artist's node and its operator node are made.
 
-    node_id, title: of the artist's node. sockets, widgets: its own inputs. denoise: the strength that suits it.
+    node_id, title, description, aliases: as the artist's node has them.
+    make: makes the operator from the values of sockets() and widgets(), by name.
+    sockets, widgets: the inputs that this edit alone has.
+    denoise: the strength that suits it.
     masked: whether the latent's own cells may take the place of pixels (`inputs.PROJECTIONS`).
     """
 
@@ -41,10 +44,12 @@ class EditKind:
 
 
 def image_input(tooltip: str) -> io.Input:
+    """The picture of an edit."""
     return io.Image.Input("image", tooltip=f"{tooltip} Of any size; grey and transparent ones too.")
 
 
 def grow_input(default: int) -> io.Input:
+    """Width of the rim that `operators.Inpaint` blends."""
     return io.Int.Input(
         "grow",
         default=default,
@@ -56,16 +61,20 @@ def grow_input(default: int) -> io.Input:
 
 
 def side_inputs() -> list[io.Input]:
+    """Pixels to add on each side, by the names of `operators.outpaint`."""
     tooltip = "Pixels to add on this side."
     sides = ("left", "top", "right", "bottom")
     return [io.Int.Input(side, default=0, min=0, max=8192, step=8, tooltip=tooltip) for side in sides]
 
 
 def make_inpaint(image: Tensor, mask: Tensor, grow: int) -> Inpaint:
+    """The operator for a host IMAGE and MASK; ValueError for a mask that cannot be one of this picture."""
     if mask.ndim < 2 or not mask.numel() or not mask.isfinite().all():
-        what = "a number that is not finite" if mask.numel() and mask.ndim >= 2 else f"the shape {tuple(mask.shape)}"
-        raise ValueError(f"The mask has {what}; it must be (batch, height, width), none of them 0, from 0 to 1.")
+        fault = "a number that is not finite" if mask.numel() and mask.ndim >= 2 else f"the shape {tuple(mask.shape)}"
+        raise ValueError(f"The mask has {fault}; it must be (batch, height, width), none of them 0, from 0 to 1.")
     mask = mask.reshape(-1, *mask.shape[-2:])
+
+    # Drawn as it is it would do nothing, on a picture that the artist meant to paint a mask on.
     if tuple(mask.shape[-2:]) == (NO_MASK, NO_MASK) != tuple(image.shape[1:3]) and not mask.any():
         raise ValueError(
             f"The mask is an empty one of {NO_MASK}x{NO_MASK} for a picture of {image.shape[2]}x{image.shape[1]}, as "
@@ -126,10 +135,11 @@ SUPER_RESOLUTION = EditKind(
 
 @dataclass(frozen=True)
 class Edit:
-    """What an edit does to x0 at each step, whatever model is sampled.
+    """The projection of x0 in an edit, before it is known which model is sampled.
 
-    operator: what is known. vae: the host VAE to project through. every, form: see `Projected`. projection: one of
-    `inputs.PROJECTIONS`. Raises ValueError for a form or a projection that there is not, which 0.3.64 lets through.
+    operator: what is known of the picture. vae: the host VAE to project through. every, form: see
+    `editing.Projected`. projection: one of `inputs.PROJECTIONS`.
+    Raises ValueError for a form or a projection that there is not, which 0.3.64 lets through.
     """
 
     operator: Operator
@@ -143,13 +153,14 @@ class Edit:
         inputs.check("projection", self.projection, inputs.PROJECTIONS)
 
     def on(self, guider: Any, x: Tensor) -> Projection:
-        """The `project` of `sample_phased`, for what a guider samples, from x (B, C, h, w) on.
+        """The `project` of `sample_phased` for a run of a guider, from x (B, C, h, w) on: a `ProjectionMaker`.
 
-        Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another family.
+        Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another
+        family.
         """
         check_latents(self.operator, x)
         check_family(self.vae, guider.model_patcher)
-        codec = ModelVAE(whole(self.vae), guider.inner_model)
+        codec = ModelVAE(whole(self.vae), guider.inner_model)  # tiles would draw their seams into every step
         if self.projection == "latent":
             return ProjectedLatent.of(self.operator, begin(self.operator, codec).to(x))
         project = Projected(self.operator, codec, self.every, self.form == "residual")
@@ -157,14 +168,14 @@ class Edit:
 
 
 def picture(image: Tensor) -> Tensor:
-    """A host IMAGE (B, H, W, C) as the operators take pictures. Raises ValueError for another shape."""
+    """A host IMAGE (B, H, W, C) as operators take pictures, (B, C, H, W). Raises ValueError for another shape."""
     if image.ndim != 4:
         raise ValueError(f"A picture must be (batch, height, width, channels); got {tuple(image.shape)}.")
     return image.movedim(-1, 1)
 
 
 def image_of(pixels: Tensor) -> Tensor:
-    """A picture as a host IMAGE."""
+    """A picture (B, C, H, W) as a host IMAGE (B, H, W, C)."""
     return pixels.movedim(1, -1)
 
 
@@ -176,25 +187,25 @@ def start_image(operator: Operator) -> Tensor:
 def finished(operator: Operator, vae: Any, latents: Tensor, last_decode: str) -> tuple[Tensor, list[str]]:
     """The result of an edit as an IMAGE, and a sentence where the VAE had to go over to tiles.
 
-    latents: as the host stores them. last_decode: one of `inputs.LAST_DECODES`. Raises ValueError for latents that are
-    not of the operator's pictures.
+    latents: as the host stores them. last_decode: one of `inputs.LAST_DECODES`. Raises ValueError for latents
+    that are not of the operator's pictures.
     """
     check_latents(operator, latents)
-    image, told = decode_last(vae, last_decode, lambda codec: finish(operator, codec, latents))
-    return image_of(image), told
+    image, notes = decode_last(vae, last_decode, lambda codec: finish(operator, codec, latents))
+    return image_of(image), notes
 
 
 def remarks(operator: Operator) -> list[str]:
-    """What is worth knowing of an edit before it runs, in sentences for its node."""
-    told = []
+    """Facts of an edit that are worth knowing before it runs, in sentences for its node."""
+    lines = []
     if isinstance(operator, Inpaint):
         if not operator.hole.any():
-            told.append("The mask is empty: nothing is drawn.")
+            lines.append("The mask is empty: nothing is drawn.")
         elif operator.hole.all():
-            told.append("The mask covers everything: nothing is kept.")
+            lines.append("The mask covers everything: nothing is kept.")
     height, width = canvas(operator.size)
     if (height, width) != operator.size:
-        told.append(f"{size_text(operator.start)} is worked on as {width}x{height}, then cut.")
+        lines.append(f"{size_text(operator.start)} is worked on as {width}x{height}, then cut.")
     if operator.alpha is not None:
-        told.append("The transparency is kept.")
-    return told
+        lines.append("The transparency is kept.")
+    return lines

@@ -22,7 +22,7 @@ OperatorType = io.Custom("PCM_OPERATOR")
 
 
 class OperatorNode(io.ComfyNode):
-    """What the operator nodes of every `EditKind` share."""
+    """The operator node of an `EditKind`: what is known of the picture, and the picture to start from."""
 
     KIND: EditKind
 
@@ -47,8 +47,8 @@ class OperatorNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **own: Any) -> io.NodeOutput:
-        operator = cls.KIND.make(**own)
+    def execute(cls, **kind_inputs: Any) -> io.NodeOutput:
+        operator = cls.KIND.make(**kind_inputs)
         return io.NodeOutput(operator, start_image(operator), ui=show(cls, remarks(operator)))
 
 
@@ -113,7 +113,7 @@ class PCMEditSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         gamma = gamma_of("PCM Edit Sampler", mode, gamma, recipe)
         edit = Edit(operator, vae, every, form, projection)
-        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0, edit=edit))
+        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0, project_for=edit.on))
 
 
 class PCMEditDecode(io.ComfyNode):
@@ -141,5 +141,5 @@ class PCMEditDecode(io.ComfyNode):
     def execute(
         cls, operator: Operator, vae, samples: dict[str, Any], last_decode: str = inputs.LAST_DECODES[0]
     ) -> io.NodeOutput:
-        image, told = finished(operator, vae, samples["samples"], last_decode)
-        return io.NodeOutput(image, ui=show(cls, told))
+        image, notes = finished(operator, vae, samples["samples"], last_decode)
+        return io.NodeOutput(image, ui=show(cls, notes))

@@ -1,4 +1,8 @@
-"""What the graph tells and a MODEL does not: the LoRAs that it has come through, and whether a prompt says anything."""
+"""Facts that are in the graph and not in a MODEL: LoRAs that it has come through, words of prompts.
+
+An entry is one node of a queued graph, {"class_type", "inputs"}; an input is a value, or a link [node id,
+output].
+"""
 
 from __future__ import annotations
 
@@ -10,50 +14,58 @@ from ..samplers import recipe_for_file
 from ..samplers.lora_file import read_header
 from .host import core
 
-Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> class_type, inputs
+Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> entry
 TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl")  # inputs of core's text encoding nodes
 
 
 def model_path(graph: Graph | None, node: str) -> list[dict[str, Any]]:
-    """The nodes that a node's model has come through, the last first: as far as each has an input `model`."""
-    path, at = [], (graph or {}).get(node)
-    while at and (at := _before(graph, at, "model")):
-        path.append(at)
+    """Entries that a node's model has come through, the last first: as far back as each has an input `model`."""
+    path = []
+    entry = (graph or {}).get(node)
+    while entry and (entry := _before(graph, entry, "model")):
+        path.append(entry)
     return path
 
 
-def has_links(at: dict[str, Any]) -> bool:
+def has_links(entry: dict[str, Any]) -> bool:
     """Whether a node takes anything from another, as a checkpoint's loader does not."""
-    return any(isinstance(value, list) for value in at["inputs"].values())
+    return any(isinstance(value, list) for value in entry["inputs"].values())
 
 
 def is_bare(path: list[dict[str, Any]]) -> bool:
-    """Whether such a path tells that there is no few-step LoRA on the model, unless its checkpoint has one merged in.
+    """Whether a `model_path` shows that no few-step LoRA is on the model, unless one is merged in.
 
-    It begins at a loader, and has nodes of the host and this pack alone: what others do, their inputs do not tell.
+    It has to begin at a loader, and to have nodes of the host and this pack alone: the inputs of other packs'
+    nodes do not tell what these do.
     """
     return bool(path) and not has_links(path[-1]) and all(map(_is_known, path)) and not few_step_loras(path, False)
 
 
-def _is_known(at: dict[str, Any]) -> bool:
-    kinds = core.NODE_CLASS_MAPPINGS
-    place, ours = (getattr(kinds[k], "RELATIVE_PYTHON_MODULE", None) or "" for k in (at["class_type"], "PCMLoadLora"))
-    return place == ours or not place.startswith("custom_nodes.")
+def _is_known(entry: dict[str, Any]) -> bool:
+    """Whether a node is the host's or this pack's, which may be installed under any folder's name."""
+    module = _module_of(entry["class_type"])
+    return module == _module_of("PCMLoadLora") or not module.startswith("custom_nodes.")
+
+
+def _module_of(class_type: str) -> str:
+    """The module that a node came with, "custom_nodes.<folder>" for a pack's."""
+    return getattr(core.NODE_CLASS_MAPPINGS[class_type], "RELATIVE_PYTHON_MODULE", None) or ""
 
 
 def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
-    """The files of such a path that core's LoRA loaders, and those like them, put on the model and that speed it up.
+    """The files that LoRA loaders on a `model_path` put on the model and that speed it up, the last first.
 
-    Those with a recipe or of a known name, at a strength that is set on the node and not 0. certain: not by a name
-    that a style's LoRA may have, too.
+    LoRA loaders: core's, and others with its names of inputs, at a strength that is set on the node and not
+    0.
+    certain: as in `recipe_for_file`, not by a name that a style's LoRA may have, too.
     """
-    found = ((at["inputs"].get("lora_name"), at["inputs"].get("strength_model", 0)) for at in path)
-    set_on = [name for name, strength in found if isinstance(strength, int | float) and strength]
-    return [name for name in set_on if is_few_step(name, certain)]
+    settings = ((entry["inputs"].get("lora_name"), entry["inputs"].get("strength_model", 0)) for entry in path)
+    applied = [name for name, strength in settings if isinstance(strength, int | float) and strength]
+    return [name for name in applied if is_few_step(name, certain)]
 
 
 def is_few_step(lora: Any, certain: bool) -> bool:
-    """Whether this name is of a LoRA file that has a recipe; certain: as in `recipe_for_file`."""
+    """Whether a file of this name in models/loras has a recipe; certain: as in `recipe_for_file`."""
     path = folder_paths.get_full_path("loras", lora) if isinstance(lora, str) else None
     try:
         header = read_header(path) if path else None
@@ -64,17 +76,18 @@ def is_few_step(lora: Any, certain: bool) -> bool:
 
 def has_negative_words(graph: Graph | None, node: str) -> bool:
     """Whether the negative prompt of a node has words in it, where the graph shows them."""
-    at = (graph or {}).get(node)
-    if not at or at["inputs"].get("negative") == at["inputs"].get("positive"):
+    entry = (graph or {}).get(node)
+    # Workflows at CFG 1 link the positive prompt to both: nobody means it as a negative one.
+    if not entry or entry["inputs"].get("negative") == entry["inputs"].get("positive"):
         return False
-    while at and at["class_type"] != "ConditioningZeroOut":
-        if any(isinstance(at["inputs"].get(text), str) and at["inputs"][text].strip() for text in TEXTS):
+    while entry and entry["class_type"] != "ConditioningZeroOut":
+        if any(isinstance(entry["inputs"].get(text), str) and entry["inputs"][text].strip() for text in TEXTS):
             return True
-        at = _before(graph, at, "negative" if "negative" in at["inputs"] else "conditioning")
+        entry = _before(graph, entry, "negative" if "negative" in entry["inputs"] else "conditioning")
     return False
 
 
-def _before(graph: Graph, at: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The node that an input is linked to."""
-    link = at["inputs"].get(name)
+def _before(graph: Graph, entry: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The entry that an input is linked to; None where it is not linked."""
+    link = entry["inputs"].get(name)
     return graph.get(str(link[0])) if isinstance(link, list) and len(link) == 2 else None

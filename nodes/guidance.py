@@ -1,4 +1,4 @@
-"""The node that has CFG on chosen steps only, and what it leaves in the model for every sampler to follow."""
+"""The node that has CFG on chosen steps only, and the schedule that it puts on a model for every sampler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ KEY = "pcm_cfg_schedule"
 class CFGSchedule:
     """CFG `cfg` on the steps `first` to `last`, counted from 1, and 1 on the others.
 
-    ends: for each step of the plan, the sigma that it lies above; whatever levels a sampler has, they are in one step.
+    ends: for each step of the plan, the sigma that it lies above. A step is known by its sigma alone, since
+    the wrapper is called with no count, and any sampler may run the model, with levels of its own.
     """
 
     cfg: float
@@ -34,7 +35,10 @@ class CFGSchedule:
 
     @classmethod
     def of(cls, recipe: Recipe, steps: int, cfg: float, first: int, last: int) -> CFGSchedule:
-        """On the levels of a recipe. last: 0 is the last step. Raises ValueError for steps that there are not."""
+        """The schedule on the levels of a recipe in so many steps; 0 for `last` is the last one.
+
+        Raises ValueError for steps that there are not.
+        """
         ticks = torch.tensor(recipe.grid().plan(steps).ticks)
         last = last or steps
         if not 1 <= first <= last <= steps:
@@ -42,10 +46,13 @@ class CFGSchedule:
                 f"from_step is {first} and to_step {last}, of {steps} steps: the first may be 1 to {steps}, the last "
                 f"from there to {steps}, such as 1 and 1 for the first step alone; to_step 0 is the last one."
             )
-        return cls(cfg, first, last, tuple(recipe.schedule().k_sigma(ticks[1:] + SLACK).tolist()))
+        # A step starts at the end of the one before. SLACK keeps a scheduler's rounding from moving it
+        # across.
+        ends = recipe.schedule().k_sigma(ticks[1:] + SLACK)
+        return cls(cfg, first, last, tuple(ends.tolist()))
 
     def at(self, sigma: float) -> float:
-        """The CFG at this level."""
+        """The CFG for a model evaluation at this sigma of the host's convention."""
         step = 1 + sum(sigma <= end for end in self.ends[:-1])
         return self.cfg if self.first <= step <= self.last else 1.0
 
@@ -55,44 +62,50 @@ class CFGSchedule:
 
     @property
     def guided(self) -> int:
-        """How many steps have the CFG."""
+        """Number of steps that have the CFG."""
         return self.last - self.first + 1
 
     @property
     def text(self) -> str:
+        """The schedule in words: "CFG 2 on step 1 of 4, else 1"."""
         steps = f"step {self.first}" if self.guided == 1 else f"steps {self.first} to {self.last}"
         rest = ", else 1" if self.guided < self.steps else ""
         return f"CFG {self.cfg:g} on {steps} of {self.steps}{rest}"
 
     @property
     def evaluations(self) -> int:
-        """Of the model, for one picture: at CFG 1 the host leaves the negative prompt's out."""
+        """Evaluations of the model for one picture: at CFG 1 the host leaves the negative prompt's out."""
         return self.steps + self.guided * (self.cfg != 1)
 
     def __call__(self, executor: Callable[..., Tensor], x: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Tensor:
-        """Predict with this level's CFG, as a PREDICT_NOISE wrapper of the host: before it chooses what to evaluate.
+        """Predict with this level's CFG, as a PREDICT_NOISE wrapper of the host.
 
+        That wrapper, and none further in, comes before the host chooses which prompts to evaluate by its CFG.
         Raises ValueError where that needs a negative prompt, and the guider has none, or several CFGs.
         """
         guider = executor.class_obj
-        given, cfg = guider.cfg, self.at(float(sigma.flatten()[0]))
-        # core's DualModelGuider has loaded no second model where its own CFG is 1
-        other = cfg_of(guider) is None or getattr(guider, "uncond_inner", guider) is None
-        if cfg != 1 and (other or guider.conds.get("negative") is None):
-            lacks = "has another kind of CFG" if other else "has no negative prompt"
+        cfg = self.at(float(sigma.flatten()[0]))
+
+        # core's DualModelGuider has loaded no second model where its own CFG is 1.
+        other_kind = cfg_of(guider) is None or getattr(guider, "uncond_inner", guider) is None
+        if cfg != 1 and (other_kind or guider.conds.get("negative") is None):
+            lacks = "has another kind of CFG" if other_kind else "has no negative prompt"
             raise ValueError(
                 f"PCM CFG schedule asks for {self.text}, but {type(guider).__name__} {lacks}: use CFGGuider, or take "
                 "PCM CFG schedule out."
             )
+
+        # The guider outlives the run: its own CFG is put back, whatever happens.
+        own_cfg = guider.cfg
         guider.cfg = cfg
         try:
             return executor(x, sigma, *rest, **more)
         finally:
-            guider.cfg = given
+            guider.cfg = own_cfg
 
 
 def schedule_in(model: Any) -> CFGSchedule | None:
-    """The CFG schedule that a host MODEL follows, if any: of several the last."""
+    """The CFG schedule that a host MODEL follows, the last of several; None without one."""
     return next(reversed(model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY)), None)
 
 
@@ -102,10 +115,10 @@ def cfg_of(guider: Any) -> float | None:
 
 
 def cfg_to_judge(model: Any, recipe: Recipe, cfg: float | None) -> float:
-    """The CFG that `Recipe.warnings` is to judge: that of the schedule in a host MODEL, if any, else this one.
+    """The CFG that `Recipe.warnings` is to judge: that of the schedule in a host MODEL, if any, else `cfg`.
 
-    Where it is not as the recipe means it, the recipe's own, of which nothing is said: where it is None (`cfg_of`),
-    and where the model tames a high CFG, as after core's RescaleCFG.
+    Where neither is CFG as the recipe means it, the recipe's own, which earns no warning: where it is None
+    (`cfg_of`), and where the model tames a high CFG, as after core's RescaleCFG.
     """
     schedule = schedule_in(model)
     cfg = schedule.cfg if schedule else cfg
@@ -152,11 +165,14 @@ class PCMCFGSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, model, recipe: Recipe, cfg: float, steps: int, from_step: int, to_step: int) -> io.NodeOutput:
         recipe = on_schedule_of(model, recipe)
-        steps, cfg = steps or recipe.steps, cfg or recipe.guidance
+        steps = steps or recipe.steps
+        cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
+
         model = model.clone()
         model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)
+
         lines = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
         if cfg == 1:
             lines.insert(0, "CFG 1 guides nothing: set cfg above 1.")

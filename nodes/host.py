@@ -1,4 +1,4 @@
-"""What differs between host versions, and what every node needs from the host."""
+"""The host as every node needs it, with the differences between its versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import comfy.sample
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-import nodes as core  # the host's own: packs are imported by path, so this name is not this folder's
+import nodes as core  # the host's nodes: packs are imported by path, so this name is not this folder's
 
 from ..samplers import FlowSchedule, Schedule, VPSchedule
 
@@ -21,8 +21,8 @@ RecipeType = io.Custom("PCM_RECIPE")
 
 def supported(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
     """Call `make` without the keywords this host does not know (0.3.64: no search aliases, no advanced inputs)."""
-    known = inspect.signature(make).parameters
-    return make(*args, **{name: value for name, value in keywords.items() if name in known})
+    parameters = inspect.signature(make).parameters
+    return make(*args, **{name: value for name, value in keywords.items() if name in parameters})
 
 
 def menu_of(core_node: str) -> str:
@@ -31,19 +31,19 @@ def menu_of(core_node: str) -> str:
 
 
 def speaking(**keywords: Any) -> io.Schema:
-    """The schema of a node that says what it did (`show`).
+    """The schema of a node that writes lines on itself (`show`).
 
-    The host tells it its place in the graph and, where newer, repeats what it said when its result is cached.
+    The host gives it its id and the graph; newer hosts repeat the lines when the node's result is cached.
     """
     hidden = [io.Hidden.unique_id, io.Hidden.prompt]
     return supported(io.Schema, hidden=hidden, has_intermediate_output=True, **keywords)
 
 
 def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:
-    """Write the lines on the node as it stands in the graph; what is returned puts them into the history too.
+    """Write lines on a node as it stands in the graph; the result, as its `ui`, puts them into the history.
 
-    The most important line first and short: a node of ordinary size shows two lines of about 40 characters. Every
-    line is a sentence, since some frontends run them together.
+    The most important line first and short: a node of ordinary size shows two lines of about 40 characters.
+    Every line is a sentence, since some frontends run them together.
     """
     text = "\n".join(lines)
     PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
@@ -61,6 +61,8 @@ def fit_to_model(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
     """A copy of the latent whose samples, where empty, have the channels and size that this model works on."""
     latent = latent.copy()
     ratios = [latent.pop(f"downscale_ratio_{axis}", None) for axis in ("spacial", "temporal")]
-    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2
-    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[:known])
+
+    # Older hosts take fewer of them: all parameters but the model and the samples are ratios.
+    ratio_count = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[:ratio_count])
     return latent

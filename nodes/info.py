@@ -1,4 +1,4 @@
-"""The nodes about a LoRA file itself: what its header tells, and a copy of it that carries a recipe."""
+"""The nodes about a LoRA file itself: the facts in its header, and a copy of it that carries a recipe."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..samplers.lora_file import LoraHeader, read_header
 from ..samplers.lora_info import facts, noted, recipe_of, sentences
 from ..samplers.recipe import HEADER_KEY
 from ..samplers.writing import path_within, stamp_recipe
-from . import inputs
-from . import lora_on_model as files
+from . import inputs, lora_on_model
 from .host import menu_of, show, speaking
 
 
@@ -91,41 +90,47 @@ class PCMStampRecipe(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, name: str | None = None, **others) -> str | float:
-        if name is None:  # linked, and not known yet: always run, since the copy may be gone
-            return float("nan")  # a new one each time: math.nan is one object, which the host finds unchanged
+        # A linked name is not known yet: always run, since the copy may be gone. The host runs a node whose
+        # value differs from the last one, and takes one object for unchanged: so no math.nan, but a new nan
+        # each time.
+        if name is None:
+            return float("nan")
         return f"{inputs.lora_state(lora)} {inputs.file_state(copy_of(lora, name))}"
 
     @classmethod
     def execute(cls, lora: str, recipe: Recipe, name: str, overwrite: bool) -> io.NodeOutput:
-        source, target = Path(folder_paths.get_full_path_or_raise("loras", lora)), copy_of(lora, name)
+        source = Path(folder_paths.get_full_path_or_raise("loras", lora))
+        target = copy_of(lora, name)
         written = stamp_recipe(source, target, recipe, overwrite)
-        short = target.relative_to(folder_paths.get_folder_paths("loras")[0])
-        lines = [f"{'Written' if written else 'There already'}: {short}.", recipe.usage_hint()]
-        told = read_header(source).metadata
-        if HEADER_KEY in told:
+
+        name_in_folder = target.relative_to(folder_paths.get_folder_paths("loras")[0])
+        lines = [f"{'Written' if written else 'There already'}: {name_in_folder}.", recipe.usage_hint()]
+        metadata = read_header(source).metadata
+        if HEADER_KEY in metadata:
             lines.append("It takes the place of the recipe that the file had.")
-        elif "modelspec.usage_hint" in told:
+        elif "modelspec.usage_hint" in metadata:
             lines.append("Its sentence takes the place of the usage hint that the file had.")
         lines.append(f"Path: {target}")
         return io.NodeOutput(ui=show(cls, lines))
 
 
 def copy_of(lora: str, name: str) -> Path:
-    """Where the copy of a LoRA of this name goes. Raises ValueError for a name that leads out of models/loras."""
+    """The path of a LoRA's copy of this name. Raises ValueError for a name that leads out of models/loras."""
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     return path_within(folder, name.strip() or f"{Path(lora).with_suffix('')}_recipe")
 
 
 def fit(header: LoraHeader, model) -> list[str]:
-    """How much of a LoRA has a place in a host MODEL, or why nothing has."""
-    found, recipe = files.match(header, model), recipe_of(header)
+    """The share of a LoRA that has a place in a host MODEL, or the reason why nothing has, in sentences."""
+    matched = lora_on_model.match(header, model)
+    recipe = recipe_of(header)
     try:
-        files.check(header, found, model, header.family or (recipe.family if recipe else None))
+        lora_on_model.check(header, matched, model, header.family or (recipe.family if recipe else None))
     except ValueError as error:
         return [str(error)]
-    lines = [f"{len(found.names)} of {found.total} modules match this {files.model_title(model)} model."]
-    if found.misfits:
-        lines.append(f"The others have no place in it, such as {found.misfits[0]}.")
-    if found.text_modules:
-        lines.append(f"{found.text_modules} more are a text encoder's.")
+    lines = [f"{len(matched.names)} of {matched.total} modules match this {lora_on_model.model_title(model)} model."]
+    if matched.misfits:
+        lines.append(f"The others have no place in it, such as {matched.misfits[0]}.")
+    if matched.text_modules:
+        lines.append(f"{matched.text_modules} more are a text encoder's.")
     return lines

@@ -23,16 +23,17 @@ def check(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def lora(tooltip: str) -> io.Input:
+    """A choice of the files in models/loras."""
     return io.Combo.Input("lora", options=folder_paths.get_filename_list("loras"), tooltip=tooltip)
 
 
 def lora_state(lora: str) -> str:
-    """What changes when this LoRA's file does, for `fingerprint_inputs`."""
+    """A text that changes when a LoRA's file does, for `fingerprint_inputs`."""
     return file_state(folder_paths.get_full_path("loras", lora))
 
 
 def file_state(path: str | Path | None) -> str:
-    """What changes when a file does, comes or goes."""
+    """A text that changes when a file changes, comes or goes."""
     return f"{Path(path).stat().st_mtime_ns}" if path and Path(path).exists() else "absent"
 
 
@@ -97,7 +98,7 @@ def denoise(default: float = 1.0, start: str = "the given latent") -> io.Input:
 
 
 def mode() -> list[io.Input]:
-    """How much of the noise between steps is fresh; `gamma_of` reads them."""
+    """The share of fresh noise between steps, by recipe or by hand; `sampling.gamma_of` reads these."""
     return [
         recipe(
             "From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any.", optional=True
@@ -121,7 +122,7 @@ def mode() -> list[io.Input]:
 
 
 def loop() -> list[io.Input]:
-    """How the picture is made to agree with what is known, while it is drawn."""
+    """The loop of an edit: at which steps, and in which form, x0 is made to agree with what is known."""
     return [
         supported(
             io.Int.Input,

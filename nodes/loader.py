@@ -8,8 +8,7 @@ from comfy_api.latest import io
 from ..samplers.lora_file import read_header
 from ..samplers.lora_info import recipe_of
 from ..samplers.recipe import MODES
-from . import inputs
-from . import lora_on_model as files
+from . import inputs, lora_on_model
 from .graph import few_step_loras, model_path
 from .host import RecipeType, menu_of, show, speaking, supported
 from .watch import Watch
@@ -72,30 +71,35 @@ class PCMLoadLora(io.ComfyNode):
         levels: str = LEVELS[0],
     ) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
-        read = recipe_of(header) if recipe == "auto" else None
-        family = header.family or (read.family if read else None)
-        found = files.match(header, model)
-        files.check(header, found, model, family)
-        if read is None:
-            read = files.recipe_from_settings(model, phases, mode, cfg, gamma, distilled=levels == LEVELS[1])
-        if not files.awaits_schedule(model, read):
-            read = files.on_schedule_of(model, read)
+        recipe_in_file = recipe_of(header) if recipe == "auto" else None
+        family = header.family or (recipe_in_file.family if recipe_in_file else None)
+        matched = lora_on_model.match(header, model)
+        lora_on_model.check(header, matched, model, family)
+
+        used = recipe_in_file
+        if used is None:
+            used = lora_on_model.recipe_from_settings(model, phases, mode, cfg, gamma, distilled=levels == LEVELS[1])
+        if not lora_on_model.awaits_schedule(model, used):
+            used = lora_on_model.on_schedule_of(model, used)
+
         patched = model
         if strength:
-            patched = files.apply(header, found, model, strength)
-            files.set_shift(patched, read.shift)
-        others = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
-        lines = files.report(header, found, read, strength, model, patched, others)
-        known = read.source != "settings" or recipe != "auto"
-        if not known:
+            patched = lora_on_model.apply(header, matched, model, strength)
+            lora_on_model.set_shift(patched, used.shift)
+
+        other_loras = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
+        lines = lora_on_model.report(header, matched, used, strength, model, patched, other_loras)
+        settled = recipe_in_file is not None or recipe != "auto"
+        if not settled:
             lines.insert(0, "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets.")
-        if strength and known:
-            Watch(cls, read, lines).put_on(patched)
-        return io.NodeOutput(patched, read, ui=show(cls, lines))
+        # Widgets that nobody has set are no measure for samplers that run the model.
+        if strength and settled:
+            Watch(cls, used, lines).put_on(patched)
+        return io.NodeOutput(patched, used, ui=show(cls, lines))
 
 
 def _recipe_widgets() -> list[io.Input]:
-    """Only for files that do not say it themselves."""
+    """Widgets for the recipe of a file that carries none and is not known."""
     return [
         supported(
             io.Combo.Input,
@@ -138,7 +142,7 @@ def _recipe_widgets() -> list[io.Input]:
         supported(
             io.Float.Input,
             "gamma",
-            optional=True,  # as what follows: graphs of earlier versions have none
+            optional=True,  # as are the widgets after it: graphs of earlier versions have none
             default=1.0,
             min=0.0,
             max=1.0,

@@ -25,12 +25,13 @@ CONFIGS = {
     "sdxl": comfy.supported_models.SDXL,
     "sd3": comfy.supported_models.SD3,
 }
-LOADED = "pcm_lora"  # what a patched model is told under: the name of the few-step LoRA that it has
+LOADED = "pcm_lora"  # attachment of a patched model: the name of the few-step LoRA that it has
 TWICE = "{} is loaded too, and both speed the model up: remove one."
 MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
 OFF = "Strength 0: the LoRA is off, and the model is as it came."
-USUAL = (0.7, 1.1)  # shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models
-OTHER_PREDICTION = {  # what a LoRA was made on -> what to do with a model that is another
+# Shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models.
+USUAL = (0.7, 1.1)
+OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence where the model has another
     "epsilon": "Made for models that predict noise, not this kind: load another checkpoint.",
     "v_prediction": "Made for v-prediction: load such a model, or put ModelSamplingDiscrete before.",
     "flow": "Made for flow models, not this kind: load another checkpoint.",
@@ -40,10 +41,11 @@ ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zer
 
 @dataclass(frozen=True)
 class LoraMatch:
-    """Which of a LoRA's modules have a weight of the right shape in a model.
+    """Modules of a LoRA by whether they have a weight of the right shape in a model.
 
-    names: kohya module name -> the name this host maps, for the modules that fit. misfits: those that do not.
-    text_modules: how many belong to a text encoder, which is not patched here.
+    names: kohya module name -> the name this host maps, for the modules that fit.
+    misfits: kohya module names of the modules that do not.
+    text_modules: number of modules of text encoders, which are not patched here.
     """
 
     names: dict[str, str]
@@ -56,7 +58,7 @@ class LoraMatch:
 
 
 def model_family(model: Any) -> str | None:
-    """Family of a host MODEL, a key of `FAMILIES`; None for others."""
+    """Family of a host MODEL, a key of `FAMILIES`; None for any other."""
     config = model.model.model_config
     return next((family for family, kind in CONFIGS.items() if isinstance(config, kind)), None)
 
@@ -68,16 +70,22 @@ def model_title(model: Any) -> str:
 
 
 def match(header: LoraHeader, model: Any) -> LoraMatch:
-    """Match by name and by shape, since a LoRA of another family shares names, and some shapes, with this model."""
+    """Match a LoRA's modules with the weights of a host MODEL, by name and by shape.
+
+    By both, since a LoRA of another family shares names, and some shapes, with this model.
+    """
     targets = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = model.model.state_dict()
-    names, misfits, text_modules = {}, [], 0
+    names: dict[str, str] = {}
+    misfits: list[str] = []
+    text_modules = 0
     for module, tensors in header.modules.items():
         if module.startswith("lora_te"):
             text_modules += 1
             continue
-        # SD3's modules have no lora_unet_ names in the host, but lora_transformer_ ones
-        name = next((n for n in (module, module.replace("lora_unet_", "lora_transformer_", 1)) if n in targets), None)
+        # SD3's modules have no lora_unet_ names in the host, but lora_transformer_ ones.
+        candidates = (module, module.replace("lora_unet_", "lora_transformer_", 1))
+        name = next((candidate for candidate in candidates if candidate in targets), None)
         shape = _shape(targets[name], weights) if name is not None else None
         if shape is not None and tensors.fits(shape):
             names[module] = name
@@ -87,7 +95,7 @@ def match(header: LoraHeader, model: Any) -> LoraMatch:
 
 
 def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
-    """Shape of the weight, or of the slice of a fused one (key, (dim, start, length)), that a LoRA name stands for.
+    """Shape of the weight, or of a fused one's slice (key, (dim, start, length)), for a LoRA name's target.
 
     None where there is no such weight: the host has names for a middle block even in models that have none.
     """
@@ -101,38 +109,48 @@ def _shape(target: str | tuple, weights: dict[str, torch.Tensor]) -> tuple[int, 
     return tuple(shape)
 
 
-def check(header: LoraHeader, found: LoraMatch, model: Any, family: str | None) -> None:
+def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None) -> None:
     """Raise ValueError for a LoRA that is of another family (as far as known), or fits nothing in this model."""
-    file, title = header.path.name, model_title(model)
+    file = header.path.name
+    title = model_title(model)
     if family is not None and family != model_family(model):
         raise ValueError(
             f"{file} is a LoRA for {FAMILIES[family]}, but the model is {title}. "
             f"Load an {FAMILIES[family]} checkpoint, or a LoRA made for {title}."
         )
-    if not found.names:
+    if not matched.names:
         raise ValueError(
-            f"{file} fits nothing in this {title} model: 0 of its {found.total} modules match by name and shape. "
-            f"Use a LoRA made for {title}; its names here are like {(found.misfits or ['(none for the model)'])[0]}."
+            f"{file} fits nothing in this {title} model: 0 of its {matched.total} modules match by name and shape. "
+            f"Use a LoRA made for {title}; its names here are like {(matched.misfits or ['(none for the model)'])[0]}."
         )
 
 
-def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> Any:
-    """A clone of the model with the matching modules patched, under the host's names and with every alpha in place.
+def apply(header: LoraHeader, matched: LoraMatch, model: Any, strength: float) -> Any:
+    """A clone of the model with the matching modules patched, each with its alpha.
 
-    Raises ValueError for numbers that are not finite, an alpha that is not one number, and what the host cannot load.
+    Raises ValueError for numbers that are not finite, an alpha that is not one number, and what the host
+    cannot load.
     """
     tensors = comfy.utils.load_torch_file(str(header.path), safe_load=True)
+
+    # The host would patch them in, and every picture would be black without a word.
     if broken := not_finite(tensors.items()):
         raise ValueError(
             f"{header.path.name} has numbers that are not finite in {len(broken)} tensors, such as {broken[0]}: every "
             "picture would be black. Get the file again."
         )
-    modules, alphas = header.modules, header.alphas()
+
+    # The host drops the attention projections of PEFT's and diffusers' names, and knows no alpha but a
+    # tensor. So every module goes to it under kohya's names, with its alpha beside it. Other kinds, such as
+    # LoHa, go as they are.
+    modules = header.modules
+    alphas = header.alphas()
     lora = {name: tensors[name] for name in header.unmatched}
-    for module, name in found.names.items():
+    for module, name in matched.names.items():
         lora |= _host_tensors(modules[module], name, tensors)
         if module in alphas:
             lora[f"{name}.alpha"] = torch.tensor(alphas[module])
+
     try:
         patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:  # of other kinds, such as LoHa, with a gap
@@ -142,12 +160,13 @@ def apply(header: LoraHeader, found: LoraMatch, model: Any, strength: float) -> 
 
 
 def _host_tensors(module: LoraModule, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors under kohya's suffixes and the host's name of the module."""
     suffix = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
     return {f"{name}.{suffix[part]}": tensors[key] for part, key in module.keys.items()}
 
 
 def prediction_of(model_sampling: Any) -> str:
-    """What the network behind a host `model_sampling` predicts, one of `PREDICTIONS`."""
+    """The prediction of the network behind a host `model_sampling`, one of `schedule.PREDICTIONS`."""
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         return "flow"
     return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
@@ -188,7 +207,10 @@ def recipe_from_settings(
 
 
 def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
-    """The recipe with its last level where this model's schedule ends: with zero terminal SNR, or without."""
+    """The recipe with its last level where this model's schedule ends: with zero terminal SNR, or without.
+
+    A recipe is read once, from a file; the model may be another checkpoint, or be patched after the loader.
+    """
     if recipe.prediction == "flow":
         return recipe
     last = float(model.get_model_object("model_sampling").sigma_max)
@@ -202,15 +224,16 @@ def is_on_base_schedule(model: Any, recipe: Recipe) -> bool:
 
 
 def awaits_schedule(model: Any, recipe: Recipe) -> bool:
-    """Whether the recipe wants a zero terminal SNR that this model, which predicts something else, may get later.
+    """Whether the recipe wants a zero terminal SNR that this model, of another prediction, may get later.
 
-    So it is with a v-prediction checkpoint that carries no mark, until a ModelSamplingDiscrete says what it is.
+    The host takes a v-prediction checkpoint that carries no mark for one of epsilon, until a
+    ModelSamplingDiscrete after the loader says otherwise.
     """
     return recipe.zero_terminal_snr and prediction_of(model.get_model_object("model_sampling")) != recipe.prediction
 
 
 def moves(model: Any, ticks: tuple[int, ...]) -> bool:
-    """Whether the model has not all of these levels: a ModelSamplingDiscrete (lcm) has left it LCM's 50 alone."""
+    """Whether the model lacks one of these levels: a ModelSamplingDiscrete (lcm) has left it LCM's 50 alone."""
     points = len(model.get_model_object("model_sampling").sigmas)
     return points == DISTILLED_POINTS and any(tick % (TICKS // points) for tick in ticks)
 
@@ -222,63 +245,77 @@ def shift_of(model: Any) -> float | None:
 
 
 def set_shift(model: Any, shift: float | None) -> None:
-    """Give a clone of a MODEL this flow shift, as core's ModelSamplingSD3 does; nothing where it has it, or has none.
+    """Give a clone of a MODEL this flow shift, as core's ModelSamplingSD3 does.
 
-    The recipe's own levels need no such thing. It is for what goes by the model: schedulers of the host, gamma, and
-    the step ranges of ControlNets and prompts.
+    Nothing is done where the recipe has none, or the model has it or is no flow model. The recipe's own
+    levels are sigmas and need no such thing. It is for what goes by the model: schedulers of the host, gamma,
+    and the step ranges of ControlNets and prompts.
     """
     if shift is None or shift_of(model) in (shift, None):
         return
+    # A copy, since clones of a MODEL share the object, and setting it would reach those without the LoRA.
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
     sampling.set_parameters(shift=shift, multiplier=sampling.multiplier)
     model.add_object_patch("model_sampling", sampling)
 
 
 def report(
-    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, patched: Any, others: list[str]
+    header: LoraHeader,
+    matched: LoraMatch,
+    recipe: Recipe,
+    strength: float,
+    model: Any,
+    patched: Any,
+    other_loras: list[str],
 ) -> list[str]:
-    """What was loaded, what is wrong with it, and how it wants to be sampled, in a few lines for the node.
+    """Lines for the loader's node: faults first, then how to sample the LoRA, and the facts of the file.
 
-    others: files of few-step LoRAs that the model has already, of those that it does not tell itself.
+    model, patched: the host MODEL before and after. other_loras: files of few-step LoRAs that the graph shows
+    on the model already, beside one of this node's kind, which the model itself carries (`LOADED`).
     """
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines = [
-        *(_problems(header, found, recipe, strength, model, others) if strength else [OFF]),
+        *(_problems(header, matched, recipe, strength, model, other_loras) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
-        f"{FAMILIES[recipe.family]} {recipe.method}, {len(found.names)} of {found.total} modules matched.",
+        f"{FAMILIES[recipe.family]} {recipe.method}, {len(matched.names)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):
         lines.append(f"Shift set to {shift_of(patched):g}, the LoRA's; it was {shift_of(model):g}.")
-    if found.misfits:
-        lines.append(f"Without a place here: {found.misfits[0]}{' and others' * (len(found.misfits) > 1)}.")
-    if found.text_modules:
-        lines.append(f"{found.text_modules} text encoder modules are not used.")
+    if matched.misfits:
+        lines.append(f"Without a place here: {matched.misfits[0]}{' and others' * (len(matched.misfits) > 1)}.")
+    if matched.text_modules:
+        lines.append(f"{matched.text_modules} text encoder modules are not used.")
     if header.unmatched:
         lines.append(f"{len(header.unmatched)} tensors of other kinds left to the host, such as {header.unmatched[0]}.")
-    if recipe.source != "header" and len(_without_alpha(header, found)) == len(found.names):
+    if recipe.source != "header" and len(_without_alpha(header, matched)) == len(matched.names):
         lines.append("The file has no alpha: its weights are taken as they are.")
     return lines
 
 
 def _problems(
-    header: LoraHeader, found: LoraMatch, recipe: Recipe, strength: float, model: Any, others: list[str]
+    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, other_loras: list[str]
 ) -> list[str]:
-    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *others] if other][:1]
+    """Faults of a LoRA on this model at this strength, a sentence each that says what to do."""
+    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *other_loras] if other][:1]
     predicted = prediction_of(model.get_model_object("model_sampling"))
     if predicted != recipe.prediction:
         lines.append(OTHER_PREDICTION[recipe.prediction])
     share = strength / recipe.strength
     if recipe.source != "settings" and not USUAL[0] <= share <= USUAL[1]:
         lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")
-    if found.misfits:
-        lines.append(f"{len(found.misfits)} of {found.total} modules do not fit this model: take a LoRA made for it.")
-    silent = len(_without_alpha(header, found))
-    if 0 < silent < len(found.names):
-        lines.append(f"{silent} of {len(found.names)} modules have lost their alpha: get the file again.")
+    if matched.misfits:
+        lines.append(
+            f"{len(matched.misfits)} of {matched.total} modules do not fit this model: take a LoRA made for it."
+        )
+    without_alpha = len(_without_alpha(header, matched))
+    if 0 < without_alpha < len(matched.names):
+        lines.append(f"{without_alpha} of {len(matched.names)} modules have lost their alpha: get the file again.")
     return lines
 
 
-def _without_alpha(header: LoraHeader, found: LoraMatch) -> list[str]:
-    modules, alphas = header.modules, header.scale_alphas()
-    return [name for name in found.names if "alpha" not in modules[name].keys and name not in alphas]
+def _without_alpha(header: LoraHeader, matched: LoraMatch) -> list[str]:
+    """The matched modules whose alpha is neither a tensor of the file nor in its metadata."""
+    modules = header.modules
+    alphas = header.scale_alphas()
+    return [name for name in matched.names if "alpha" not in modules[name].keys and name not in alphas]

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
-from ..samplers.sampling import clamp_factor
+from ..samplers.sampling import Projection, clamp_factor
 from . import inputs
-from .edit_kinds import Edit
 from .graph import few_step_loras, has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking
 from .lora_on_model import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
+
+# Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
+ProjectionMaker = Callable[[Any, Tensor], Projection]
 
 
 class PCMScheduler(io.ComfyNode):
@@ -77,7 +79,8 @@ class PCMSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, mode: str, gamma: float, recipe: Recipe | None = None) -> io.NodeOutput:
-        return io.NodeOutput(sampler(gamma_of("PCM Sampler", mode, gamma, recipe), recipe.min_alpha if recipe else 0.0))
+        gamma = gamma_of("PCM Sampler", mode, gamma, recipe)
+        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0))
 
 
 class PCMSample(io.ComfyNode):
@@ -112,13 +115,17 @@ class PCMSample(io.ComfyNode):
         cls, model, recipe: Recipe, seed: int, steps: int, cfg: float, positive, negative, latent_image, denoise: float
     ) -> io.NodeOutput:
         recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
-        steps, cfg = steps or recipe.steps, cfg or recipe.guidance
+        steps = steps or recipe.steps
+        cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
         latent = fit_to_model(model, latent_image)
+
+        # The node says what is wrong before it samples, so that one can stop it.
         lines = advice(cls, model, recipe, steps, cfg, plan)
         if denoise < 1 and is_empty(latent["samples"]):
             lines.insert(0, "The latent is empty: set denoise to 1, or connect a picture by VAE Encode.")
         text = show(cls, lines)
+
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
         latent["samples"] = draw(model, recipe, plan, cfg, positive, negative, latent, noise, seed)
         return io.NodeOutput(latent, ui=text)
@@ -130,29 +137,35 @@ def is_empty(latent: Tensor) -> bool:
 
 
 def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> list[str]:
-    """What is wrong with what a sampling node is linked to, as far as the model and the graph show it."""
-    graph, place, found = node.hidden.prompt, node.hidden.unique_id, []
-    path, loaded = model_path(graph, place), model.get_attachment(LOADED)
-    ours = [i for i, at in enumerate(path) if at["class_type"] == "PCMLoadLora"]
-    if loaded and (others := few_step_loras(path[: min(ours, default=0)])):  # of those before it Load PCM LoRA tells
-        found.append(TWICE.format(others[0]))
+    """Faults in the links of a sampling node, a sentence each, as far as the model and the graph show them."""
+    graph = node.hidden.prompt
+    node_id = node.hidden.unique_id
+    path = model_path(graph, node_id)
+    loaded = model.get_attachment(LOADED)
+    ours = [i for i, entry in enumerate(path) if entry["class_type"] == "PCMLoadLora"]
+
+    warnings = []
+    # The path has the last node first: LoRAs before Load PCM LoRA are behind it here, and it says so itself.
+    if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
+        warnings.append(TWICE.format(others[0]))
     if not loaded and is_bare(path):
-        found.append(
+        warnings.append(
             f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}."
             if ours
             else "No few-step LoRA on this model: connect that of Load PCM LoRA, unless one is merged in."
         )
-    if cfg == 1 and not recipe.negative_prompts and schedule_in(model) is None and has_negative_words(graph, place):
-        found.append("CFG 1 does not use the negative prompt: clear it, or take a LoRA made for CFG.")
-    return found
+    unguided = cfg == 1 and schedule_in(model) is None
+    if unguided and not recipe.negative_prompts and has_negative_words(graph, node_id):
+        warnings.append("CFG 1 does not use the negative prompt: clear it, or take a LoRA made for CFG.")
+    return warnings
 
 
 def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
-    """What a node says of how it samples: what is wrong with its links and settings, what the plan changes, how."""
-    judged = cfg_to_judge(model, recipe, cfg)
-    warnings = recipe.warnings(steps, judged, model_family(model), shift_of(model))
+    """The sentences of a node that samples: faults of links, of settings, changes by the plan, and its settings."""
+    warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
     if moves(model, plan.ticks):
         warnings.append(MOVED)
+
     schedule = schedule_in(model)
     cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
     settings = f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."
@@ -172,12 +185,15 @@ def draw(
     callback: Callable[..., None] | None = None,
     **hooks: Any,
 ) -> Tensor:
-    """The samples that a recipe makes of a host latent and noise; hooks are those of `sampler`."""
+    """Sample a host latent from this noise as a recipe wants it, on the plan's levels; returns (B, C, h, w).
+
+    callback: of the host's kind; by default the one that shows previews. hooks: as in `sampler`.
+    """
     return comfy.sample.sample_custom(
         model,
         noise,
         cfg,
-        sampler(recipe.gamma, recipe.min_alpha, told=True, **hooks),
+        sampler(recipe.gamma, recipe.min_alpha, judged=True, **hooks),
         recipe.schedule().k_sigma(plan.ticks),
         positive,
         negative,
@@ -190,26 +206,32 @@ def draw(
 
 
 def gamma_of(title: str, mode: str, gamma: float, recipe: Recipe | None) -> float:
-    """What the inputs of `inputs.mode` say. Raises ValueError for the mode 'from recipe' without a recipe."""
+    """The gamma of `sample_phased` by the inputs of `inputs.mode`, on the node of this title.
+
+    Raises ValueError for the mode 'from recipe' without a recipe, and for a mode that there is not.
+    """
     inputs.check("mode", mode, inputs.MODES)
     if mode == "from recipe" and recipe is None:
         raise ValueError(
             f"{title} has the mode 'from recipe' but no recipe: connect that of Load PCM LoRA, or choose another mode."
         )
-    return recipe.gamma if mode == "from recipe" else {"deterministic": 0.0, "stochastic": 1.0, "gamma": gamma}[mode]
+    if mode == "from recipe":
+        return recipe.gamma
+    return {"deterministic": 0.0, "stochastic": 1.0, "gamma": gamma}[mode]
 
 
 def sampler(gamma: float, min_alpha: float, **hooks: Any) -> comfy.samplers.KSAMPLER:
     """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it.
 
-    hooks: edit, whose `on` gives the projection (`edits.Edit`); noise_sampler, where the noise between steps is not
-    to come from the seed; told, where the node that samples says itself what does not fit (`watch`).
+    hooks: project_for, a `ProjectionMaker`, in an edit; noise_sampler, where the noise between steps is not
+    to come from the seed; judged, where the node that samples says itself which settings do not fit, so that
+    the loader's `Watch` need not.
     """
     return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha, **hooks})
 
 
 def options_of(chosen: Any) -> dict[str, Any] | None:
-    """The options of a SAMPLER that `sampler` made: gamma, min_alpha and the hooks; None for another."""
+    """Options of a SAMPLER that `sampler` made: gamma, min_alpha and the hooks. None for another's SAMPLER."""
     return chosen.extra_options if getattr(chosen, "sampler_function", None) is _sample else None
 
 
@@ -219,30 +241,38 @@ def _sample(
     sigmas: Tensor,
     *,
     min_alpha: float,
-    edit: Edit | None = None,
-    told: bool = False,
+    project_for: ProjectionMaker | None = None,
+    judged: bool = False,
     **options: Any,
 ) -> Tensor:
-    guider, extra = model.inner_model, options["extra_args"]
+    """`sample_phased` as the host calls a sampler; `judged` is for `options_of` alone.
+
+    Only here is the model known: the SAMPLER was made before, and may run any. So the schedule is that of the
+    model, with whatever patches it has by now, and not that of the recipe.
+    """
+    guider = model.inner_model
     schedule = schedule_of(guider.inner_model.model_sampling)
-    options["project"] = edit.on(guider, x) if edit else None
-    if min_alpha and extra.get("denoise_mask") is not None:
+    options["project"] = project_for(guider, x) if project_for else None
+    if min_alpha and options["extra_args"].get("denoise_mask") is not None:
         model = _unclamped_rest(model, schedule, min_alpha)
     return sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
 
 
 def _unclamped_rest(model: Any, schedule: Schedule, min_alpha: float) -> Callable[..., Tensor]:
-    """The model with an x0 in which the clamp to come leaves what a mask keeps as it is.
+    """The model, with the part of x0 that a mask keeps divided by `clamp_factor`.
 
-    The host has put the latent that is kept into x0 already, and the clamp scales all of x0.
+    The host has put the latent that is kept into x0 already, and `sample_phased` goes on to multiply all of
+    x0 by the
+    factor: divided by it before, that part comes out as it was. The drawn part is clamped as it has to be.
     """
 
     def denoised(x: Tensor, sigma: Tensor, denoise_mask: Tensor, model_options: dict[str, Any], **extra: Any) -> Tensor:
         x0 = model(x, sigma, denoise_mask=denoise_mask, model_options=model_options, **extra)
-        if masking := model_options.get("denoise_mask_function"):
-            more = {"model": model.inner_model, "sigmas": model.sigmas}
-            denoise_mask = masking(sigma, denoise_mask, extra_options=more)
-        rest = (1 - denoise_mask) * model.latent_image
-        return x0 + (1 / clamp_factor(schedule, sigma[0], min_alpha) - 1) * rest
+        # The mask as the host has applied it: DifferentialDiffusion gives it a threshold at each level.
+        if mask_function := model_options.get("denoise_mask_function"):
+            extra_options = {"model": model.inner_model, "sigmas": model.sigmas}
+            denoise_mask = mask_function(sigma, denoise_mask, extra_options=extra_options)
+        kept = (1 - denoise_mask) * model.latent_image
+        return x0 + (1 / clamp_factor(schedule, sigma[0], min_alpha) - 1) * kept
 
     return denoised

@@ -13,7 +13,9 @@ from torch import Tensor
 from ..samplers.sampling import Projection
 from . import inputs
 
-TILE, OVERLAP = 64, 16  # latent cells, as the host's own fallback takes them
+# Latent cells, as the host's own fallback takes them.
+TILE = 64
+OVERLAP = 16
 
 
 class Tiled(RuntimeError):
@@ -37,7 +39,7 @@ class HostVAE:
 
 @dataclass(frozen=True)
 class TiledVAE(HostVAE):
-    """The same, decoding in tiles that overlap."""
+    """A `HostVAE` that decodes in tiles that overlap."""
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels = self.vae.decode_tiled(latents, tile_x=TILE, tile_y=TILE, overlap=OVERLAP)
@@ -46,7 +48,7 @@ class TiledVAE(HostVAE):
 
 @dataclass(frozen=True)
 class ModelVAE(HostVAE):
-    """The same, for latents as this BaseModel works on them."""
+    """A `HostVAE` for latents as a BaseModel works on them, not as the host stores them: scaled and shifted."""
 
     model: Any
 
@@ -58,16 +60,21 @@ class ModelVAE(HostVAE):
 
 
 def beside_model(project: Projection, guider: Any, vae: Any, shape: tuple[int, ...]) -> Projection:
-    """`project` with the VAE loaded beside all that the guider evaluates, which is loaded again where it had to go."""
+    """`project` with the VAE loaded beside every model that the guider evaluates.
+
+    shape: of the latents. The host loads models for sampling once, before the first step. A VAE that is used
+    between steps may push them out, so they are loaded again where they have lost weights, and only there:
+    loading takes time.
+    """
     models = [guider.model_patcher, *getattr(guider, "loaded_models", [])]
-    needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])
+    needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])  # both prompts in one batch
     beside = vae.memory_used_decode(shape, vae.vae_dtype) if vae.device == guider.model_patcher.load_device else 0
     memory.load_models_gpu([*models, vae.patcher], memory_required=max(needed, beside))
 
     def projected(x0: Tensor, steps_left: int) -> Tensor:
-        held = [model.loaded_size() for model in models]
+        sizes = [model.loaded_size() for model in models]
         x0 = project(x0, steps_left)
-        if steps_left and any(model.loaded_size() < size for model, size in zip(models, held, strict=True)):
+        if steps_left and any(model.loaded_size() < size for model, size in zip(models, sizes, strict=True)):
             memory.load_models_gpu(models, memory_required=needed)
         return x0
 
@@ -85,14 +92,16 @@ def whole(vae: Any) -> Any:
 
     copied = copy.copy(vae)
     for name in dir(vae):
-        if "code_tiled" in name:
+        if "code_tiled" in name:  # decode_tiled, encode_tiled, and those for one and three dimensions
             setattr(copied, name, refuse)
     return copied
 
 
 def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor]) -> tuple[Tensor, list[str]]:
-    """What `decode` makes of the VAE, and a sentence where memory ran out and it had to go over to tiles.
+    """The result of `decode`, and a sentence where memory ran out and the VAE had to go over to tiles.
 
+    vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses the `HostVAE` that it is called
+    with.
     Raises ValueError for a last_decode that is none of `inputs.LAST_DECODES`.
     """
     inputs.check("last_decode", last_decode, inputs.LAST_DECODES)
@@ -101,8 +110,9 @@ def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor])
     try:
         return decode(HostVAE(whole(vae))), []
     except Tiled:
-        told = ["Memory ran out: the last decode is tiled."]
-    return decode(TiledVAE(vae)), told
+        notes = ["Memory ran out: the last decode is tiled."]
+    # Outside of the except, where the exception would keep the failed decode's tensors alive.
+    return decode(TiledVAE(vae)), notes
 
 
 def check_family(vae: Any, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What Load PCM LoRA sees of the samplers that run its model, the host's own among them, and says on itself."""
+"""The watch that Load PCM LoRA keeps on the samplers that run its model, the host's own among them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,33 @@ from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_s
 from .sampling import is_empty, options_of
 
 KEY = "pcm_watch"
-SUITED = {0.0: ("euler",), 1.0: ("lcm", "euler_ancestral")}  # gamma -> core's samplers that do it, or nearly so
+SUITED = {0.0: ("euler",), 1.0: ("lcm", "euler_ancestral")}  # gamma -> core's samplers that do so, or nearly
 
 
 class Watch:
     """Looks at each run of a model, and has the loader say what does not fit the LoRA. It changes nothing.
 
-    It tells of what ran: a sampler whose result is cached is not looked at again, nor repeated.
+    It speaks of runs alone: a sampler whose result is cached is not looked at again, nor is its warning
+    repeated.
 
-    node: the loader, as it was executed. recipe: its LoRA's. report: what it says anyway.
+    node: the loader, as it was executed. recipe: its LoRA's. report: the lines that the loader has in any
+    case.
     """
 
     def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
-        self.node, self.recipe, self.report = node, recipe, report
-        self._queued, self._found = "", []
+        self.node = node
+        self.recipe = recipe
+        self.report = report
+        self._prompt_id = ""
+        self._misfits: list[str] = []
 
     def put_on(self, model: Any) -> None:
-        """Let it watch a clone of a host MODEL, in place of another that may be there."""
+        """Watch a clone of a host MODEL, in place of another watch that may be on it.
+
+        OUTER_SAMPLE is the wrapper that every guider calls once a run, with the sampler and its sigmas as
+        they are. Of a second LoRA's loader the last is in charge, since the model is then sampled by its
+        recipe.
+        """
         model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)
 
@@ -53,57 +63,72 @@ class Watch:
         """Sample, as an OUTER_SAMPLE wrapper of the host; other packs' wrappers may call it by its keywords."""
         try:
             self._look(executor.class_obj, latent_image, sampler, sigmas)
-        except Exception:  # a guider, sampler or schedule of another pack: it must be able to go on
+        except Exception:  # of a guider, sampler or schedule of another pack: the run must be able to go on
             logging.warning("Load PCM LoRA cannot tell whether this run suits its LoRA.", exc_info=True)
         return executor(noise, latent_image, sampler, sigmas, *rest, **more)
 
     def _look(self, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> None:
+        """Judge a run, and write what does not fit it on the loader."""
+        # One queued graph may run the model several times, and a later run must not take back what was said
+        # of an earlier one. The next graph starts anew.
         context = get_executing_context()
-        if context is None or context.prompt_id != self._queued:
-            self._queued, self._found = context.prompt_id if context else "", []
-        self._found += misfits(self.recipe, guider, latent, sampler, sigmas)
-        show(self.node, [*dict.fromkeys(self._found), *self.report])
+        if context is None or context.prompt_id != self._prompt_id:
+            self._prompt_id = context.prompt_id if context else ""
+            self._misfits = []
+        self._misfits += misfits(self.recipe, guider, latent, sampler, sigmas)
+        show(self.node, [*dict.fromkeys(self._misfits), *self.report])
 
 
 def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> list[str]:
-    """What of a run does not fit a LoRA, each as one sentence that says what to change.
+    """Settings of a run that do not fit a LoRA, each as one sentence that says what to change.
 
-    Nothing of the nodes that say it themselves, of runs towards noise, of samplers that are neither the host's nor
-    ours, and of the levels of a model whose schedule is not its base's.
+    Not judged: runs of nodes that do so themselves, runs towards noise, samplers that are neither the host's
+    nor ours, and the levels of a model whose schedule is not its base's.
     """
-    options, model = options_of(sampler), guider.model_patcher
-    if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or (options and options.get("told")):
+    options = options_of(sampler)
+    model = guider.model_patcher
+    if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or (options and options.get("judged")):
         return []
+
     recipe = on_schedule_of(model, recipe)
     ticks = recipe.schedule().tick(sigmas.cpu()).tolist()
     steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
     cfg = cfg_to_judge(model, recipe, cfg_of(guider))
-    found = [*recipe.warnings(steps, cfg, model_family(model)), *_sampler_misfit(recipe, sampler, options)]
-    return found + _level_misfit(recipe, model, ticks, is_empty(latent))
+    return [
+        *recipe.warnings(steps, cfg, model_family(model)),
+        *_sampler_misfit(recipe, sampler, options),
+        *_level_misfit(recipe, model, ticks, is_empty(latent)),
+    ]
 
 
 def _sampler_misfit(recipe: Recipe, sampler: Any, options: dict[str, Any] | None) -> list[str]:
-    """Where some noise is fresh, as TCD's gamma is made to be changed, more of it, less, all and none suit as well."""
-    some = recipe.gamma not in SUITED
+    """A sampler that makes another share of the noise fresh than the recipe; options: as by `options_of`."""
+    # Where a share of the noise is fresh, as in TCD, gamma is made to be changed: more, less, all and none
+    # suit as well.
+    any_gamma = recipe.gamma not in SUITED
     if options is not None:
-        fits = options["min_alpha"] == recipe.min_alpha and (some or options["gamma"] == recipe.gamma)
+        fits = options["min_alpha"] == recipe.min_alpha and (any_gamma or options["gamma"] == recipe.gamma)
         return [] if fits else ["PCM Sampler's mode is not this LoRA's: set it to 'from recipe'."]
     function = getattr(sampler, "sampler_function", None)
     if not getattr(function, "__module__", "").startswith("comfy.") or sampler.extra_options.get("eta") == 0:
         return []
     name = function.__name__.removeprefix("sample_").removesuffix("_function").replace("unipc", "uni_pc")
-    suited = () if recipe.min_alpha else sum(SUITED.values(), ()) if some else SUITED[recipe.gamma]
+    suited = sum(SUITED.values(), ()) if any_gamma else SUITED[recipe.gamma]
+    if recipe.min_alpha:  # no core sampler has the clamp
+        suited = ()
     if name in suited:
         return []
-    take = f"{suited[0]}, or " if suited and not some else ""
+    take = f"{suited[0]}, or " if suited and not any_gamma else ""
     return [f"Sampler {name} does not suit this LoRA: take {take}PCM Sampler."]
 
 
 def _level_misfit(recipe: Recipe, model: Any, ticks: list[float], empty: bool) -> list[str]:
-    known, own = recipe.has_levels(ticks), recipe.grid().plan(recipe.steps).ticks
-    if moves(model, own) and (not known or moves(model, tuple(map(round, ticks)))):
+    """Levels that the LoRA does not know, by the likeliest cause: a node that moves them, shift, scheduler."""
+    is_known = recipe.has_levels(ticks)
+    recipe_ticks = recipe.grid().plan(recipe.steps).ticks
+    if moves(model, recipe_ticks) and (not is_known or moves(model, tuple(map(round, ticks)))):
         return [MOVED]
-    if known or not is_on_base_schedule(model, recipe):
+    if is_known or not is_on_base_schedule(model, recipe):
         return []
     if (shift := shift_of(model)) != recipe.shift:
         return [f"Shift {shift:g} is not this LoRA's: remove the node that sets it."]

@@ -10,7 +10,7 @@ from typing import Any
 
 from .recipe import DISTILLED_POINTS, HEADER_KEY, NORMALCFG, Recipe
 
-# What tells the family in a file's name. SSD-1B is a small SDXL; PCM's SD3 files tell their shift instead.
+# Patterns of the family in a file's name. SSD-1B is a small SDXL; PCM's SD3 files tell their shift instead.
 FAMILY_MARKS = (
     ("sdxl", r"sd ?xl|ssd ?1b"),
     ("sd3", r"sd ?35?\b|\bp[cd]m .*shift"),
@@ -26,13 +26,13 @@ PLAIN = (
     r"(?:loras?|weights|s?sd(?:xl|v?\d+b?)?|xl|1b|base|converted|half|rank|(?:v|r|rank|dim|fp|bf)?\d+|"
     r"\d*(?:dim|steps?))"
 )
-# Words of the methods' own files; a name of these and PLAIN ones alone is that of no style made with a method.
+# Words of the methods' own files. A name of these and PLAIN ones alone is no style's that was made with one.
 OWN = (
     r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
     r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?)"
 )
 
-# Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), and 999 759 499 259 (LCM, TCD).
+# Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), 999 759 499 259 (LCM, TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
 DISTILLED = {"points": DISTILLED_POINTS, "sampling_points": DISTILLED_POINTS, "sampling_from_noise": True}
 STOCHASTIC = {"mode": "stochastic", "phases": 1}
@@ -41,7 +41,10 @@ HYPER_SD3_CFG = {4: (3.0, 2.0, 4.0), 8: (5.0, 4.0, 6.0), 16: (7.0, 6.0, 8.0)}
 
 
 def _only(method: str) -> str:
-    """Pattern of a name that says nothing but this method and `PLAIN` words: a style's LoRA may have it in its name."""
+    """Pattern of a name that says nothing but this method and `PLAIN` words.
+
+    A style's LoRA may have the method in its name too, but has words of its own beside it.
+    """
     return rf"^(?:{PLAIN} )*{method}(?: {PLAIN})*$"
 
 
@@ -49,10 +52,10 @@ def _only(method: str) -> str:
 class KnownFiles:
     """Published files of one kind.
 
-    words: pattern that the words of a file's name match, in lower case with one space between; its groups "steps"
-        (the phases, too) and "shift" are read.
-    families: those that there are such files for.
-    settings: fields of `Recipe`.
+    words: pattern that the words of a file's name match, in lower case with one space between; its groups
+        "steps" (the phases, too) and "shift" are read.
+    families: the model families that there are such files for.
+    objective, settings: fields of `Recipe`.
     guidance: steps -> CFG (best, low, high), for files that keep CFG and negative prompts.
     """
 
@@ -63,12 +66,13 @@ class KnownFiles:
     guidance: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
 
     def recipe(self, family: str, match: re.Match) -> Recipe:
+        """The recipe of the file whose name `words` has matched."""
         values = {"family": family, "objective": self.objective} | FAMILY_SETTINGS.get(family, {}) | dict(self.settings)
-        read = match.groupdict()
-        if "steps" in read:
-            values["phases"] = int(read["steps"])
-        if "shift" in read:
-            values["shift"] = float(read["shift"])
+        groups = match.groupdict()
+        if "steps" in groups:
+            values["phases"] = int(groups["steps"])
+        if "shift" in groups:
+            values["shift"] = float(groups["shift"])
         if self.guidance:
             best, low, high = self.guidance[values["phases"]]
             values |= {"guidance": best, "guidance_min": low, "guidance_max": high}
@@ -76,22 +80,23 @@ class KnownFiles:
         return Recipe(**values, source="known file")
 
 
-# Names and settings as checked in 2026-11 in copies of the authors' pages and scripts, except those marked (*), which
-# are as others quote them. No file was opened.
-# - wangfuyun/PCM_Weights. Its training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always the levels
-#   that its authors sample at.
-# - latent-consistency/lcm-lora-sdv1-5, -sdxl, -ssd-1b, and h1t/TCD-SD15-, -SD21-base-, -SDXL-LoRA. All of these are
-#   called pytorch_lora_weights there and are renamed by everyone. CFG up to 2 (*).
-# - ByteDance/Hyper-SD: one file for each number of steps, by DDIM with trailing spacing; the 1-step file by TCD at eta
-#   1, for up to 8 steps; CFG 5 to 8 for SD1.5's and SDXL's "CFG" files. SD3's: strength 0.125, CFG 3, 5 and 7 (*), the
-#   ranges are ours. Left to itself, diffusers' SD3 scheduler starts the last step at sigma 0.009; these are even.
+# Names and settings as checked in 2026-11 in copies of the authors' pages and scripts, except those marked
+# (*), which are as others quote them. No file was opened.
+# - wangfuyun/PCM_Weights. Its training edges (50 points for SD1.5, 40 for SDXL, 100 for SD3) are not always
+#   the levels that its authors sample at.
+# - latent-consistency/lcm-lora-sdv1-5, -sdxl, -ssd-1b, and h1t/TCD-SD15-, -SD21-base-, -SDXL-LoRA. All of
+#   these are called pytorch_lora_weights there and are renamed by everyone. CFG up to 2 (*).
+# - ByteDance/Hyper-SD: one file for each number of steps, by DDIM with trailing spacing; the 1-step file by
+#   TCD at eta 1, for up to 8 steps; CFG 5 to 8 for SD1.5's and SDXL's "CFG" files. SD3's: strength 0.125, CFG
+#   3, 5 and 7 (*), the ranges are ours. Left to itself, diffusers' SD3 scheduler starts the last step at
+#   sigma 0.009; these are even.
 # - ByteDance/SDXL-Lightning: Euler, trailing (*); its 1-step files are no LoRAs.
 # - tianweiy/DMD2: LCM's sampler at timesteps 999, 749, 499, 249; less strength where a merged model wants it.
-# - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for trailing
-#   spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
-# - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even levels, CFG 1
-#   to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4 steps 0.90 to 0.96 of its
-#   noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
+# - jasperai/flash-sd, -sdxl, -sd3: trained around four even levels. Their example asks diffusers' LCM for
+#   trailing spacing, which it does not heed; SD3's levels are even as Hyper-SD's.
+# - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even
+#   levels, CFG 1 to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4
+#   steps 0.90 to 0.96 of its noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
 KNOWN_FILES = (
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sd15",), "pcm", TRAILING | {"points": 50}),
     KnownFiles(r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", ("sdxl",), "pcm", TRAILING | {"points": 40}),
@@ -147,28 +152,32 @@ def recipe_for_file(
 ) -> Recipe | None:
     """The recipe in a LoRA's header, else that of a known public file of this name or title, else None.
 
-    name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache by its
-    repository. metadata: the safetensors `__metadata__`; its `TITLES` tell what a renamed file was called. family: what
-    the file's tensors are of (`LoraHeader.family`), where known: a name that tells no family takes it, and one that
-    tells another is not believed. certain: only by a name that has no words of its own, as titles must not have: one
-    such as "comic_style_dmd2" may tell what a style's LoRA is for. Raises ValueError for an unreadable header.
+    name: file name or path; a file called as libraries save it goes by its folder, in the Hugging Face cache
+        by its repository.
+    metadata: the safetensors `__metadata__`; its `TITLES` tell what a renamed file was called.
+    family: the family of the file's tensors (`LoraHeader.family`), where known: a name that tells no family
+        takes it, and one that tells another is not believed.
+    certain: only by a name that has no words of its own, as titles must not have: one such as
+        "comic_style_dmd2" may tell what a style's LoRA is for.
+    Raises ValueError for an unreadable header.
     """
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY])
     if recipe := _recipe_for_words(_words(name), family, certain):
         return recipe
-    titled = (_recipe_for_words(_plain(metadata.get(key, "")), family, certain=True) for key in TITLES)
-    recipe = next(filter(None, titled), None)
+    recipes = (_recipe_for_words(_plain(metadata.get(key, "")), family, certain=True) for key in TITLES)
+    recipe = next(filter(None, recipes), None)
     return recipe and replace(recipe, source="known title")
 
 
 def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe | None:
+    """The recipe of the first of `KNOWN_FILES` that a name's words match; family, certain: see `recipe_for_file`."""
     if certain and not re.fullmatch(rf"(?:{PLAIN}|{OWN})(?: (?:{PLAIN}|{OWN}))*", words):
         return None
-    told = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
-    if family and told and family != told:
+    named = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
+    if family and named and family != named:
         return None
-    family = family or told
+    family = family or named
     for kind in KNOWN_FILES:
         if family in kind.families and (match := re.search(kind.words, words)):
             return kind.recipe(family, match)
@@ -176,12 +185,15 @@ def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe |
 
 
 def _words(name: str) -> str:
+    """The words of a file's name, or of its folder's where a library has named it."""
     path = PurePath(name.replace("\\", "/"))
-    name, folder = path.stem, path.parent
+    name = path.stem
+    folder = path.parent
     if name.lower() in UNNAMED:  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
         name = folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
     return _plain(name)
 
 
 def _plain(name: str) -> str:
+    """A name in lower case with one space between its words, which is what the patterns here match."""
     return re.sub(r"[^a-z0-9]+", " ", name[:LONGEST].lower()).strip()

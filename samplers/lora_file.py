@@ -1,7 +1,8 @@
-"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha. No weights are touched.
+"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha, but no weights.
 
-Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3 lora_transformer_*). The host
-maps those whole; of the PEFT and diffusers styles it drops all attention projections for SD1.5 and SDXL.
+Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3
+lora_transformer_*). The host maps those whole; of the PEFT and diffusers styles it drops all attention
+projections for SD1.5 and SDXL.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from .recipe import FAMILIES, HEADER_KEY, Recipe
 from .texts import brief
 
-# suffix of a tensor's name -> which part of the module it is, most specific first
+# suffix of a tensor's name -> the part of the module that the tensor is, most specific first
 PARTS = (
     (".lora_down.weight", "down"),
     (".lora_up.weight", "up"),
@@ -67,7 +68,7 @@ SD3_PROJECTION = re.compile(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of one tensor."""
+    """One tensor as a safetensors header describes it; dtype in its letters, such as "F16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -83,18 +84,18 @@ class LoraModule:
 
     @property
     def rank(self) -> int | None:
-        """Of the half that comes first; None where there is none, or it has no sides."""
+        """Rank by the `down` half, its first side; None where there is no such half, or it has no sides."""
         return next(iter(self.shapes.get("down", ())), None)
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are both halves, (rank, in, ...) and (out, rank, ...), of one rank and in floating point."""
+        """Whether both halves are there, (rank, in, ...) and (out, rank, ...), of one rank, in floating point."""
         down, up = (self.shapes.get(part, ()) for part in ("down", "up"))
         floating = all(self.dtypes.get(part) in FLOATS for part in ("down", "up"))
         return floating and len(down) >= 2 and len(up) >= 2 and up[1] == down[0] > 0
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is whole, and up @ down has the shape of this weight, (out, in, *kernel)."""
+        """Whether the module is whole, and up @ down has the shape of this weight, (out, in, *kernel)."""
         if not self.is_whole:
             return False
         down, up = self.shapes["down"], self.shapes["up"]
@@ -112,23 +113,27 @@ class LoraHeader:
     @property
     def modules(self) -> dict[str, LoraModule]:
         """kohya module name -> module; raises ValueError when the file holds no LoRA, or a weight under two names."""
-        found: dict[str, LoraModule] = {}
+        modules: dict[str, LoraModule] = {}
         for name, info in self.tensors.items():
             if (split := split_key(name)) is not None:
                 module, part = split
-                entry = found.setdefault(module, LoraModule())
+                entry = modules.setdefault(module, LoraModule())
                 if part in entry.keys:
                     twice = f"{entry.keys[part]} and {name}"
                     raise ValueError(f"{self.path.name} has one weight under two names, {twice}. Get the file again.")
-                entry.keys[part], entry.shapes[part], entry.dtypes[part] = name, info.shape, info.dtype
-        found = {k: m for k, m in found.items() if "down" in m.keys or "up" in m.keys}
-        if not found:
-            some = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
+                entry.keys[part] = name
+                entry.shapes[part] = info.shape
+                entry.dtypes[part] = info.dtype
+
+        # An alpha alone is of some other kind of adapter, such as LoHa, whose halves have other names.
+        modules = {k: m for k, m in modules.items() if "down" in m.keys or "up" in m.keys}
+        if not modules:
+            examples = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
             raise ValueError(
                 f"{self.path.name} holds no LoRA: none of its {len(self.tensors)} tensor names is a LoRA's (they are "
-                f"like {some}). Use a LoRA file, not a checkpoint or an embedding."
+                f"like {examples}). Use a LoRA file, not a checkpoint or an embedding."
             )
-        return found
+        return modules
 
     @property
     def unmatched(self) -> list[str]:
@@ -147,7 +152,7 @@ class LoraHeader:
         return family_from_metadata(self.metadata)
 
     def scale_alphas(self) -> dict[str, float]:
-        """module -> alpha, for modules whose alpha is not a tensor but in the PEFT metadata that the host ignores.
+        """module -> alpha, where it is not a tensor but in the PEFT metadata, which the host ignores.
 
         Raises ValueError for metadata of another form, and for an alpha that is not a finite number.
         """
@@ -155,20 +160,22 @@ class LoraHeader:
         if not text:
             return {}
         try:
+            # The keys are "unet.lora_alpha" and the like; of several components the first counts.
             config = {key.split(".")[-1]: value for key, value in reversed(json.loads(text).items())}
-            alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+            patterns = config.get("alpha_pattern") or {}
             patterns = {key.replace(".", "_"): _number(value) for key, value in patterns.items()}
+            alpha = config.get("lora_alpha")
             alpha = None if alpha is None else _number(alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{self.path.name}: its {PEFT_KEY} cannot be read ({brief(error)}). Get the file again."
             ) from error
-        found = {}
+        alphas = {}
         for name, module in self.modules.items():
-            own = next((v for k, v in patterns.items() if name.endswith(k)), alpha)
-            if own is not None and "alpha" not in module.keys:
-                found[name] = own
-        return found
+            module_alpha = next((v for k, v in patterns.items() if name.endswith(k)), alpha)
+            if module_alpha is not None and "alpha" not in module.keys:
+                alphas[name] = module_alpha
+        return alphas
 
     def alphas(self) -> dict[str, float]:
         """module -> alpha, from the file's tensors or the PEFT metadata, for the modules that have one.
@@ -180,7 +187,7 @@ class LoraHeader:
         return self.scale_alphas() | {name: numbers[key] for name, key in keys.items()}
 
     def kohya_names(self) -> dict[str, str]:
-        """Present tensor name -> kohya name, for every LoRA tensor."""
+        """Tensor name in the file -> kohya name, for every LoRA tensor."""
         suffix = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
         return {key: module + suffix[part] for module, m in self.modules.items() for part, key in m.keys.items()}
 
@@ -188,7 +195,7 @@ class LoraHeader:
 def split_key(name: str) -> tuple[str, str] | None:
     """Tensor name -> (kohya module name, part), for every published key style; None for other tensors.
 
-    "unet.mid_block.attentions.0.proj_in.lora_A.weight" -> ("lora_unet_mid_block_attentions_0_proj_in", "down").
+    unet.mid_block.attentions.0.proj_in.lora_A.weight -> (lora_unet_mid_block_attentions_0_proj_in, down).
     """
     for suffix, part in PARTS:
         if name.endswith(suffix):
@@ -197,6 +204,7 @@ def split_key(name: str) -> tuple[str, str] | None:
 
 
 def _module_name(path: str) -> str:
+    """kohya's name of a module, from its path in any published style."""
     if path.startswith(KOHYA_PREFIXES):
         return path
     for encoder, prefix in TEXT_ENCODERS:
@@ -235,7 +243,7 @@ def header_text(path: Path) -> bytes:
 def read_header(path: str | Path) -> LoraHeader:
     """Read a safetensors header and check that the file is whole.
 
-    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that was cut short.
+    Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that is cut short.
     """
     path = Path(path)
     text = header_text(path)
@@ -264,7 +272,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a floating-point tensor are finite; without a copy of it, but for those in 8 bits."""
+    """Whether all numbers of a floating-point tensor are finite; only one in 8 bits is copied for it."""
     if not tensor.numel():
         return True
     low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
@@ -272,13 +280,14 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _printable(name: str) -> str:
+    """A tensor's name as it is; ValueError for one that would spoil what is printed of it."""
     if len(name) > LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a name of {len(name)} characters, {name[:30]!r}, which no tensor has")
     return name
 
 
 def _number(value: float) -> float:
-    """JSON knows NaN, Infinity and numbers in quotes; an alpha is none of them."""
+    """An alpha from JSON, which also has NaN, Infinity and numbers in quotes: ValueError for those."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"an alpha is {str(value)[:30]!r}, which is no number")
     return float(value)
@@ -286,21 +295,23 @@ def _number(value: float) -> float:
 
 def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:
     """The values of these tensors, which hold one number each."""
-    text, found = header_text(path), {}
+    text = header_text(path)
     header = json.loads(text)
+    numbers = {}
     with path.open("rb") as file:
         for name in names:
-            dtype, (first, last) = DTYPES.get(header[name]["dtype"]), header[name]["data_offsets"]
+            dtype = DTYPES.get(header[name]["dtype"])
+            first, last = header[name]["data_offsets"]
             if dtype is None or last - first != dtype.itemsize:
-                told = f"{header[name]['dtype']} of shape {header[name]['shape']}"
-                raise ValueError(f"{path.name}: {name} is {told}, not one number. Get the file again.")
+                kind = f"{header[name]['dtype']} of shape {header[name]['shape']}"
+                raise ValueError(f"{path.name}: {name} is {kind}, not one number. Get the file again.")
             file.seek(8 + len(text) + first)
-            found[name] = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtype).item()
-    return found
+            numbers[name] = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtype).item()
+    return numbers
 
 
 def family_from_metadata(metadata: dict[str, str]) -> str | None:
-    """Family by `pcm.recipe`, `modelspec.architecture` or `ss_base_model_version`; None when none of them tells."""
+    """Family by `pcm.recipe`, `modelspec.architecture` or `ss_base_model_version`; None when none tells."""
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY]).family
     architecture = metadata.get("modelspec.architecture", "")

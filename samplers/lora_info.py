@@ -1,4 +1,4 @@
-"""What a LoRA file tells of itself, for people: `pcm inspect` and the node PCM LoRA Info say the same."""
+"""A LoRA file described for people: `pcm inspect` and the node PCM LoRA Info say the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTED = {
 
 
 def recipe_of(header: LoraHeader) -> Recipe | None:
-    """How a LoRA file must be sampled, from its header, or from its name and family where it is a known file."""
+    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file."""
     return recipe_for_file(str(header.path), header.metadata, header.family)
 
 
@@ -37,7 +37,9 @@ def facts(header: LoraHeader) -> dict[str, Any]:
 
     Reads no tensor but the alphas. Raises ValueError for a file that holds no LoRA.
     """
-    modules, recipe, alphas = header.modules, recipe_of(header), header.alphas()
+    modules = header.modules
+    recipe = recipe_of(header)
+    alphas = header.alphas()
     return {
         "file": str(header.path),
         "bytes": header.path.stat().st_size,
@@ -55,18 +57,18 @@ def facts(header: LoraHeader) -> dict[str, Any]:
     }
 
 
-def sentences(told: dict[str, Any]) -> list[str]:
-    """`facts` for people, the most important first."""
-    method = "" if told["method"] in (None, "LoRA") else f"{told['method']} "
-    modules = f"{told['modules']} module{'s' * (told['modules'] != 1)}"
-    lines = [f"{family_title(told['family'])} {method}LoRA, {modules}, {told['bytes'] / 1e6:.1f} MB."]
-    if told["recipe"]:
-        lines += [told["usage"], f"Recipe from {SOURCES[told['recipe']['source']]}."]
+def sentences(values: dict[str, Any]) -> list[str]:
+    """The values of `facts` as sentences, the most important first."""
+    method = "" if values["method"] in (None, "LoRA") else f"{values['method']} "
+    modules = f"{values['modules']} module{'s' * (values['modules'] != 1)}"
+    lines = [f"{family_title(values['family'])} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
+    if values["recipe"]:
+        lines += [values["usage"], f"Recipe from {SOURCES[values['recipe']['source']]}."]
     else:
         lines.append("No recipe in the header, and not a known file: settings unknown.")
-    kinds = (_kinds(told[of]) for of in ("ranks", "alphas", "dtypes"))
+    kinds = (_kinds(values[key]) for key in ("ranks", "alphas", "dtypes"))
     lines.append("Rank {}; alpha {}; stored as {}.".format(*kinds))
-    if others := told["not_lora_tensors"]:
+    if others := values["not_lora_tensors"]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         lines.append(f"Tensors of no LoRA style known here: {others[0]}{more}.")
     return lines
@@ -80,13 +82,14 @@ def noted(metadata: dict[str, str]) -> list[str]:
 
 
 def _kinds(counts: dict[Any, int]) -> str:
-    """ "4" where all are alike, else "4 (60), 8 (6)", the most frequent first."""
+    """Counts in words: "4" where all are alike, else "4 (60), 8 (6)", the most frequent first."""
     if len(counts) == 1:
         return str(next(iter(counts)))
-    often = Counter(counts).most_common()
-    rest = f" and {len(often) - MOST_KINDS} others" if len(often) > MOST_KINDS else ""
-    return ", ".join(f"{kind} ({n})" for kind, n in often[:MOST_KINDS]) + rest
+    ordered = Counter(counts).most_common()
+    rest = f" and {len(ordered) - MOST_KINDS} others" if len(ordered) > MOST_KINDS else ""
+    return ", ".join(f"{kind} ({n})" for kind, n in ordered[:MOST_KINDS]) + rest
 
 
 def _short(text: str) -> str:
+    """A text of a file's on one line, no longer than a node can show, without its full stop."""
     return printable(" ".join(text.split()).rstrip("."))

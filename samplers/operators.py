@@ -1,8 +1,9 @@
-"""What an edit knows of a picture: operators that project any picture onto those that agree with it.
+"""The operators of edits: each projects any picture onto those that agree with what is known of one.
 
-Pictures are (B, 3, H, W) in [0, 1], in fp32. `project` is idempotent; what it must keep it keeps exactly, before the
-picture is rounded to 8 bits. These are the consistency-models paper's (A, Omega) of each task (arXiv 2303.01469, Alg. 4
-and App. D) in closed form, with the result pulled back into [0, 1] where plain clipping would break what was kept.
+Pictures are (B, 3, H, W) in [0, 1], in fp32. `project` is idempotent; what it must keep it keeps exactly,
+before the picture is rounded to 8 bits. These are the (A, Omega) of each task in the consistency-models paper
+(arXiv 2303.01469, Alg. 4 and App. D) in closed form, with the result pulled back into [0, 1] where plain
+clipping would break what was kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = torch.tensor([0.2989, 0.5870, 0.1140]) / (0.2989 + 0.5870 + 0.1140)  # of red, green, blue
+# Shares of red, green and blue in the luminance (arXiv 2303.01469, App. D), scaled to sum to 1: grey keeps
+# its value.
+LUMA = torch.tensor([0.2989, 0.5870, 0.1140]) / (0.2989 + 0.5870 + 0.1140)
 
 
 class Operator(ABC):
@@ -47,19 +50,18 @@ class Operator(ABC):
         """`project` of a picture of the right size."""
 
     def finish(self, image: Tensor) -> Tensor:
-        """The result from the last decoded picture: it agrees with what is known, and has its transparency, if any.
+        """The result from the last decoded picture: it agrees with what is known, transparency included.
 
         Raises ValueError for a picture of another size.
         """
         self._check(image)
         result = self._result(image.float().clamp(0, 1))
-        return (
-            result
-            if self.alpha is None
-            else torch.cat([result, self.alpha.to(result).expand(len(result), -1, -1, -1)], 1)
-        )
+        if self.alpha is None:
+            return result
+        return torch.cat([result, self.alpha.to(result).expand(len(result), -1, -1, -1)], 1)
 
     def _result(self, image: Tensor) -> Tensor:
+        """The colours of the result, from a picture of the right size in [0, 1]."""
         return self._project(image).clamp(0, 1)
 
     def _check(self, image: Tensor) -> None:
@@ -78,11 +80,11 @@ class Identity(Operator):
 
 
 class Inpaint(Operator):
-    """What is outside the mask is known, and stays as it is, pixel for pixel, beyond a rim that is blended.
+    """The picture outside the mask is known, and stays pixel for pixel beyond a rim that is blended.
 
-    picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1 both are
-    blended in the result. grow: width of the rim around the mask, in pixels, over which the drawn picture (its version
-    of what is known there) goes over into the given one, so that no seam shows.
+    picture: (B, 1, 3 or 4, H, W). mask: (B, 1, H, W) or (B, H, W) in [0, 1], 1 where to draw; between 0 and 1
+    both are blended in the result. grow: width of the rim around the mask, in pixels, over which the drawn
+    picture (its version of what is known there) goes over into the given one, so that no seam shows.
     Raises ValueError for a mask of another size or number, and for a negative grow.
     """
 
@@ -99,10 +101,16 @@ class Inpaint(Operator):
         if grow < 0:
             raise ValueError(f"grow is {grow}; the rim around the mask is 0 or more pixels wide.")
         grow = min(grow, max(image.shape[-2:]))
+
+        # The new picture's share: 1 on the mask, 0 beyond grow. Widened first, so that the blur starts
+        # outside the mask and no known pixel shows through where something new was wanted.
         blur = grow // 2
-        self.weight = _box_blur(dilate(mask, grow - blur), blur)  # of the new picture: 1 on the mask, 0 beyond grow
+        self.weight = _box_blur(dilate(mask, grow - blur), blur)
         self.hole = (mask > 0).float()
-        self.to_the_end = not grow  # a latent that must hold both sides of the mask's edge draws that edge into the rim
+
+        # With a rim the last x0 is left as drawn: a latent that must hold both sides of the mask's edge would
+        # draw that edge into the rim.
+        self.to_the_end = not grow
         self.known = image
         self.start = fill(image, self.hole)
 
@@ -113,16 +121,18 @@ class Inpaint(Operator):
         return torch.lerp(self.known.to(image), image, self.weight.to(image))  # exact at both ends
 
     def cells(self, factor: int, canvas: tuple[int, int]) -> Tensor:
-        """(B, 1, h, w) which latent cells to draw, 1 for those that hold any pixel of the hole.
+        """The latent cells to draw, (B, 1, h, w): 1 for those that hold any pixel of the hole.
 
-        factor: pixels a cell. canvas: height and width of the encoded picture; what it has beyond this one is no hole.
+        factor: pixels a cell, along a side. canvas: height and width of the encoded picture, of which the
+        part beyond this picture is no hole.
         """
-        right, below = (have - own for have, own in zip(canvas[::-1], self.size[::-1], strict=True))
+        below = canvas[0] - self.size[0]
+        right = canvas[1] - self.size[1]
         return F.max_pool2d(F.pad(self.hole, (0, right, 0, below)), factor)
 
 
 def outpaint(picture: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, grow: int = 8) -> Inpaint:
-    """A picture with so many pixels more on its sides, as an inpainting of them; they are opaque.
+    """The inpainting of a picture that is so many pixels larger on its sides; those are the hole, and opaque.
 
     Raises ValueError when there is none to add, or a negative number of them.
     """
@@ -141,8 +151,9 @@ def outpaint(picture: Tensor, left: int = 0, top: int = 0, right: int = 0, botto
 class Colorize(Operator):
     """The luminance stays: LUMA's weighted sum of red, green, blue. What is drawn brings the colours.
 
-    The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y, B - Y); a
-    pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it is.
+    The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y and
+    B - Y); a pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it
+    is.
     """
 
     def __init__(self, picture: Tensor):
@@ -153,14 +164,15 @@ class Colorize(Operator):
     def _project(self, image: Tensor) -> Tensor:
         grey = self.grey.to(image)
         shifted = image + (grey - luminance(image))
-        return _into_range(shifted, grey.expand_as(shifted), lambda room: room.amin(1, keepdim=True))
+        return _into_range(shifted, grey.expand_as(shifted), lambda factor: factor.amin(1, keepdim=True))
 
 
 class SuperResolution(Operator):
     """Every block of factor x factor pixels keeps its mean: the pixel of the small picture.
 
-    picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is added to the
-    whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a time.
+    picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is
+    added to the whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a
+    time.
     Raises ValueError for a factor that is no whole number of at least 1.
     """
 
@@ -175,16 +187,20 @@ class SuperResolution(Operator):
     def _project(self, image: Tensor) -> Tensor:
         low = self.low.to(image)
         shifted = image + self._enlarged(low - F.avg_pool2d(image, self.factor))
-        least = lambda room: self._enlarged(-F.max_pool2d(-room, self.factor))  # noqa: E731
-        return _into_range(shifted, self._enlarged(low), least)
+        return _into_range(shifted, self._enlarged(low), self._least_of_block)
+
+    def _least_of_block(self, values: Tensor) -> Tensor:
+        """The least value of each block, at every pixel of the block."""
+        return self._enlarged(-F.max_pool2d(-values, self.factor))
 
     def _enlarged(self, small: Tensor) -> Tensor:
         return small.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
 
 
 def rgb_and_alpha(picture: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(B, 1, 3 or 4, H, W) or, grey, (B, H, W) -> RGB within [0, 1] in fp32, and the fourth channel, or None.
+    """RGB (B, 3, H, W) within [0, 1] in fp32, and transparency (B, 1, H, W), or None, of a picture.
 
+    picture: (B, 1, 3 or 4, H, W), or a grey one (B, H, W).
     Raises ValueError for another shape, an empty picture, and numbers that are not finite.
     """
     picture = picture[:, None] if picture.ndim == 3 else picture
@@ -200,19 +216,20 @@ def rgb_and_alpha(picture: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def size_text(picture: Tensor) -> str:
-    """Width x height, as people write it."""
+    """The size of a picture (..., H, W) as people write it, width x height."""
     return f"{picture.shape[-1]}x{picture.shape[-2]}"
 
 
 def luminance(image: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W)."""
+    """The luminance (B, 1, H, W) of a picture (B, 3, H, W): `LUMA`'s weighted sum."""
     return (image * LUMA.to(image).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def fill(image: Tensor, hole: Tensor) -> Tensor:
     """The picture with the hole (B, 1, H, W; 1 is unknown) filled by colours that flow in from its rim.
 
-    From coarse to fine: what is known is averaged until nothing is unknown, and handed back down. Grey where all is.
+    From coarse to fine: the known pixels are averaged until none is unknown, and handed back down. Grey where
+    all are unknown.
     """
     if not hole.any():
         return image.expand(max(len(image), len(hole)), -1, -1, -1)
@@ -227,20 +244,24 @@ def fill(image: Tensor, hole: Tensor) -> Tensor:
 def _into_range(image: Tensor, centre: Tensor, least: Callable[[Tensor], Tensor]) -> Tensor:
     """The picture pulled toward a centre in [0, 1] by as little as brings it into [0, 1].
 
-    least: the smallest of the factors that pixels and channels must share, given back to each of them.
+    least: from the factor that each value may keep of its distance, the least among the values that have to
+    share one (a pixel's channels, a block's pixels), at each of them. Sharing it is what keeps their weighted
+    sum.
     """
-    off = image - centre
-    room = torch.where(off > 0, 1 - centre, centre) / off.abs().clamp(min=1e-12)
-    return centre + least(room).clamp(max=1) * off
+    distance = image - centre
+    factor = torch.where(distance > 0, 1 - centre, centre) / distance.abs().clamp(min=1e-12)
+    return centre + least(factor).clamp(max=1) * distance
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """A mask (B, 1, H, W), larger by so many pixels on every side and corner."""
+    # Rows and columns in turn: the maximum over a square, in a fraction of the time.
     across = F.max_pool2d(mask, (1, 2 * radius + 1), 1, (0, radius))
     return F.max_pool2d(across, (2 * radius + 1, 1), 1, (radius, 0))
 
 
 def _box_blur(mask: Tensor, radius: int) -> Tensor:
+    """A mask (B, 1, H, W) averaged over the square of this radius around each pixel."""
     padded = F.pad(mask, (radius,) * 4, mode="replicate")
     across = F.avg_pool2d(padded, (1, 2 * radius + 1), 1)
     return F.avg_pool2d(across, (2 * radius + 1, 1), 1)

@@ -1,7 +1,16 @@
 """The phase grid: where a phased model is trained to land, and the levels it is sampled at.
 
-One object serves both. Training asks it for the points, and for each point's target edge; sampling asks it for the
-levels of n steps. So what was trained and what is sampled cannot differ (arXiv 2405.18407, Sec. 3.1).
+A phased consistency model (PCM, arXiv 2405.18407, Sec. 3.1) cuts the way from noise to picture at edges
+
+    0 = s_0 < s_1 < ... < s_M = T,
+
+and is trained to map each point x_t of phase m, s_m < t <= s_(m+1), to the point x_(s_m) of the same solution
+path. Its samples are M such jumps, from edge to edge, and need no fresh noise. M = 1 is an ordinary
+consistency model.
+
+`PhaseGrid` places the edges. Training asks it where to start and which edge to map to, sampling asks it for
+the levels of n steps, so what was trained and what is sampled cannot differ. The jump itself is
+`schedule.jump`, and the loop of jumps is `sampling.sample_phased`.
 """
 
 from __future__ import annotations
@@ -16,11 +25,11 @@ from .schedule import TICKS
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """Levels to sample at.
+    """The levels of one run of a sampler.
 
     ticks: from the start down to the clean end 0, one more than there are steps.
-    denoise: the strength this really is, ticks[0] / T.
-    notes: what differs from what was asked for, as sentences for the user; empty when nothing does.
+    denoise: the strength that the run really has, ticks[0] / T.
+    notes: what differs from what the user set, as sentences; empty when nothing does.
     """
 
     ticks: tuple[int, ...]
@@ -34,11 +43,14 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class PhaseGrid:
-    """`points` equally spaced solver points on T ticks, cut into `phases` phases.
+    """N = `points` equally spaced solver points on T = `ticks` ticks, cut into M = `phases` phases.
 
-    Edge j (0..M) is point floor(j * N / M); with `from_noise` the rounding is counted from the noisy end instead, which
-    is how LCM's and the published SD3 scheduler count. With 40 points the edges of 1, 2, 4 and 8 phases are exact.
-    Raises ValueError when the points do not divide T (the grid would miss the noisy end) or are fewer than the phases.
+    The solver points are those of the teacher's DDIM or Euler steps, T / N ticks apart (PCM, Sec. 3.1). Edge
+    s_m, m in 0..M, is point floor(m * N / M); with `from_noise` the rounding is counted from the noisy end
+    instead, which is how LCM's and the published SD3 scheduler count. With 40 points the edges of 1, 2, 4 and
+    8 phases are exact.
+    Raises ValueError when the points do not divide T (the grid would miss the noisy end) or are fewer than
+    the phases.
     """
 
     points: int = 40
@@ -48,50 +60,59 @@ class PhaseGrid:
 
     def __post_init__(self):
         if self.points < 1 or self.ticks % self.points:
-            near = sorted(
-                (d for d in range(1, self.ticks + 1) if self.ticks % d == 0), key=lambda d: abs(d - self.points)
-            )
+            divisors = [d for d in range(1, self.ticks + 1) if self.ticks % d == 0]
+            nearest = sorted(divisors, key=lambda d: abs(d - self.points))[:3]
             raise ValueError(
                 f"points = {self.points} does not divide {self.ticks}, so the grid would miss the noisiest level. "
-                f"Nearest that do: {', '.join(map(str, sorted(near[:3])))}."
+                f"Nearest that do: {', '.join(map(str, sorted(nearest)))}."
             )
         if not 1 <= self.phases <= self.points:
             raise ValueError(f"phases must be between 1 and points = {self.points}; got {self.phases}.")
 
     @property
     def edges(self) -> tuple[int, ...]:
-        """Edge ticks from 0 up to T, M + 1 of them."""
-        return tuple(self._point(j, self.phases) for j in range(self.phases + 1))
+        """The edges s_0 = 0 to s_M = T, as M + 1 ticks."""
+        return tuple(self._cut(m, self.phases) for m in range(self.phases + 1))
 
-    def _point(self, j: int, parts: int) -> int:
-        """Tick of the j-th of `parts` equal cuts, on the grid."""
-        width = self.ticks // self.points
-        return width * (-(-j * self.points // parts) if self.from_noise else j * self.points // parts)
+    @property
+    def _width(self) -> int:
+        """Ticks from one solver point to the next."""
+        return self.ticks // self.points
+
+    def _cut(self, i: int, parts: int) -> int:
+        """Tick of cut i in 0..parts, where the grid is divided into parts as even as whole points allow."""
+        if self.from_noise:
+            return self._width * -(-i * self.points // parts)
+        return self._width * (i * self.points // parts)
 
     def start_ticks(self) -> Tensor:
         """(N,) ticks of the solver points 1..N, from clean to noisy: where training samples start."""
-        return torch.arange(1, self.points + 1) * (self.ticks // self.points)
+        return torch.arange(1, self.points + 1) * self._width
 
     def previous(self, tick: Tensor) -> Tensor:
-        """The neighbouring solver point, one teacher step cleaner."""
-        return tick - self.ticks // self.points
+        """The neighbouring solver point, one step of the teacher cleaner; ticks of any shape."""
+        return tick - self._width
 
     def nearest(self, tick: float) -> int:
         """The solver point nearest to a tick, or 0, the clean end."""
-        width = self.ticks // self.points
-        return width * round(tick / width)
+        return self._width * round(tick / self._width)
 
     def target(self, tick: Tensor) -> Tensor:
-        """The edge that a start tick (1..T, any shape) is mapped to: the highest edge below it."""
+        """The edge s_m that training maps start ticks to (1..T, any shape): the highest edge below each.
+
+        A start on an edge belongs to the phase that ends there, so it is mapped to the edge below and not to
+        itself.
+        """
         edges = torch.tensor(self.edges, device=tick.device)
         return edges[torch.searchsorted(edges, tick.contiguous()) - 1]
 
     def plan(self, steps: int | None = None, denoise: float = 1.0) -> LevelPlan:
         """Levels for `steps` steps (default: one per phase), starting at strength `denoise` in (0, 1].
 
-        As many steps as phases: the edges. More: each phase is divided evenly, the noisiest first where they do not
-        divide. Fewer: neighbouring phases are merged, the cleanest first. `denoise` < 1 keeps this grid and enters it
-        at the nearest phase edge (one-phase models: the nearest level), so fewer steps are run, all of them trained.
+        As many steps as phases: the edges. More: each phase is divided evenly, the noisiest first where they
+        do not divide. Fewer: neighbouring phases are merged, the cleanest first. `denoise` < 1 keeps this
+        grid and enters it at the nearest phase edge (one-phase models: the nearest level), so fewer steps are
+        run, all of them trained.
         Raises ValueError for steps < 1, more steps than points, or denoise outside (0, 1].
         """
         steps = self.phases if steps is None else steps
@@ -99,32 +120,45 @@ class PhaseGrid:
             raise ValueError(f"steps must be between 1 and {self.points}, the number of solver points; got {steps}.")
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise must be above 0 and at most 1; got {denoise}.")
-        notes = []
-        if steps < self.phases:
-            levels = [self.edges[-(-j * self.phases // steps)] for j in range(steps + 1)]
-        elif self.phases == 1:
-            levels = [self._point(j, steps) for j in range(steps + 1)]
-        else:
-            levels = self._subdivided(steps)
+
+        levels = self._levels(steps)
         entries = levels[1:] if self.phases == 1 else [tick for tick in levels[1:] if tick in self.edges]
         start = min(entries, key=lambda tick: (abs(tick - denoise * self.ticks), -tick))
         ticks = tuple(reversed(levels[: levels.index(start) + 1]))
-        actual = start / self.ticks
-        if abs(actual - denoise) > 1e-6:
-            notes.append(
-                f"denoise {denoise:g} starts at the nearest {'level' if self.phases == 1 else 'phase edge'}, "
-                f"which is {actual:g}: {len(ticks) - 1} of {steps} steps."
-            )
-        return LevelPlan(ticks, actual, tuple(notes))
+
+        strength = start / self.ticks
+        if abs(strength - denoise) <= 1e-6:
+            return LevelPlan(ticks, strength)
+        note = (
+            f"denoise {denoise:g} starts at the nearest {'level' if self.phases == 1 else 'phase edge'}, "
+            f"which is {strength:g}: {len(ticks) - 1} of {steps} steps."
+        )
+        return LevelPlan(ticks, strength, (note,))
+
+    def _levels(self, steps: int) -> list[int]:
+        """Ticks of so many steps all the way, from the clean end 0 up to T."""
+        if steps < self.phases:
+            # Rounding up leaves the noisy phases whole. An error of eps moves the point that a jump lands on
+            # by sigma_s - alpha_s sigma_t / alpha_t, which is least near the clean end (SD1.5: 6.9 from tick
+            # 1000 to 500, 1.6 from 500 to 0), so there a jump across two phases costs least.
+            return [self.edges[-(-i * self.phases // steps)] for i in range(steps + 1)]
+        if self.phases == 1:
+            return [self._cut(i, steps) for i in range(steps + 1)]
+        return self._subdivided(steps)
 
     def _subdivided(self, steps: int) -> list[int]:
-        each, extra = divmod(steps, self.phases)
-        edges, levels = self.edges, [0]
-        wide_enough = [j for j in range(self.phases) if edges[j + 1] - edges[j] > each]
-        longer = wide_enough[len(wide_enough) - extra :]
-        for j in range(self.phases):
-            low, high = edges[j], edges[j + 1]
-            parts = each + (j in longer)
+        """Levels for more steps than phases, from clean to noisy, every edge among them."""
+        parts_each, left_over = divmod(steps, self.phases)
+        edges = self.edges
+
+        # The steps left over go to the noisiest phases, of those wide enough to be cut once more.
+        divisible = [m for m in range(self.phases) if edges[m + 1] - edges[m] > parts_each]
+        divided_more = divisible[len(divisible) - left_over :]
+
+        levels = [0]
+        for m in range(self.phases):
+            low, high = edges[m], edges[m + 1]
+            parts = parts_each + (m in divided_more)
             levels += [low + (high - low) * i // parts for i in range(1, parts + 1)]
         return levels
 

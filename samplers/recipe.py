@@ -1,4 +1,4 @@
-"""How a few-step LoRA must be sampled: the recipe, and its form in a LoRA header."""
+"""The recipe of a few-step LoRA, which says how to sample it, and its form in a LoRA header."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOURCES = {
     "known title": "the table of known files, by the title in its header",
     "settings": "the widgets",
 }
-# (any noise, flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
+# (is any noise fresh, is it flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers
 SOFTWARE = {
     (False, False): ("euler + simple", "DDIM with trailing spacing"),
     (False, True): ("euler + simple", "FlowMatchEulerDiscrete"),
@@ -45,32 +45,36 @@ MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plai
 # a field's annotation -> what it may be; a bool is no number
 KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
 KINDS |= {"float | None": (int, float, type(None))}
-GREATEST, LONGEST = 1e6, 1000  # of any number in a recipe, and of any text, in characters
+GREATEST = 1e6  # a number in a recipe is less
+LONGEST = 1000  # characters of a text in a recipe
 SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm_uniform's by 1, at shift 3 by up to 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a LoRA was trained, and how it wants to be sampled.
+    """The facts of a LoRA that sampling needs: how it was trained, and how it is sampled best.
 
     family: base model family, a key of `FAMILIES`.
-    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or another;
-        "unknown" where the settings are the user's.
-    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any few steps).
-    gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic, which is
-        also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
-    points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such grid, or an
-        unpublished one, the grid that it is sampled on.
+    objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
+        another; "unknown" where the settings are the user's.
+    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any
+        few steps).
+    gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic,
+        which is also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
+    points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such
+        grid, or an unpublished one, the grid that it is sampled on.
     steps: recommended number of steps.
     prediction: what the base predicts: "epsilon", "v_prediction" or "flow".
     zero_terminal_snr: whether the base's schedule ends in pure noise.
     shift: flow time shift; None for VP.
-    min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0 = alpha.
+    min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0
+        leaves it alpha.
     guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (CFG and negative prompts work as usual).
     guidance: recommended CFG scale (1 = none); guidance_min, guidance_max: the range it was made for.
     negative_prompts: whether a negative prompt has the usual effect within that range.
     strength: recommended LoRA strength.
-    sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the trained one.
+    sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the
+        trained one.
     base_name, base_hash: the checkpoint it was distilled from (SHA-256 of the file, where it is one file).
     source: where this recipe came from, a key of `SOURCES`; not part of the header.
     """
@@ -99,8 +103,21 @@ class Recipe:
     source: str = "settings"
 
     def __post_init__(self):
-        if wrong := [text for f in fields(self) if (text := _wrong_kind(f.name, getattr(self, f.name), f.type))]:
-            raise ValueError("Not a usable recipe: " + "; ".join(wrong) + ".")
+        # Types first: the comparisons of `_problems` need them to be right.
+        kinds = (_wrong_kind(f.name, getattr(self, f.name), f.type) for f in fields(self))
+        if wrong_kinds := [clause for clause in kinds if clause]:
+            raise ValueError("Not a usable recipe: " + "; ".join(wrong_kinds) + ".")
+        if problems := self._problems():
+            raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
+
+        # Defaults that hang on other fields. A header may hold null for them, as a caller may None.
+        if self.steps is None:
+            object.__setattr__(self, "steps", self.phases if self.mode == "deterministic" else 4)
+        if self.gamma is None:
+            object.__setattr__(self, "gamma", 0.0 if self.mode == "deterministic" else 1.0)
+
+    def _problems(self) -> list[str]:
+        """Faults in the values of the fields, each as a clause of an error's sentence."""
         problems = [
             f"{name} is {value!r}; available: {', '.join(allowed)}"
             for name, value, allowed in (
@@ -111,6 +128,7 @@ class Recipe:
             )
             if value not in allowed
         ]
+
         if (self.prediction == "flow") != (self.shift is not None):
             problems.append(
                 f"shift is {self.shift!r} with prediction {self.prediction!r}: flow models have a shift, others none"
@@ -126,6 +144,7 @@ class Recipe:
             problems.append(f"gamma is {self.gamma:g}; between 0 (no noise is fresh) and 1 (all of it)")
         elif self.gamma and self.mode == "deterministic":
             problems.append(f"gamma is {self.gamma:g} with mode 'deterministic', which takes no fresh noise: 0 there")
+
         if not self.guidance_min <= self.guidance <= self.guidance_max:
             problems.append(
                 f"guidance {self.guidance:g} is outside its own range {self.guidance_min:g} to {self.guidance_max:g}"
@@ -135,18 +154,15 @@ class Recipe:
         if self.steps is not None and not 1 <= self.steps <= (self.sampling_points or self.points):
             most = self.sampling_points or self.points
             problems.append(f"steps is {self.steps}; at least 1, and at most {most}, the number of points")
-        checks = (self.grid, lambda: self.grid(trained=True), lambda: self.shift is None or FlowSchedule(self.shift))
-        for check in checks:
+
+        # The grids and the schedule know what they can be: each is made once, for its own sentence.
+        parts = (self.grid, lambda: self.grid(trained=True), lambda: self.shift is None or FlowSchedule(self.shift))
+        for make_part in parts:
             try:
-                check()
+                make_part()
             except ValueError as error:
                 problems.append(str(error).rstrip("."))
-        if problems:
-            raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
-        if self.steps is None:
-            object.__setattr__(self, "steps", self.phases if self.mode == "deterministic" else 4)
-        if self.gamma is None:
-            object.__setattr__(self, "gamma", 0.0 if self.mode == "deterministic" else 1.0)
+        return problems
 
     def grid(self, trained: bool = False) -> PhaseGrid:
         """The levels to sample at; with `trained`, the edges of training even where the authors sample elsewhere."""
@@ -162,7 +178,7 @@ class Recipe:
 
     @property
     def distilled(self) -> bool:
-        """Whether it is sampled on LCM's and TCD's grid, which other schedulers have only when they are told to."""
+        """Whether it is sampled on LCM's and TCD's grid, which other schedulers have only on demand."""
         return (self.sampling_points, self.sampling_from_noise) == (DISTILLED_POINTS, True)
 
     @property
@@ -176,30 +192,30 @@ class Recipe:
         return f"{self.mode}, gamma {self.gamma:g}" if 0 < self.gamma < 1 else self.mode
 
     def warnings(self, steps: int, guidance: float, family: str | None = None, shift: float | None = None) -> list[str]:
-        """What is wrong with these settings, each as one sentence that says what to change.
+        """Faults of these settings for this LoRA, each as one sentence that says what to change.
 
-        family, shift: those of the model that is to be sampled, where they are known.
+        family, shift: of the model that is to be sampled, where they are known.
         """
-        found = []
+        warnings = []
         if family is not None and family != self.family:
-            found.append(
+            warnings.append(
                 f"This LoRA is for {FAMILIES[self.family]}, the model is {FAMILIES.get(family, family)}: "
                 "load a matching one."
             )
         if shift is not None and self.shift is not None and shift != self.shift:
-            found.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
-        found += self.step_warnings(steps)
+            warnings.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
+        warnings += self.step_warnings(steps)
         if guidance > self.guidance_max:
-            found.append(
+            warnings.append(
                 f"CFG {guidance:g} is above {self.guidance_max:g} and burns the image: set CFG to {self.guidance:g}."
             )
         elif guidance < self.guidance_min:
             unused = " and leaves the negative prompt unused" if guidance == 1 and self.negative_prompts else ""
-            found.append(f"CFG {guidance:g} is below {self.guidance_min:g}{unused}: set CFG to {self.guidance:g}.")
-        return found
+            warnings.append(f"CFG {guidance:g} is below {self.guidance_min:g}{unused}: set CFG to {self.guidance:g}.")
+        return warnings
 
     def step_warnings(self, steps: int) -> list[str]:
-        """What is wrong with this number of steps, as `warnings` tells it."""
+        """Faults of this number of steps alone, as in `warnings`."""
         if self.mode == "deterministic" and steps != self.phases:
             return [f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}."]
         if self.gamma == 1 and steps > MOST_FRESH:
@@ -207,12 +223,13 @@ class Recipe:
         return []
 
     def has_levels(self, ticks: Sequence[float]) -> bool:
-        """Whether these levels, ticks of 1000 from noisy to clean, are such as this LoRA knows.
+        """Whether these levels, ticks of 1000 from noisy to clean, are some that this LoRA can be sampled at.
 
-        From pure noise to the clean end they are those of its plan for as many steps, or, at another number of steps
-        than its own, evenly spaced ones. A part of the way is part of the plan for its own number of steps, or for any
-        number where it takes any. A one-phase LoRA knows all of its points: its levels may be as far off as these are
-        apart, and a part to the clean end may be evenly spaced from wherever it starts.
+        All the way from pure noise to the clean end, they have to be its plan for as many steps or, at
+        another number of steps than its own, evenly spaced. A part of the way has to be part of the plan for
+        its own number of steps, or for any number where it takes any. A one-phase LoRA was trained at all of
+        its points: its levels may be off by as much as these are apart, and a part to the clean end may be
+        evenly spaced from wherever it starts.
         """
         slack = max(SLACK, TICKS / self.points) if self.phases == 1 else SLACK
         return any(
@@ -222,8 +239,10 @@ class Recipe:
         )
 
     def _plans(self, ticks: Sequence[float]) -> Iterator[tuple[float, ...]]:
-        """The levels that some of these could be."""
-        grids, steps, whole = {self.grid(), self.grid(trained=True)}, len(ticks) - 1, is_whole(ticks)
+        """All sequences of levels that these could be, or be a part of, if they are right."""
+        grids = {self.grid(), self.grid(trained=True)}
+        steps = len(ticks) - 1
+        whole = is_whole(ticks)
         counts: Sequence[int] = (self.steps,) if self.mode == "deterministic" else range(1, DISTILLED_POINTS + 1)
         if whole:
             counts = (steps,)
@@ -243,14 +262,16 @@ class Recipe:
         )
 
     def _software(self) -> str:
-        """What samples it, and with which settings there."""
+        """The programs that sample such a LoRA, and their settings for it, as a clause."""
         if self.min_alpha:
             return f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"
-        flow, ticks = self.prediction == "flow", self.grid().plan(self.steps).ticks[:-1]
+        flow = self.prediction == "flow"
+        ticks = self.grid().plan(self.steps).ticks[:-1]
         if 0 < self.gamma < 1:
             if flow:
                 return "only with the PCM nodes"
-            host, scheduler = "", f"TCD with eta {self.gamma:g}"
+            host = ""
+            scheduler = f"TCD with eta {self.gamma:g}"
         else:
             host, scheduler = SOFTWARE[self.gamma > 0, flow]
         if self.zero_terminal_snr:
@@ -285,7 +306,7 @@ class Recipe:
 
 
 def _wrong_kind(name: str, value: object, kind: str) -> str | None:
-    """What is wrong with the type of a field's value; JSON has other ones, and NaN."""
+    """The fault in a field's value by its type, as a clause, or None; JSON has other types, and NaN."""
     if not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "bool"):
         return f"{name} is {value!r:.60}; expected {kind.replace(' | ', ' or ')}"
     if kind.startswith("float") and value is not None and abs(value) >= GREATEST:

@@ -1,7 +1,11 @@
 """The samplers, in the host's form: `sample_<name>(model, x, sigmas, *, ...)` with `model(x, sigma) -> x0`.
 
-x: (B, C, H, W), a point at level sigmas[0] in the host's convention. sigmas: (n + 1,), decreasing, in that convention
-(`Schedule.k_sigma`). The result is in fp32, and so is all algebra. When the last sigma is 0 the result is the last x0.
+model: called with x (B, C, H, W) and sigma (B,), and with `extra_args` as keywords; returns x0 (B, C, H, W).
+x: (B, C, H, W), a point at level sigmas[0] in the host's convention.
+sigmas: (n + 1,), decreasing, in that convention (`Schedule.k_sigma`); n evaluations of the model.
+callback: called at each step with x, i, sigma, sigma_hat and denoised (the step's x0), as k-diffusion does.
+disable: the host's progress-bar switch, which no sampler here has a use for.
+The result is in fp32, and so is all algebra. When the last sigma is 0 the result is the last x0.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from torch import Tensor
 
 from .schedule import Schedule, VPSchedule, eps_of, extrapolated, jump, renoise
 
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-Projection = Callable[[Tensor, int], Tensor]  # x0 and the number of steps still to come -> x0 as it may be
+Denoiser = Callable[..., Tensor]
+Callback = Callable[[dict[str, Any]], None]
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]  # sigma from and to -> unit noise like x
+Projection = Callable[[Tensor, int], Tensor]  # x0, steps still to come -> the x0 that agrees with an edit
 
 
 def seeded_noise(x: Tensor, seed: int) -> NoiseSampler:
-    """Noise like x for each re-noising, drawn on the CPU so that a seed gives one picture on every device.
+    """A source of noise like x for each re-noising, drawn on the CPU: a seed is one picture on every device.
 
     The generator starts at seed + 1, as the host's does: seed itself has usually drawn the starting noise.
     """
@@ -29,12 +35,12 @@ def seeded_noise(x: Tensor, seed: int) -> NoiseSampler:
 
 @torch.no_grad()
 def sample_phased(
-    model: Callable[..., Tensor],
+    model: Denoiser,
     x: Tensor,
     sigmas: Tensor,
     *,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
     disable: bool | None = None,
     schedule: Schedule,
     gamma: float = 0.0,
@@ -42,15 +48,17 @@ def sample_phased(
     project: Projection | None = None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Phase jumps from edge to edge (PCM, arXiv 2405.18407, Sec. 3.1), with TCD's noise (arXiv 2402.19159, Alg. 4).
+    """Phase jumps from edge to edge (PCM, arXiv 2405.18407, Sec. 3.1), with TCD's noise (2402.19159, Alg. 4).
 
-    Each step jumps to level p between the next level n and the clean end, then re-noises from p to n:
-    tick_p = (1 - gamma) * tick_n. gamma 0 lands on n with no noise (DDIM, PCM's deterministic mode); gamma 1 takes all
-    noise fresh (LCM's). min_alpha: the clamp that `x0_eps_from_output` has, for a model that hands back the unclamped
-    x0 as the host's do. project: what every x0 must agree with (`editing`); eps is then the noise that x holds beside
-    the projected x0. `disable` is the host's progress-bar switch and is not used here.
-    Raises ValueError for gamma outside [0, 1], for gamma > 0 without a `noise_sampler` or a seed in `extra_args`, and
-    for a min_alpha on a flow schedule.
+    The step from level t to the next level n makes x0 and eps of the model's output, jumps with them to level
+    p between n and the clean end, x_p = alpha_p * x0 + sigma_p * eps, and re-noises from p to n. As ticks,
+    p = (1 - gamma) * n. gamma 0 lands on n itself and takes no noise (DDIM, PCM's deterministic mode); gamma
+    1 lands on the clean end and takes all noise fresh (LCM's, PCM's stochastic mode).
+
+    min_alpha: the clamp of `x0_eps_from_output`, for a model that returns the unclamped x0 as the host's do.
+    project: makes each x0 agree with what an edit keeps (`editing.Projected`).
+    Raises ValueError for gamma outside [0, 1], for gamma > 0 without a `noise_sampler` or a seed in
+    `extra_args`, and for a min_alpha on a flow schedule.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be between 0 (deterministic) and 1 (all noise fresh); got {gamma}.")
@@ -61,44 +69,63 @@ def sample_phased(
     extra_args = extra_args or {}
     if gamma > 0 and noise_sampler is None:
         noise_sampler = _noise_from_seed(x, extra_args)
+
+    # fp32 whatever the network runs in: bf16 would round a VP point at SD1.5's first sigma, 14.6, in steps of
+    # 1/16, and eps at the last ones is the small difference of x and x0 over a small sigma.
     x = x.float()
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        alpha = schedule.k_alpha(sigma)
         x0 = model(x, sigma * x.new_ones(x.shape[0]), **extra_args).float()
-        eps = (x - schedule.k_alpha(sigma) * x0) / sigma
+
+        # eps before the clamp: it is the network's own output, which the clamp of x0 leaves as it is.
+        eps = eps_of(x, x0, alpha, sigma)
         x0 = x0 * clamp_factor(schedule, sigma, min_alpha)
+
         if project is not None:
-            x0 = project(x0, len(sigmas) - 2 - i)
-            eps = (x - schedule.k_alpha(sigma) * x0) / sigma
+            steps_left = len(sigmas) - 2 - i
+            x0 = project(x0, steps_left)
+            # Beside another x0, x holds another noise. The old eps would bring back what was projected out.
+            eps = eps_of(x, x0, alpha, sigma)
         _report(callback, x, i, sigma, x0)
+
+        # Sigma 0 is the clean end, where the point is x0 itself. No noise is drawn for it, whatever gamma is.
         if sigma_next == 0:
             x = x0
             continue
-        sigma_p = (
-            sigma_next if gamma == 0 else schedule.k_sigma((1 - gamma) * schedule.tick(sigma_next.cpu())).to(sigma)
-        )
-        x = schedule.k_alpha(sigma_p) * x0 + sigma_p * eps
+
+        sigma_p = _landing_level(schedule, sigma_next, gamma)
+        alpha_p = schedule.k_alpha(sigma_p)
+        x = jump(x0, eps, alpha_p, sigma_p)
         if gamma > 0:
-            levels = (schedule.k_alpha(sigma_p), sigma_p, schedule.k_alpha(sigma_next), sigma_next)
-            x = renoise(x, noise_sampler(sigma_p, sigma_next), *levels)
+            noise = noise_sampler(sigma_p, sigma_next)
+            x = renoise(x, noise, alpha_p, sigma_p, schedule.k_alpha(sigma_next), sigma_next)
     return x
+
+
+def _landing_level(schedule: Schedule, sigma_next: Tensor, gamma: float) -> Tensor:
+    """The level p that a step to sigma_next jumps to, in the host's convention: tick (1 - gamma) * n."""
+    if gamma == 0:
+        return sigma_next  # as it is: through ticks and back it would lose its last bits
+    tick_next = schedule.tick(sigma_next.cpu())  # where the schedule's tables are
+    return schedule.k_sigma((1 - gamma) * tick_next).to(sigma_next)
 
 
 @torch.no_grad()
 def sample_consistency(
-    model: Callable[..., Tensor],
+    model: Denoiser,
     x: Tensor,
     sigmas: Tensor,
     *,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
     disable: bool | None = None,
     schedule: Schedule,
     min_alpha: float = 0.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Multistep consistency sampling (CM, arXiv 2303.01469, Alg. 1): to x0, then fresh noise at the next level.
+    """Multistep consistency sampling (CM, arXiv 2303.01469, Alg. 1): to x0, then fresh noise, in turn.
 
-    This is PCM's stochastic mode and LCM's sampler, and `sample_phased` at gamma 1.
+    It is PCM's stochastic mode and LCM's sampler: `sample_phased` at gamma 1, whose arguments these are.
     """
     return sample_phased(
         model,
@@ -116,26 +143,32 @@ def sample_consistency(
 
 @torch.no_grad()
 def sample_dpmpp_2m(
-    model: Callable[..., Tensor],
+    model: Denoiser,
     x: Tensor,
     sigmas: Tensor,
     *,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
     disable: bool | None = None,
     schedule: Schedule,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2): second order at one evaluation a step, for models that were not
-    distilled. The first step, and one that ends at 0, are of first order. `disable` is not used here."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2), for models that were not distilled.
+
+    It is of second order at one evaluation a step: the x0 of the step before stands in for a second one. The
+    first step has none before it and is of first order, and so is a step that ends at the clean level.
+    """
     before = None
     x = x.float()
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x0 = model(x, sigma * x.new_ones(x.shape[0]), **(extra_args or {})).float()
         _report(callback, x, i, sigma, x0)
-        level, level_next = (schedule.k_alpha(sigma), sigma), (schedule.k_alpha(sigma_next), sigma_next)
-        along = extrapolated(x0, *(before or (x0, level)), level, level_next)
+
+        level = (schedule.k_alpha(sigma), sigma)
+        level_next = (schedule.k_alpha(sigma_next), sigma_next)
+        x0_before, level_before = before or (x0, level)
+        x0_halfway = extrapolated(x0, x0_before, level_before, level, level_next)
         before = (x0, level)
-        x = jump(along, eps_of(x, along, *level), *level_next)
+        x = jump(x0_halfway, eps_of(x, x0_halfway, *level), *level_next)
     return x
 
 
@@ -143,18 +176,21 @@ SAMPLERS = {"phased": sample_phased, "consistency": sample_consistency}
 
 
 def clamp_factor(schedule: Schedule, k_sigma: Tensor, min_alpha: float) -> Tensor:
-    """What the clamp of arXiv 2405.18407, Eq. 39, multiplies an unclamped x0 by: alpha / max(alpha, min_alpha)."""
-    alpha = schedule.k_scale(k_sigma)  # of a VP point in the network's convention; flow has no clamp
+    """alpha / max(alpha, min_alpha): PCM's clamp (arXiv 2405.18407, Eq. 39) as a factor of the unclamped x0."""
+    # k_scale is alpha in the network's convention, where the division is. In the host's a VP point has alpha
+    # 1.
+    alpha = schedule.k_scale(k_sigma)
     return alpha / alpha.clamp(min=min_alpha)
 
 
 def _noise_from_seed(x: Tensor, extra_args: dict[str, Any]) -> NoiseSampler:
+    """Noise by the seed that the host hands on in `extra_args`; ValueError where there is none."""
     seed = extra_args.get("seed")
     if seed is None:
         raise ValueError("Stochastic sampling needs a noise_sampler, or a seed in extra_args; got neither.")
     return seeded_noise(x, seed)
 
 
-def _report(callback: Callable[[dict[str, Any]], None] | None, x: Tensor, i: int, sigma: Tensor, x0: Tensor) -> None:
+def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, x0: Tensor) -> None:
     if callback is not None:
         callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": x0})

@@ -6,7 +6,7 @@ LONGEST = 200  # characters; a file may decide the length of what is said of it
 
 
 def brief(error: Exception) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
+    """The message of an error on one line; the error's kind where it has none."""
     return " ".join(str(error).split())[:LONGEST] or type(error).__name__
 
 

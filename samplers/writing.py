@@ -46,9 +46,10 @@ def path_within(folder: Path, name: str) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name of ours beside `path` to write to. What is there in the end is flushed to disk and renamed to `path`.
+    """A path beside `path` to write to, which is renamed to `path` in the end.
 
-    On any error or interruption it is removed, and what stood at `path` is untouched.
+    It is flushed to disk before, so that a power cut leaves the old file or the new one, and no part of
+    either. On any error or interruption it is removed, and the file that stood at `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.pcm.part")
@@ -58,7 +59,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-        if os.name == "posix":  # the new name is on disk, too, before anything else is deleted
+        if os.name == "posix":  # the new name must be on disk, too, before a caller deletes an older file
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -70,9 +71,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = False) -> bool:
-    """Copy a LoRA file with this recipe, and its usage hint, in the header; returns as `copy_with_metadata` does.
+    """Copy a LoRA file with this recipe and its usage hint in the header.
 
-    Raises ValueError for a file that is no LoRA or one of another family, and what `copy_with_metadata` raises.
+    Returns whether it was written, and raises, as `copy_with_metadata`; and ValueError for a file that is no
+    LoRA or one of another family.
     """
     header = read_header(source)
     if header.family not in (None, recipe.family):
@@ -80,18 +82,21 @@ def stamp_recipe(source: Path, target: Path, recipe: Recipe, overwrite: bool = F
             f"{source.name} is a LoRA for {family_title(header.family)}, but the recipe is for "
             f"{family_title(recipe.family)}. Take the recipe of a {family_title(header.family)} LoRA."
         )
-    told = {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
-    return copy_with_metadata(source, target, told, overwrite)
+    metadata = {HEADER_KEY: recipe.to_header(), "modelspec.usage_hint": recipe.usage_hint()}
+    return copy_with_metadata(source, target, metadata, overwrite)
 
 
 def check_header(name: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
     """The bytes that safetensors would write as a LoRA file's header; ValueError above `MOST_HEADER`."""
-    told, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names = {dtype: name for name, dtype in DTYPES.items()}
+    start = 0
+    # safetensors' own order: the offsets are part of the text, and their digits of its length
     for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        place, end = [end, end + tensor.nbytes], end + tensor.nbytes
-        told[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-    return len(_header_bytes(name, told))
+        end = start + tensor.nbytes
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    return len(_header_bytes(name, header))
 
 
 def _header_bytes(name: str, header: Mapping[str, Any], before: int = 0) -> bytes:
@@ -109,6 +114,7 @@ def _header_bytes(name: str, header: Mapping[str, Any], before: int = 0) -> byte
 
 
 def _json(value: Any) -> bytes:
+    """JSON without spaces, as safetensors writes it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -119,31 +125,34 @@ def copy_with_metadata(
     overwrite: bool = False,
     remove: Collection[str] = (),
 ) -> bool:
-    """Copy a safetensors file with entries of its header set and removed; the others, and every tensor's bytes, stay.
+    """Copy a safetensors file with entries of its header set and removed.
 
+    The other entries stay, and so does every tensor's bytes. The weights are not loaded. AutoV3 and the
+    hashes that the header stores are of the tensors, so they stay true.
     Returns whether it was written: a target that is this very copy is left as it is.
-    The weights are not loaded. AutoV3 and the hashes that the header stores are of the tensors, so they stay true.
     overwrite: whether another file at `target` may be replaced; the source itself never is.
-    Raises ValueError for a damaged source, a target that exists, or a header that would grow above `MOST_HEADER`;
-    KeyError for an entry to remove that is not there; OSError naming the target when it cannot be written, and then no
-    part of the file is left.
+    Raises ValueError for a damaged source, a target that exists, or a header that would grow above
+    `MOST_HEADER`; KeyError for an entry to remove that is not there; OSError naming the target when it cannot
+    be written, and then no part of the file is left.
     """
     read_header(source)
     _check_target(source, target)
     text = header_text(source)
     header = json.loads(text)
-    told = (header.pop("__metadata__", None) or {}) | dict(metadata)
+    entries = (header.pop("__metadata__", None) or {}) | dict(metadata)
     for key in remove:
-        del told[key]
-    new = _header_bytes(source.name, {"__metadata__": told, **header}, before=len(text))
-    new, tensors = struct.pack("<Q", len(new)) + new, 8 + len(text)
-    if _is_copy(target, new, source, tensors):
+        del entries[key]
+    new_text = _header_bytes(source.name, {"__metadata__": entries, **header}, before=len(text))
+    new_head = struct.pack("<Q", len(new_text)) + new_text
+    tensors = 8 + len(text)  # the byte where they begin in the source
+
+    if _is_copy(target, new_head, source, tensors):
         return False
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already: choose another name, or switch overwrite on.")
     try:
         with written_whole(target) as part, source.open("rb") as old, part.open("wb") as file:
-            file.write(new)
+            file.write(new_head)
             old.seek(tensors)
             shutil.copyfileobj(old, file, BLOCK)
     except OSError as error:
@@ -167,6 +176,7 @@ def _is_copy(target: Path, header: bytes, source: Path, tensors: int) -> bool:
 
 
 def _check_target(source: Path, target: Path) -> None:
+    """Raise ValueError for a target that is the source itself, or of another format by its name."""
     if target.suffix.lower() != ".safetensors":
         raise ValueError(f"{target.name} must end in .safetensors: a copy in no other format is made.")
     if target.exists() and target.samefile(source):

@@ -1,4 +1,14 @@
-"""For every test: the repository root is not importable as bare folders, runs are repeatable, and skips are named."""
+"""For every test: the repository root is not importable as bare folders, runs are repeatable, skips are named, and two
+tiers.
+
+The fast tier, `make check`, leaves out what is marked `host`, `web` or `slow`; `make test` runs all. Nobody marks a
+test `slow`: support/tiers.py reads what a test and its fixtures call, and one that trains more than once, starts a
+process or compiles is slow. While the others run support/guard.py watches them: one that starts a process or trains
+twice all the same, or takes more than 5 s of its own CPU time, fails with a sentence that says what to do.
+
+With `-n`, support/spread.py gives each worker whole groups, the longest first: the tests of a host, those in its
+browser, and those of a file that share a fixture; every other test is a group of its own.
+"""
 
 import os
 import re
@@ -11,6 +21,8 @@ import pytest
 from host.fixtures import models as models  # for tests/host and tests/web: one server for both
 from host.fixtures import picture as picture
 from host.fixtures import server as server
+from support.guard import Tiers
+from support.spread import Spread
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,6 +31,11 @@ NEEDS = {"web": "Chromium and a ComfyUI (set CHROMIUM, COMFYUI_PATH)", "host": "
 LACKING = re.compile("no (ComfyUI|Playwright|Chromium) found")  # other tests are skipped for what the host is
 # With the root on sys.path (`python -m pytest`), our nodes/ folder would shadow the host's module `nodes`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Tiers(), "tiers")
+    config.pluginmanager.register(Spread(), "spread")
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,9 @@
 
     python -m phased_consistency.trainer.comfy [--out out/comfy] [--port 8188]
 
-ComfyUI is the one in $COMFYUI_PATH, else the one that this pack is in, else comfy-cli's in its default place; where
-there is none, comfy-cli installs it there. It runs on `out` as its --base-directory, so nothing of its own changes.
-Ctrl-C ends it.
+ComfyUI is the one in $COMFYUI_PATH, else the one that this pack is in, else comfy-cli's in its default place;
+where there is none, comfy-cli installs it there. It runs on `out` as its --base-directory, so nothing of its
+own changes. Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Its log is {log}. Ctrl-C ends it."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start it and stay until it ends; returns 0, or with a sentence 1 or 2 as `pcm` does."""
+    """Start ComfyUI and stay until it ends; returns 0, or after a sentence on what failed 1 or 2, as `pcm` does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/comfy"), help="its --base-directory")
     parser.add_argument("--port", type=int, default=8188, help="if it is in use, the next free one")
@@ -67,22 +67,26 @@ def serve(base: Path, port: int) -> int:
 
 def find() -> Path | None:
     """The first ComfyUI on this machine. Raises ValueError when $COMFYUI_PATH names none."""
-    found, named, around = hosts(), os.environ.get("COMFYUI_PATH"), PACK.parents[1]
-    if named and not found:
+    installed, named = hosts(), os.environ.get("COMFYUI_PATH")
+    if named and not installed:
         raise ValueError(
             f"COMFYUI_PATH is {named}, where there is no main.py. Set it to the folder of a ComfyUI, or unset it."
         )
+
+    # the one that this pack is in, unless the user names another
+    around = PACK.parents[1]
     if not named and PACK.parent.name == "custom_nodes" and (around / "main.py").is_file():
         return around
-    return next(iter(found), None)
+    return next(iter(installed), None)
 
 
 def prepare(base: Path) -> None:
-    """Lay out what ComfyUI is to run on: this pack, the demo's checkpoint and LoRA.
+    """Lay out ComfyUI's base directory: this pack, the demo's checkpoint and LoRA.
 
     Raises ValueError where another copy of the pack is in the way.
     """
     place = base / "custom_nodes" / NAME
+    # before anything is written: a copy that was not made here may hold the user's work
     if place.is_dir() and not place.is_symlink() and place.resolve() != PACK and not (place / COPIED).is_file():
         raise ValueError(f"{place} is another copy of the pack. Choose another folder with --out, or move it away.")
     write_files(base, overwrite=True)
@@ -96,9 +100,11 @@ def prepare(base: Path) -> None:
 
 
 def _link_or_copy(place: Path, base: Path) -> None:
+    """Make the pack appear at `place`, as a link, or where there can be none as a copy."""
+
     def left_out(folder: str, names: list[str]) -> set[str]:
-        own = {name for name in names if Path(folder, name).resolve() == base}
-        return own | shutil.ignore_patterns(*LEFT_OUT)(folder, names)
+        target = {name for name in names if Path(folder, name).resolve() == base}  # never the copy into itself
+        return target | shutil.ignore_patterns(*LEFT_OUT)(folder, names)
 
     try:
         place.symlink_to(PACK, target_is_directory=True)
@@ -122,13 +128,14 @@ def install(folder: Path, tools: Path) -> Path:
 
 
 def device_option() -> str:
-    """What comfy-cli is to install torch for, as far as can be told."""
+    """comfy-cli's option for the device that torch is installed for, as far as can be told."""
     if shutil.which("nvidia-smi"):
         return "--nvidia"
     return "--m-series" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "--cpu"
 
 
 def _run(*command: str) -> None:
+    """Run a command. Raises RuntimeError where it fails."""
     if status := subprocess.run(command, env=environment(DO_NOT_TRACK="1")).returncode:
         raise RuntimeError(
             f"This failed with status {status}: {' '.join(command)}. See above why; or install ComfyUI in any other "

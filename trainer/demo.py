@@ -2,8 +2,8 @@
 
     python -m phased_consistency.trainer.demo [--seed 0] [--out out/demo] [key=value ...]
 
-Writes lora.safetensors, grid.png and report.json. The run is the preset "demo"; the report's prompts and noises are not
-those of the training.
+Writes lora.safetensors, grid.png and report.json. The run is the preset "demo"; the report's prompts and
+noises are not those of the training.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from torch import Tensor
 
 from .config.config import Config
 from .config.load import load_config
-from .data.prompts import read_prompts
-from .evaluation.trial import Setting, Trial, compare
+from .evaluation.contestants import unseen_scenes
+from .evaluation.trial import Row, Setting, Trial, compare
 from .families import load_base
 from .lora.install import installed
 from .pictures import draw_grid, save_image
 from .reporting.progress import ProgressBar
 from .system.files import write_text
-from .tiny.bundled import own_prompts
-from .tiny.scenes import Scene, follows_prompt, held_out_scenes
+from .tiny.scenes import Scene, follows_prompt
 from .training.loop import train
 
 SETTINGS = [
     *(Setting("teacher", steps, 4.0) for steps in (40, 4, 2)),
     *(Setting("lora", steps, 1.0) for steps in (1, 2, 4, 8)),
 ]
-# The base at 4 steps without guidance: what a LoRA that had learnt nothing would give.
+# The base at 4 steps without guidance: a LoRA that had learnt nothing would give the same.
 UNTRAINED = Setting("teacher", 4, 1.0)
-# What the LoRA at 4 steps is measured by: figure, against which teacher row, at most this ratio.
+# Goals of the LoRA at 4 steps: figure, steps of the guided teacher that it is divided by that of, greatest ratio.
 GOALS = (("paired_error", 4, 0.6), ("distance", 4, 0.35), ("paired_error", 2, 0.3))
 
 
@@ -50,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = [f"train.seed={args.seed}", f"output={args.out / 'run'}", *args.overrides]
     config = load_config(overrides=settings, preset="demo")
+
     started = time.monotonic()
     with ProgressBar() as bar:
         lora = train(config, bar)
@@ -70,14 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(config: Config, out: Path, number: int) -> dict:
     """Write grid.png and return the report of out/lora.safetensors on `number` held-out prompts."""
     base = load_base(config.base.path)
-    scenes = held_out_scenes(number, set(read_prompts(own_prompts(config.base.path))))
-    prompts = [s.caption for s in scenes]
+    scenes = unseen_scenes(config.base.path, number)
+    prompts = [scene.caption for scene in scenes]
     trial = Trial.of(base, prompts, seed=1234)
     with installed(out / "lora.safetensors", base) as recipe:
         rows, latents = compare([*SETTINGS, UNTRAINED], base, recipe, trial)
+
     pictures = [base.decode(x) for x in latents]
-    shown = [(s.label, p[:8]) for s, p in zip(SETTINGS, pictures[:-1], strict=True)]
-    save_image(draw_grid(shown, prompts[:8]), out / "grid.png")
+    grid = [(s.label, p[:8]) for s, p in zip(SETTINGS, pictures[:-1], strict=True)]
+    save_image(draw_grid(grid, prompts[:8]), out / "grid.png")
+
     *figures, untrained = (
         r.as_dict() | {"prompt_followed": _followed(scenes, p)} for r, p in zip(rows, pictures, strict=True)
     )
@@ -101,7 +103,8 @@ def table(report: dict) -> str:
     return "\n".join([head, *lines, *goals])
 
 
-def _goal(rows: list, figure: str, teacher_steps: int, at_most: float) -> dict:
+def _goal(rows: list[Row], figure: str, teacher_steps: int, at_most: float) -> dict:
+    """The LoRA's figure at 4 steps over the guided teacher's, and whether that is at most so much."""
     lora = next(r for r in rows if r.name == "lora" and r.steps == 4)
     teacher = next(r for r in rows if r.name == "teacher" and r.steps == teacher_steps and r.guidance > 1)
     ratio = getattr(lora, figure) / getattr(teacher, figure)
@@ -110,6 +113,7 @@ def _goal(rows: list, figure: str, teacher_steps: int, at_most: float) -> dict:
 
 
 def _followed(scenes: list[Scene], pictures: Tensor) -> float:
+    """The share of the pictures that show their scenes."""
     return sum(follows_prompt(s, p) for s, p in zip(scenes, pictures, strict=True)) / len(scenes)
 
 

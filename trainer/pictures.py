@@ -1,4 +1,4 @@
-"""Picture files in and out: the kinds in `KINDS`, as RGB in [0, 1] with the transparency kept; PNGs."""
+"""Picture files in and out: the kinds in `KINDS` as tensors in [0, 1], RGB with the transparency kept; grids; PNGs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from ..samplers.writing import written_whole
 
-# What is read, whatever a file is called: Pillow knows kinds that run programs (EPS), too.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-LABEL_WIDTH, CAPTION_HEIGHT, GAP = 132, 44, 4
-
+# Kinds of files that are read, whatever they are called: others start programs (EPS) or are of no use.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # for training
+KINDS = (*FORMATS, "GIF", "TIFF")  # for editing
+LABEL_WIDTH, CAPTION_HEIGHT, GAP = 132, 44, 4  # of a grid, in pixels
 COLUMNS = 8  # of a sheet
-KINDS = (*FORMATS, "GIF", "TIFF")  # others start programs (EPS) or are of no use
 
 
 class Pictures(NamedTuple):
-    """files: where they came from. pixels: (B, 3, H, W) in [0, 1], with a fourth channel where any has transparency.
-    profiles: the ICC profile of each, or None.
+    """Pictures of one size, from files.
+
+    files: where they came from. pixels: (B, 3, H, W) in [0, 1], with a fourth channel where any has
+    transparency. profiles: the ICC profile of each, or None.
     """
 
     files: list[Path]
@@ -34,7 +35,7 @@ class Pictures(NamedTuple):
 
 
 def read_pictures(files: list[Path]) -> Pictures:
-    """Picture files of one size, turned as their EXIF orientation says; of an animated one the first frame.
+    """Read picture files of one size, turned as their EXIF orientation says; an animated one's first frame.
 
     Raises FileNotFoundError for a missing one and ValueError for one that cannot be read, and for several sizes.
     """
@@ -50,7 +51,7 @@ def read_pictures(files: list[Path]) -> Pictures:
 
 
 def read_masks(files: list[Path]) -> Tensor:
-    """(B, 1, H, W) in [0, 1] how light these pictures are; transparent parts are dark. Raises as `read_pictures`."""
+    """(B, 1, H, W) how light these pictures are, in [0, 1]; transparent parts are dark. Raises as `read_pictures`."""
     pixels = read_pictures(files).pixels
     opacity = pixels[:, 3:] if pixels.shape[1] == 4 else 1.0
     return pixels[:, :3].mean(1, keepdim=True) * opacity
@@ -67,6 +68,7 @@ def with_mask(pictures: Pictures, masks: list[Path] | None) -> tuple[Tensor, Ten
                 f"{len(masks)} masks for {len(pictures.files)} pictures: give one mask, or one for each picture."
             )
         return pictures.pixels, read_masks(masks)
+
     pixels, alpha = pictures.pixels[:, :3], pictures.pixels[:, 3:]
     if not alpha.numel() or alpha.min() == 1:
         raise ValueError(
@@ -77,7 +79,7 @@ def with_mask(pictures: Pictures, masks: list[Path] | None) -> tuple[Tensor, Ten
 
 
 def hole_notes(hole: Tensor) -> list[str]:
-    """What to say of holes (B, 1, H, W) that are empty, or all of the picture."""
+    """A sentence on each of the holes (B, 1, H, W) that is empty, or all of its picture."""
     notes = []
     for i, share in enumerate(hole.flatten(1).mean(1).tolist(), 1):
         which = f" of picture {i}" if len(hole) > 1 else ""
@@ -97,7 +99,8 @@ def write_pictures(pixels: Tensor, files: list[Path], profiles: Sequence[bytes |
 
 
 def numbered(out: Path, number: int) -> list[Path]:
-    """out_1.png, out_2.png, ...; with more digits from 10 on, so that names sort."""
+    """The names out_1.png, out_2.png, ... up to `number`; with more digits where there are 10 or more, so
+    that they sort."""
     width = len(str(number))
     return [out.with_stem(f"{out.stem}_{i:0{width}d}") for i in range(1, number + 1)]
 
@@ -111,6 +114,7 @@ def sheet(frames: Tensor) -> Tensor:
 
 
 def _opened(file: Path) -> Image.Image:
+    """A picture file, upright. Raises as `read_pictures`."""
     if not file.is_file():
         raise FileNotFoundError(f"No file at {file}.")
     try:
@@ -138,32 +142,35 @@ def _pixels(image: Image.Image, file: Path, alpha: bool) -> Tensor:
 
 
 def draw_grid(rows: list[tuple[str, Tensor]], captions: list[str], cell: int | None = None) -> Image.Image:
-    """One row of pictures a setting: (label, pixels (B, 3, H, W) in [0, 1]); captions: one a column, drawn above.
+    """A grid with a row for each (label, pixels (B, 3, H, W) in [0, 1]), and a column for each caption, drawn above.
 
     cell: side to draw the pictures at; default: their own, but at least 96 so that captions fit.
     """
     side = cell or max(96, rows[0][1].shape[-1])
     columns = len(captions)
     size = (LABEL_WIDTH + columns * (side + GAP), CAPTION_HEIGHT + len(rows) * (side + GAP))
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    font, small_font = ImageFont.load_default(12), ImageFont.load_default(10)
+
     letters = max(8, side // 6)
     for j, caption in enumerate(captions):
         lines = textwrap.wrap(caption, letters)
         text = "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
-        place, small = (LABEL_WIDTH + j * (side + GAP), 2), ImageFont.load_default(10)
-        pen.multiline_text(place, text, fill="black", font=small, spacing=1)
+        place = (LABEL_WIDTH + j * (side + GAP), 2)
+        pen.multiline_text(place, text, fill="black", font=small_font, spacing=1)
+
     for i, (label, pixels) in enumerate(rows):
         top = CAPTION_HEIGHT + i * (side + GAP)
         pen.multiline_text((6, top + side // 2 - 14), label, fill="black", font=font)
         for j, picture in enumerate(pixels[:columns]):
             image = to_image(picture).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(image, (LABEL_WIDTH + j * (side + GAP), top))
-    return sheet
+            grid.paste(image, (LABEL_WIDTH + j * (side + GAP), top))
+    return grid
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, or 4 with transparency, H, W) in [0, 1] -> picture."""
+    """The picture of pixels (3, or 4 with transparency, H, W) in [0, 1]."""
     return Image.fromarray(pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 

@@ -11,7 +11,7 @@ from host.test_editing import drawn, from_file, odd_vae
 from host.test_flow import sd3
 from host.test_sampling import LATENT_SCALE as SD15_SCALE
 from phased_consistency.samplers import FlowSchedule, PhaseGrid, VPSchedule
-from phased_consistency.samplers.editing import denoise_plan, estimated_noise, noise_to_signal
+from phased_consistency.samplers.editing import denoise_plan, estimated_noise, k_noise_to_signal
 from phased_consistency.trainer.tiny.single_file import LATENT_SCALE as SD3_SCALE
 
 SCALE = {"sd15": SD15_SCALE, "sd3": SD3_SCALE}
@@ -105,7 +105,7 @@ def test_denoising_enters_at_the_level_that_is_as_noisy(server, family):
 
     schedule = VPSchedule.from_betas() if family == "sd15" else FlowSchedule(3.0)
     plan = denoise_plan(PhaseGrid(40 if family == "sd15" else 100, 4), schedule, ratio)
-    missing = (1 - (ratio / noise_to_signal(schedule)[plan.ticks[0]].item()) ** 2) ** 0.5
+    missing = (1 - (ratio / k_noise_to_signal(schedule)[plan.ticks[0]].item()) ** 2) ** 0.5
     assert 0.05 < missing < 0.999 and plan.steps >= 1
     sigmas = " ".join(map(repr, schedule.k_sigma(plan.ticks).tolist()))
     start = graph.add("TestNoise", seed=7, amount=missing, sigmas=sigmas)

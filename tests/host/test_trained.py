@@ -91,7 +91,7 @@ def trained(request, models, tmp_path_factory) -> SimpleNamespace:
     (models.folder / "loras" / lora.name).write_bytes(lora.read_bytes())
     encodings = {f"{i} {k}": v for i, p in enumerate(PROMPTS) for k, v in base.encode_prompts([p]).items()}
     save_file(encodings, folder / "encodings.safetensors")
-    recipe = recipe_for(config, base)
+    recipe = recipe_for(config, base.facts)
     return SimpleNamespace(kind=kind, base=base, lora=lora, recipe=recipe, encodings=folder / "encodings.safetensors")
 
 
@@ -134,7 +134,7 @@ def test_the_host_draws_what_the_trainer_draws(server, trained, steps, guidance)
 
 @WITH_VAE
 def test_the_gallerys_baseline_is_the_hosts_masked_latent(server, trained):
-    """Core's VAE Encode, Set Latent Noise Mask and euler, which docs/measurements/editing.md compares PCM Inpaint with."""
+    """Core's VAE Encode, Set Latent Noise Mask and euler, beside PCM Inpaint in docs/measurements/editing.md."""
     _, checkpoint, in_model_units = KINDS[trained.kind]
     graph, links = loaded(trained.lora.name, checkpoint)
     prompts_of(graph, links, trained)

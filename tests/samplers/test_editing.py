@@ -19,8 +19,8 @@ from phased_consistency.samplers.editing import (
     estimated_noise,
     extended,
     finish,
+    k_noise_to_signal,
     latent_noise,
-    noise_to_signal,
     noised,
     slerp,
     slerped,
@@ -237,7 +237,7 @@ def test_at_the_noisiest_level_the_network_sees_the_noise_whole(schedule):
 def test_strokes_take_two_levels_of_the_papers_ratio(schedule):
     """One phase: sigma / alpha falls to 2.24 / 5.38, up to the grid; SD1.5's at strength 0.75 are 4.08 and 1.70."""
     plan = stroke_plan(PhaseGrid(1000, 1), schedule, 0.75)
-    ratios = noise_to_signal(schedule)[list(plan.ticks)]
+    ratios = k_noise_to_signal(schedule)[list(plan.ticks)]
     assert plan.ticks[0] == 750 and len(plan.ticks) == 3 and plan.denoise == 0.75
     assert (ratios[1] / ratios[0]).item() == pytest.approx(2.24 / 5.38, abs=0.002)
     if schedule is VP:
@@ -248,7 +248,7 @@ def test_strokes_from_pure_noise_take_two_levels_too():
     """Where a flow model's ratio is infinite, SD's last is taken: 14.6, and 6.08 after it."""
     start, second, end = stroke_plan(PhaseGrid(1000, 1), FLOW, 1.0).ticks
     assert (start, end) == (1000, 0)
-    assert noise_to_signal(FLOW)[second].item() == pytest.approx(0.416 * 14.6, abs=0.05)
+    assert k_noise_to_signal(FLOW)[second].item() == pytest.approx(0.416 * 14.6, abs=0.05)
 
 
 def test_strokes_keep_to_the_phases_where_there_are_some():
@@ -260,7 +260,7 @@ def test_strokes_keep_to_the_phases_where_there_are_some():
 
 @SCHEDULES
 def test_denoising_starts_at_the_first_level_that_is_as_noisy(schedule):
-    grid, ratios = PhaseGrid(40, 4), noise_to_signal(schedule)
+    grid, ratios = PhaseGrid(40, 4), k_noise_to_signal(schedule)
     for start, after in ((3, (0,)), (250, (0,)), (251, (250, 0)), (907, (750, 500, 250, 0))):
         for ratio in (ratios[start], ratios[start] * 0.9999):
             assert denoise_plan(grid, schedule, ratio.item() * (1 - 1e-6)).ticks == (start, *after)
@@ -270,7 +270,7 @@ def test_denoising_starts_at_the_first_level_that_is_as_noisy(schedule):
 
 
 def test_steps_that_the_phases_leave_no_room_for_are_said():
-    grid, ratio = PhaseGrid(40, 4), noise_to_signal(VP)[300].item() * 0.9999
+    grid, ratio = PhaseGrid(40, 4), k_noise_to_signal(VP)[300].item() * 0.9999
     assert denoise_plan(grid, VP, ratio).notes == denoise_plan(grid, VP, ratio, 2).notes == ()
     assert denoise_plan(grid, VP, ratio, 4).notes == ("From the level of this noise on there are 2 steps, not 4.",)
 
@@ -280,7 +280,7 @@ def test_what_a_latent_lacks_of_its_level_is_put_in(schedule):
     """Its own noise and the share that is added make up the level's, in variance."""
     grey = torch.full((1, 3, 256, 256), 0.5)
     plan, share = denoising(NoVae(), grey, 0.1, PhaseGrid(40, 4), schedule)
-    below, level = noise_to_signal(schedule)[plan.ticks[0] - 1 : plan.ticks[0] + 1].tolist()
+    below, level = k_noise_to_signal(schedule)[plan.ticks[0] - 1 : plan.ticks[0] + 1].tolist()
     assert below < 0.1 * 1.01 and plan.ticks[1:] == (0,)
     assert (0.1**2 + (share * level) ** 2) ** 0.5 == pytest.approx(level, rel=0.02)
     assert denoising(NoVae(), grey, 0.0, PhaseGrid(40, 4), schedule)[1] == 0

@@ -22,20 +22,21 @@ from .measure import PASSES, alive_bytes, flops, passes_counted, peak_bytes
 from .reference import Reference, check_reference
 from .report import machine, peak_flops
 
-ROUNDS = 10
-# Updates beside those that are timed: one for its operations, one for its memory.
+ROUNDS = 10  # at most, in which the loops take turns
+# Updates beside those that are timed: in one operations are counted, in one memory.
 COUNTED = 2
 
 
 def bench(
     config: Config, *, updates: int = 20, warmup: int = 3, reference: bool = True, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Measure what the run's updates take, and those of the reference loop beside it; nothing is kept of them.
+    """Measure the updates of a run, and those of the reference loop beside them; nothing is kept of the run.
 
-    updates, warmup: timed, and before; each of both loops. A run with an adversary is measured without it as well,
-    where its objective can do without. Without data.cache and pictures the teacher makes two batches of latents.
-    The result is ready for JSON: "machine", "settings", and for "plain" and "adversarial" each loop's figures (those
-    of one update of the student; passes for each of its samples) and the ratios of ours to the reference's.
+    updates, warmup: how many of each loop are timed, and how many come before. A run with an adversary is
+    measured without it as well, where its objective can do without. Without data.cache and pictures the
+    teacher makes two batches of latents. The result is JSON-ready: "machine", "settings", and for "plain" and
+    "adversarial" each loop's figures (those of one update of the student; passes for each of its samples) and
+    the ratios of ours to the reference's.
 
     Raises ValueError for an objective or a device that cannot be compared, and what a run raises.
     """
@@ -47,20 +48,24 @@ def bench(
         )
     if reference:
         check_reference(config)
-    reporter, kinds = reporter or Reporter(), {}
+
+    reporter = reporter or Reporter()
+    results = {}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the cache's files are mapped
-        for kind, own in _kinds(config, folder, updates + warmup + COUNTED).items():
+        for kind, run_config in _kinds(config, folder, updates + warmup + COUNTED).items():
             reporter.say(f"Measuring {kind} updates.")
-            kinds[kind] = _compare(own, updates, warmup, reference, device, reporter)
-    return {"machine": machine(), "settings": _settings(config, updates, warmup)} | kinds
+            results[kind] = _compare(run_config, updates, warmup, reference, device, reporter)
+    return {"machine": machine(), "settings": _settings(config, updates, warmup)} | results
 
 
 @dataclass
 class Loop:
-    """One of the two, and what was measured of it.
+    """One of the two loops, and its measurements.
 
-    update: one update of the student; prepare: what comes before so many and is not its own time. peak: bytes of the
-    tensors that it holds, at most. rounds: seconds of an update by part, in each round.
+    update: called for one update of the student. prepare: called with the number of the updates that follow,
+    for work that is not the loop's own time. passes: samples by `PASSES`, over the warm-up. flops: operations
+    of an update. peak: bytes of the tensors that it holds, at most. rounds: seconds of an update by part, in
+    each round.
     """
 
     update: Callable[[], object]
@@ -76,11 +81,14 @@ class Loop:
 
     @property
     def seconds(self) -> list[float]:
-        """Of an update, in each round."""
+        """Seconds of an update, in each round."""
         return [sum(parts.values()) for parts in self.rounds]
 
     def examine(self, warmup: int, before: int) -> None:
-        """Warm up, count passes meanwhile, then operations and bytes; before: bytes that others hold."""
+        """Warm up, count passes meanwhile, then operations and bytes.
+
+        before: bytes that were held without this loop.
+        """
         self.prepare(warmup + COUNTED)
         with passes_counted(self.bases) as self.passes:
             for _ in range(warmup):
@@ -101,11 +109,11 @@ class Loop:
         self.rounds.append({name: s / updates for name, s in self.clock.seconds().items()})
 
     def figures(self, config: Config, warmup: int) -> dict[str, Any]:
-        """What the result says of it; times are those of the median round."""
+        """The loop's figures in the result; times are those of the median round."""
         samples = config.train.batch_size * config.train.accumulation
         median = self.rounds[self.seconds.index(statistics.median_low(self.seconds))]
         rate = 1 / sum(median.values())
-        able = peak_flops(self.device) if config.base.dtype != "fp32" else None
+        able = peak_flops(self.device) if config.base.dtype != "fp32" else None  # operations per second
         return {
             "updates_per_second": rate,
             "samples_per_second": rate * samples,
@@ -118,7 +126,10 @@ class Loop:
 
 
 def _kinds(config: Config, folder: str, updates: int) -> dict[str, Config]:
-    """The runs to measure, in `folder`, of at least `updates` each."""
+    """The runs to measure, by kind, in `folder`, of at least `updates` each.
+
+    They are switched to do nothing beside training: no trackers, report, previews or validation.
+    """
     train, data = config.train, config.data
     changes = {
         "train": train.model_copy(update={"trackers": (), "report": False, "steps": max(train.steps, updates)}),
@@ -128,17 +139,19 @@ def _kinds(config: Config, folder: str, updates: int) -> dict[str, Config]:
     if data.cache is None:
         count = data.count if data.images else min(data.count, 2 * train.batch_size)
         changes["data"] = data.model_copy(update={"cache": f"{folder}/cache", "count": count})
+
     kinds = {}
     if config.objective.adversarial != "required":
         kinds["plain"] = {"adversarial": config.adversarial.model_copy(update={"weight": 0.0})}
     if config.adversarial.weight:
         kinds["adversarial"] = {}
     return {
-        kind: config.model_copy(update={**changes, **own, "output": f"{folder}/{kind}"}) for kind, own in kinds.items()
+        kind: config.model_copy(update=changes | more | {"output": f"{folder}/{kind}"}) for kind, more in kinds.items()
     }
 
 
 def _settings(config: Config, updates: int, warmup: int) -> dict[str, Any]:
+    """The settings that figures depend on."""
     train = config.train
     return {
         "base": config.base.path,
@@ -161,18 +174,24 @@ def _settings(config: Config, updates: int, warmup: int) -> dict[str, Any]:
 def _compare(
     config: Config, updates: int, warmup: int, reference: bool, device: torch.device, reporter: Reporter
 ) -> dict[str, Any]:
+    """Measure one kind of updates: each loop's figures, and with the reference the ratios.
+
+    Each loop is examined right after it is made, so that the bytes held by then and not before are its own.
+    """
     before = alive_bytes(device)
     run = Run(config, reporter)
     learners = [p for group in run.trained.optimizer.param_groups for p in group["params"]]
     loops = {"ours": Loop(run.update, lambda _: None, run.clock, [run.base], learners, device)}
     loops["ours"].examine(warmup, before)
+
     if reference:
         before = alive_bytes(device)
         other = Reference(run)
-        learners = [p for own in other.learners.values() for p in own]
+        learners = [p for parameters in other.learners.values() for p in parameters]
         bases = [other.teacher, other.student]
         loops["reference"] = Loop(other.update, other.prepare, other.clock, bases, learners, device)
         loops["reference"].examine(warmup, before)
+
     rounds = min(ROUNDS, updates)
     sizes = [updates // rounds + (i < updates % rounds) for i in range(rounds)]
     for number, size in enumerate(sizes):
@@ -185,7 +204,7 @@ def _compare(
 
 
 def _ratios(figures: dict[str, dict], ours: Loop, other: Loop) -> dict[str, float]:
-    """Ours to the reference's; of speed, the median over the rounds, and the least and the greatest of them."""
+    """Our figures over the reference's; for speed the median over the rounds, and the least and the greatest."""
     speed = [b / a for a, b in zip(ours.seconds, other.seconds, strict=True)]
     return {
         "updates_per_second": statistics.median(speed),

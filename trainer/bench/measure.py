@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..efficiency.activations import LiveBytes
 from ..families import Base
 
-# What is counted, each in samples.
+# The kinds of passes that are counted, each in samples.
 NO_GRADIENT, GRADIENT, FIRST_BLOCKS = "forward without gradient", "forward with gradient", "of both, first blocks only"
 BACKWARD, IMAGES, PROMPTS = "backward", "pictures encoded", "prompts encoded"
 PASSES = (NO_GRADIENT, GRADIENT, FIRST_BLOCKS, BACKWARD, IMAGES, PROMPTS)
@@ -26,23 +26,23 @@ def passes_counted(bases: Iterable[Base]) -> Iterator[Counter[str]]:
 
     A pass that ends before the network's last block, as a discriminator's may, counts as one of the first blocks only.
     """
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
 
     def enters(_, args, kwargs) -> None:
         x = _first(args, kwargs)
-        seen[GRADIENT if torch.is_grad_enabled() else NO_GRADIENT] += len(x)
-        seen[FIRST_BLOCKS] += len(x)
+        counts[GRADIENT if torch.is_grad_enabled() else NO_GRADIENT] += len(x)
+        counts[FIRST_BLOCKS] += len(x)  # taken back where the pass comes to the end
         if x.requires_grad:  # through the network to its input: the body of a discriminator
-            x.register_hook(lambda _: seen.update({BACKWARD: len(x)}))
+            x.register_hook(lambda _: counts.update({BACKWARD: len(x)}))
 
     def leaves(_, args, kwargs, output) -> None:
         x = _first(args, kwargs)
-        seen[FIRST_BLOCKS] -= len(x)
+        counts[FIRST_BLOCKS] -= len(x)
         if output[0].requires_grad and not x.requires_grad:
-            output[0].register_hook(lambda _: seen.update({BACKWARD: len(x)}))
+            output[0].register_hook(lambda _: counts.update({BACKWARD: len(x)}))
 
     def encodes(what: str) -> Callable:
-        return lambda _, args, kwargs: seen.update({what: len(_first(args, kwargs))})
+        return lambda _, args, kwargs: counts.update({what: len(_first(args, kwargs))})
 
     handles = []
     for base in bases:
@@ -53,7 +53,7 @@ def passes_counted(bases: Iterable[Base]) -> Iterator[Counter[str]]:
             encoders.append((IMAGES, base.vae.encoder))
         handles += [m.register_forward_pre_hook(encodes(what), with_kwargs=True) for what, m in encoders]
     try:
-        yield seen
+        yield counts
     finally:
         for handle in handles:
             handle.remove()
@@ -68,15 +68,16 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def alive_bytes(device: torch.device) -> int:
-    """Bytes of all tensors that are held now: what CUDA's allocator says, or on a CPU what Python can reach."""
+    """Bytes of all tensors that are held now, by CUDA's allocator, or on a CPU as far as Python can reach them."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    # exact types: the parts of a quantised weight are tensors too, and what torch.compile leaves holds nothing
-    found = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu"]
+
+    # exact types: the parts of a quantised weight are tensors too, and those that torch.compile leaves hold nothing
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu"]
     # a tensor that no Python object is a view of, such as a parameter's gradient, is not among them
-    found += [o.grad for o in found if o.is_leaf and o.grad is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -86,11 +87,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    made = LiveBytes()
-    with made:
+    live = LiveBytes()
+    with live:
         run()
-    return made.most
+    return live.most
 
 
 def _first(args: tuple, kwargs: dict) -> Tensor:
+    """The first tensor among a module's arguments, which has a row for each sample."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

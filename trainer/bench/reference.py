@@ -1,14 +1,15 @@
 """A training loop built like PCM's published scripts, which ours is measured against.
 
-Two whole networks, a frozen teacher and a student with the LoRA, in fp32 under autocast (SD3's student in base.dtype,
-and its teacher too where there is no discriminator); pictures and prompts encoded in every iteration; the teacher's
-conditional and unconditional passes apart; the target's pass on all rows; AdamW, and the loss read on the host after
-every iteration. A discriminator learns in the even iterations and the student in the odd ones, and in both everything
-is computed, so that an update of the student takes two.
+Two whole networks, a frozen teacher and a student with the LoRA, in fp32 under autocast (SD3's student in
+base.dtype, and its teacher too where there is no discriminator); pictures and prompts encoded in every
+iteration; the teacher's conditional and unconditional passes apart; the target's pass on all rows; AdamW, and
+the loss read on the host after every iteration. A discriminator learns in the even iterations and the student
+in the odd ones, and in both everything is computed, so that an update of the student takes two.
 
-Where the scripts waste without need, this loop does not: the discriminator has our heads (the scripts' for SD1.5 hold
-664 million parameters and run the whole body), frozen weights take no gradient, and pictures are read and drawn
-beforehand, as their data workers do. The mathematics is ours, so that on one batch both loops learn the same.
+Where the scripts waste without need, this loop does not: the discriminator has our heads (the scripts' for
+SD1.5 hold 664 million parameters and run the whole body), frozen weights take no gradient, and pictures are
+read and drawn beforehand, as their data workers do. The mathematics is ours, so that on one batch both loops
+learn the same.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..families.generate import predict
 from ..lora.adapter import Adapter
-from ..objectives import Pair
+from ..objectives import Jumps
 from ..system.clock import Clock
 from ..training.adversary import BETAS, WEIGHT_DECAY, mean_of
 from ..training.engine import Batch
 from ..training.loop import Run
 
-# Pictures that the VAE encodes at a time.
-ENCODED = 8
+ENCODED = 8  # pictures that the VAE encodes at a time
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What data workers hand on: pixels (B, 3, H, W) in [-1, 1] on the CPU, captions, and the step's draws."""
+    """A batch as data workers hand it on.
+
+    pixels: (B, 3, H, W) in [-1, 1] on the CPU. captions: "" where the prompt is dropped. draws: the step's
+    levels, noise and guidance.
+    """
 
     pixels: Tensor
     captions: list[str]
@@ -51,24 +55,27 @@ class Reference:
 
     def __init__(self, run: Run):
         self.run, self.config = run, run.config
-        self.objective, train = self.config.objective, self.config.train
+        self.objective = self.config.objective
         self.device = run.base.device
         self.clock = Clock(self.device)
         self.teacher, self.student = _load(self.config, self.device)
         self.null = self.teacher.null_condition(self.teacher.encode_prompts([""]))
-        lora = self.config.lora
+
+        train, lora = self.config.train, self.config.lora
         self.adapter = Adapter(self.student.network, self.student.lora_targets, lora.rank, lora.alpha, train.seed)
         if train.gradient_checkpointing:
             self.student.network.enable_gradient_checkpointing()
             self.student.network.train()
+
         # what learns, in the order of the iterations that make one update
         self.learners = {"student": self.adapter.parameters()}
         self.optimizers = {"student": self._adamw("student", lr=train.lr, weight_decay=train.weight_decay)}
         if run.engine.adversary:
             self.heads = deepcopy(run.engine.adversary.heads)
             self.learners = {"discriminator": list(self.heads.parameters()), **self.learners}
-            own = {"lr": self.config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS}
-            self.optimizers["discriminator"] = self._adamw("discriminator", **own)
+            self.optimizers["discriminator"] = self._adamw(
+                "discriminator", lr=self.config.adversarial.lr, weight_decay=WEIGHT_DECAY, betas=BETAS
+            )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.base.dtype == "fp16")
         self.pictures: dict[int, Tensor] = {}
         self.drawn = 0
@@ -76,7 +83,7 @@ class Reference:
         self.loss = float("nan")
 
     def prepare(self, updates: int) -> None:
-        """Draw what this many updates will take, which is not the loop's own time."""
+        """Draw the inputs of this many updates, which is not the loop's own time."""
         count = updates * len(self.learners) * self.config.train.accumulation
         self.inputs = iter([self._draw() for _ in range(count)])
 
@@ -86,16 +93,16 @@ class Reference:
             self._iteration(learns)
 
     def encoded(self, inputs: Inputs) -> Batch:
-        """The batch with latents and prompts encoded now."""
+        """The inputs as a batch on the device, with latents and prompts encoded now."""
         draws = inputs.draws.to(self.device)
         with torch.no_grad():
             latents = [self.teacher.encode_images(part) for part in inputs.pixels.split(ENCODED)]
             x0 = torch.cat([mean if std is None else mean + std * torch.randn_like(std) for mean, std in latents])
-            told = self.teacher.encode_prompts(inputs.captions)
-        return replace(draws, x0=x0, condition=draws.condition | told)
+            condition = draws.condition | self.teacher.encode_prompts(inputs.captions)
+        return replace(draws, x0=x0, condition=condition)
 
     def losses(self, batch: Batch, learns: str = "student") -> Tensor:
-        """(B,) what one iteration minimises."""
+        """(B,) the losses that one iteration minimises, of the student or the discriminator."""
         u, r, s = batch.levels.u, batch.levels.r, batch.levels.s
         x_u = jump(batch.x0, batch.noise, *self._level(u))
         with self.clock.part("student"):
@@ -111,8 +118,8 @@ class Reference:
                 fake, real = self._features(student, batch, True), self._features(target, batch, False)
             with self.clock.part("discriminator"):
                 return _hinge(1 + x for x in self.heads(fake)) + _hinge(1 - x for x in self.heads(real))
-        pair = Pair(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
-        distance = self.objective.distance(pair)
+        jumps = Jumps(x_u, x_r, student, target, batch.levels, self.student.schedule, self.student.prediction, 0.0)
+        distance = self.objective.distance(jumps)
         if len(self.learners) == 1:
             return distance
         with self.clock.part("discriminator"):
@@ -120,6 +127,7 @@ class Reference:
         return distance + self.config.adversarial.weight * generator
 
     def _draw(self) -> Inputs:
+        """The next inputs: our run's batch, with its latents decoded to pictures once, and prompts dropped anew."""
         numbers, draws = self.run.batches.at(self.drawn)
         self.drawn += 1
         for n, latent in zip(numbers, draws.x0, strict=True):
@@ -131,14 +139,16 @@ class Reference:
         return Inputs(pixels, captions, draws)
 
     def _iteration(self, learns: str) -> None:
-        parameters, optimizer, parts = self.learners[learns], self.optimizers[learns], self.config.train.accumulation
+        """One step of one optimizer, over as many inputs as gradients are accumulated from."""
+        parameters, optimizer = self.learners[learns], self.optimizers[learns]
+        parts = self.config.train.accumulation
         if len(self.learners) > 1:
             self.heads.requires_grad_(learns == "discriminator")
         for _ in range(parts):
             inputs = next(self.inputs)
             with self.clock.part("data"):
                 batch = self.encoded(inputs)
-            with self.run.accelerator.autocast():
+            with self.run.processes.accelerator.autocast():
                 loss = self.losses(batch, learns).mean() / parts
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()
@@ -158,6 +168,7 @@ class Reference:
         return torch.optim.AdamW(self.learners[learner], **settings)
 
     def _solver_step(self, x: Tensor, u: Tensor, r: Tensor, batch: Batch) -> Tensor:
+        """x at ticks u taken to ticks r by the teacher's DDIM step, the passes of its guidance apart."""
         x0, eps = predict(self.teacher, x, u, batch.condition)
         if batch.guidance is not None:
             null = {name: row.expand_as(batch.condition[name]) for name, row in self.null.items()}
@@ -167,15 +178,18 @@ class Reference:
         return jump(x0, eps, *self._level(r))
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, batch: Batch) -> Tensor:
+        """x at these ticks taken to the others by the student."""
         return jump(*predict(self.student, x, tick, batch.condition, self.objective.clamp()), *self._level(to))
 
     def _features(self, x: Tensor, batch: Batch, fake: bool) -> list[Tensor]:
+        """The teacher's features of a student's, or a target's, points, noised to the levels that are judged."""
         judged = batch.judged
         noise = judged.student_noise if fake else judged.target_noise
         point = renoise(x, noise, *self._level(batch.levels.s), *self._level(judged.tick))
         return self.teacher.features(point, judged.tick, batch.condition)
 
     def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at these ticks."""
         return self.teacher.schedule.alpha(tick), self.teacher.schedule.sigma(tick)
 
 
@@ -189,23 +203,25 @@ def check_reference(config: Config) -> None:
 
 
 def _load(config: Config, device: torch.device) -> tuple[Base, Base]:
-    """Teacher, with the encoders, and student: two copies of the base."""
+    """(teacher, student): two copies of the base, of which the teacher has the encoders."""
     low, full = DTYPES[config.base.dtype], torch.float32
     options = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
     load = lambda dtype: load_base(config.base.path, dtype=dtype, device=device, **options)  # noqa: E731
     teacher = load(full)
-    is_sd3 = teacher.name == "sd3"
-    if is_sd3 and not config.adversarial.weight:
+    low_student = teacher.published_in_low_precision
+    if low_student and not config.adversarial.weight:
         teacher.network.to(low)
     for encoder in teacher.text_encoders:
         encoder.to(low)
+
     # fp16 overflows in SDXL's VAE
     teacher.vae.to(full if low == full else torch.bfloat16)
-    student = load(low if is_sd3 else full)
+    student = load(low if low_student else full)
     student.drop_encoders()
     student.vae = None
     return teacher, student
 
 
 def _hinge(margins: Iterable[Tensor]) -> Tensor:
+    """(B,) the hinge loss of margins, averaged over the heads."""
     return mean_of([relu(margin) for margin in margins])

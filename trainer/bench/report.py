@@ -1,4 +1,4 @@
-"""What `pcm bench` prints."""
+"""The result of `pcm bench` as text, and the machine it was measured on."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, name)), None)
 
 
-def report(details: dict[str, Any]) -> str:
-    """The result of `bench` for people."""
+def bench_text(details: dict[str, Any]) -> str:
+    """The result of `bench` as text for people."""
     lines = [_line(details["settings"]), _line(details["machine"])]
     for kind in ("plain", "adversarial"):
         if kind in details:
@@ -47,30 +47,31 @@ def _line(facts: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
 
 
-def _table(kind: str, found: dict[str, Any]) -> list[str]:
-    loops = [found[name] for name in ("ours", "reference") if name in found]
-    ratios = found.get("ratios")
+def _table(kind: str, result: dict[str, Any]) -> list[str]:
+    """The lines on one kind of updates: a column for each loop, and their ratio where there are two."""
+    loops = [result[name] for name in ("ours", "reference") if name in result]
+    ratios = result.get("ratios")
 
-    def row(title: str, values: list[float], form: str, ratio: float | None = None) -> str:
-        cells = "".join(f"{value:>12{form}}" for value in values)
+    def row(title: str, numbers: list[float], form: str, ratio: float | None = None) -> str:
+        cells = "".join(f"{number:>12{form}}" for number in numbers)
         return f"{title:34}{cells}" + (f"{ratio:>10.2f}" if ratio is not None else "")
 
-    of = lambda name: [loop[name] for loop in loops]  # noqa: E731
+    values = lambda name: [loop[name] for loop in loops]  # noqa: E731
     ratio = lambda name: ratios and ratios[name]  # noqa: E731
     head = f"{kind:34}{'ours':>12}" + (f"{'reference':>12}{'ratio':>10}" if ratios else "")
     lines = [
         head,
-        row("student updates/s", of("updates_per_second"), ".3f", ratio("updates_per_second")),
-        row("samples/s", of("samples_per_second"), ".2f"),
-        row("GFLOP an update", [v / 1e9 for v in of("flops_per_update")], ".1f", ratio("flops")),
-        row("peak of tensors, MiB", [v / MIB for v in of("peak_bytes")], ".1f", ratio("peak_bytes")),
+        row("student updates/s", values("updates_per_second"), ".3f", ratio("updates_per_second")),
+        row("samples/s", values("samples_per_second"), ".2f"),
+        row("GFLOP an update", [v / 1e9 for v in values("flops_per_update")], ".1f", ratio("flops")),
+        row("peak of tensors, MiB", [v / MIB for v in values("peak_bytes")], ".1f", ratio("peak_bytes")),
     ]
     if loops[0]["utilisation"] is not None:
-        lines.append(row("of the device's FLOP/s", of("utilisation"), ".1%"))
+        lines.append(row("of the device's FLOP/s", values("utilisation"), ".1%"))
     lines.append("passes for a sample of an update")
-    lines += [row(f"  {name}", [p[name] for p in of("passes_per_sample")], ".2f") for name in PASSES]
+    lines += [row(f"  {name}", [passes[name] for passes in values("passes_per_sample")], ".2f") for name in PASSES]
     lines.append("ms an update")
-    times = of("milliseconds")
+    times = values("milliseconds")
     lines += [
         row(f"  {name}", [t.get(name, 0.0) for t in times], ".1f") for name in PARTS if any(name in t for t in times)
     ]

@@ -32,13 +32,13 @@ def bench(
     config = configured(settings, preset, default="demo")
 
     from ..bench.comparison import bench as compare
-    from ..bench.report import report as comparison_text
+    from ..bench.report import bench_text
     from ..reporting.progress import ProgressBar
     from ..system.files import write_text
 
     with ProgressBar() as bar:
         details = compare(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
-    text = comparison_text(details)
+    text = bench_text(details)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
@@ -59,7 +59,7 @@ def bench_data(
     """
     import tempfile
 
-    from ..bench.cache import report as cache_text
+    from ..bench.cache import cache_text
     from ..bench.cache import run as measure
 
     folder.mkdir(parents=True, exist_ok=True)

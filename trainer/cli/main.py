@@ -67,14 +67,14 @@ def train(
     if dry_run:
         from ..training.plan import plan
 
-        details = plan(config)
+        details = plan(config, accept_changes)
         answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
         return
 
     from accelerate import PartialState
 
     from ..reporting.progress import ProgressBar
-    from ..training.loop import RunStopped
+    from ..training.failure import RunStopped
     from ..training.loop import train as run
 
     try:
@@ -101,9 +101,9 @@ def run_page(
 
     Example: pcm report runs/pcm-lora
     """
-    from ..reporting.page import report as write_page
+    from ..reporting.page import write_report
 
-    details = write_page(run, out)
+    details = write_report(run, out)
     answer(details, as_json, details["text"])
 
 

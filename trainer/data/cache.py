@@ -1,9 +1,10 @@
 """Cached latents and prompt encodings: made once, fingerprinted, packed in files that `store` reads.
 
-A cache is a folder named by the fingerprint of everything that decides its content. Each file is written whole or not
-at all, so an interrupted caching goes on where it stopped. Latents keep the VAE's mean and standard deviation, so each
-visit of a picture draws a fresh latent; the teacher's own latents have no spread. First come the latents, shared out
-over the processes; then the first process writes the index; then the prompts are encoded, shared out again.
+A cache is a folder named by the fingerprint of everything that decides its content. Each file is written
+whole or not at all, so an interrupted caching goes on where it stopped. A picture's latent is kept as the
+VAE's mean and standard deviation, so each visit of the picture draws a fresh latent from them; the teacher's
+own latents have no spread. First come the latents, shared out over the processes; then the first process
+writes the index, from which it is known which prompts there are; then these are encoded, shared out again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from ...samplers import PhaseGrid
 from ...samplers.lora_file import read_header
-from ..config.config import Config, DataConfig
+from ..config.config import Config
+from ..config.sections import DataConfig
 from ..families import Base
 from ..families.generate import generate
 from ..system.files import write_tensors
-from ..tiny.bundled import own_prompts as own_prompts
 from .buckets import Buckets, buckets_for
 from .index import count_texts, is_whole, latents_name, pieces_there, texts_of, write_index
 from .prompts import prompts_of
@@ -34,18 +35,20 @@ from .sources import Source, open_source
 from .store import FORMAT, INDEX, SHARD, TEXTS, LatentCache, prompts_name
 
 TEACHER = PhaseGrid(points=1000, phases=1)
-# Of the two latents on which a base's reading is tried: the teacher's steps, and a spread that no scaled latents have.
+# A base's reading is tried on latents made in so many steps, where they have a smaller standard deviation than this.
 TRIAL_STEPS, PLAUSIBLE_STD = 10, 4.0
+# Called with what is cached, how many of it are done, and of how many.
 Progress = Callable[[str, int, int], None]
 
 
 class Share(NamedTuple):
-    """Which part of the work is this process's."""
+    """The part of the work that one of several processes does."""
 
     rank: int = 0
     processes: int = 1
 
     def of(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The numbers whose work is this process's."""
         return (number for number in numbers if number % self.processes == self.rank)
 
 
@@ -59,26 +62,30 @@ def build_cache(
 ) -> LatentCache:
     """Make what is missing of the run's cache and open it.
 
-    progress(what, done, total) is called as it goes. Each process makes its share; wait() returns in each once all have
-    called it. Raises ValueError that lists every unreadable picture and missing caption, unless `data.skip_bad`.
+    progress(what, done, total) is called as it goes. Each process makes its share; wait() returns in each
+    once all have called it. Raises ValueError that lists every unreadable picture and missing caption, unless
+    `data.skip_bad`.
     """
     data, share = config.data, Share(rank, processes)
-    buckets = buckets_for(data.buckets, data.resolution, base) if data.buckets else None
+    buckets = buckets_for(data.buckets, data.resolution, base.latent_shape) if data.buckets else None
+
+    # The first process goes ahead: it takes the files' hashes, which are then there for the others, and
+    # deletes what is damaged before anyone counts what is there.
     if rank > 0:
-        wait()  # while the first process takes the files' hashes and looks at what is there
+        wait()
     source = open_source(config, buckets, write=rank == 0) if data.has_pictures else None
     prompts = None if source else prompts_of(config)
     content = _content(config, base, buckets, source.identity if source else prompts)
     folder = config.cache_folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    parts = len(source.parts) if source else -(-data.count // SHARD)
     damaged = _drop_damaged(folder) if rank == 0 else []
-    there = pieces_there(folder)
-    lacking = [number for number in range(parts) if not is_whole(there.get(number, {}))]
-    if rank == 0 and lacking:
-        (folder / INDEX).unlink(missing_ok=True)  # what is made again may be other than it was
+    parts = len(source.parts) if source else -(-data.count // SHARD)
+    lacking = _lacking(folder, parts)
     if rank == 0:
+        if lacking:
+            (folder / INDEX).unlink(missing_ok=True)  # what is made again may be other than it was
         wait()
+
     missing = list(share.of(lacking))
     bad: list[str] = []
     if source:
@@ -87,11 +94,14 @@ def build_cache(
         _cache_teacher_latents(folder, base, config, prompts, missing, progress)
     wait()
     _check_whole(folder, parts, bad, source)
+
+    # The index numbers the prompts, and the files of their encodings go by these numbers: so it comes before them.
     if rank == 0 and not ((folder / INDEX).is_file() and (folder / TEXTS).is_file()):
         write_index(folder, buckets, listed=isinstance(data.buckets, tuple))
     wait()
     _cache_prompts(folder, base, data.batch_size, share, progress)
     wait()
+
     skipped, notes = (source.skipped, source.notes) if source else ((), ())
     cache = LatentCache(folder, skipped, [*damaged, *notes])
     if not len(cache):
@@ -103,20 +113,31 @@ def build_cache(
 
 
 def _drop_damaged(folder: Path) -> list[str]:
-    """Delete the cache's files that are cut short or have a damaged header, so that they are made again; a sentence on
-    each."""
-    found = []
+    """Delete the cache's files that are cut short or have a damaged header, so that they are made again.
+
+    Returns a sentence on each.
+    """
+    notes = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
             read_header(path)
         except ValueError as error:
-            found.append(f"{str(error).removesuffix(' Get it again.').rstrip('.')}: it is made again")
+            notes.append(f"{str(error).removesuffix(' Get it again.').rstrip('.')}: it is made again")
             path.unlink()
-    return found
+    return notes
+
+
+def _lacking(folder: Path, parts: int) -> list[int]:
+    """The numbers of the parts that are not, or not wholly, in the folder."""
+    pieces = pieces_there(folder)
+    return [number for number in range(parts) if not is_whole(pieces.get(number, {}))]
 
 
 def _content(config: Config, base: Base, buckets: Buckets | None, identity: list[Any]) -> dict[str, Any]:
-    """What decides a cache. identity: of the pictures, or the prompts of which the teacher makes latents."""
+    """All that decides what is in a cache; its hash names the folder.
+
+    identity: what tells the pictures from others, or the prompts of which the teacher makes latents.
+    """
     data = config.data
     content = {"format": FORMAT, "base": base.base_hash, "encoders": base.encoder_settings}
     content |= {"size": buckets or data.resolution, "data": identity}
@@ -129,8 +150,7 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
 
 def _check_whole(folder: Path, parts: int, bad: list[str], source: Source | None) -> None:
     """Raise ValueError for the bad items that kept a piece from being written, and for those of another process."""
-    there = pieces_there(folder)
-    lacking = [number for number in range(parts) if not is_whole(there.get(number, {}))]
+    lacking = _lacking(folder, parts)
     if lacking:
         stop_or_skip(bad, False, f"of {source.name} cannot be used")
         raise ValueError(
@@ -141,7 +161,7 @@ def _check_whole(folder: Path, parts: int, bad: list[str], source: Source | None
 
 @dataclass
 class Piece:
-    """What becomes one file of latents; pictures wait here, by size, until there is a batch of them."""
+    """The pictures that become one file of latents; they wait here, by size, until there is a batch of them."""
 
     base: Base
     batch: int
@@ -153,7 +173,7 @@ class Piece:
     latents: dict[tuple[int, ...], list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
 
     def add(self, caption: str, pixels: Tensor, sizes: Tensor) -> None:
-        """A picture (3, H, W) with its caption and sizes."""
+        """Take a picture (3, H, W) with its caption and its sizes (6,), and encode a batch once there is one."""
         frame = tuple(pixels.shape[1:])
         self.captions.append(caption)
         self.sizes.append(sizes)
@@ -163,6 +183,7 @@ class Piece:
             self._encode(frame)
 
     def _encode(self, frame: tuple[int, ...]) -> None:
+        """Encode the waiting pictures of this height and width. Mean and spread are kept: no latent is drawn yet."""
         mean, std = self.base.encode_images(torch.stack(self.waiting.pop(frame)))
         encoded = mean.half().cpu(), None if std is None else std.half().cpu()
         self.latents.setdefault(frame, []).append(encoded)
@@ -188,8 +209,11 @@ class Piece:
 def write_latents(
     path: Path, tensors: dict[str, Tensor], shapes: list[str], captions: list[str], skipped: list[str]
 ) -> None:
-    """Write one file of latents. tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes
-    ("64x64"), and for each caption, in order, its row of "sizes" (6) and the number of its "shape"."""
+    """Write one file of latents.
+
+    tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes ("64x64"), and for
+    each caption, in order, its row of "sizes" (6) and the number of its "shape".
+    """
     facts = {"captions": captions, "shapes": shapes, "skipped": skipped}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
@@ -213,13 +237,16 @@ def _cache_pictures(
 
     bad: list[str] = []
     for number in parts:
-        part, there, seen = source.parts[number], pieces_there(folder).get(number, {}), 0
+        part, written = source.parts[number], pieces_there(folder).get(number, {})
         items = iter(part.items())
-        item, index = next(items, None), 0
+        item = next(items, None)
+        index = seen = 0
         while item is not None:
-            chunk, piece = chain([item], islice(items, SHARD - 1)), Piece(base, data.batch_size)
+            piece = Piece(base, data.batch_size)
+            chunk = chain([item], islice(items, SHARD - 1))
             # a stream can only be gone through, but the pictures of a piece that is there are not looked at
-            for item, loaded in ahead(load, chunk, data.workers) if index not in there else zip(chunk, repeat(None)):
+            loads = zip(chunk, repeat(None)) if index in written else ahead(load, chunk, data.workers)
+            for item, loaded in loads:
                 seen += 1
                 if isinstance(loaded, ValueError):
                     piece.bad.append(f"{item.name}: {loaded}")
@@ -227,9 +254,10 @@ def _cache_pictures(
                     piece.add(item.caption, *loaded)
                 if loaded and seen % data.batch_size == 0:
                     progress(source.what, part.start + min(seen, part.length), source.total)
-            item = next(items, None)
+
+            item = next(items, None)  # looked at before the piece is written, whose name says whether it is the last
             bad += [] if data.skip_bad else piece.bad
-            if index not in there and (data.skip_bad or not piece.bad):
+            if index not in written and (data.skip_bad or not piece.bad):
                 piece.write(folder / latents_name(number, index, last=item is None))
             index += 1
         if seen % data.batch_size:
@@ -240,30 +268,39 @@ def _cache_pictures(
 def _cache_teacher_latents(
     folder: Path, base: Base, config: Config, prompts: list[str], parts: Iterable[int], progress: Progress
 ) -> None:
-    """The teacher's own pictures: DDIM with guidance from noise that depends only on the sample's number."""
+    """Make the teacher's own latents: DDIM with guidance, from noise that depends only on the sample's number.
+
+    Raises RuntimeError for latents that are not finite, and as `_check_reading`.
+    """
     data = config.data
     null = base.null_condition(base.encode_prompts([""]))
     ticks = TEACHER.plan(data.teacher_steps).ticks
-    shape, side = base.latent_shape(data.resolution), data.resolution
+    side = data.resolution
+    shape = base.latent_shape(side)
     _check_reading(base, prompts[:2], shape)
     name = "x".join(map(str, shape[1:]))
+
     for part in parts:
         start, end = part * SHARD, min((part + 1) * SHARD, data.count)
         captions = [prompts[i % len(prompts)] for i in range(start, end)]
-        latents, batches = [], range(start, end, data.batch_size)
+        batches = range(start, end, data.batch_size)
         # all prompts first, so that encoders and network take turns on the device once
-        asked = [captions[at - start : at - start + data.batch_size] for at in batches]
-        told = [{k: v.cpu() for k, v in base.encode_prompts(some).items()} for some in asked]
-        for at, encoded in zip(batches, told, strict=True):
+        texts = [captions[at - start : at - start + data.batch_size] for at in batches]
+        encodings = [{k: v.cpu() for k, v in base.encode_prompts(batch).items()} for batch in texts]
+
+        latents = []
+        for at, encoding in zip(batches, encodings, strict=True):
             numbers = range(at, min(at + data.batch_size, end))
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in numbers])
-            condition = {k: v.to(base.device) for k, v in encoded.items()}
-            x = generate(base, condition, null, noise, ticks, data.teacher_guidance)
-            if not x.isfinite().all():
+            condition = {k: v.to(base.device) for k, v in encoding.items()}
+            x0 = generate(base, condition, null, noise, ticks, data.teacher_guidance)
+            if not x0.isfinite().all():
                 which = f"The teacher's latents for samples {at} to {numbers[-1]}"
                 raise RuntimeError(f"{which} are not finite. Set base.dtype=fp32, and check the base.")
-            latents.append(x.half().cpu())
+            latents.append(x0.half().cpu())
             progress("teacher's latents", numbers[-1] + 1, data.count)
+
+        # nothing was cropped: original height and width, top and left, height and width of the result
         sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(len(captions), 1)
         tensors = {f"mean.{name}": torch.cat(latents), "sizes": sizes}
         tensors["shape"] = torch.zeros(len(captions), dtype=torch.int16)
@@ -272,10 +309,11 @@ def _cache_teacher_latents(
 
 @torch.no_grad()
 def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for a base that predicts the other of eps and v, before it makes latents that mean nothing.
+    """Raise ValueError for a base that is read as eps and predicts v, or the other way round, before it makes
+    latents that mean nothing.
 
-    Latents made under the wrong reading fit neither, so the trial is on some that the other reading makes: they are
-    good only where that one is right, and far from a standard deviation of 1 where it is not.
+    Latents made under the wrong reading fit neither, so the trial is on some that the other reading makes:
+    they are good only where that one is right, and far from a standard deviation of 1 where it is not.
     """
     other = base.misread()
     if other is None:
@@ -289,6 +327,7 @@ def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) 
 
 
 def _cache_prompts(folder: Path, base: Base, batch: int, share: Share, progress: Progress) -> None:
+    """Encode the prompts of this process's share whose encodings are not there, `batch` at a time."""
     total = count_texts(folder)
     for number in share.of(range(-(-total // SHARD))):
         path = folder / prompts_name(number)
@@ -304,4 +343,5 @@ def _cache_prompts(folder: Path, base: Base, batch: int, share: Share, progress:
 
 
 def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:
+    """The prompts' encodings (B, ...) as they are cached: in fp16, on the CPU."""
     return {k: v.half().cpu() for k, v in base.encode_prompts(prompts).items()}

@@ -20,7 +20,7 @@ from .reading import stop_or_skip
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
-# EXIF's number for how a picture is to be turned; from 5 on it is turned by a quarter.
+# EXIF's tag for how a picture is to be turned; from the value 5 on it is turned by a quarter.
 ORIENTATION, QUARTER = 0x0112, 5
 
 
@@ -43,9 +43,9 @@ class Picture:
 def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]]:
     """Pictures below a folder with their captions, and the skipped ones with the reason.
 
-    A caption is in a text file of the picture's name, or in a metadata.jsonl of the picture's folder or one above it:
-    {"file_name": ..., "text": ...} a line, as in Hugging Face's image folders. Raises ValueError for a missing or empty
-    folder, and for missing, empty or double captions unless `skip_bad`.
+    A caption is in a text file of the picture's name, or in a metadata.jsonl of the picture's folder or one
+    above it: {"file_name": ..., "text": ...} a line, as in Hugging Face's image folders. Raises ValueError
+    for a missing or empty folder, and for missing, empty or double captions unless `skip_bad`.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -53,10 +53,10 @@ def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES)
     if not files:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)}).")
-    told, bad = _read_metadata(root, set(files))
+    captions, bad = _read_metadata(root, set(files))
     pictures = []
     for file in files:
-        caption, problem = _caption(file, told.get(file))
+        caption, problem = _caption(file, captions.get(file))
         if caption:
             pictures.append(Picture(file, caption))
         else:
@@ -69,13 +69,13 @@ def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]
     return pictures, bad
 
 
-def _caption(file: Path, told: str | None) -> tuple[str, str]:
-    """A picture's caption, or what is wrong with it; told: what a metadata.jsonl says."""
+def _caption(file: Path, line: str | None) -> tuple[str, str]:
+    """A picture's caption, "" where it has no good one, and what is wrong then; line: its text in a metadata.jsonl."""
     text = file.with_suffix(".txt")
-    if told is not None:
+    if line is not None:
         if text.is_file():
             return "", f"captions in both {text.name} and {METADATA}"
-        return told.strip(), f"empty caption in {METADATA}"
+        return line.strip(), f"empty caption in {METADATA}"
     try:
         caption = text.read_text(encoding="utf-8-sig").strip()
     except OSError:
@@ -86,13 +86,13 @@ def _caption(file: Path, told: str | None) -> tuple[str, str]:
 
 
 def is_text(caption: str) -> bool:
-    """Whether it can be a caption: UTF-16 read as UTF-8 has zeros, and JSON may hold halves of characters."""
+    """Whether this can be a caption: UTF-16 read as UTF-8 has zeros, and JSON may hold halves of characters."""
     return "\0" not in caption and not any("\ud800" <= c <= "\udfff" for c in caption)
 
 
 def _read_metadata(root: Path, files: set[Path]) -> tuple[dict[Path, str], list[str]]:
     """Captions by picture from every metadata.jsonl below a folder, and the lines that are none, with the reason."""
-    told: dict[Path, str] = {}
+    captions: dict[Path, str] = {}
     bad = []
     for path in sorted(root.rglob(METADATA)):
         for number, name, text in _lines(path):
@@ -101,11 +101,11 @@ def _read_metadata(root: Path, files: set[Path]) -> tuple[dict[Path, str], list[
                 bad.append(f'{where}: not {{"file_name": "...", "text": "..."}}')
             elif (file := path.parent / name) not in files:
                 bad.append(f"{where}: no picture {name}")
-            elif file in told:
+            elif file in captions:
                 bad.append(f"{where}: another caption of {name}")
             else:
-                told[file] = text
-    return told, bad
+                captions[file] = text
+    return captions, bad
 
 
 def _lines(path: Path) -> Iterator[tuple[int, object, object]]:
@@ -122,23 +122,25 @@ def _lines(path: Path) -> Iterator[tuple[int, object, object]]:
 
 
 def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Tensor]:
-    """A picture as (3, H, W) in [-1, 1]: upright, resized to cover its frame (Lanczos), centre cropped, on white; its
-    sizes.
+    """(pixels, sizes) of a picture, upright, resized to cover its frame (Lanczos), cropped at the centre, on white.
 
-    size: side of a square, or the buckets of which it takes the one of nearest aspect ratio.
-    sizes: (6,) original height and width, top and left of the crop (in the resized picture), height and width of the
-    result: SDXL's micro-conditioning (arXiv 2307.01952, Sec. 2.2). Raises ValueError when it cannot be read.
+    size: the frame's side, for a square, or the buckets of which the one of nearest aspect ratio is the
+    frame. pixels: (3, H, W) in [-1, 1]. sizes: (6,) original height and width, top and left of the crop (in
+    the resized picture), height and width of the result: SDXL's micro-conditioning (arXiv 2307.01952, Sec.
+    2.2). Raises ValueError when it cannot be read.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
             image = _in_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise ValueError(f"cannot be read ({brief(error)})") from error
+
     width, height = image.size
     frame = size.nearest(width, height) if isinstance(size, Buckets) else (size, size)
     scale = max(to / side for to, side in zip(frame, image.size, strict=True))
     covering = [max(to, round(side * scale)) for to, side in zip(frame, image.size, strict=True)]
     left, top = ((side - to) // 2 for side, to in zip(covering, frame, strict=True))
+
     # only what stays is resized: a line of pixels that covers the frame would be of any length
     across, down = width / covering[0], height / covering[1]
     box = left * across, top * down, min(width, (left + frame[0]) * across), min(height, (top + frame[1]) * down)
@@ -148,8 +150,8 @@ def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Ten
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB, on white where it is transparent; of 16 bits the upper 8, as Pillow takes them of coloured
-    ones."""
+    """The picture in RGB, on white where it is transparent. Grey of 16 bits keeps its upper 8, as Pillow does
+    it with coloured pictures."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in ("RGBA", "LA", "P"):
@@ -161,7 +163,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 
 
 def aspect_of(path: Path) -> float | None:
-    """Width by height of a picture held upright, from the file's header; None where that cannot be read."""
+    """Width over height of a picture held upright, from the file's header; None where that cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size

@@ -1,4 +1,4 @@
-"""Which samples training never sees: decided by the seed and the cache alone."""
+"""The samples that training never sees: decided by the seed and the cache alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 
 from .order import shuffled
 
-# Fewer samples than this are all needed for training; of more, at most one in SHARE is held out.
+# Fewer than LEAST samples are all needed for training; of more, at most one in SHARE is held out.
 LEAST, SHARE = 20, 10
-HELD_OUT = -1  # in a seed, where positions of the stream are from 0 on
+# Marks this shuffling's seed, in the place where those of the stream have a position from 0 on.
+HELD_OUT = -1
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """samples: their numbers, ascending; known: how many of them have a caption that training sees too."""
+    """The samples that training never sees.
+
+    samples: their numbers, ascending. known: how many of them have a caption that training sees too.
+    """
 
     samples: NDArray = field(default_factory=lambda: np.empty(0, np.int64))
     known: int = 0
@@ -28,57 +32,62 @@ class HeldOut:
     def __iter__(self) -> Iterator[int]:
         return iter(self.samples.tolist())
 
-    def sentence(self, asked: int, there: int) -> str:
-        """What became of `asked` held-out samples among those that are `there`; empty where none was asked for."""
-        if not asked:
+    def sentence(self, wanted: int, total: int) -> str:
+        """How many of `total` samples are held out, where `wanted` of them should be; "" where none should."""
+        if not wanted:
             return ""
         if not len(self):
-            return f"None of the {there} samples is held out: that takes {LEAST} or more."
+            return f"None of the {total} samples is held out: that takes {LEAST} or more."
         known = f"; training sees the captions of {self.known} of them" if self.known else ""
-        return f"{len(self)} of {there} samples are held out{known}."
+        return f"{len(self)} of {total} samples are held out{known}."
 
 
-def most_held_out(there: int, asked: int) -> int:
-    """How many samples of those that are there can be held out."""
-    return min(asked, there // SHARE) if there >= LEAST else 0
+def most_held_out(total: int, wanted: int) -> int:
+    """How many of `total` samples are held out at most, where `wanted` of them should be."""
+    return min(wanted, total // SHARE) if total >= LEAST else 0
 
 
 def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int) -> HeldOut:
-    """Up to `count` samples, with all others of their captions, so that training sees neither.
+    """Hold out up to `count` samples, each with all others of its caption, so that training sees neither.
 
-    prompts: (N,) each sample's prompt, by number. buckets: sample numbers by latent shape; none is emptied.
-    Captions that too many samples share are not held out whole. Where the others give less than half of `count`, single
-    samples make up for it.
+    prompts: (N,) the number of each sample's prompt. buckets: sample numbers by latent shape; none is
+    emptied. A caption that too many samples share is not held out. Where the others give less than half of
+    `count`, single samples make up for it.
     """
-    there = len(prompts)
-    count = most_held_out(there, count)
+    total = len(prompts)
+    count = most_held_out(total, count)
     if not count:
         return HeldOut()
-    bucket = np.empty(there, np.int64)
+
+    bucket = np.empty(total, np.int64)
     for number, samples in enumerate(buckets):
         bucket[samples] = number
-    left, taken = np.bincount(bucket), []
+    remaining = np.bincount(bucket)
+    chosen: list[int] = []
 
     def take(samples: NDArray) -> None:
-        nonlocal left
-        after = left - np.bincount(bucket[samples], minlength=len(left))
+        """Hold these out, unless that would empty a bucket."""
+        nonlocal remaining
+        after = remaining - np.bincount(bucket[samples], minlength=len(remaining))
         if (after > 0).all():
-            left = after
-            taken.extend(samples.tolist())
+            remaining = after
+            chosen.extend(samples.tolist())
 
     different, times = np.unique(prompts, return_counts=True)
     for at in shuffled(len(different), seed, HELD_OUT):
-        if times[at] <= count - len(taken):
+        if times[at] <= count - len(chosen):
             take(np.flatnonzero(prompts == different[at]))
-        if len(taken) == count:
+        if len(chosen) == count:
             break
-    if len(taken) < count / 2:
-        for sample in shuffled(there, seed, HELD_OUT):
-            if len(taken) == count:
+
+    if len(chosen) < count / 2:
+        for sample in shuffled(total, seed, HELD_OUT):
+            if len(chosen) == count:
                 break
-            if sample not in taken:
+            if sample not in chosen:
                 take(np.array([sample]))
-    samples = np.sort(np.array(taken, np.int64))
-    trained = np.ones(there, bool)
+
+    samples = np.sort(np.array(chosen, np.int64))
+    trained = np.ones(total, bool)
     trained[samples] = False
     return HeldOut(samples, int(np.isin(prompts[samples], prompts[trained]).sum()))

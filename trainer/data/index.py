@@ -1,4 +1,4 @@
-"""What is written of a cache once its latents are there: where each sample is, and every prompt once."""
+"""The index of a cache, written once its latents are there: where each sample is, and every prompt once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .store import INDEX, LATENTS, PROMPTS, TEXTS, hashes_of, numbers, open_file
 
 
 def latents_name(part: int, piece: int, last: bool) -> str:
-    """File of a piece of a part of the data; the last of a part says so, which shows whether all are there."""
+    """The file of a piece of a part of the data. A part's last piece says so, which shows whether all are there."""
     return f"latents-{part:05d}-{piece:05d}{'-last' * last}.safetensors"
 
 
 def pieces_there(folder: Path) -> dict[int, dict[int, bool]]:
-    """By part and piece the latents' files in a folder, and whether each is its part's last."""
-    found: dict[int, dict[int, bool]] = {}
+    """Part -> piece -> whether it is the part's last, for each file of latents in a folder."""
+    pieces: dict[int, dict[int, bool]] = {}
     for name in latents_files(folder):
         _, part, piece, *last = Path(name).stem.split("-")
-        found.setdefault(int(part), {})[int(piece)] = bool(last)
-    return found
+        pieces.setdefault(int(part), {})[int(piece)] = bool(last)
+    return pieces
 
 
 def latents_files(folder: Path) -> list[str]:
@@ -42,53 +42,67 @@ def is_whole(pieces: dict[int, bool]) -> bool:
 def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
     """Write the index and the texts of a folder whose latents are all there.
 
-    buckets: those that were used, if any; listed: whether the user named them. Raises ValueError for a listed bucket
-    that no picture went to.
+    buckets: the sizes that were used, if any. listed: whether the user named them. Raises ValueError for a
+    listed bucket that no picture went to.
     """
     files = latents_files(folder)
+    # shapes and prompts are numbered in the order in which they first come; the empty prompt is number 0
     shapes: dict[str, int] = {}
     prompts: dict[str, int] = {"": 0}
-    counts, columns, skipped, spread = [0], {"shape": [], "row": [], "prompt": [], "sizes": []}, [], False
+    columns: dict[str, list[np.ndarray]] = {"shape": [], "row": [], "prompt": [], "sizes": []}
+    counts, skipped, spread = [0], [], False
     for name in files:
         with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
-            captions, own, left_out = (strings(facts[key]) for key in ("captions", "shapes", "skipped"))
+            captions, shapes_here, left_out = (strings(facts[key]) for key in ("captions", "shapes", "skipped"))
             skipped += left_out
             counts.append(len(captions))
-            if captions:
-                shape = numbers(file.get_tensor("shape"), len(captions), len(own))
-                columns["sizes"].append(file.get_tensor("sizes").reshape(len(captions), 6))
-                spread = spread or any(key.startswith("std") for key in file.keys())  # noqa: SIM118 (no dict)
-                columns["row"].append(_rows(shape))
-                columns["shape"].append(np.array([shapes.setdefault(s, len(shapes)) for s in own], np.int16)[shape])
-                known = (prompts.setdefault(caption, len(prompts)) for caption in captions)
-                columns["prompt"].append(np.fromiter(known, np.int32, len(captions)))
+            if not captions:
+                continue
+            # a file numbers its own shapes, the index those of all
+            shape = numbers(file.get_tensor("shape"), len(captions), len(shapes_here))
+            shape_numbers = np.array([shapes.setdefault(s, len(shapes)) for s in shapes_here], np.int16)
+            prompt_numbers = (prompts.setdefault(caption, len(prompts)) for caption in captions)
+            columns["shape"].append(shape_numbers[shape])
+            columns["row"].append(_rows(shape))
+            columns["prompt"].append(np.fromiter(prompt_numbers, np.int32, len(captions)))
+            columns["sizes"].append(file.get_tensor("sizes").reshape(len(captions), 6))
+            spread = spread or any(key.startswith("std") for key in file.keys())  # noqa: SIM118 (no dict)
+
     table = {key: np.concatenate(c) if c else np.zeros(0, np.int32) for key, c in columns.items()}
     sizes = table.pop("sizes")
     if listed and len(sizes):
         buckets.check_filled(sizes[:, 1] / sizes[:, 0])
     notes = bucket_notes(sizes) if buckets and len(sizes) else []
-    facts = {"files": files, "shapes": list(shapes), "skipped": skipped, "notes": notes}
-    facts = {key: json.dumps(value) for key, value in facts.items()} | {"spread": "yes" if spread else "no"}
+
+    lists = {"files": files, "shapes": list(shapes), "skipped": skipped, "notes": notes}
+    facts = {key: json.dumps(value) for key, value in lists.items()} | {"spread": "yes" if spread else "no"}
+    table["first"] = np.cumsum(counts)[:-1] if files else np.zeros(0, np.int64)
+    # the texts first: where the index is there, they are, too
     _write_texts(folder / TEXTS, prompts)
-    _write(folder / INDEX, table | {"first": np.cumsum(counts)[:-1] if files else np.zeros(0, np.int64)}, facts)
+    _write(folder / INDEX, table, facts)
 
 
 def _rows(shape: np.ndarray) -> np.ndarray:
-    """The row of each sample among those of its own shape."""
+    """(n,) the row of each sample among those of its own shape. shape: (n,) the number of each one's shape."""
     rows = np.empty(len(shape), np.int16)
     for number in np.unique(shape):
-        mine = shape == number
-        rows[mine] = np.arange(mine.sum())
+        same = shape == number
+        rows[same] = np.arange(same.sum())
     return rows
 
 
 def _write_texts(path: Path, prompts: Iterable[str]) -> None:
+    """Write the prompts, and by their hashes, in order, the number of each.
+
+    Encodings that are there and go by other numbers are deleted.
+    """
     texts = [prompt.encode() for prompt in prompts]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     hashes = np.array([hashes_of(prompt) for prompt in prompts])
     order = np.argsort(hashes[:, 0], kind="stable")
-    text = np.frombuffer(b"".join(texts) or b"\0", np.uint8)
+    text = np.frombuffer(b"".join(texts) or b"\0", np.uint8)  # safetensors holds no tensor of nothing
+
     table = {
         "text": text,
         "offset": offsets,
@@ -111,6 +125,7 @@ def _holds(path: Path, table: dict[str, np.ndarray]) -> bool:
 
 
 def _write(path: Path, table: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+    """Write columns and facts as a safetensors file."""
     write_tensors(path, {key: torch.from_numpy(np.array(column)) for key, column in table.items()}, facts)
 
 

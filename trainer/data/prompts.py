@@ -11,9 +11,10 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 
 
 def read_prompts(file: str | None) -> list[str]:
-    """Prompts, one a line; blank lines and lines starting with # are left out. None: the list that ships with the pack.
+    """The prompts of a file, one a line; blank lines and lines starting with # are left out.
 
-    Raises ValueError for a missing or empty file, and for one that is no text.
+    file: None for the list that ships with the pack. Raises ValueError for a missing or empty file, and for
+    one that is no text.
     """
     path = Path(file) if file else PROMPTS
     if not path.is_file():
@@ -21,7 +22,7 @@ def read_prompts(file: str | None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        text = "\0"
+        text = "\0"  # told like UTF-16, which can be read as UTF-8 and has zeros
     if "\0" in text:
         raise ValueError(f"{path} is no text in UTF-8. Write a text file with one prompt a line.")
     lines = [line.strip() for line in text.splitlines()]
@@ -32,5 +33,8 @@ def read_prompts(file: str | None) -> list[str]:
 
 
 def prompts_of(config: Config) -> list[str]:
-    """The prompts that the teacher makes latents of."""
+    """The prompts that a run's teacher makes latents of, `data.count` at most.
+
+    They are those of `data.prompts`, else the base's own, else the list that ships. Raises as `read_prompts`.
+    """
     return read_prompts(config.data.prompts or own_prompts(config.base.path))[: config.data.count]

@@ -1,4 +1,4 @@
-"""Many files at once: work done ahead in threads, hashes that are remembered, and what is said of bad items."""
+"""Many files at once: work done ahead in threads, remembered hashes, bad items that stop a run or are skipped."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..system.files import write_text
 Item, Result = TypeVar("Item"), TypeVar("Result")
 # How many items each thread may be ahead of who takes the results.
 AHEAD = 2
-BLOCK = 1 << 20
-# A file written so shortly before its hash was taken may change again without a later time (in ns).
+BLOCK = 1 << 20  # bytes read at a time
+# A file written less than so many ns before its hash was taken may change again without a later time.
 RACY = 2_000_000_000
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """work(item) of each item in their order, done by so many threads; 0: done here, one after the other.
+    """work(item) of each item, in the items' order. workers: how many threads do it; 0: none, one after the other.
 
-    Items are taken and results held only as far ahead as keeps the threads busy.
+    Items are taken, and results held, only as far ahead as keeps the threads busy.
     """
     if workers == 0:
         yield from map(work, items)
@@ -44,16 +44,17 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
 
 
 def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True) -> list[str]:
-    """SHA-256 of each file. `known` remembers them, so that a file of the same path, size and time is not read again.
+    """SHA-256 of each file.
 
-    write: whether to bring `known` up to date. Raises OSError for a file that cannot be read.
+    known: the JSON file that remembers them, so that a file of the same path, size and time is not read
+    again. write: whether to bring it up to date. Raises OSError for a file that cannot be read.
     """
-    seen = _remembered(known)
+    remembered = _remembered(known)
     now, kept = time.time_ns(), {}
 
     def hash_of(file: Path) -> str:
         path, stat = str(file.resolve()), file.stat()
-        entry = seen.get(path)
+        entry = remembered.get(path)
         if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
             entry = [stat.st_size, stat.st_mtime_ns, content_hash(file)]
         if now - stat.st_mtime_ns > RACY:
@@ -61,17 +62,18 @@ def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True
         return entry[2]
 
     hashes = list(ahead(hash_of, files, workers))
-    if write and not kept.items() <= seen.items():
+    if write and not kept.items() <= remembered.items():
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_text(known, json.dumps(dict(sorted((seen | kept).items()))))
+        write_text(known, json.dumps(dict(sorted((remembered | kept).items()))))
     return hashes
 
 
 def _remembered(known: Path) -> dict[str, list]:
-    """path -> [size, time, hash]; what there is none of yet, or is damaged, is left out: it only saves time."""
+    """path -> [size, time in ns, hash] of the files in `known`; nothing of a missing or damaged one, as it
+    only saves time."""
     try:
-        seen = json.loads(known.read_text(encoding="utf-8"))
-        return {path: entry for path, entry in seen.items() if [type(e) for e in entry] == [int, int, str]}
+        entries = json.loads(known.read_text(encoding="utf-8"))
+        return {path: entry for path, entry in entries.items() if [type(e) for e in entry] == [int, int, str]}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -86,10 +88,13 @@ def content_hash(path: Path) -> str:
 
 
 def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
-    """Raise ValueError that names the bad items, unless they may be skipped."""
+    """Raise ValueError that names the bad items, unless they may be skipped.
+
+    bad: a line for each. what: the rest of the sentence that begins with their number.
+    """
     if bad and not skip_bad:
         more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
-        shown = "".join(f"  {line}\n" for line in bad[:10] + more)
+        lines = "".join(f"  {line}\n" for line in bad[:10] + more)
         raise ValueError(
-            f"{len(bad)} {what}:\n{shown}Mend or remove them, or set data.skip_bad=true to leave them out."
+            f"{len(bad)} {what}:\n{lines}Mend or remove them, or set data.skip_bad=true to leave them out."
         )

@@ -25,14 +25,16 @@ from .buckets import Buckets
 from .folders import PICTURES, is_text, load_picture
 
 KINDS = tuple(suffix[1:] for suffix in PICTURES)
-# What webdataset opens by running a program with the address as its argument; "pipe" would run the address itself.
+# Schemes that webdataset opens with a program that gets the address; "pipe" would run the address itself.
 REMOTE = sorted(gopen_schemes.keys() - {"__default__", "pipe"})
 MOST = 1 << 28  # bytes of a file in a shard: compressed, a few kilobytes can hold any number of zeros
-META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps of its own in archives
+META = re.compile(r"__[^/]*__($|/)")  # names of files that webdataset keeps for itself in archives
 MOST_ENDS = 100  # times that an archive's end is met before reading it is given up
 BLOCK = 512  # bytes of tar's blocks; two of zeros end an archive
 PATIENCE = 30  # seconds for a server's answer
-GONE = (404, 410)
+GONE = (404, 410)  # HTTP status of what is not there
+_ENDS = "ends early"
+_ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Sample:
         return load_picture(BytesIO(self.data), size)
 
 
-def list_shards(given: Iterable[str]) -> list[str]:
+def list_shards(patterns: Iterable[str]) -> list[str]:
     """The shards that `data.shards` names, by webdataset's brace expansion: "set-{0000..0012}.tar" are thirteen.
 
     Raises ValueError for an address that is not read, for a pattern that cannot be expanded, and for one named twice.
     """
     shards: list[str] = []
-    for pattern in given:
+    for pattern in patterns:
         _check_scheme(pattern)
         try:
             shards += expand_urls(pattern)
@@ -74,6 +76,7 @@ def list_shards(given: Iterable[str]) -> list[str]:
 
 
 def _check_scheme(shard: str) -> None:
+    """Raise ValueError for an address that is not read, and for a command."""
     scheme = _scheme(shard)
     if scheme == "pipe":
         raise ValueError(
@@ -85,47 +88,51 @@ def _check_scheme(shard: str) -> None:
 
 
 def _scheme(shard: str) -> str:
-    """An address's scheme, "" for a file."""
+    """The scheme of a shard's address, "" for a file."""
     scheme = urlsplit(shard).scheme
     return "" if scheme == "file" or len(scheme) == 1 else scheme  # a letter is a drive
 
 
 def local_path(shard: str) -> Path | None:
-    """The file, or None for a shard that is elsewhere."""
+    """The file of a shard, or None for one that is far away."""
     if _scheme(shard):
         return None
     return Path(url2pathname(urlsplit(shard).path)) if shard.startswith("file:") else Path(shard)
 
 
 def shown(shard: str) -> str:
-    """A shard's name for people and headers: without its place, and without what an address carries of a key."""
+    """A shard's name for people and headers: the file's alone, without its place or a key in its address."""
     return urlsplit(shard).path.rsplit("/", 1)[-1] if _scheme(shard) else local_path(shard).name
 
 
 def remote_identity(shard: str) -> tuple[str, str]:
-    """What tells this copy of a remote shard from another, without reading it; what is wrong with it, or "".
+    """(identity, problem) of a remote shard, without reading it.
 
-    It is what the server says: ETag, or length and date; "" where it says none of them.
+    identity: the server's words that tell this copy from another: ETag, or length and date; "" where it says
+    neither. problem: why it cannot be read, or "".
     """
     if not _scheme(shard).startswith("http"):
         return "", ""
     try:
         with urlopen(Request(shard, method="HEAD"), timeout=PATIENCE) as answer:
-            told = answer.headers
+            headers = answer.headers
     except HTTPError as error:
         # others (403, 405) may mean that only this question is not answered
         return "", f"the server answers {error.code} {error.reason}" if error.code in GONE else ""
     except OSError as error:
         return "", f"cannot be reached ({getattr(error, 'reason', error)})"
-    etag, length, date = (told.get(key) for key in ("ETag", "Content-Length", "Last-Modified"))
+    etag, length, date = (headers.get(key) for key in ("ETag", "Content-Length", "Last-Modified"))
     return etag or (f"{length} {date or ''}".strip() if length else ""), ""
 
 
 def read_shard(shard: str) -> Iterator[Sample]:
-    """The samples of a shard in its order, one in memory at a time. What is wrong is a sample with a `problem`: one
-    without a picture or a caption, and a last one where the shard is missing or ends early."""
-    name, read = shown(shard), 0
-    strange: list[str] = []
+    """The samples of a shard in its order, one in memory at a time.
+
+    Whatever is wrong comes as a sample with a `problem`: one without a picture or a caption, and a last one
+    where the shard is missing or ends early.
+    """
+    name = shown(shard)
+    strange: list[str] = []  # a line for each file that is left out, told at the end
 
     def twice(error: Exception) -> bool:
         strange.append(f"{_words(error).split(': duplicate')[0]} is in it twice: the first is taken")
@@ -138,24 +145,29 @@ def read_shard(shard: str) -> Iterator[Sample]:
     except Exception as error:  # each of webdataset's openers fails in its own way
         yield Sample(name, problem=f"cannot be opened ({_words(error)}). {_ADVICE}")
         return
+
+    count = 0
     try:
-        while isinstance(found := _next(samples), dict):
-            read += 1
-            yield _sample(f"{name}/{printable(found['__key__'])}", found)
+        while isinstance(files := _next(samples), dict):
+            count += 1
+            yield _sample(f"{name}/{printable(files['__key__'])}", files)
     finally:
-        failed = stream.close()
-    yield from (Sample(name, problem=what) for what in strange)
-    problem = failed or found or ("no end of the archive" if _lacks_end(stream.first, stream.last) else "")
+        failure = stream.close()
+
+    yield from (Sample(name, problem=line) for line in strange)
+    # the program that fetched it knows best, then the archive's reader; the last block tells of what no one missed
+    problem = failure or files or ("no end of the archive" if _lacks_end(stream.first, stream.last) else "")
     if problem:
-        yield Sample(name, problem=f"{_ENDS}, after {read} sample{'s' * (read != 1)} ({problem}). {_ADVICE}")
-    elif not read:
+        yield Sample(name, problem=f"{_ENDS}, after {count} sample{'s' * (count != 1)} ({problem}). {_ADVICE}")
+    elif not count:
         yield Sample(name, problem="holds no pictures")
 
 
 def check_end(shard: str) -> str:
-    """What is wrong with a file whose last block does not end its archive, found by reading it; "" for any other.
+    """The problem of a shard, a file here, whose last block does not end its archive, by reading it; "" for any other.
 
-    A look at the file's end only: it saves caching what the whole shard will be cached with again.
+    Of other shards only the ends are read. A cut shard would be cached a second time once it was whole: so it
+    is told before anything is cached.
     """
     with local_path(shard).open("rb") as file:
         first = file.read(BLOCK)
@@ -170,10 +182,6 @@ def _lacks_end(first: bytes, last: bytes) -> bool:
     return first[257:262] == b"ustar" and bool(last.strip(b"\0"))
 
 
-_ENDS = "ends early"
-_ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
-
-
 def _files(stream: _Watched, is_wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[dict]:
     """The wanted files of an archive, one in memory at a time, as webdataset's own reader gives them."""
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
@@ -181,11 +189,11 @@ def _files(stream: _Watched, is_wanted: Callable[[tarfile.TarInfo], bool]) -> It
             if info.isreg() and is_wanted(info):
                 yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": ""}
             tar.members = []  # or it holds every name
-    yield {}  # ends the last sample
+    yield {}  # tells webdataset's grouping that the last sample is complete
 
 
 def _next(samples: Iterator[dict]) -> dict | str | None:
-    """The next sample, what went wrong instead, or None at the end."""
+    """The files of the next sample by kind; a sentence where something went wrong; None at the end."""
     try:
         return next(samples, None)
     except Exception as error:  # tar, its compressions and the programs that fetch fail in their own ways
@@ -193,14 +201,17 @@ def _next(samples: Iterator[dict]) -> dict | str | None:
 
 
 def _words(error: Exception) -> str:
-    """What an error says, without what webdataset adds to it."""
+    """An error's message without webdataset's additions."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(next(iter(error.args), error)).split(" @ ")[0]
 
 
 def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
-    """Whether a file is one of a sample's; too large ones, and pictures whose names have a second dot, are noted."""
+    """Whether a file belongs to a sample.
+
+    strange: gets a line for one that is too large, and for a picture whose name has a second dot.
+    """
     kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), printable(file.name)
     if kind.endswith(KINDS) and kind not in KINDS:
         strange.append(f"a second dot in the name {name}, which webdataset takes for the kind .{kind}: rename it")
@@ -211,25 +222,26 @@ def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
     return file.size <= MOST
 
 
-def _sample(name: str, found: dict) -> Sample:
-    kinds = [kind for kind in KINDS if kind in found]
+def _sample(name: str, files: dict) -> Sample:
+    """A sample of these files (kind -> bytes), or one with the problem that they have."""
+    kinds = [kind for kind in KINDS if kind in files]
     if len(kinds) != 1:
         return Sample(name, problem=f"several pictures ({', '.join(kinds)})" if kinds else "no picture")
     try:
-        caption = found["txt"].decode("utf-8-sig") if "txt" in found else json.loads(found["json"])["caption"]
+        caption = files["txt"].decode("utf-8-sig") if "txt" in files else json.loads(files["json"])["caption"]
     except (KeyError, TypeError):
         return Sample(name, problem='no caption (.txt, or "caption" in .json)')
     except (ValueError, RecursionError):
-        return Sample(name, problem=f"not UTF-8{'' if 'txt' in found else ' or not JSON'}: its caption")
+        return Sample(name, problem=f"not UTF-8{'' if 'txt' in files else ' or not JSON'}: its caption")
     if not isinstance(caption, str) or not caption.strip():
         return Sample(name, problem="empty caption")
     if not is_text(caption):
         return Sample(name, problem="not UTF-8: its caption")
-    return Sample(name, caption.strip(), found[kinds[0]])
+    return Sample(name, caption.strip(), files[kinds[0]])
 
 
 class _Watched:
-    """A stream with its first and its last block kept: tarfile takes an archive that is cut between files for whole."""
+    """A stream that keeps its first and last block, as tarfile takes an archive cut between files for a whole one."""
 
     def __init__(self, stream: BinaryIO | Pipe):
         self.stream, self.first, self.last, self.ends = stream, b"", b"", 0
@@ -246,7 +258,7 @@ class _Watched:
         return data
 
     def close(self) -> str:
-        """Close it. Returns how the program that fetched it failed, or "": that is known only now."""
+        """Close it. Returns how the program that fetched it failed, which is known only now, or ""."""
         try:
             self.stream.close()
         except OSError:

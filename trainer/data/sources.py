@@ -1,4 +1,4 @@
-"""Where a run's samples come from, and what identifies them: a folder, drawn digits, webdataset shards, or prompts."""
+"""The sources of a run's samples, and what tells them from others: a folder, drawn digits, or webdataset shards."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from .reading import ahead, file_hashes, stop_or_skip
 from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shown
 from .store import SHARD
 
-# In the folder of caches: the hashes of files that were read before.
+# The file, in the folder of caches, with the hashes of files that were read before.
 HASHES = "hashes.json"
 
 
 class Part(NamedTuple):
-    """A share of the data that is cached by itself: its pictures, and what progress counts of it, from `start` on."""
+    """A share of the data that is cached by itself.
+
+    items: called for its pictures. start, length: of what progress counts, its first and how many.
+    """
 
     items: Callable[[], Iterable[Picture | Digit | Sample]]
     start: int
@@ -32,8 +35,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures to be cached. what: they are counted in; name: of all together, for messages; identity: what decides
-    them; skipped, notes: what is known already that is to be said."""
+    """Pictures to be cached.
+
+    what: the word for what progress counts. name: of all together, for messages. identity: JSON-ready,
+    differs where any of them does. skipped: a line for each that is known to be left out. notes: sentences to
+    be told.
+    """
 
     what: str
     name: str
@@ -44,18 +51,20 @@ class Source:
 
     @property
     def total(self) -> int:
+        """How many there are of what progress counts."""
         return self.parts[-1].start + self.parts[-1].length
 
 
 def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
-    """What `data.images` or `data.shards` names. write: whether to remember the files' hashes.
+    """The pictures that `data.images` or `data.shards` names. write: whether to remember the files' hashes.
 
-    Raises ValueError for what is missing, bad captions (both unless `data.skip_bad`) and listed buckets that none of a
-    folder's pictures fits.
+    Raises ValueError for what is missing, bad captions (both unless `data.skip_bad`) and listed buckets that
+    none of a folder's pictures fits.
     """
     data, known = config.data, config.cache_folder / HASHES
     if data.shards:
         return _shards(list_shards(data.shards), known, data.workers, data.skip_bad, write)
+
     pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
     files = [p.path for p in pictures if isinstance(p, Picture)]
     if isinstance(data.buckets, tuple):
@@ -69,11 +78,13 @@ def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
 
 
 def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write: bool) -> Source:
+    """Shards here and far away. known: file of the remembered hashes. Raises as `open_source`."""
     paths = {shard: path for shard in shards if (path := local_path(shard))}
     here = {shard: path for shard, path in paths.items() if path.is_file()}
     hashes = dict(zip(here, file_hashes(list(here.values()), known, workers, write), strict=True))
     remote = [shard for shard in shards if shard not in paths]
     answers = dict(zip(remote, ahead(remote_identity, remote, workers), strict=True))
+
     bad = absent(shards)
     bad += [f"{shown(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
     if not skip_bad:
@@ -82,7 +93,8 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
     if not good:
         raise ValueError(f"None of the {len(shards)} shards in data.shards can be read: {'; '.join(bad[:10])}.")
-    identity = [(shown(s), hashes[s]) if s in here else _told(s, answers[s][0]) for s in good]
+
+    identity = [(shown(s), hashes[s]) if s in here else _remote(s, answers[s][0]) for s in good]
     silent = sum(not answers[shard][0] for shard in good if shard in answers)
     notes = [
         f"{silent} of the {len(shards)} shards are known by their addresses alone, as their servers tell no ETag or "
@@ -93,8 +105,11 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     return Source("shards", name, parts, identity, bad, notes if silent else [])
 
 
-def _told(shard: str, answer: str) -> tuple[str, str]:
-    """A remote shard as far as its server tells it from others: then without a query, which may be signed anew."""
+def _remote(shard: str, answer: str) -> tuple[str, str]:
+    """A remote shard's part of the identity: its address, and what its server answers.
+
+    With an answer the address goes without its query, which may be signed anew for every run.
+    """
     return (urlsplit(shard)._replace(query="").geturl() if answer else shard), answer
 
 
@@ -104,9 +119,10 @@ def absent(shards: Iterable[str]) -> list[str]:
 
 
 def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
-    """What `data.images` names: `count` drawn digits, or a folder's pictures and the skipped ones (`find_pictures`).
+    """The pictures that `data.images` names, and the skipped ones with the reason.
 
-    Raises ValueError where the word for the drawn ones is a folder's name, too.
+    They are `count` drawn digits, or a folder's. Raises ValueError where the word for the drawn ones is a
+    folder's name too, and as `find_pictures`.
     """
     if images == DIGITS and Path(images).is_dir():
         raise ValueError(

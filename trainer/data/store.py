@@ -1,7 +1,8 @@
 """Reading a finished cache: nothing is held in memory but a few numbers for each sample.
 
-Files of a cache, all safetensors: `latents-<part>-<piece>` with up to `SHARD` samples each, `prompts-<number>` with the
-encodings of up to `SHARD` prompts, `texts` with the prompts themselves, and `index`, which says where each sample is.
+Files of a cache, all safetensors: `latents-<part>-<piece>` with up to `SHARD` samples each,
+`prompts-<number>` with the encodings of up to `SHARD` prompts, `texts` with the prompts themselves, and
+`index`, which says where each sample is.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from ...samplers.texts import brief
 
-# Of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
+# The version of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
 FORMAT = 2
-SHARD = 256
+SHARD = 256  # most samples, or prompts, of a file
 LATENTS = re.compile(r"latents-\d+-\d+(-last)?\.safetensors")
 INDEX, TEXTS, PROMPTS = "index.safetensors", "texts.safetensors", "prompts-*.safetensors"
 # How many files of a cache are kept open; each is mapped into memory.
@@ -34,10 +35,11 @@ OPEN = 128
 
 
 class LatentCache:
-    """The cached samples of one run: `captions`, `skipped`, and latents, sizes and encodings by index or prompt.
+    """The cached samples of one run: `captions`, and latents, sizes and encodings by the sample's number or the prompt.
 
-    skipped: a line for each item left out. notes: sentences on what was done to the others. Reads are safe from
-    several threads. Raises ValueError for a file that is damaged.
+    skipped: a line for each item that was left out. notes: sentences on what was done to the others. Both are
+    those given and the index's own. Reads are safe from several threads. Raises ValueError for a file that is
+    damaged.
     """
 
     def __init__(self, folder: Path, skipped: Iterable[str] = (), notes: Iterable[str] = ()):
@@ -46,13 +48,15 @@ class LatentCache:
         self.prompts = Texts(folder)
         with reading(folder / INDEX), open_file(folder / INDEX) as index:
             facts = index.metadata()
-            lists = [strings(facts[key]) for key in ("files", "shapes", "skipped", "notes")]
-            columns = (index.get_tensor(key) for key in ("first", "shape", "row", "prompt"))
-            self._first, self._shape, self._row, self._prompt = columns
-            self._files, self._shapes, left_out, told = lists
+            self._files, self._shapes = strings(facts["files"]), strings(facts["shapes"])
+            self.skipped = [*skipped, *strings(facts["skipped"])]
+            self.notes = [*notes, *strings(facts["notes"])]
             self._spread = facts["spread"] == "yes"
+            self._first = index.get_tensor("first")  # by file, the number of its first sample
+            self._shape = index.get_tensor("shape")  # by sample, as the following
+            self._row = index.get_tensor("row")
+            self._prompt = index.get_tensor("prompt")
             self._check()
-        self.skipped, self.notes = [*skipped, *left_out], [*notes, *told]
         self.captions = Captions(self.prompts, self._prompt)
         self._more: dict[str, dict[str, Tensor]] = {}
 
@@ -73,13 +77,15 @@ class LatentCache:
 
     @cached_property
     def buckets(self) -> list[NDArray]:
-        """Sample numbers of each latent shape."""
-        found = [np.flatnonzero(self._shape == shape).astype(np.int32) for shape in range(len(self._shapes))]
-        return [numbers for numbers in found if len(numbers)]
+        """The numbers of the samples of each latent shape that has any."""
+        by_shape = [np.flatnonzero(self._shape == shape).astype(np.int32) for shape in range(len(self._shapes))]
+        return [samples for samples in by_shape if len(samples)]
 
     def latents(self, indices: Iterable[int], generators: Iterable[torch.Generator]) -> Tensor:
-        """(B, C, h, w) latents of one shape in fp32, each drawn from its posterior by its own generator where the
-        posterior has a spread."""
+        """(B, C, h, w) latents of one shape in fp32.
+
+        Each is drawn from its VAE's posterior by its own generator, where the posterior has a spread.
+        """
         rows = []
         for index, generator in zip(indices, generators, strict=True):
             shape, row = self._shapes[self._shape[index]], int(self._row[index])
@@ -94,7 +100,7 @@ class LatentCache:
         return torch.stack(rows)
 
     def sizes(self, indices: Iterable[int]) -> Tensor:
-        """(B, 6) of each sample: see `load_picture`."""
+        """(B, 6) the sizes of each sample's picture, as `load_picture` gives them."""
         rows = []
         for index in indices:
             with self._reading(index) as file:
@@ -112,6 +118,7 @@ class LatentCache:
         self._more |= {p: {k: v[i] for k, v in encoded.items()} for i, p in enumerate(prompts)}
 
     def _encoded(self, prompt: str) -> dict[str, Tensor]:
+        """The encoding of one prompt, cached or added, as it was stored."""
         number = self.prompts.find(prompt)
         if number is None:
             return self._more[prompt]
@@ -121,11 +128,12 @@ class LatentCache:
             return {key: torch.from_numpy(file.get_slice(key)[row]) for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def _shard(self, index: int) -> int:
+        """The number of a sample's file: of the last that begins at it or before."""
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[safe_open]:
-        """A sample's file, open; it is what is damaged where the block fails."""
+        """A sample's file, open; where the block fails, this file is called damaged."""
         name = self._files[self._shard(index)]
         file = self._open.get(name)
         with reading(self.folder / name):
@@ -135,13 +143,13 @@ class LatentCache:
 class Texts(Sequence):
     """The prompts of a cache, each once, in the order in which they first came; the empty one is the first.
 
-    They stay on disk, and so do no pages of theirs in memory: the file is opened for each.
+    They stay on disk: the file is opened anew for each, so that the process holds no mapped pages of it.
     """
 
     def __init__(self, folder: Path):
         self._path = folder / TEXTS
         with reading(self._path), open_file(self._path) as file:
-            # sorted by the first of `hashes_of`
+            # three columns, sorted by the first hash: both of `hashes_of`, and the prompt's number
             self._hashes, self._second, self._numbers = map(file.get_tensor, ("hash", "second", "number"))
             for column in (self._hashes, self._second, self._numbers):
                 numbers(column, len(self._hashes))
@@ -164,7 +172,7 @@ class Texts(Sequence):
 
 
 class Captions(Sequence):
-    """Each sample's caption; `numbers`: which of the prompts it is."""
+    """The caption of each sample. numbers: (N,) which of the prompts it is."""
 
     def __init__(self, prompts: Texts, numbers: NDArray):
         self._prompts, self.numbers = prompts, numbers
@@ -177,7 +185,7 @@ class Captions(Sequence):
 
 
 class OpenFiles:
-    """safetensors files of a folder, of which the last used stay open."""
+    """The safetensors files of a folder, of which the last used stay open."""
 
     def __init__(self, folder: Path, most: int = OPEN):
         self.folder, self.most = folder, most
@@ -195,14 +203,14 @@ class OpenFiles:
 
 
 def open_file(path: Path) -> safe_open:
-    """A cache's file, its tensors as numpy arrays of their own. Raises ValueError for a damaged one."""
+    """Open a cache's file, whose tensors are then read as numpy arrays. Raises ValueError for a damaged one."""
     with reading(path):
         return safe_open(path, "np")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise ValueError that says that this file of a cache is damaged, where the block fails at what is in it."""
+    """Raise ValueError that names this file of a cache as damaged, where the block fails at its content."""
     try:
         yield
     except Damaged:
@@ -212,30 +220,32 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class Damaged(ValueError):
-    """Raised by `reading`."""
+    """A cache's file is damaged; the message says which, and what to do. Raised by `reading`."""
 
 
 def strings(text: str) -> list[str]:
     """A JSON list of strings. Raises ValueError for anything else."""
-    found = json.loads(text)
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+    entries = json.loads(text)
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise ValueError("a list of strings is something else")
-    return found
+    return entries
 
 
 def numbers(column: NDArray, count: int | None = None, below: int | None = None) -> NDArray:
-    """The column, if it is one of so many whole numbers from 0 to `below` - 1, where these are said. Raises ValueError
-    for anything else."""
+    """The column, if it is one of `count` whole numbers from 0 to `below` - 1; None: of any count, or any size.
+
+    Raises ValueError for anything else.
+    """
     if column.ndim != 1 or column.dtype.kind != "i" or (count is not None and len(column) != count):
-        told = "" if count is None else f"{count} "
-        raise ValueError(f"{told}whole numbers are {column.dtype} of shape {column.shape}")
+        expected = "" if count is None else f"{count} "
+        raise ValueError(f"{expected}whole numbers are {column.dtype} of shape {column.shape}")
     if below is not None and len(column) and not 0 <= column.min() <= column.max() < below:
         raise ValueError(f"numbers below {below} are {column.min()} to {column.max()}")
     return column
 
 
 def prompts_name(number: int) -> str:
-    """File of the prompts number * SHARD and on."""
+    """The file with the encodings of the prompts from number * SHARD on."""
     return PROMPTS.replace("*", f"{number:05d}")
 
 

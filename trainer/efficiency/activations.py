@@ -1,4 +1,8 @@
-"""What a pass through a network keeps and holds, block by block, seen on the meta device: without a weight or a GPU."""
+"""The memory that a pass through a network keeps and holds, block by block, without a weight or a GPU.
+
+The pass is run on torch's meta device, whose tensors have shapes and no numbers: every tensor that autograd
+saves, or that is alive, is counted by its storage.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +21,40 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .blocks import blocks_of
 
-# What CUDA's autocast runs in low precision and in fp32, of all that these networks call.
+# Of the functions that these networks call, those that CUDA's autocast runs in low precision, and in fp32.
 TO_LOW = (F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm)
 TO_FULL = (F.group_norm, F.layer_norm, F.rms_norm)
-OUTSIDE = ""
-# Tensors by their storage's number, with its bytes, so that one that two of them share counts once.
+OUTSIDE = ""  # the path of all that is in no block
+# A storage's number -> its bytes. Tensors that share a storage count once.
 Storages = dict[int, int]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What autograd keeps of a pass for its backward, by block path ("" for outside of all); what enters each block;
-    and the FLOPs of each block, which computing it again costs."""
+    """One forward pass, by block path ("" for what is in no block).
+
+    kept: the tensors that autograd keeps for the backward pass. entered: each block's inputs, which are all
+    that is kept of a block that is computed again. flops: the FLOPs of each block, which that costs.
+    """
 
     kept: dict[str, Storages]
     entered: dict[str, Storages]
     flops: dict[str, int]
 
     def bytes(self, recomputed: Collection[str]) -> int:
-        """Bytes kept where these blocks are computed again: their inputs, all of the others, the largest of them."""
+        """Bytes at the peak of the backward pass, where the blocks at these paths are computed again.
+
+        They are the inputs of those blocks, everything that the others keep, and the largest of those blocks,
+        whose activations are there while it is computed again.
+        """
         union: Storages = {}
         for path, storages in self.kept.items():
             union |= self.entered[path] if path in recomputed else storages
-        return sum(union.values()) + max((sum(self.kept[p].values()) for p in recomputed if p in self.kept), default=0)
+        largest = max((sum(self.kept[path].values()) for path in recomputed if path in self.kept), default=0)
+        return sum(union.values()) + largest
 
     def by_saving(self) -> list[str]:
-        """The blocks, those first that save the most bytes for each FLOP of computing them again."""
+        """Paths of the blocks, the one first that saves the most bytes for each FLOP of computing it again."""
 
         def saving(path: str) -> float:
             return (sum(self.kept[path].values()) - sum(self.entered[path].values())) / max(1, self.flops[path])
@@ -51,16 +63,19 @@ class Activations:
 
 
 def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activations:
-    """What autograd keeps for the backward of `run`, a pass through the network on the meta device."""
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    # held here until the end, so that no number comes twice
+    """Watch `run`, a forward pass through the network on the meta device, for what its backward pass would need."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    # the storages themselves, until the end: a number may come again once its storage is freed
     kept: dict[str, dict[int, torch.UntypedStorage]] = {OUTSIDE: {}}
     entered: dict[str, dict[int, torch.UntypedStorage]] = {}
-    flops, inside, counter, gpu = {}, [OUTSIDE], FlopCounterMode(display=False), _AsOnGPU(network.dtype)
+    flops: dict[str, int] = {}
+    inside = [OUTSIDE]  # paths of the blocks that the pass is in, the innermost last
+    counter = FlopCounterMode(display=False)
+    gpu = _AsOnGPU(network.dtype)
 
     def note(tensor: Tensor, into: dict[int, torch.UntypedStorage]) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in weights:
             into[storage._cdata] = storage
 
     def pack(tensor: Tensor) -> Tensor:
@@ -80,7 +95,7 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
 
         return block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)
 
-    handles = [handle for item in blocks_of(network).items() for handle in watch(*item)]
+    handles = [handle for path, block in blocks_of(network).items() for handle in watch(path, block)]
     try:
         with gpu, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             graph = run()  # held, so that every storage stays where it is
@@ -91,12 +106,13 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     return Activations(_sizes(kept), _sizes(entered), flops)
 
 
-def _sizes(storages: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Storages]:
-    return {path: {number: s.nbytes() for number, s in some.items()} for path, some in storages.items()}
+def _sizes(by_path: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Storages]:
+    """The storages' bytes in place of the storages."""
+    return {path: {number: s.nbytes() for number, s in storages.items()} for path, storages in by_path.items()}
 
 
 def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
-    """Most bytes that tensors made by `run`, a pass without gradients on the meta device, take at the same time."""
+    """The most bytes that are alive at once in `run`, a pass without gradients on the meta device."""
     live = LiveBytes()
     with torch.no_grad(), _AsOnGPU(network.dtype), live:
         run()
@@ -104,8 +120,11 @@ def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations inside make, while they are alive: on a CPU and on the meta
-    device no allocator tells. most: at the same time."""
+    """Counts the bytes of the tensors that operations in its block make, while they are alive.
+
+    On a CPU and on the meta device no allocator tells. now: bytes alive; most: the most that were alive at
+    once.
+    """
 
     def __init__(self):
         super().__init__()
@@ -114,10 +133,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
         for storage in _storages(result):
-            if storage._cdata not in given and storage._cdata not in self.numbers:
+            # a view or an operation in place makes no new storage
+            if storage._cdata not in inputs and storage._cdata not in self.numbers:
                 self.numbers.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
@@ -146,14 +166,14 @@ class _AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.dtype != torch.float32 and func in TO_LOW + TO_FULL:
-            to = self.dtype if func in TO_LOW else torch.float32
-            args = [_cast(a, to) for a in args]
-            kwargs = {name: _cast(value, to) for name, value in kwargs.items()}
+            dtype = self.dtype if func in TO_LOW else torch.float32
+            args = [_cast(a, dtype) for a in args]
+            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            tensors = named["query"], named["key"], named["value"]
-            self.attention_flops += sdpa_flop_count(*(t.shape for t in tensors))
-            return _Attention.apply(*tensors)
+            arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key, value = (arguments[name] for name in ("query", "key", "value"))
+            self.attention_flops += sdpa_flop_count(query.shape, key.shape, value.shape)
+            return _Attention.apply(query, key, value)
         return func(*args, **kwargs)
 
 
@@ -162,7 +182,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: query, key, value and the result. Never run backward."""
+    """Attention that keeps what a fused kernel keeps: query, key, value and the result. It is never run backward."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

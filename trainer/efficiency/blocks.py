@@ -1,5 +1,9 @@
-"""The network's repeated blocks, where nearly all of its weights, activations and time are, and how each is run:
-computed again for the backward pass, compiled, with its frozen weights in main memory or shared among processes."""
+"""The network's repeated blocks, where nearly all of its weights, activations and time are, and how each is run.
+
+A block can be computed again for the backward pass, compiled, have its frozen weights in main memory, or
+share them among processes. Each of these puts another `forward` on the block, so that the order in which they
+are called is the order from the inside out (see `prepare.py`).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from ..lora.adapter import Learner
 
 KINDS = (ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock)
-# Graphs of one kind of block that torch.compile may make before it gives up in silence: one for each size of the
-# picture inside the network, with and without gradients, for the batches of teacher, target and student.
+# Graphs of one kind of block that torch.compile may make before it gives up in silence: one for each size of
+# the picture inside the network, with and without gradients, for the batches of teacher, target and student.
 GRAPHS = 64
-Pass = Callable[..., object]
+Pass = Callable[..., object]  # a block's forward
 
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
@@ -28,9 +32,10 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def recompute(learner: Learner, paths: Collection[str] | None = None) -> None:
-    """Keep no activations of these blocks (default: all) for the backward pass, only their inputs.
+    """Keep no activations of the blocks at these paths (default: all) for the backward pass, only their inputs.
 
-    Each is computed again with the learner as it was: a discriminator's body ran without an adapter that is on by then.
+    Each is computed again with the learner as it was in the forward pass: a discriminator's body ran without
+    the adapter, which is on again by the time of its backward pass.
     """
     for path, block in blocks_of(learner.network).items():
         if paths is None or path in paths:
@@ -42,67 +47,73 @@ def _recomputed(run: Pass, learner: Learner) -> Pass:
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        how = {"use_reentrant": False, "context_fn": learner.as_it_is, "preserve_rng_state": False}
-        return checkpoint(run, *args, **how, **kwargs)
+        # nothing is left to chance in these passes (no dropout), so no state of it is kept
+        return checkpoint(
+            run, *args, use_reentrant=False, context_fn=learner.as_it_is, preserve_rng_state=False, **kwargs
+        )
 
     return forward
 
 
 def shard(network: nn.Module, learner: Learner) -> int:
-    """Leave each process its share of the frozen weights, from which every block is put together for its pass (FSDP,
-    arXiv 2304.11277); what is learnt stays whole everywhere. Returns the bytes that this process still holds of them.
+    """Leave each process a share of the frozen weights (FSDP, arXiv 2304.11277); what is learnt stays whole everywhere.
 
-    All processes must run every pass together.
+    For its pass every block is put together from all shares, so all processes must run every pass together.
+    Returns the bytes of frozen weights that this process still holds.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    whole = set(learner.parameters())
+    learnt = set(learner.parameters())
     network.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
+    # the blocks first: what they have taken, the network as a whole leaves alone
     for module in (*blocks_of(network).values(), network):
-        fully_shard(module, ignored_params={p for p in module.parameters() if p in whole})
+        fully_shard(module, ignored_params={p for p in module.parameters() if p in learnt})
     return sum(p.to_local().nbytes for p in network.parameters() if isinstance(p, DTensor))
 
 
 class Offload:
-    """The blocks' frozen weights in main memory, pinned where there is a GPU; each comes to `device` for every pass of
-    its block. copies: how many weights have come so far.
+    """Keeps the blocks' frozen weights in main memory, and copies each to `device` for every pass of its block.
 
-    To be followed by `recompute`, without which autograd would hold on to every copy until the backward pass.
+    The weights are pinned where there is a GPU, so that copying them does not wait. bytes: how much of them
+    there is. copies: how many weights have been copied so far. To be followed by `recompute`, without which
+    autograd would hold on to every copy until the backward pass.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
         self.device, self.copies, self.bytes = device, 0, 0
         for block in blocks_of(network).values():
-            block.forward = self._brought(block)
+            block.forward = self._fetching(block)
 
-    def _brought(self, block: nn.Module) -> Pass:
+    def _fetching(self, block: nn.Module) -> Pass:
+        """The block's forward with weights that are fetched first, once they have been moved to main memory."""
         frozen = {path for path, p in block.named_parameters() if not p.requires_grad}
         for path in frozen:
-            owner, _, name = path.rpartition(".")
-            weight = getattr(block.get_submodule(owner), name)
+            parent, _, name = path.rpartition(".")
+            weight = getattr(block.get_submodule(parent), name)
             self.bytes += weight.nbytes
-            setattr(block.get_submodule(owner), name, nn.Parameter(self._stored(weight), requires_grad=False))
-        whole = _Call(block)
+            setattr(block.get_submodule(parent), name, nn.Parameter(self._stored(weight), requires_grad=False))
+        call = _Call(block)
 
-        @wraps(whole.run)
+        @wraps(call.run)
         def forward(*args, **kwargs):
             # an adapter that was loaded since lies beside the weights, in main memory
-            away = {p: w for p, w in block.named_parameters() if p in frozen or w.device != self.device}
-            self.copies += len(away)
-            brought = {f"block.{p}": w.to(self.device, non_blocking=True, copy=True) for p, w in away.items()}
-            return functional_call(whole, brought, args, kwargs)
+            waiting = {p: w for p, w in block.named_parameters() if p in frozen or w.device != self.device}
+            self.copies += len(waiting)
+            copies = {f"block.{p}": w.to(self.device, non_blocking=True, copy=True) for p, w in waiting.items()}
+            return functional_call(call, copies, args, kwargs)
 
         return forward
 
     def _stored(self, weight: Tensor) -> Tensor:
+        """A weight in main memory."""
         weight = weight.detach().cpu()
         # a quantised weight is more than one tensor, which torch cannot pin as one
         return weight.pin_memory() if self.device.type == "cuda" and type(weight) is Tensor else weight
 
 
 class _Call(nn.Module):
-    """A block's own pass as a module, which functional_call asks for: the block itself now leads to what calls it."""
+    """A block's first forward as a module, as functional_call wants one: the block's own now leads to that call."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -113,10 +124,10 @@ class _Call(nn.Module):
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
-    """Compile every block's own pass; returns how many there are. Comes before `Offload` and `recompute`.
+    """Compile every block's forward; returns how many blocks there are. Comes before `Offload` and `recompute`.
 
-    Blocks of a kind share their graphs. The adapter must be switched by a number (`Adapter.switch_by_number`): a switch
-    of modules would compile them anew.
+    Blocks of a kind share their graphs. The adapter must be switched by a number
+    (`Adapter.switch_by_number`): a switch of modules would compile them anew.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     blocks = blocks_of(network)

@@ -1,8 +1,9 @@
 """A LoRA folded into its weights where that is cheaper: (W + s B A) x instead of W x + s B (A x).
 
-Both are the same up to rounding. In a full-size network the factors beside a weight cost little; where layers are not
-much wider than the rank they cost as much as the layer itself. Only in fp32: a weight in bf16 or fp16 is too coarse to
-hold what the factors add to it.
+The two are the same up to rounding. In a full-size network the factors beside a weight cost little; where
+layers are not much wider than the rank they cost as much as the layer itself. Weights are folded in fp32
+alone: what the factors add is often smaller than a weight's own last digit in bf16 or fp16, and would be lost
+in the sum.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ..lora.adapter import NAME, Adapter
 
 
 def fold_where_cheaper(adapter: Adapter) -> None:
-    """Let each layer of the adapter choose in every pass by counts of multiplications, while no other adapter is on.
+    """Let each layer of the adapter choose between the two in every pass, by how many multiplications they take.
 
-    Layers that are no plain linear ones or convolutions in fp32 stay as they are.
+    It chooses while no other adapter is on. Layers that are not plain (quantised ones, say) stay as they are.
     """
     for layer in adapter.layers.values():
         base = layer.get_base_layer()
@@ -30,16 +31,19 @@ def fold_where_cheaper(adapter: Adapter) -> None:
 
 
 def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
-    beside = layer.forward
+    """The layer's forward, folded where that is allowed and cheaper."""
+    unfolded = layer.forward
 
-    @wraps(beside)
+    @wraps(unfolded)
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
         alone = not layer.disable_adapters and layer.active_adapters == [NAME]
         if not alone or base.weight.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
-            return beside(x, *args, **kwargs)
+            return unfolded(x, *args, **kwargs)
+
         a, b = layer.lora_A[NAME].weight.flatten(1), layer.lora_B[NAME].weight.flatten(1)
         if not cheaper(_places(base, x), a.shape[1], len(b), len(a), torch.is_grad_enabled()):
-            return beside(x, *args, **kwargs)
+            return unfolded(x, *args, **kwargs)
+
         weight = base.weight + layer.scaling[NAME] * (b @ a).view_as(base.weight)
         if isinstance(base, nn.Linear):
             return F.linear(x, weight, base.bias)
@@ -49,11 +53,11 @@ def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
 
 
 def cheaper(places: int, inner: int, out: int, rank: int, with_gradient: bool) -> bool:
-    """Whether folding takes fewer multiplications for a layer of (out x inner) weights at `places` vectors.
+    """Whether folding takes fewer multiplications, for a weight (out, inner) that is applied to `places` vectors.
 
-    Beside the weight, the factors take rank * (inner + out) a place, and with a gradient three times that: for the
-    output, the input's gradient and their own. Folded, B A takes rank * out * inner, with a gradient three times that,
-    and the weight's gradient out * inner a place.
+    Beside the weight, the factors take rank * (inner + out) for each vector, and with a gradient three times
+    that: for the output, the input's gradient and their own. Folded, B A takes rank * out * inner once, with
+    a gradient three times that, and the weight's gradient out * inner for each vector.
     """
     beside, folded = places * rank * (inner + out), rank * out * inner
     if with_gradient:
@@ -62,6 +66,7 @@ def cheaper(places: int, inner: int, out: int, rank: int, with_gradient: bool) -
 
 
 def _places(base: nn.Linear | nn.Conv2d, x: Tensor) -> int:
+    """How many vectors the weight is applied to: the input's rows, or a convolution's places in its output."""
     if isinstance(base, nn.Linear):
         return prod(x.shape[:-1])
     return x.shape[0] * prod(x.shape[2:]) // prod(base.stride)

@@ -25,7 +25,6 @@ from .activations import Activations, kept_activations, most_bytes
 from .blocks import blocks_of
 from .quantize import ROW_BYTES, quantizable
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 NETWORKS = {"unet": "UNet", "transformer": "transformer"}
@@ -37,7 +36,7 @@ PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest
 
 @dataclass(frozen=True)
 class Frozen:
-    """Of one block: its frozen parameters, those of them in layers that may be quantised, and these layers' rows."""
+    """One block's frozen parameters, those of them in layers that may be quantised, and these layers' rows."""
 
     parameters: int
     quantizable: int
@@ -51,10 +50,10 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What estimates are made of: the same whatever is switched on to save memory.
+class Footprint:
+    """The sizes that estimates are made of: the same whatever is switched on to save memory.
 
-    parameters: of the network, of its blocks in `blocks`; learnt: what is trained, in `modules`. activations: of the
+    parameters: of the network, of its blocks in `blocks`; learnt: the trained ones, in `modules`. activations: of the
     student's pass with one sample; pass_bytes: what a pass without gradients holds for one. features, heads: the
     discriminator's pass and parameters. vae, text: bytes of weights; decoding: what drawing one picture holds.
     """
@@ -80,51 +79,54 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
     teacher's holds; of blocks that are computed again the inputs, and the largest block. Fragmentation and kernels'
     workspaces come on top. Raises ValueError for a resolution that the network cannot take.
     """
-    measured, again = _measured(config, family), recomputed(config, family)
-    gib = {name: held / GIB for name, held in _held(config, family, measured, again).items()}
+    sizes = _footprint(config, family)
+    again = recomputed(config, family)
+    gib = {name: size / GIB for name, size in _bytes(config, family, sizes, again).items()}
     gib[TRAINING] = sum(gib.values())
-    if config.preview.every and measured.vae:
+    if config.preview.every and sizes.vae:
         standing = sum(v for k, v in gib.items() if not k.startswith(("activations", "its features", TRAINING)))
-        gib[PREVIEWS] = standing + (measured.vae + measured.decoding) / GIB
-    network = measured.parameters * BYTES[config.base.dtype]
+        gib[PREVIEWS] = standing + (sizes.vae + sizes.decoding) / GIB
+    network = sizes.parameters * DTYPES[config.base.dtype].itemsize
     gib[f"{BEFORE}the larger of {NETWORKS[family.component]} and encoders"] = (
-        max(network, measured.text) + measured.vae
+        max(network, sizes.text) + sizes.vae
     ) / GIB
     return {
         "gib": {k: round(v, 3) for k, v in gib.items()},
-        "lora_modules": measured.modules,
-        "trained_parameters": measured.learnt,
+        "lora_modules": sizes.modules,
+        "trained_parameters": sizes.learnt,
         "blocks_computed_again": len(again),
     }
 
 
-def _held(config: Config, family: type[Base], measured: Measured, again: Collection[str]) -> dict[str, float]:
-    """Bytes by what holds them while it trains, with these blocks computed again."""
-    train, title, batch = config.train, NETWORKS[family.component], config.train.batch_size
-    per_parameter = 4 + 4 + OPTIMIZER_BYTES[train.optimizer]
-    kept = measured.activations.bytes(again) * batch
-    teacher = measured.pass_bytes * batch * (2 if config.objective.guided() else 1)
-    held = {} if family.whole else {f"frozen {title}": _frozen_bytes(config, measured)}
-    what = title if family.whole else "LoRA"
-    held |= {
-        f"{what}, gradients, optimizer": measured.learnt * (per_parameter + (4 if train.ema else 0)),
-        f"activations, batch {batch}": max(kept, teacher),
-    }
-    kept_weights = bool(config.objective.target_decay()) + (config.objective.stage(1.0) > 0)
-    if kept_weights:
-        held["averaged or earlier weights"] = measured.learnt * 4 * kept_weights
-    if measured.features:
-        held["discriminator, gradients, optimizer"] = measured.heads * per_parameter
-        held["its features' activations"] = measured.features.bytes(again) * batch
-    return held | {"CUDA context, assumed": CONTEXT}
+def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collection[str]) -> dict[str, float]:
+    """Bytes by what holds them while a run trains, with these blocks computed again."""
+    train, batch = config.train, config.train.batch_size
+    title = NETWORKS[family.component]
+    per_parameter = 4 + 4 + OPTIMIZER_BYTES[train.optimizer]  # weight, gradient, moments
+
+    # teacher and student never hold their activations at the same time
+    kept = sizes.activations.bytes(again) * batch
+    teacher = sizes.pass_bytes * batch * (2 if config.objective.guided() else 1)
+
+    parts: dict[str, float] = {} if family.whole else {f"frozen {title}": _frozen_bytes(config, sizes)}
+    learner = title if family.whole else "LoRA"
+    parts[f"{learner}, gradients, optimizer"] = sizes.learnt * (per_parameter + (4 if train.ema else 0))
+    parts[f"activations, batch {batch}"] = max(kept, teacher)
+    copies = bool(config.objective.target_decay()) + (config.objective.stage(1.0) > 0)
+    if copies:
+        parts["averaged or earlier weights"] = sizes.learnt * 4 * copies
+    if sizes.features:
+        parts["discriminator, gradients, optimizer"] = sizes.heads * per_parameter
+        parts["its features' activations"] = sizes.features.bytes(again) * batch
+    return parts | {"CUDA context, assumed": CONTEXT}
 
 
-def _frozen_bytes(config: Config, measured: Measured) -> int:
-    """On the device: all weights; of blocks that are offloaded, the largest alone; of those that are
-    shared, this process's part and the largest."""
-    width = BYTES[config.base.dtype]
-    blocks = [block.bytes(width, config.base.quantize) for block in measured.blocks.values()]
-    outside = (measured.parameters - sum(block.parameters for block in measured.blocks.values())) * width
+def _frozen_bytes(config: Config, sizes: Footprint) -> int:
+    """Bytes of frozen weights on the device: all of them; of blocks that are offloaded, the largest alone; of those
+    that are shared, this process's part and the largest."""
+    width = DTYPES[config.base.dtype].itemsize
+    blocks = [block.bytes(width, config.base.quantize) for block in sizes.blocks.values()]
+    outside = (sizes.parameters - sum(block.parameters for block in sizes.blocks.values())) * width
     if config.train.shard:
         return (outside + sum(blocks)) // int(os.environ.get("WORLD_SIZE", 1)) + max(blocks, default=0)
     return outside + (max(blocks, default=0) if config.train.offload else sum(blocks))
@@ -135,15 +137,17 @@ def recomputed(config: Config, family: type[Base]) -> list[str]:
 
     Raises ValueError for "auto" where nobody says how much memory there is.
     """
-    measured, wanted = _measured(config, family), config.train.gradient_checkpointing
-    every = measured.activations.by_saving()
+    sizes = _footprint(config, family)
+    wanted = config.train.gradient_checkpointing
+    blocks = sizes.activations.by_saving()
     if config.train.offload or wanted is True:
-        return every
+        return blocks
     if not wanted:
         return []
+
     limit, chosen = limit_bytes(config), []
-    while len(chosen) < len(every) and sum(_held(config, family, measured, chosen).values()) * MARGIN > limit:
-        chosen.append(every[len(chosen)])
+    while len(chosen) < len(blocks) and sum(_bytes(config, family, sizes, chosen).values()) * MARGIN > limit:
+        chosen.append(blocks[len(chosen)])
     return chosen
 
 
@@ -203,29 +207,38 @@ def explain_out_of_memory(error: BaseException, config: Config, family: type[Bas
     return f"{first}\nBy estimate: {best}. While it is still caching, a smaller data.batch_size helps."
 
 
-def _measured(config: Config, family: type[Base]) -> Measured:
-    folder = family.config_folder(config.base.path, config.base.config)
-    details = (config.base.dtype, config.base.t5 is not False, config.data.resolution)
+def _footprint(config: Config, family: type[Base]) -> Footprint:
+    """The sizes of this configuration's networks, worked out once for all the switches that are tried on them."""
     return _measure(
-        family, folder, *details, config.lora.rank, config.adversarial.width * bool(config.adversarial.weight)
+        family,
+        family.config_folder(config.base.path, config.base.config),
+        dtype=config.base.dtype,
+        t5=config.base.t5 is not False,
+        resolution=config.data.resolution,
+        rank=config.lora.rank,
+        heads_width=config.adversarial.width if config.adversarial.weight else 0,
     )
 
 
 @lru_cache(maxsize=8)
 def _measure(
     family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, heads_width: int
-) -> Measured:
+) -> Footprint:
     with torch.device("meta"):
         network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
     inputs = family.dummy_inputs(network.config, resolution, _maker(network.dtype))
+
+    # the frozen network is counted before the adapter is in it
     network.requires_grad_(False)
-    parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
+    parameters = sum(p.numel() for p in network.parameters())
+    blocks = _frozen_blocks(network)
     with torch.device("meta"):
         trained = learner(network, family, rank, rank, seed=0)
+
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
     vae, text, decoding = _encoders(family, folder, t5, resolution)
-    return Measured(
+    return Footprint(
         parameters=parameters,
         blocks=blocks,
         learnt=sum(p.numel() for p in trained.parameters()),
@@ -242,14 +255,15 @@ def _measure(
 
 def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:
     layers = quantizable(network)
-    found = {}
+    blocks = {}
     for path, block in blocks_of(network).items():
-        own = [layer for name, layer in layers.items() if name.startswith(f"{path}.")]
-        rows = sum(layer.out_features for layer in own)
-        found[path] = Frozen(
-            sum(p.numel() for p in block.parameters()), sum(layer.weight.numel() for layer in own), rows
+        within = [layer for name, layer in layers.items() if name.startswith(f"{path}.")]
+        blocks[path] = Frozen(
+            parameters=sum(p.numel() for p in block.parameters()),
+            quantizable=sum(layer.weight.numel() for layer in within),
+            rows=sum(layer.out_features for layer in within),
         )
-    return found
+    return blocks
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -264,24 +278,24 @@ def _features(
     family: type[Base], network: nn.Module, trained: Learner, inputs: dict[str, Any]
 ) -> tuple[list[int], Activations]:
     """Channels of the maps that a discriminator judges, and the bare base's pass for them over the student's points."""
-    stand_in = family(network, None, [], [], None, "", False, "", "", "")
-    x = next(iter(inputs.values())).detach().requires_grad_()
-    inputs = {**inputs, next(iter(inputs)): x}
-    run = lambda: outputs_of(stand_in.feature_blocks(), lambda: network(**inputs))  # noqa: E731
+    name, points = next(iter(inputs.items()))
+    x = points.detach().requires_grad_()
+    inputs = {**inputs, name: x}
+    run = lambda: outputs_of(family.feature_blocks(network), lambda: network(**inputs))  # noqa: E731
     with trained.off():
-        return [stand_in.feature_map(output, x).shape[1] for output in run()], kept_activations(network, run)
+        channels = [family.feature_map(network, output, x).shape[1] for output in run()]
+        return channels, kept_activations(network, run)
 
 
 def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tuple[int, int, int]:
     """Bytes of the VAE and of the text encoders, in fp32, T5 in bf16 as on a GPU; and what decoding a picture holds."""
     vae_bytes = text = decoding = 0
-    for own in family.configs.iterdir():
-        part = folder / own.name if (folder / own.name / "config.json").is_file() else own
-        if own.name != "vae" and not own.name.startswith("text_encoder"):
+    for usual in family.configs.iterdir():
+        if usual.name != "vae" and not usual.name.startswith("text_encoder"):
             continue
-        settings = _read(part)
+        settings = _read(folder / usual.name if (folder / usual.name / "config.json").is_file() else usual)
         with torch.device("meta"):
-            if own.name == "vae":
+            if usual.name == "vae":
                 model = VAES[settings["_class_name"]].from_config(settings)
                 latents = torch.empty(1, model.config.latent_channels, resolution // 8, resolution // 8)
                 decoding = most_bytes(model, lambda m=model, x=latents: m.decode(x))

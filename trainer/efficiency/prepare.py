@@ -9,40 +9,48 @@ from ..system.machine import GIB
 from .blocks import Offload, blocks_of, compile_blocks, recompute, shard
 from .folding import fold_where_cheaper
 from .memory import recomputed
-from .quantize import Trial, guided_error, predictions, quantize
+from .quantize import Probe, guided_error, predictions, quantize
 
 
-def prepare(config: Config, base: Base, learner: Learner, trial: Trial) -> list[str]:
-    """Do what base.quantize, train.compile, train.offload and train.gradient_checkpointing ask for; sentences on it.
+def prepare(config: Config, base: Base, learner: Learner, probe: Probe) -> list[str]:
+    """Do what base.quantize and train's compile, offload, shard and gradient_checkpointing ask for; sentences on it.
 
-    learner: injected, with its first weights. trial: the run's own data, on which a quantised base is measured.
+    learner: in the network already, with its first weights. probe: the run's own data, on which a quantised
+    base is measured. The order matters: weights are quantised before anything takes them along, and each of
+    the others puts itself around what a block does so far, compiled graphs innermost and computing again
+    outermost.
     """
-    said = []
+    sentences = []
     if config.base.quantize:
-        said += _quantize(config, base, learner, trial)
+        sentences += _quantize(config, base, learner, probe)
     elif not (base.whole or config.train.compile):
         fold_where_cheaper(learner)
+
     if config.train.compile:
         if not base.whole:
             learner.switch_by_number()
-        said.append(f"{compile_blocks(base.network)} blocks are compiled; the first updates take minutes.")
-    # before the weights leave the GPU, whose free memory decides how many
-    again = recomputed(config, type(base))
+        sentences.append(f"{compile_blocks(base.network)} blocks are compiled; the first updates take minutes.")
+
+    # before the weights leave the GPU, whose free memory decides how many blocks
+    paths = recomputed(config, type(base))
     if config.train.offload:
         offload = Offload(base.network, base.device)
-        said.append(f"{offload.bytes / GIB:.2f} GiB of frozen weights wait in main memory for their block's pass.")
+        sentences.append(f"{offload.bytes / GIB:.2f} GiB of frozen weights wait in main memory for their block's pass.")
     if config.train.shard:
-        held = shard(base.network, learner)
-        said.append(f"{held / GIB:.2f} GiB of the frozen weights are held here, the rest by the other processes.")
-    if again:
-        recompute(learner, again)
-        said.append(f"{len(again)} of {len(blocks_of(base.network))} blocks are computed again for the backward pass.")
-    return said
+        share = shard(base.network, learner)
+        sentences.append(f"{share / GIB:.2f} GiB of the frozen weights are held here, the rest by the other processes.")
+    if paths:
+        recompute(learner, paths)
+        sentences.append(
+            f"{len(paths)} of {len(blocks_of(base.network))} blocks are computed again for the backward pass."
+        )
+    return sentences
 
 
-def _quantize(config: Config, base: Base, learner: Learner, trial: Trial) -> list[str]:
+def _quantize(config: Config, base: Base, learner: Learner, probe: Probe) -> list[str]:
+    """Quantise the base; sentences on how much of it, and by how much its predictions on the probe are off since."""
     guidance = max(config.objective.guidance) if config.objective.guided() else config.data.teacher_guidance
-    before = predictions(base, learner, trial, guidance)
+    before = predictions(base, learner, probe, guidance)
     sentence = quantize(base.network, config.base.quantize)
-    plain, guided = guided_error(before, predictions(base, learner, trial, guidance))
+    plain, guided = guided_error(before, predictions(base, learner, probe, guidance))
     return [sentence, f"Its prediction is off by {plain:.2%}, its guided one at CFG {guidance:g} by {guided:.2%}."]

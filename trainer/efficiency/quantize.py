@@ -12,14 +12,17 @@ from ..families import Base, Condition
 from ..lora.adapter import Learner
 from .blocks import blocks_of
 
-# Bytes that a row adds to one byte a number: a scale in fp32, and int8's zero point.
+# Bytes that each row of a weight takes beside one byte a number: a scale in fp32, and int8's zero point.
 ROW_BYTES = {"int8": 5, "fp8": 4}
 # At which levels of the schedule predictions are compared, and on how many latents.
 LEVELS, ROWS = (0.2, 0.4, 0.6, 0.8), 4
 
 
-class Trial(NamedTuple):
-    """Clean latents (B, C, h, w) of the run's own data, their prompts' encodings, and what stands for no prompt."""
+class Probe(NamedTuple):
+    """Some of the run's own data, on which a base's predictions are compared before and after.
+
+    x0: clean latents (B, C, h, w). condition: their prompts' encodings. null: what stands for no prompt.
+    """
 
     x0: Tensor
     condition: Condition
@@ -27,18 +30,19 @@ class Trial(NamedTuple):
 
 
 def quantizable(network: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> frozen Linear layer within a block, which are what is quantised.
+    """Path -> layer, for the layers whose weights are quantised: the frozen Linear ones within a block.
 
-    Outside of the blocks are the projections in and out and the embeddings of time, size and prompt; within, what tells
-    a block the time (`time_emb_proj`, the norms' modulation) is left as it is too.
+    The rest is small, and every prediction goes through it: the projections in and out and the embeddings of
+    time, size and prompt, which are outside of the blocks, and what tells a block the time (`time_emb_proj`,
+    the norms' modulation).
     """
-    found = {}
+    layers = {}
     for block, module in blocks_of(network).items():
         for path, layer in module.named_modules():
-            told_time = path.startswith("norm") or "time_emb_proj" in path
-            if isinstance(layer, nn.Linear) and not told_time and not layer.weight.requires_grad:
-                found[f"{block}.{path}"] = layer
-    return found
+            of_time = path.startswith("norm") or "time_emb_proj" in path
+            if isinstance(layer, nn.Linear) and not of_time and not layer.weight.requires_grad:
+                layers[f"{block}.{path}"] = layer
+    return layers
 
 
 def check_quantizer(format: str) -> None:
@@ -52,39 +56,43 @@ def check_quantizer(format: str) -> None:
 
 
 def quantize(network: nn.Module, format: str) -> str:
-    """Turn the weights of the `quantizable` layers into "int8" or "fp8", a scale a row; returns a sentence on how many.
+    """Turn the weights of the `quantizable` layers into "int8" or "fp8" with a scale for each row.
 
-    Activations keep their dtype, and gradients reach them. A LoRA on top is left alone.
+    Returns a sentence on how many. Activations keep their dtype, and gradients reach them. A LoRA on top is
+    left alone.
     """
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    chosen, before = quantizable(network), _bytes(network)
-    share = sum(layer.weight.nbytes for layer in chosen.values()) / before
-    how = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
-    quantize_(network, how, filter_fn=lambda _, path: path in chosen)
+    layers = quantizable(network)
+    before = _bytes(network)
+    share = sum(layer.weight.nbytes for layer in layers.values()) / before
+    settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
+    quantize_(network, settings, filter_fn=lambda _, path: path in layers)
     return (
-        f"{format} base: {len(chosen)} layers, {share:.0%} of its weights, "
+        f"{format} base: {len(layers)} layers, {share:.0%} of its weights, "
         f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
     )
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes that a weight takes; a quantised one is several tensors."""
+    """Bytes that a weight takes. A quantised one is several tensors, and says so to torch by `__tensor_flatten__`."""
     if hasattr(weight, "__tensor_flatten__"):
         return sum(stored_bytes(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
     return weight.nbytes
 
 
 def _bytes(network: nn.Module) -> int:
+    """Bytes of the network's frozen weights."""
     return sum(stored_bytes(p) for p in network.parameters() if not p.requires_grad)
 
 
 @torch.no_grad()
-def predictions(base: Base, learner: Learner, trial: Trial, guidance: float) -> tuple[Tensor, Tensor]:
-    """The bare base's outputs (L, B, C, h, w) at some levels of noise: for the prompts alone, and under CFG."""
-    x0, schedule = trial.x0[:ROWS], base.schedule
+def predictions(base: Base, learner: Learner, probe: Probe, guidance: float) -> tuple[Tensor, Tensor]:
+    """The bare base's outputs (L, B, C, h, w) at L levels of noise: for the prompts alone, and under CFG."""
+    x0, schedule = probe.x0[:ROWS], base.schedule
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
-    both = base.with_null({name: value[:ROWS] for name, value in trial.condition.items()}, trial.null)
+    both = base.with_null({name: value[:ROWS] for name, value in probe.condition.items()}, probe.null)
+
     plain, guided = [], []
     with learner.off():
         for level in LEVELS:
@@ -93,10 +101,11 @@ def predictions(base: Base, learner: Learner, trial: Trial, guidance: float) -> 
             with_prompt, without = base.denoise(x.repeat(2, 1, 1, 1), tick.repeat(2), both).chunk(2)
             plain.append(with_prompt)
             guided.append(without + guidance * (with_prompt - without))
+
     return torch.stack(plain), torch.stack(guided)
 
 
 def guided_error(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """By how much `predictions` differ, relative to their size (L2): the plain ones, and those under CFG."""
+    """How far `predictions` moved, relative to their size (L2): the plain ones, and those under CFG."""
     plain, guided = (((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True))
     return plain, guided

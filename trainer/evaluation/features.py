@@ -25,12 +25,15 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Absent(Exception):
-    """A metric that cannot be had here, as a sentence for the report."""
+    """Raised for a metric that cannot be had here; the message is a sentence for the report."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """A named space. of: latents (B, C, h, w) and their pixels (B, 3, H, W) in [0, 1] -> features (B, D), fp32, CPU."""
+    """A named space in which pictures are compared.
+
+    of: from latents (B, C, h, w) and their pixels (B, 3, H, W) in [0, 1] to features (B, D), in fp32 on the CPU.
+    """
 
     name: str
     of: Callable[[Tensor, Tensor], Tensor]
@@ -41,35 +44,38 @@ def find_features(names: Iterable[str], device: torch.device) -> tuple[list[Feat
 
     A name is a key of `SPACES`, or the folder of a CLIP with a vision tower. Raises ValueError for one that is neither.
     """
-    found, left_out = [], []
+    spaces, left_out = [], []
     for name in dict.fromkeys(names):
         if name not in SPACES and not Path(name).is_dir() and Path(name).name == name:
             raise ValueError(f"--features is {name!r}; available: {', '.join(SPACES)}, or the folder of a CLIP model.")
         try:
-            found.append(SPACES[name](device) if name in SPACES else clip_vision(Path(name), device))
+            spaces.append(SPACES[name](device) if name in SPACES else clip_vision(Path(name), device))
         except Absent as missing:
             left_out.append(f"Features {name}: {missing}")
-    names = unique_names(space.name for space in found)
-    return [replace(space, name=name) for space, name in zip(found, names, strict=True)], left_out
+    names = unique_names(space.name for space in spaces)
+    return [replace(space, name=name) for space, name in zip(spaces, names, strict=True)], left_out
 
 
 def latents(_: torch.device) -> Features:
-    """The latents themselves: what the network makes, offline and with every base."""
+    """The space of the latents themselves, the network's own output: there offline and with every base."""
     return Features("latents", lambda latents, _: latents.flatten(1))
 
 
 def pixels(_: torch.device) -> Features:
-    """Thumbnails, averaged to 32 x 32."""
+    """The space of thumbnails, averaged to 32 x 32."""
     return Features(
         "pixels", lambda _, pixels: functional.interpolate(pixels, (THUMBNAIL,) * 2, mode="area").flatten(1)
     )
 
 
 def inception(device: torch.device) -> Features:
-    """The 2048 features of FID (Heusel et al. 2017), by torchmetrics, from weights that torch's hub already holds."""
+    """The space of FID's 2048 features (Heusel et al. 2017), by torchmetrics, from weights that torch's hub holds.
+
+    Raises Absent where a package or the weights are missing.
+    """
     if missing := [name for name in ("torchmetrics", "torch_fidelity") if find_spec(name) is None]:
-        needed = " and ".join(name.replace("_", "-") for name in missing)
-        raise Absent(f'{needed} not installed. pip install "phased-consistency[metrics]" brings them.')
+        packages = " and ".join(name.replace("_", "-") for name in missing)
+        raise Absent(f'{packages} not installed. pip install "phased-consistency[metrics]" brings them.')
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not weights.is_file():
         raise Absent(f"no weights at {weights}. Put {INCEPTION} of torch-fidelity's release v0.2.0 there.")
@@ -80,8 +86,8 @@ def inception(device: torch.device) -> Features:
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
     except (RuntimeError, UnpicklingError) as error:
         raise Absent(f"{weights} is not torch-fidelity's file ({brief(error)}).") from error
-    whole = lambda pixels: pixels.mul(255).round().to(device, torch.uint8)  # noqa: E731
-    return Features("inception", lambda _, pixels: network(whole(pixels)).float().cpu())
+    levels = lambda pixels: pixels.mul(255).round().to(device, torch.uint8)  # noqa: E731
+    return Features("inception", lambda _, pixels: network(levels(pixels)).float().cpu())
 
 
 SPACES = {"latents": latents, "pixels": pixels, "inception": inception}
@@ -89,7 +95,7 @@ SPACES = {"latents": latents, "pixels": pixels, "inception": inception}
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load, which torch-fidelity calls for everything a file may hold, reads tensors alone in this block."""
+    """In this block torch.load, which torch-fidelity calls for everything a file may hold, reads tensors alone."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -101,15 +107,18 @@ def _weights_only() -> Iterator[None]:
 
 
 def clip_vision(folder: Path, device: torch.device) -> Features:
-    """A CLIP's projected picture features, unnormalised; of a whole CLIP, or of a vision tower alone."""
+    """The space of a CLIP's projected picture features, unnormalised; from a whole CLIP or a vision tower alone."""
     model = _load(CLIPVisionModelWithProjection, folder).to(device)
     prepare = lambda pixels: clip_pixels(pixels, model.config.image_size).to(device)  # noqa: E731
     return Features(folder.name, lambda _, pixels: model(pixel_values=prepare(pixels)).image_embeds.float().cpu())
 
 
 class ClipScore:
-    """100 * max(cos(picture, prompt), 0) by a CLIP of a local folder (Hessel et al. 2021, arXiv 2104.08718, Eq. 1, with
-    100 for its 2.5 as torchmetrics has it). Raises Absent for a folder without model or words."""
+    """How well pictures fit their prompts: 100 * max(cos(picture, prompt), 0) by a CLIP of a local folder.
+
+    It is Hessel et al. 2021, arXiv 2104.08718, Eq. 1, with 100 for its 2.5 as torchmetrics has it. Raises
+    Absent for a folder without model or words.
+    """
 
     def __init__(self, folder: Path, device: torch.device):
         self.model = _load(CLIPModel, folder).to(device)
@@ -128,22 +137,22 @@ class ClipScore:
 
 
 def clip_pixels(pixels: Tensor, side: int) -> Tensor:
-    """Square pictures in [0, 1] as CLIP's image processor would hand them over: bicubic to its side, normalised."""
+    """(B, 3, side, side) square pictures in [0, 1] as CLIP's image processor hands them on: bicubic, normalised."""
     resized = functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (resized - mean) / std
 
 
 def _load(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """A model with all its weights, of safetensors in the folder."""
+    """A model with all its weights, from safetensors in the folder. Raises Absent where it is not there whole."""
     if not folder.is_dir():
         raise Absent(f"no folder at {folder}. Give one with a CLIP model's config.json and model.safetensors.")
     try:
-        model, found = kind.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise Absent(f"{folder} holds no CLIP that can be loaded ({brief(error)}).") from error
-    if found["missing_keys"]:
-        raise Absent(f"{folder} lacks {len(found['missing_keys'])} of the weights of a {kind.__name__}.")
+    if loading["missing_keys"]:
+        raise Absent(f"{folder} lacks {len(loading['missing_keys'])} of the weights of a {kind.__name__}.")
     return model.eval().requires_grad_(False)

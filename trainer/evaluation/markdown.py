@@ -7,7 +7,7 @@ from typing import Any
 
 from ...samplers.phases import count_steps
 
-# A row's key, its column's head, its format.
+# Figures that not every report has: key in a row, head of the column, format.
 FACTS = (("clip_score", "CLIP score", ".2f"), ("prompt_followed", "prompt followed", ".0%"))
 PICTURES = {
     "quality.png": "Every figure over the evaluations of the network that a picture costs",
@@ -25,6 +25,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _head(report: dict[str, Any]) -> str:
+    """The title, how the pictures were made, and what the reader must know."""
     reference, prompts = report["reference"], report["prompts"]
     facts = [
         f"{report['pictures']} pictures of {report['resolution']} x {report['resolution']}, seed {report['seed']}, "
@@ -39,10 +40,12 @@ def _head(report: dict[str, Any]) -> str:
 
 
 def _results(report: dict[str, Any]) -> Iterable[str]:
+    """Every setting against the reference, which comes first."""
     spaces, rows = report["features"], sorted(report["rows"], key=lambda r: (r != report["rows"][0], r["evaluations"]))
     facts = [fact for fact in FACTS if fact[0] in rows[0]]
     heads = ["", "steps", "CFG", "evaluations", "paired error"]
     heads += [f"{name}: {kind}" for name in spaces for kind in ("sliced W.", "Frechet")] + [h for _, h, _ in facts]
+
     lines = [
         [row["who"], row["steps"], f"{row['guidance']:g}", row["evaluations"], f"{row['paired_error']:.3f}"]
         + _distances(row["distances"])
@@ -50,6 +53,7 @@ def _results(report: dict[str, Any]) -> Iterable[str]:
         for row in rows
     ]
     lines.append(["*teacher, other noise*", *("",) * 4, *_distances(report["other_noise"]), *("",) * len(facts)])
+
     yield "## Against the reference, at the same cost"
     yield _table(heads, lines)
     yield _picture("quality.png")
@@ -58,7 +62,7 @@ def _results(report: dict[str, Any]) -> Iterable[str]:
 
 
 def _explained(spaces: dict[str, int], pictures: int) -> list[str]:
-    """What the columns mean, and what to mind."""
+    """The meaning of the columns, and what to mind."""
     sizes = ", ".join(f"{name} {size}" for name, size in spaces.items())
     notes = [
         "*evaluations*: of the network, for one picture. CFG other than 1 costs two a step, each solver takes one.",
@@ -79,11 +83,13 @@ def _explained(spaces: dict[str, int], pictures: int) -> list[str]:
 
 
 def _distances(distances: dict[str, dict[str, float]]) -> list[str]:
-    found = [d[kind] for d in distances.values() for kind in ("sliced_wasserstein", "frechet")]
-    return [f"{distance:.4g}" if distance > 1e-9 else "0" for distance in found]
+    """The cells of both distances in each space."""
+    values = [d[kind] for d in distances.values() for kind in ("sliced_wasserstein", "frechet")]
+    return [f"{value:.4g}" if value > 1e-9 else "0" for value in values]
 
 
 def _diversity(report: dict[str, Any]) -> Iterable[str]:
+    """How much the pictures of one prompt differ, for the settings that were made twice."""
     rows, spaces = [row for row in report["rows"] if "diversity" in row], report["features"]
     teacher = rows[0]["diversity"]
     yield "## Seed diversity"
@@ -100,6 +106,7 @@ def _diversity(report: dict[str, Any]) -> Iterable[str]:
 
 
 def _consistency(report: dict[str, Any]) -> Iterable[str]:
+    """A table for each who with several numbers of steps."""
     if not report["consistency"]:
         return
     yield "## Consistency across step counts"
@@ -112,6 +119,7 @@ def _consistency(report: dict[str, Any]) -> Iterable[str]:
 
 
 def _guidance(report: dict[str, Any]) -> Iterable[str]:
+    """The CFG sweep, and negative prompts where they were tried."""
     rows, number = report["guidance"], report["guidance_pictures"]
     yield "## CFG and negative prompts"
     yield (
@@ -124,18 +132,19 @@ def _guidance(report: dict[str, Any]) -> Iterable[str]:
         errors = {p["guidance"]: f"{p['error_same_cfg']:.3f} ({p['error']:.3f})" for p in row["sweep"]}
         lines.append([row["name"], row["steps"], *(errors.get(g, "") for g in scales)])
     yield _table(["", "steps", *(f"CFG {g:g}" for g in scales)], lines)
-    if told := [(row["name"], row["negative_prompt"]) for row in rows if "negative_prompt" in row]:
+    if negatives := [(row["name"], row["negative_prompt"]) for row in rows if "negative_prompt" in row]:
         yield (
             "With the next picture's prompt as the negative: how far that moves a picture (*change*, as a paired "
             "error), how far it moves the teacher's at the same CFG, and the cosine of the two moves (*agreement*)."
         )
         heads = ["", "CFG", "change", "teacher's change", "agreement"]
         keys = ("change", "change_of_teacher", "agreement")
-        yield _table(heads, [[name, f"{n['guidance']:g}", *(f"{n[k]:.3f}" for k in keys)] for name, n in told])
+        yield _table(heads, [[name, f"{n['guidance']:g}", *(f"{n[k]:.3f}" for k in keys)] for name, n in negatives])
     yield _picture("guidance.png")
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:
+    """A heading, if there is a title, and the lines as bullets; nothing where there are no lines."""
     return [*([f"## {title}"] if title else []), _bullets(lines)] if lines else []
 
 

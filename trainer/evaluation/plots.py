@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from .trial import SOLVERS, TEACHER
 
-Row = dict[str, Any]
+RowFacts = dict[str, Any]  # one of a report's rows
 # The teacher is grey, told apart by markers and dashes; colours are the LoRAs'.
 SOLVER_STYLES = dict(zip(SOLVERS, (("o", "-"), ("s", "--"), ("^", ":")), strict=True))
 LEVEL = "reference (distances: with other noise)"
@@ -29,6 +29,7 @@ def draw(report: dict[str, Any], out: Path) -> None:
 
 
 def _panels(number: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many plain panels, in at most so many columns."""
     columns = min(columns, number)
     rows = -(-number // columns)
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.9), layout="constrained")
@@ -47,7 +48,8 @@ def plain(panel: Axes) -> None:
 def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
     """A panel for each figure over evaluations; the reference itself is where the errors are 0."""
     reference, *rows = report["rows"]
-    panels: list[tuple[str, Callable[[Row], float | None], float | None, bool]] = [
+    # title, figure of a row, level of the reference, whether the axis is logarithmic
+    panels: list[tuple[str, Callable[[RowFacts], float | None], float | None, bool]] = [
         ("paired error", lambda r: r["paired_error"], None, True)
     ]
     for name, level in report["other_noise"].items():
@@ -61,6 +63,7 @@ def _quality(report: dict[str, Any], colours: dict[str, str]) -> Figure:
         share = lambda r, name=name, teacher=teacher: r["diversity"][name] / teacher if "diversity" in r else None  # noqa: E731
         if teacher:
             panels.append((f"seed diversity, {name} (1: reference)", share, 1.0, False))
+
     figure, axes = _panels(len(panels), COLUMNS)
     for panel, (title, value, level, log) in zip(axes, panels, strict=True):
         _over_evaluations(panel, rows, value, colours)
@@ -83,16 +86,17 @@ def logarithmic(panel: Axes) -> None:
     panel.yaxis.set_minor_locator(NullLocator())
 
 
-def _over_evaluations(panel: Axes, rows: list[Row], value: Callable, colours: dict[str, str]) -> None:
-    """A line for each who and CFG kind, on a logarithmic axis of evaluations."""
-    lines: dict[str, list[Row]] = {}
+def _over_evaluations(panel: Axes, rows: list[RowFacts], value: Callable, colours: dict[str, str]) -> None:
+    """A line for each LoRA and solver, and for the teacher without guidance, on a logarithmic axis of evaluations."""
+    lines: dict[str, list[RowFacts]] = {}
     for row in rows:
-        plain = row["name"] == TEACHER and row["guidance"] == 1
-        lines.setdefault(f"{row['who']}, CFG 1" if plain else row["who"], []).append(row)
+        unguided = row["name"] == TEACHER and row["guidance"] == 1
+        lines.setdefault(f"{row['who']}, CFG 1" if unguided else row["who"], []).append(row)
     for label, same in lines.items():
         points = sorted((r["evaluations"], value(r)) for r in same if value(r) is not None)
         if points:
             panel.plot(*zip(*points, strict=True), label=label, **_style(same[0], label, colours))
+
     ticks = sorted({row["evaluations"] for row in rows})
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(FixedLocator(ticks))
@@ -100,7 +104,8 @@ def _over_evaluations(panel: Axes, rows: list[Row], value: Callable, colours: di
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _style(row: Row, label: str, colours: dict[str, str]) -> dict[str, Any]:
+def _style(row: RowFacts, label: str, colours: dict[str, str]) -> dict[str, Any]:
+    """Matplotlib's keywords for the line of which this is a row."""
     if row["name"] != TEACHER:
         return {"color": colours[row["name"]], "marker": "D", "linewidth": 2.2, "markersize": 6, "zorder": 3}
     marker, dashes = SOLVER_STYLES[row["solver"]]
@@ -111,12 +116,13 @@ def _style(row: Row, label: str, colours: dict[str, str]) -> dict[str, Any]:
 
 def _legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend below all panels."""
-    found = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    pairs = (pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
 def _consistency(tables: dict[str, dict[str, dict[str, float]]]) -> Figure:
-    """A square for each who: rows fewer steps, columns more."""
+    """A panel for each who, with a square for each pair of step counts: rows have fewer steps, columns more."""
     figure, axes = _panels(len(tables), COLUMNS)
     highest = max(error for rows in tables.values() for row in rows.values() for error in row.values())
     for panel, (who, rows) in zip(axes, tables.items(), strict=True):
@@ -125,7 +131,7 @@ def _consistency(tables: dict[str, dict[str, dict[str, float]]]) -> Figure:
         panel.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
         for i, row in enumerate(grid):
             for j, error in enumerate(row):
-                if error == error:
+                if error == error:  # not NaN: there are more steps in the column
                     colour = "white" if error > 0.6 * highest else "black"
                     panel.text(j, i, f"{error:.3f}", ha="center", va="center", color=colour)
         panel.set(title=who, xlabel="steps", ylabel="fewer steps", xticks=range(len(more)), yticks=range(len(fewer)))
@@ -139,8 +145,8 @@ def _consistency(tables: dict[str, dict[str, dict[str, float]]]) -> Figure:
 def _guidance(report: dict[str, Any], colours: dict[str, str]) -> Figure:
     """The sweep against both references, and the negative prompt's change beside the teacher's."""
     rows, guidance = report["guidance"], report["reference"]["guidance"]
-    told = [row for row in rows if "negative_prompt" in row]
-    figure, axes = _panels(2 + bool(told), COLUMNS)
+    with_negatives = [row for row in rows if "negative_prompt" in row]
+    figure, axes = _panels(2 + bool(with_negatives), COLUMNS)
     titles = {
         "error_same_cfg": "against the teacher at the same CFG",
         "error": f"against the teacher at CFG {guidance:g}",
@@ -152,18 +158,18 @@ def _guidance(report: dict[str, Any], colours: dict[str, str]) -> Figure:
             panel.plot(*zip(*points, strict=True), label=label, marker="D", color=colours[row["name"]])
         panel.set(title=title, xlabel="CFG of the LoRA", ylabel="paired error")
         logarithmic(panel)
-    if told:
-        _negatives(axes[2], told, colours)
+    if with_negatives:
+        _negatives(axes[2], with_negatives, colours)
     _legend(figure, axes)
     return figure
 
 
-def _negatives(panel: Axes, rows: list[Row], colours: dict[str, str]) -> None:
-    """Two bars for each LoRA: what a negative prompt changes in its pictures, and in the teacher's."""
+def _negatives(panel: Axes, rows: list[RowFacts], colours: dict[str, str]) -> None:
+    """Two bars for each LoRA: how far a negative prompt moves its pictures, and the teacher's."""
     for i, row in enumerate(rows):
-        told, first = row["negative_prompt"], i == 0
-        panel.bar(i - 0.2, told["change"], 0.38, color=colours[row["name"]])
-        panel.bar(i + 0.2, told["change_of_teacher"], 0.38, color="0.6", label="teacher" if first else None)
+        response, first = row["negative_prompt"], i == 0
+        panel.bar(i - 0.2, response["change"], 0.38, color=colours[row["name"]])
+        panel.bar(i + 0.2, response["change_of_teacher"], 0.38, color="0.6", label="teacher" if first else None)
     panel.set_xlim(-1, len(rows))
     panel.set(title="change by a negative prompt", ylabel="paired error, with to without", xticks=range(len(rows)))
     panel.set_xticklabels([f"{r['name']}\nCFG {r['negative_prompt']['guidance']:g}" for r in rows], fontsize=8)

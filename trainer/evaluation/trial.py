@@ -1,4 +1,4 @@
-"""What is compared: ways to make pictures, each tried on the same prompts and the same noise."""
+"""Ways to make pictures, each tried on the same prompts and the same noise, and the figures that compare them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ SOLVERS = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM-Solver++(2M)"}
 TRAILING = PhaseGrid(points=1000, phases=1, from_noise=True)
 # How many latent places (h * w) are sampled at once: 64 pictures of the tiny bases, 4 of SD1.5, 1 of SDXL.
 PLACES = 64 * 16 * 16
-FRESH = -2  # in a seed: of the noise between steps. The batches of training have ranks from -1 on there.
+# Marks the seed of the noise between steps, in the place where those of training's batches have ranks from -1 on.
+FRESH = -2
 
 
 @dataclass(frozen=True)
 class Setting:
     """A way to make pictures: the teacher (every adapter off) by one of its solvers, or the installed LoRA.
 
-    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none.
-    gamma: how much of each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the
-    teacher's is 0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump.
-    Raises ValueError for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
+    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none. gamma: how much of
+    each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the teacher's is
+    0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump. Raises ValueError
+    for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
     """
 
     name: str
@@ -66,14 +67,15 @@ class Setting:
 
     @property
     def label(self) -> str:
+        """The setting in two lines, to stand beside a row of pictures."""
         return f"{self.who}\n{count_steps(self.steps)}, CFG {self.guidance:g}"
 
     def ticks(self, recipe: Recipe | None) -> tuple[int, ...]:
-        """The levels of its steps: the LoRA's phase edges, or the teacher's.
+        """The ticks of its steps, falling to 0: the LoRA's phase edges, or the teacher's levels.
 
-        DDIM and DPM-Solver++ take trailing levels. DDIM and Euler are one map, so Euler takes what it is used with:
-        levels evenly spaced from the noisiest tick to the first, then the clean end (arXiv 2305.08891, Table 2, calls
-        it linspace; the host's scheduler "normal").
+        DDIM and DPM-Solver++ take trailing levels. DDIM and Euler are one map, so Euler takes the levels that
+        it is mostly used with: evenly spaced from the noisiest tick to the first, then the clean end (arXiv
+        2305.08891, Table 2, calls it linspace; the host's scheduler "normal").
         """
         if self.name != TEACHER:
             return recipe.grid().plan(self.steps).ticks
@@ -84,7 +86,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting's figures against the reference (see `paired_error` and `sliced_wasserstein`)."""
+    """One setting's figures against the reference: its `paired_error`, and as distance `sliced_wasserstein`."""
 
     name: str
     steps: int
@@ -94,15 +96,17 @@ class Row:
     distance: float
 
     def as_dict(self) -> dict:
+        """For JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The prompts and noises that settings are compared on: encodings (N, ...), noise (N, C, h, w).
+    """The prompts and noises that settings are compared on.
 
-    null: what guidance subtracts, (1, ...) for all or (N, ...) for each its own.
-    seed: of the noise, and of what a stochastic setting draws between its steps, which settings of one gamma share.
+    condition: the prompts' encodings (N, ...). null: the encoding that guidance steers away from, (1, ...)
+    for all or (N, ...) for each its own. noise: (N, C, h, w). seed: of the noise, and of that which a
+    stochastic setting draws between its steps; settings of one gamma share it.
     """
 
     condition: Condition
@@ -124,7 +128,7 @@ class Trial:
 
     @classmethod
     def on(cls, base: Base, condition: Condition, null: Condition, seed: int, resolution: int | None = None) -> Trial:
-        """The same for encodings that are there."""
+        """Noise from `seed` for prompts, or their null condition, that are encoded already; the rest as in `of`."""
         shape = len(next(iter(condition.values()))), *base.latent_shape(resolution or base.default_resolution)
         return cls(condition, null, unit_noise(shape, seed), seed)
 
@@ -135,7 +139,7 @@ class Trial:
         return Trial(condition, null, self.noise[:number], self.seed)
 
     def with_noise(self, seed: int) -> Trial:
-        """The same prompts, other noise: at the start and between the steps."""
+        """A trial of the same prompts with other noise, at the start and between the steps."""
         return replace(self, noise=unit_noise(self.noise.shape, seed), seed=seed)
 
     def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:
@@ -164,13 +168,19 @@ class Trial:
         return torch.cat(latents)
 
 
-def figures(setting: Setting, made: Tensor, reference: Tensor) -> Row:
-    """One setting's row against the reference latents."""
-    distances = paired_error(made, reference), sliced_wasserstein(made, reference)
-    return Row(setting.name, setting.steps, setting.guidance, setting.evaluations, *distances)
+def figures(setting: Setting, latents: Tensor, reference: Tensor) -> Row:
+    """One setting's row: its latents (N, C, h, w) against the reference's."""
+    return Row(
+        name=setting.name,
+        steps=setting.steps,
+        guidance=setting.guidance,
+        evaluations=setting.evaluations,
+        paired_error=paired_error(latents, reference),
+        distance=sliced_wasserstein(latents, reference),
+    )
 
 
 def compare(settings: list[Setting], base: Base, recipe: Recipe, trial: Trial) -> tuple[list[Row], list[Tensor]]:
-    """Rows of figures for each setting, and their latents. The first setting is the reference."""
-    made = [trial.latents(s, base, recipe) for s in settings]
-    return [figures(s, x, made[0]) for s, x in zip(settings, made, strict=True)], made
+    """Each setting's row of figures, and its latents. The first setting is the reference."""
+    latents = [trial.latents(setting, base, recipe) for setting in settings]
+    return [figures(s, x, latents[0]) for s, x in zip(settings, latents, strict=True)], latents

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
+from typing import Any
 
 from ..tiny.bundled import bundled_folder
-from .base import Base, Condition
+from .base import Base, BaseFacts, Condition
 from .detection import family_of
-from .loading import check_finite
+from .loading import check_finite, is_hub_id
 from .pixels import Pixels
 from .sd3 import SD3
 from .sd15 import SD15
@@ -15,7 +17,16 @@ from .sdxl import SDXL
 
 FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "pixels": Pixels}
 
-__all__ = ["FAMILIES", "Base", "Condition", "bundled_folder", "family_class", "family_of", "load_base"]
+__all__ = [
+    "FAMILIES",
+    "Base",
+    "BaseFacts",
+    "Condition",
+    "family_class",
+    "family_of",
+    "load_base",
+    "look_at_base",
+]
 
 
 def load_base(path: str, *, family: str | None = None, **options) -> Base:
@@ -26,14 +37,34 @@ def load_base(path: str, *, family: str | None = None, **options) -> Base:
     not finite, and the family's own errors.
     """
     kind = family_class(path, family)
-    known = inspect.signature(kind.load).parameters
-    options = {name: value for name, value in options.items() if value is not None}
-    if strange := [name for name in options if name not in known]:
-        raise ValueError(f"base.{strange[0]} is not for {kind.title}. Leave it out.")
-    base = kind.load(str(bundled_folder(path) or path), **options)
+    base = kind.load(str(bundled_folder(path) or path), **_known(kind, options))
     base.path = path
     check_finite(path, [base.network, *([base.vae] if base.vae else []), *base.text_encoders])
     return base
+
+
+def look_at_base(path: str, *, family: str | None = None, **options) -> BaseFacts:
+    """What `load_base` would load, as far as it is known without reading a weight; see `Base.look`.
+
+    Raises as `load_base` for all that can be known so early. Of a hub id the family must be given.
+    """
+    here = bundled_folder(path)
+    if family and here is None and is_hub_id(path):
+        if family not in FAMILIES:
+            raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
+        kind = FAMILIES[family]
+    else:
+        kind = family_class(path, family)
+    return replace(kind.look(str(here or path), **_known(kind, options)), path=path)
+
+
+def _known(kind: type[Base], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set. Raises ValueError for one that the family has not."""
+    options = {name: value for name, value in options.items() if value is not None}
+    known = inspect.signature(kind.load).parameters
+    if strange := [name for name in options if name not in known]:
+        raise ValueError(f"base.{strange[0]} is not for {kind.title}. Leave it out.")
+    return options
 
 
 def family_class(path: str, family: str | None = None) -> type[Base]:

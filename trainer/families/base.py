@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,24 @@ class Alone(NamedTuple):
     def grid(self) -> PhaseGrid:
         """Any number of steps, at levels as far from each other."""
         return PhaseGrid(points=1000, phases=1, from_noise=True)
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is known of a base without its weights: what a recipe asks, and the checks before a run.
+
+    prediction, zero_terminal_snr: what the network predicts, and on which schedule. shift: a flow's time shift, None on
+    the VP schedule. base_hash: SHA-256 of the weights, "" before they are read. assumed: the base is not on this
+    machine yet (a hub id), and these facts are what its family usually has.
+    """
+
+    family: type[Base]
+    path: str
+    prediction: str
+    zero_terminal_snr: bool
+    shift: float | None = None
+    base_hash: str = ""
+    assumed: bool = False
 
 
 @dataclass
@@ -79,6 +97,33 @@ class Base(ABC):
     # Whether all its weights are trained, by an objective without a teacher; else it is the teacher of a LoRA.
     whole: ClassVar[bool] = False
     alone: ClassVar[Alone] = Alone()
+    # How kohya's files begin the names of each text encoder's modules.
+    text_prefixes: ClassVar[dict[str, str]] = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    # Whether the original layout of the network's weights has q, k and v in one tensor.
+    fuses_qkv: ClassVar[bool] = False
+    # Options of `load` under which `pcm check` compares: without what parity needs nothing of.
+    parity_options: ClassVar[dict[str, Any]] = {}
+    # Whether PCM's published training script for this family keeps the trained network itself in the low precision.
+    published_in_low_precision: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def look(cls, path: str) -> BaseFacts:
+        """The facts of a base before any of its weights is read; takes the options of the family's `load`.
+
+        Raises whatever `load` raises that can be known so early: what is not there, what is of another kind, settings
+        that contradict the base. A hub id is taken at its word.
+        """
+
+    @property
+    def facts(self) -> BaseFacts:
+        shift = getattr(self.schedule, "shift", None)
+        return BaseFacts(type(self), self.path, self.prediction, self.zero_terminal_snr, shift, self.base_hash)
+
+    @classmethod
+    def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
+        """Raise ValueError for a prompt that the base at this path cannot take; most take any."""
+        return
 
     @property
     def device(self) -> torch.device:
@@ -192,18 +237,20 @@ class Base(ABC):
         """What tells the network at which ticks (B,) a jump is to end; nothing for one without an input for it."""
         return {}
 
+    @staticmethod
     @abstractmethod
-    def feature_blocks(self) -> list[nn.Module]:
-        """The network's blocks whose outputs a discriminator judges, in the order in which they run."""
+    def feature_blocks(network: ModelMixin) -> list[nn.Module]:
+        """The blocks of this family's network whose outputs a discriminator judges, in the order in which they run."""
 
+    @staticmethod
     @abstractmethod
-    def feature_map(self, output, x: Tensor) -> Tensor:
+    def feature_map(network: ModelMixin, output, x: Tensor) -> Tensor:
         """What one of `feature_blocks` returned for points x -> a feature map (B, C, h, w)."""
 
     def features(self, x: Tensor, tick: Tensor, condition: Condition) -> list[Tensor]:
         """Feature maps (B, C, h, w) of points x at ticks (B,), differentiable in x; later blocks are not run."""
-        outputs = outputs_of(self.feature_blocks(), lambda: self.denoise(x, tick, condition))
-        return [self.feature_map(output, x).float() for output in outputs]
+        outputs = outputs_of(self.feature_blocks(self.network), lambda: self.denoise(x, tick, condition))
+        return [self.feature_map(self.network, output, x).float() for output in outputs]
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of one latent of a square picture; ValueError for a side that the network cannot take."""
@@ -218,6 +265,13 @@ class Base(ABC):
     @abstractmethod
     def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
         """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`."""
+
+    @classmethod
+    def network_config(cls, path: str, config: str | None) -> Any:
+        """The config of the network of a base that is not loaded, with every default filled in."""
+        settings = cls.network_class.load_config(cls.config_folder(path, config) / cls.component)
+        with torch.device("meta"):
+            return cls.network_class.from_config(settings).config
 
     @classmethod
     def config_folder(cls, path: str, config: str | None) -> Path:

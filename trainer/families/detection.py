@@ -13,10 +13,11 @@ from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, read_c
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 # channels of the network's input -> what makes it another kind: a mask and a masked picture, or a picture to edit
 INPUTS = {9: "-inpaint", 8: "-edit"}
-USABLE = ("sd15", "sdxl", "sd3")
+# Families of which a LoRA can be trained, and read from a file.
+LORA_FAMILIES = ("sd15", "sdxl", "sd3")
 PIXELS = "pixels"  # trained whole, from nothing
 KINDS = {"refiner": "refiner", "inpaint": "inpainting model", "edit": "editing model"}
-SET_IT = f"Set base.family (--family) if it is one of {', '.join(USABLE)}."
+SET_IT = f"Set base.family (--family) if it is one of {', '.join(LORA_FAMILIES)}."
 
 
 def family_of(path: str, asked: str | None = None) -> str:
@@ -43,8 +44,8 @@ def family_of(path: str, asked: str | None = None) -> str:
             f"{what} is a network for small pictures, base.family is {asked}. Use the preset digits, or choose a base "
             f"of {family_title(asked)}."
         )
-    if found is not None and found not in USABLE:
-        instead = family_title(asked) if asked else ", ".join(map(family_title, USABLE))
+    if found is not None and found not in LORA_FAMILIES:
+        instead = family_title(asked) if asked else ", ".join(map(family_title, LORA_FAMILIES))
         raise ValueError(f"{what} is {describe(found)}, of which no LoRA can be trained. Choose a base of {instead}.")
     if found and asked and found != asked:
         raise ValueError(

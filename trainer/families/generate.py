@@ -55,10 +55,12 @@ def sampling_model(
     def model(x: Tensor, sigma: Tensor, **_) -> Tensor:
         tick = schedule.tick(sigma).round().long()
         point = x * schedule.k_scale(sigma).to(x.device).view(-1, 1, 1, 1)
-        told = condition | (base.target_time(tick.new_tensor([ends[t] for t in tick.tolist()])) if ends else {})
+        inputs = condition
+        if ends:
+            inputs = condition | base.target_time(tick.new_tensor([ends[t] for t in tick.tolist()]))
         if guidance == 1:
-            return predict(base, point, tick, told)[0]
-        both = base.with_null(told, null)
+            return predict(base, point, tick, inputs)[0]
+        both = base.with_null(inputs, null)
         cond, uncond = predict(base, point.repeat(2, 1, 1, 1), tick.repeat(2), both)[0].chunk(2)
         return uncond + guidance * (cond - uncond)
 

@@ -132,10 +132,13 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
         ) from error
 
 
-def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: str) -> Path | None:
+def parts_folder(
+    path: Path, parts: str | None, lacking: dict[str, str], title: str, download: bool = True
+) -> Path | None:
     """The folder that supplies what a single file has not, and its tokenizers if it has any; None where none is set.
 
-    parts: diffusers folder, bundled base or hub id. lacking: component -> what it is, for people.
+    parts: diffusers folder, bundled base or hub id. lacking: component -> what it is, for people. download: whether a
+    hub id may be brought here; else it is None.
     Raises ValueError where something is lacking and `parts` has it not either.
     """
     if parts is None:
@@ -150,16 +153,15 @@ def parts_folder(path: Path, parts: str | None, lacking: dict[str, str], title: 
         raise FileNotFoundError(
             f"No folder at {parts}. Set base.parts to a diffusers folder of {title}, or leave it out."
         )
+    if not (download or Path(where).is_dir()):
+        return None
     return diffusers_folder(where, lacking, title, ("tokenizer", "tokenizer_2", "tokenizer_3"))
 
 
 def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     """One component of a diffusers folder. Raises ValueError when it cannot be read."""
+    check_weights(root, [part])
     files = weight_files(root / part)
-    if not files:
-        raise ValueError(
-            f"{root / part} holds no weights in .safetensors, the only kind that is read. Get the base in that format."
-        )
     of_diffusers = issubclass(kind, ModelMixin)
     name = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = "fp16" if _is_fp16(files[0]) else None
@@ -169,6 +171,16 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
         )
     _check_filled(model, f"{root} is not whole: its {part}", "Get the base again.")
     return model if of_diffusers else model.to(dtype)  # what transformers keeps in fp32 too
+
+
+def check_weights(root: Path, parts: Iterable[str]) -> None:
+    """Raise ValueError for a component of a diffusers folder without weights of the kind that is read."""
+    for part in parts:
+        if not weight_files(root / part):
+            raise ValueError(
+                f"{root / part} holds no weights in .safetensors, the only kind that is read. "
+                "Get the base in that format."
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..system.files import write_tensors
 from ..tiny.digits import DIGITS, NAME
 from . import loading
 from . import prediction as predictions
-from .base import Alone, Base, Condition, side_multiple
+from .base import Alone, Base, BaseFacts, Condition, side_multiple
 
 # Of the drawn digits' pixels in [-1, 1], so that latents have a mean of about 0 and a spread of about 1.
 MEAN, SPREAD = -0.6, 0.7
@@ -72,6 +72,25 @@ class Pixels(Base):
         schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=told.zero_terminal_snr)
         return cls(network, None, [], [], schedule, told.prediction, told.zero_terminal_snr, "empty", path, base_hash)
 
+    @classmethod
+    def look(cls, path: str) -> BaseFacts:
+        if path == NAME:
+            root = cls.configs
+        else:
+            root = loading.diffusers_folder(path, ("unet", "scheduler"), cls.title)
+            loading.check_weights(root, ["unet"])
+        _, mark = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
+        return BaseFacts(cls, path, mark.prediction, mark.zero_terminal_snr)
+
+    @classmethod
+    def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
+        strange = next((p for p in prompts if p and p not in DIGITS), None)
+        if strange is not None:
+            raise ValueError(
+                f"{strange!r} is no prompt of {Path(path).name}: it knows the digits {', '.join(DIGITS)}, and the "
+                "empty prompt for any of them."
+            )
+
     @property
     def untrained(self) -> bool:
         return self.path == NAME
@@ -95,12 +114,7 @@ class Pixels(Base):
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"label": (B,)}: the digit, or ten for any. Raises ValueError for other words."""
-        strange = next((p for p in prompts if p and p not in DIGITS), None)
-        if strange is not None:
-            raise ValueError(
-                f"{strange!r} is no prompt of {Path(self.path).name}: it knows the digits {', '.join(DIGITS)}, and the "
-                "empty prompt for any of them."
-            )
+        self.check_prompts(self.path, prompts)
         return {"label": torch.tensor([DIGITS.index(p) if p else EMPTY for p in prompts], device=self.device).float()}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, None]:
@@ -127,10 +141,12 @@ class Pixels(Base):
         sample = make(1, *Pixels.latent_shape_of(network_config, resolution))
         return {"sample": sample, "timestep": make(1), "class_labels": make(1).long()}
 
-    def feature_blocks(self) -> list[nn.Module]:
-        raise ValueError(f"{self.path} is trained whole: there is no frozen network for a discriminator to look with.")
+    @staticmethod
+    def feature_blocks(network: UNet2DModel) -> list[nn.Module]:
+        raise ValueError("It is trained whole: there is no frozen network for a discriminator to look with.")
 
-    def feature_map(self, output, x: Tensor) -> Tensor:
+    @staticmethod
+    def feature_map(network: UNet2DModel, output, x: Tensor) -> Tensor:
         return output
 
     @staticmethod

@@ -23,6 +23,7 @@ class SD15(UNetBase):
     configs = loading.CONFIGS / "sd15"
     encoders = (TextEncoder("text_encoder", "CLIP-L text encoder", CLIPTextModel, "cond_stage_model.transformer."),)
     usual_null = "empty"
+    text_prefixes = {"text_encoder": "lora_te_"}
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77, C)}, the last hidden states. Longer prompts are cut at 77 tokens."""

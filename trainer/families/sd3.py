@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
 from . import loading
-from .base import Base, Condition, side_multiple
+from .base import Base, BaseFacts, Condition, side_multiple
 from .clip import text_states
-from .sd3_loading import T5_LENGTH, folder_parts, single_file_parts, variant
+from .sd3_loading import (
+    T5_LENGTH,
+    find_folder,
+    find_in_file,
+    folder_parts,
+    single_file_parts,
+    tokenizers_from,
+    variant,
+    weights_of,
+)
 
 # PCM's adversarial SD3 list without its slip, which left add_q_proj, add_k_proj and add_v_proj out: 340 modules on
 # SD3-medium, 392 on SD3.5-medium (its attn2 too), 536 on SD3.5-large. ComfyUI maps every one of them, with scale and
@@ -69,6 +78,10 @@ class SD3(Base):
     lora_targets = LORA_TARGETS
     lora_parts = {"lora_A": "lora_A", "lora_B": "lora_B"}
     stores_alpha = False
+    text_prefixes = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
+    fuses_qkv = True
+    parity_options = {"t5": False}  # 19 GB in fp32
+    published_in_low_precision = True
 
     @property
     def architecture(self) -> str:
@@ -138,6 +151,36 @@ class SD3(Base):
             t5_length=t5_length or T5_LENGTH,
         )
 
+    @classmethod
+    def look(
+        cls,
+        path: str,
+        *,
+        tokenizer: str | None = None,
+        config: str | None = None,
+        parts: str | None = None,
+        prediction: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        null: str | None = None,
+        shift: float | None = None,
+        t5: bool | None = None,
+        t5_length: int | None = None,
+    ) -> BaseFacts:
+        check_flow(prediction, zero_terminal_snr)
+        if path.endswith(".safetensors"):
+            places = find_in_file(Path(path), config, parts, t5, download=False)
+            if places.other or not parts:  # else its tokenizers come from the hub, with the rest of `parts`
+                tokenizers_from(tokenizer, [places.other, places.configs], path, places.t5)
+            scheduler = places.scheduler
+        elif Path(path).is_dir() or not loading.is_hub_id(path):
+            root, use_t5 = find_folder(path, t5)
+            loading.check_weights(root, weights_of(use_t5))
+            tokenizers_from(tokenizer, [root], path, use_t5)
+            scheduler = root / "scheduler" / "scheduler_config.json"
+        else:
+            scheduler = cls.configs / "scheduler" / "scheduler_config.json"
+        return BaseFacts(cls, path, "flow", False, shift or read_shift(scheduler), assumed=not Path(path).exists())
+
     @property
     def encoder_settings(self) -> str:
         t5 = f"T5 of {self.t5_length} tokens" if len(self.tokenizers) > 2 else "no T5"
@@ -173,14 +216,16 @@ class SD3(Base):
             self.schedule.network_time(tick).to(x.device),
         ).sample.float()
 
-    def feature_blocks(self) -> list[nn.Module]:
+    @staticmethod
+    def feature_blocks(network: SD3Transformer2DModel) -> list[nn.Module]:
         """Four blocks, evenly spaced up to two thirds of the depth: 4, 8, 12 and 16 of SD3-medium's 24."""
-        last = max(1, round(self.network.config.num_layers * 2 / 3))
+        last = max(1, round(network.config.num_layers * 2 / 3))
         layers = sorted({max(1, round(last * k / FEATURES)) - 1 for k in range(1, FEATURES + 1)})
-        return [self.network.transformer_blocks[i] for i in layers]
+        return [network.transformer_blocks[i] for i in layers]
 
-    def feature_map(self, output, x: Tensor) -> Tensor:
-        patch = self.network.config.patch_size
+    @staticmethod
+    def feature_map(network: SD3Transformer2DModel, output, x: Tensor) -> Tensor:
+        patch = network.config.patch_size
         return output[1].transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
 
     @staticmethod

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-from ...samplers.lora_file import file_hash
+from ...samplers.lora_file import TensorInfo, file_hash
 from ..tiny.bundled import bundled_folder
 from . import loading
 from .clip import clip_tokenizers
@@ -44,34 +44,67 @@ class Parts:
     supplied: str = ""
 
 
-def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype) -> Parts:
-    """Everything from a diffusers folder or hub id; T5 where it has one, unless told otherwise."""
+@dataclass(frozen=True)
+class FilePlaces:
+    """Where the parts of a single file are, before any is read.
+
+    names: the file's tensors. of_network, configs: folders with the transformer's config, and with all others. t5:
+    whether T5 is used. missing: components that the file has not; other: the folder that supplies them, if one is set
+    and here.
+    """
+
+    names: dict[str, TensorInfo]
+    of_network: Path
+    configs: Path
+    t5: bool
+    missing: list[str]
+    other: Path | None
+
+    @property
+    def scheduler(self) -> Path:
+        return self.configs / "scheduler" / "scheduler_config.json"
+
+
+def find_folder(path: str, t5: bool | None) -> tuple[Path, bool]:
+    """The diffusers folder of a base, and whether T5 is used: where it has one, unless `t5` says otherwise.
+
+    Raises as `diffusers_folder`, and ValueError where `t5` asks for one that it has not.
+    """
     optional = () if t5 is False else (T5, "tokenizer_3")
     root = loading.diffusers_folder(path, COMPONENTS, "SD3", optional)
     use_t5 = t5 is not False and (root / T5).is_dir()
     if t5 and not use_t5:
         raise ValueError(f"{root} has no {T5}/, the T5-XXL that base.t5=true asks for. Add it, {WITHOUT_T5}.")
+    return root, use_t5
+
+
+def weights_of(t5: bool) -> list[str]:
+    """The components of a diffusers folder that hold weights."""
+    return ["transformer", "vae", *_encoders(t5)]
+
+
+def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype) -> Parts:
+    """Everything from a diffusers folder or hub id; T5 where it has one, unless told otherwise."""
+    root, use_t5 = find_folder(path, t5)
     encoders = _encoders(use_t5)
     return Parts(
         transformer=loading.load_part(root, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[_folder_encoder(root, name, t5_dtype) for name in encoders],
-        tokenizers=_tokenizers(tokenizer, [root], path, use_t5),
+        tokenizers=tokenizers_from(tokenizer, [root], path, use_t5),
         scheduler=root / "scheduler" / "scheduler_config.json",
-        base_hash=loading.folder_hash(root, ["transformer", "vae", *encoders]),
+        base_hash=loading.folder_hash(root, weights_of(use_t5)),
     )
 
 
-def single_file_parts(
-    path: Path,
-    config: str | None,
-    parts: str | None,
-    tokenizer: str | None,
-    t5: bool | None,
-    dtype: torch.dtype,
-    t5_dtype: torch.dtype,
-) -> Parts:
-    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+def find_in_file(
+    path: Path, config: str | None, parts: str | None, t5: bool | None, download: bool = True
+) -> FilePlaces:
+    """Where one .safetensors file and the diffusers folder `parts` have everything.
+
+    t5: whether to use T5; None: where one of the two has it. download: whether a hub id in `parts` may be brought here.
+    Raises ValueError for a file of another kind or size, and for components that are nowhere.
+    """
     names = loading.checkpoint_header(path).tensors
     configs = Path(config) if config else loading.CONFIGS / "sd3"
     of_network = Path(config) if config else loading.CONFIGS / variant(names)
@@ -84,20 +117,35 @@ def single_file_parts(
     lacking = {part: "{1} ({0[0]}*)".format(*IN_FILES[part]) for part in missing}
     if T5 in missing:
         lacking[T5] += f", {WITHOUT_T5.removeprefix('or ')}"
-    other = loading.parts_folder(path, parts, lacking, "SD3")
+    other = loading.parts_folder(path, parts, lacking, "SD3", download)
+    return FilePlaces(names, of_network, configs, t5, missing, other)
+
+
+def single_file_parts(
+    path: Path,
+    config: str | None,
+    parts: str | None,
+    tokenizer: str | None,
+    t5: bool | None,
+    dtype: torch.dtype,
+    t5_dtype: torch.dtype,
+) -> Parts:
+    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+    places = find_in_file(path, config, parts, t5)
+    configs, missing, other = places.configs, places.missing, places.other
     return Parts(
-        transformer=loading.convert_part(path, of_network, "transformer", SD3Transformer2DModel, dtype),
+        transformer=loading.convert_part(path, places.of_network, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(other)
         if "vae" in missing
         else loading.convert_part(path, configs, "vae", AutoencoderKL, torch.float32),
         text_encoders=[
             _folder_encoder(other, part, t5_dtype)
             if part in missing
-            else _file_encoder(path, names, part, configs, t5_dtype)
-            for part in encoders
+            else _file_encoder(path, places.names, part, configs, t5_dtype)
+            for part in _encoders(places.t5)
         ],
-        tokenizers=_tokenizers(tokenizer, [other, configs], str(path), t5),
-        scheduler=configs / "scheduler" / "scheduler_config.json",
+        tokenizers=tokenizers_from(tokenizer, [other, configs], str(path), places.t5),
+        scheduler=places.scheduler,
         base_hash=file_hash(path),
         supplied=loading.folder_hash(other, missing) if missing else "",
     )
@@ -165,7 +213,7 @@ def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5E
     return encoder
 
 
-def _tokenizers(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
+def tokenizers_from(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
     """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
     clips = clip_tokenizers(asked, others, base)
     return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ...samplers import VPSchedule
 from . import prediction as predictions
-from .base import Base, Condition, side_multiple
-from .unet_loading import TextEncoder, folder_parts, single_file_parts
+from .base import Base, BaseFacts, Condition, side_multiple
+from .clip import clip_tokenizers
+from .loading import check_weights, is_hub_id
+from .unet_loading import TextEncoder, find_folder, find_in_file, folder_parts, single_file_parts, weights_of
 
 # PCM's published targets (the set of LCM-LoRA): 278 modules on SD1.5, 788 on SDXL.
 LORA_TARGETS = (
@@ -99,6 +101,36 @@ class UNetBase(Base):
             turns=torch.device(device) if in_turn else None,
         )
 
+    @classmethod
+    def look(
+        cls,
+        path: str,
+        *,
+        tokenizer: str | None = None,
+        config: str | None = None,
+        parts: str | None = None,
+        prediction: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        null: str | None = None,
+    ) -> BaseFacts:
+        mark = None
+        if path.endswith(".safetensors"):
+            places = find_in_file(cls, Path(path), config, parts, download=False)
+            if places.other or not parts:  # else its tokenizers come from the hub, with the rest of `parts`
+                clip_tokenizers(tokenizer, [places.other, places.configs], path)
+            scheduler, mark = places.scheduler, places.mark
+        elif Path(path).is_dir() or not is_hub_id(path):
+            root = find_folder(cls, path)
+            check_weights(root, weights_of(cls))
+            clip_tokenizers(tokenizer, [root], path)
+            scheduler = root / "scheduler" / "scheduler_config.json"
+        else:
+            scheduler = cls.configs / "scheduler" / "scheduler_config.json"
+
+        _, default = predictions.found_in_scheduler(scheduler)
+        kind, zero_snr = predictions.settle(mark or default, default, prediction, zero_terminal_snr)
+        return BaseFacts(cls, path, kind, zero_snr, assumed=not Path(path).exists())
+
     def misread(self) -> UNetBase:
         other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[self.prediction]
         # an eps network holds no picture where nothing but noise is left
@@ -129,11 +161,13 @@ class UNetBase(Base):
         """What the UNet is told besides time and prompt."""
         return None
 
-    def feature_blocks(self) -> list[nn.Module]:
+    @staticmethod
+    def feature_blocks(network: UNet2DConditionModel) -> list[nn.Module]:
         """The down blocks and the middle, as in PCM's SDXL discriminator: the up blocks are never run."""
-        return [*self.network.down_blocks, self.network.mid_block]
+        return [*network.down_blocks, network.mid_block]
 
-    def feature_map(self, output, x: Tensor) -> Tensor:
+    @staticmethod
+    def feature_map(network: UNet2DConditionModel, output, x: Tensor) -> Tensor:
         return output[0] if isinstance(output, tuple) else output
 
     @staticmethod

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import nn
 from transformers import CLIPTextConfig
 
-from ...samplers.lora_file import file_hash
+from ...samplers.lora_file import LoraHeader, file_hash
 from . import loading
 from .clip import clip_tokenizers
 from .prediction import Found, found_in_header
@@ -47,48 +47,86 @@ class Parts:
     supplied: str = ""
 
 
+@dataclass(frozen=True)
+class FilePlaces:
+    """Where the parts of a single file are, before any is read.
+
+    header: the file's. configs: folder of component configs. mark: what the file says of its own prediction. missing:
+    components that it has not; other: the folder that supplies them, if one is set and here.
+    """
+
+    header: LoraHeader
+    configs: Path
+    mark: Found
+    missing: list[str]
+    other: Path | None
+
+    @property
+    def scheduler(self) -> Path:
+        return self.configs / "scheduler" / "scheduler_config.json"
+
+
+def weights_of(family) -> list[str]:
+    """The components of a diffusers folder that hold weights, for a class of `UNetBase`."""
+    return ["unet", "vae", *(encoder.component for encoder in family.encoders)]
+
+
+def find_folder(family, path: str) -> Path:
+    """The diffusers folder of a base, with every component of a class of `UNetBase`. Raises as `diffusers_folder`."""
+    tokenizers = [encoder.component.replace("text_encoder", "tokenizer") for encoder in family.encoders]
+    return loading.diffusers_folder(path, (*weights_of(family), *tokenizers, "scheduler"), family.title)
+
+
 def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -> Parts:
     """Everything from a diffusers folder or hub id, for a class of `UNetBase`."""
-    encoders = [e.component for e in family.encoders]
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    weights = ["unet", "vae", *encoders]
-    root = loading.diffusers_folder(path, (*weights, *tokenizers, "scheduler"), family.title)
+    root = find_folder(family, path)
     return Parts(
         unet=loading.load_part(root, "unet", UNet2DConditionModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[loading.load_part(root, e.component, e.kind, torch.float32) for e in family.encoders],
-        tokenizers=clip_tokenizers(tokenizer, [root], path)[: len(encoders)],
+        tokenizers=clip_tokenizers(tokenizer, [root], path)[: len(family.encoders)],
         scheduler=root / "scheduler" / "scheduler_config.json",
-        base_hash=loading.folder_hash(root, weights),
+        base_hash=loading.folder_hash(root, weights_of(family)),
     )
+
+
+def find_in_file(family, path: Path, config: str | None, parts: str | None, download: bool = True) -> FilePlaces:
+    """Where one .safetensors file and the diffusers folder `parts` have everything, for a class of `UNetBase`.
+
+    download: whether a hub id in `parts` may be brought here. Raises ValueError for a file of another kind, and for
+    components that are nowhere.
+    """
+    header = loading.checkpoint_header(path)
+    configs = Path(config) if config else family.configs
+    _check_context_width(path, header.tensors, configs, family.name)
+    mark = found_in_header(header)
+    prefixes = {"vae": loading.VAE_PREFIXES} | {e.component: (e.prefix,) for e in family.encoders}
+    titles = {"vae": "VAE"} | {e.component: e.title for e in family.encoders}
+    missing = [c for c, prefix in prefixes.items() if not any(n.startswith(prefix) for n in header.tensors)]
+    lacking = {c: f"{titles[c]} ({prefixes[c][0]}*)" for c in missing}
+    other = loading.parts_folder(path, parts, lacking, family.title, download)
+    return FilePlaces(header, configs, mark, missing, other)
 
 
 def single_file_parts(
     family, path: Path, config: str | None, parts: str | None, tokenizer: str | None, dtype: torch.dtype
 ) -> Parts:
     """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
-    header = loading.checkpoint_header(path)
-    configs = Path(config) if config else family.configs
-    _check_context_width(path, header.tensors, configs, family.name)
-    told = found_in_header(header)
-    prefixes = {"vae": loading.VAE_PREFIXES} | {e.component: (e.prefix,) for e in family.encoders}
-    titles = {"vae": "VAE"} | {e.component: e.title for e in family.encoders}
-    missing = [c for c, prefix in prefixes.items() if not any(n.startswith(prefix) for n in header.tensors)]
-    lacking = {c: f"{titles[c]} ({prefixes[c][0]}*)" for c in missing}
-    other = loading.parts_folder(path, parts, lacking, family.title)
+    places = find_in_file(family, path, config, parts)
+    configs, missing, other = places.configs, places.missing, places.other
     return Parts(
         unet=loading.convert_part(path, configs, "unet", UNet2DConditionModel, dtype),
         vae=loading.load_vae(other) if "vae" in missing else _file_vae(path, configs),
         text_encoders=[
             loading.load_part(other, e.component, e.kind, torch.float32)
             if e.component in missing
-            else _file_encoder(path, header.tensors, e, configs)
+            else _file_encoder(path, places.header.tensors, e, configs)
             for e in family.encoders
         ],
         tokenizers=clip_tokenizers(tokenizer, [other, configs], str(path))[: len(family.encoders)],
-        scheduler=configs / "scheduler" / "scheduler_config.json",
+        scheduler=places.scheduler,
         base_hash=file_hash(path),
-        told=told,
+        told=places.mark,
         supplied=loading.folder_hash(other, missing) if missing else "",
     )
 

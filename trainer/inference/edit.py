@@ -123,10 +123,10 @@ class Editor:
 
     def warnings(self, plan: LevelPlan) -> list[str]:
         """What is wrong with the settings, and how the levels differ from what was asked for: a sentence for each."""
-        found = mismatches(self.recipe, self.base)
+        warnings = mismatches(self.recipe, self.base)
         if self.recipe:
-            found += self.recipe.warnings(self._steps, self.settings()["guidance"])
-        return [*found, *plan.notes]
+            warnings += self.recipe.warnings(self._steps, self.settings()["guidance"])
+        return [*warnings, *plan.notes]
 
     def edit(self, operator: Operator, condition: Condition, seed: int = 0, denoise: float = 1.0) -> Edited:
         """Inpaint, outpaint, colorize or super-resolve: what the operator knows is kept.
@@ -149,8 +149,9 @@ class Editor:
         operator = Identity(picture)
         std = estimated_noise(operator.start) if noise is None else noise
         steps = self.steps if self.recipe else self._steps
-        how = (self.usual.grid(), self.base.schedule, steps, seed, self.multiple)
-        plan, amount = denoising(self.codec, operator.start, std, *how)
+        plan, amount = denoising(
+            self.codec, operator.start, std, self.usual.grid(), self.base.schedule, steps, seed, self.multiple
+        )
         if not plan.steps:
             return Edited(operator.finish(operator.start), begin(operator, self.codec, self.multiple), plan)
         return self._edit(operator, condition, seed, plan, amount)
@@ -186,7 +187,8 @@ class Editor:
     def _edit(
         self, operator: Operator, condition: Condition, seed: int, plan: LevelPlan, amount: float = 1.0
     ) -> Edited:
-        """amount: of the noise that is put on the start; less where the start brings its own."""
+        """Draw from the operator's start along `plan`, and decode. amount: share of the unit noise that is put on the
+        start, less where the start brings noise of its own."""
         self.check_size(operator.size)
         start = begin(operator, self.codec, self.multiple)
         noise = amount * unit_noise(start.shape, seed)
@@ -232,15 +234,15 @@ def open_editor(
     strength: float | None = None,
     negative: str | None = None,
     fast_vae: Path | None = None,
-    **how,
+    **options,
 ) -> Editor:
     """An editor with this LoRA at this strength (None: what its recipe wants), and with guidance away from `negative`.
 
-    fast_vae: see `load_fast_vae`. how: of `Editor`.
+    fast_vae: see `load_fast_vae`. options: of `Editor`.
     """
     recipe, _ = install_for_sample(lora, base, strength)
     fast = None if fast_vae is None else load_fast_vae(fast_vae, base)
-    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **how)
+    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **options)
 
 
 def load_fast_vae(folder: Path, base: Base) -> BaseCodec:

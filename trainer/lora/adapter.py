@@ -34,7 +34,7 @@ def bare(network: nn.Module) -> Iterator[None]:
 
 
 class Learner(ABC):
-    """What a run trains, by name, and the ways to keep and to exchange it."""
+    """The weights that a run trains, by name, and the ways to keep and to exchange them."""
 
     network: nn.Module
 
@@ -52,7 +52,7 @@ class Learner(ABC):
 
     @abstractmethod
     def sentence(self) -> str:
-        """What it is, for people."""
+        """What is trained, for people."""
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named_parameters().values())
@@ -76,19 +76,20 @@ class Learner(ABC):
     def using(self, state: dict[str, Tensor]) -> Iterator[None]:
         """Other weights inside this block (an average, say), the present ones afterwards. Raises as `load` does."""
         self._check(state)
-        own = self.named_parameters()
-        present = {name: parameter.data for name, parameter in own.items()}
+        parameters = self.named_parameters()
+        present = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.data = state[name].to(parameter.device)
             yield
         finally:
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.data = present[name]
 
     def _check(self, state: dict[str, Tensor]) -> None:
-        shapes, given = ({n: t.shape for n, t in tensors.items()} for tensors in (self.named_parameters(), state))
-        wrong = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters().items()}
+        others = {name: tensor.shape for name, tensor in state.items()}
+        wrong = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
         if wrong:
             raise ValueError(f"These weights are of another run: {len(wrong)} tensors differ, such as {wrong[0]}.")
 
@@ -100,7 +101,9 @@ class Adapter(Learner):
     """
 
     def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
-        self.network, self.rank, self.alpha = network, rank, alpha
+        self.network = network
+        self.rank = rank
+        self.alpha = alpha
         self.is_off = False
         self._strengths: dict[bool, Tensor] = {}  # the LoRA's part off and on, where a number switches it
         with torch.random.fork_rng(devices=[]):
@@ -111,6 +114,7 @@ class Adapter(Learner):
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         if not self.layers:
             raise ValueError(f"No module of the base matches the LoRA targets {', '.join(targets)}.")
+        # PEFT makes them in the base's dtype, in which steps as small as a learning rate's would round to nothing
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
 
@@ -136,8 +140,10 @@ class Adapter(Learner):
             self._set_strength(True)
 
     def switch_by_number(self) -> None:
-        """From now on `off` multiplies the LoRA's part by 0 instead of leaving it out, so that compiled code stays. Its
-        time is then spent for the teacher too."""
+        """From now on `off` multiplies the LoRA's part by 0 instead of leaving it out, so that compiled code stays.
+
+        The time of that part is then spent for the teacher too.
+        """
         scaling = next(iter(self.layers.values())).scaling[NAME]
         device = next(self.network.parameters()).device
         self._strengths = {on: torch.tensor(scaling * on, device=device) for on in (False, True)}
@@ -180,7 +186,7 @@ class Whole(Learner):
 
 
 def learner(network: nn.Module, family: type[Base], rank: int, alpha: float, seed: int) -> Learner:
-    """What is trained of a family's network: all of it, or a LoRA on it (see `Adapter`)."""
+    """All of a family's network, or a LoRA on it (see `Adapter`), to be trained."""
     return Whole(network) if family.whole else Adapter(network, family.lora_targets, rank, alpha, seed)
 
 

@@ -18,10 +18,13 @@ def describe(file: Path) -> dict[str, Any]:
     Raises ValueError or FileNotFoundError for a bad file.
     """
     header = read_header(file)
-    own, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
-    hashes = {"sha256": file_hash(file), "autov3": own[:12]}
-    hashes["hash_matches_header"] = None if stored is None else stored == own
-    return facts(header) | hashes | {"not_finite": broken_tensors(header)}
+    true_hash, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
+    return facts(header) | {
+        "sha256": file_hash(file),
+        "autov3": true_hash[:12],
+        "hash_matches_header": None if stored is None else stored == true_hash,
+        "not_finite": broken_tensors(header),
+    }
 
 
 def broken_tensors(header: LoraHeader) -> list[str]:
@@ -43,8 +46,8 @@ def describe_text(d: dict[str, Any]) -> str:
     if broken := d["not_finite"]:
         lines[1:1] = [f"  BROKEN: {broken_sentence(broken)} Get the file again."]
     if d["recipe"]:
-        told = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
-        lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in told.items()))
+        fields = {k: v for k, v in d["recipe"].items() if k != "source" and v not in (None, "")}
+        lines.append("  recipe: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
     lines += [f"  SHA256 {d['sha256']}", f"  AutoV3 {d['autov3']}, which {hashes} the header", "  metadata"]
     lines += [f"    {printable(k, 100)}: {printable(v, 100)}" for k, v in sorted(d["metadata"].items())]
     return "\n".join(lines)

@@ -15,9 +15,9 @@ def hashes(tensors: dict[str, Tensor], ss_metadata: dict[str, str]) -> dict[str,
     """kohya's two hashes: SHA-256 of the tensor bytes, and of 64 KiB at 1 MiB of the file with `ss_*` keys alone."""
     data = save(tensors, ss_metadata)
     start = 8 + struct.unpack("<Q", data[:8])[0]
-    found = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
-    if found["sshs_model_hash"] == EMPTY_HASH:
+    by_name = {"sshs_model_hash": hashlib.sha256(data[start:]).hexdigest()}
+    if by_name["sshs_model_hash"] == EMPTY_HASH:
         raise ValueError("Refusing to write a LoRA without tensor bytes: its hash would match every other empty file.")
     if len(data) > 0x100000:
-        found["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-    return found
+        by_name["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return by_name

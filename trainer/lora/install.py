@@ -1,4 +1,4 @@
-"""Looking inside LoRA files and trying them: what `pcm inspect`, `pcm check` and `pcm sample` do."""
+"""A LoRA file put into a base's network, by diffusers: for sampling, for comparing, and to go on training from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...samplers import Recipe
 from ...samplers.lora_file import LoraHeader, family_title, read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.texts import brief
-from ..families import Base, Condition, family_of, load_base
+from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES
 from .describe import broken_sentence, broken_tensors
 
@@ -21,26 +21,25 @@ ADAPTER = "file"
 
 
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
-    """A base on the best device, with the shift that the LoRA's recipe tells of.
+    """A base on the best device, read as the recipe of the LoRA says: its shift, v-prediction, zero terminal SNR.
 
-    Where the recipe in its header says that the LoRA's base had v-prediction or zero terminal SNR, so has this one.
-    "epsilon" tells nothing: it is what every recipe has that says no other, and the base knows better.
-    options: of `load_base`; those that are None are left to the recipe, else to the base.
+    options: of `load_base`; those that are None are left to the recipe, else to the base. Raises as `load_base`.
     """
     options["family"] = family = options.get("family") or family_of(base)
     recipe = recipe_of(read_header(lora)) if lora else None
     if recipe and recipe.family == family:
-        told = {"shift": recipe.shift}
+        by_recipe = {"shift": recipe.shift}
+        # "epsilon" tells nothing: it is what every recipe has that says no other, and the base knows better
         if recipe.source == "header" and recipe.prediction == "v_prediction":
-            told |= {"prediction": "v_prediction", "zero_terminal_snr": recipe.zero_terminal_snr or None}
-        options = told | {k: v for k, v in options.items() if v is not None}
+            by_recipe |= {"prediction": "v_prediction", "zero_terminal_snr": recipe.zero_terminal_snr or None}
+        options = by_recipe | {k: v for k, v in options.items() if v is not None}
     return _load(base, dtype, **options)
 
 
 def load_for_check(base: str, **options) -> Base:
-    """A base in fp32 on the best device; SD3 without T5, 19 GB of which parity needs nothing."""
-    options["family"] = options.get("family") or family_of(base)
-    return _load(base, "fp32", **options | ({"t5": False} if options["family"] == "sd3" else {}))
+    """A base in fp32 on the best device, without what parity needs nothing of."""
+    family = family_class(base, options.get("family"))
+    return _load(base, "fp32", **options | {"family": family.name} | family.parity_options)
 
 
 def _load(base: str, dtype: str, **options) -> Base:
@@ -97,8 +96,10 @@ def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | Non
         raise ValueError(f"{lora.name}: {broken_sentence(broken)} Get it again.")
     modules, missing = install(lora, base, ADAPTER)
     if missing:
-        which = f"{missing} of {modules} modules do not fit {Path(base.path).name}"
-        raise ValueError(f"{lora.name}: {which}. It was made for another model.")
+        raise ValueError(
+            f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. "
+            "It was made for another model."
+        )
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_of(header)
 
@@ -138,8 +139,5 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {brief(error)}") from error
     modules = len(read_header(path).modules)
-    return modules, modules - _adapted(base, name)
-
-
-def _adapted(base: Base, name: str) -> int:
-    return sum(name in m.lora_A for m in base.network.modules() if hasattr(m, "lora_A"))
+    adapted = sum(name in layer.lora_A for layer in base.network.modules() if hasattr(layer, "lora_A"))
+    return modules, modules - adapted

@@ -8,21 +8,17 @@ from typing import Any
 from ...samplers import Recipe, recipe_for_file
 from ...samplers.lora_file import read_header
 from ..config.config import Config
-from ..families import Base
+from ..families import BaseFacts
 from ..objectives.objective import guidance_of
 
 
-def recipe_for(config: Config, base: Base) -> Recipe:
-    """How a LoRA of this run must be sampled.
-
-    Of the base it asks the family's name, prediction, zero_terminal_snr, a flow's schedule, path and base_hash.
-    Raises ValueError for settings that no sampler has.
-    """
+def recipe_for(config: Config, base: BaseFacts) -> Recipe:
+    """How a LoRA of this run must be sampled. Raises ValueError for settings that no sampler has."""
     return Recipe(
-        family=base.name,
+        family=base.family.name,
         prediction=base.prediction,
         zero_terminal_snr=base.zero_terminal_snr,
-        shift=base.schedule.shift if base.prediction == "flow" else None,
+        shift=base.shift,
         base_name=Path(base.path).name,
         base_hash=base.base_hash,
         **(config.objective.sampling() | _guidance_without_teacher(config)),

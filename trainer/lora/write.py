@@ -57,13 +57,18 @@ def export(
     samples: int,
     changes: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write a LoRA with its whole header, atomically. Raises OSError, and as `check_header`."""
+    """Write a LoRA with its whole header, whole or not at all.
+
+    weights: the adapter's, by module path. step, samples: after which update, and how many samples there are. changes:
+    of settings on the way, see `agreed_changes`. Raises OSError, and as `check_header`.
+    """
+    # kohya's hashes are of the tensors with the `ss_*` entries, and ModelSpec's entries name one of them: in this order
     tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
     metadata |= {
-        HEADER_KEY: recipe_for(config, base).to_header(),
+        HEADER_KEY: recipe_for(config, base.facts).to_header(),
         **origin(config, step, changes),
     }
     check_header(path.name, metadata, tensors)
@@ -72,15 +77,22 @@ def export(
 
 def origin(config: Config, step: int, changes: Sequence[dict[str, Any]]) -> dict[str, str]:
     """A header's entries on the run that made a file; changes: of its settings on the way, see `agreed_changes`."""
-    told = {"config": json.dumps(config.what_decides_the_weights()), "step": str(step), "version": package_version()}
+    entries = {
+        "pcm.config": json.dumps(config.what_decides_the_weights()),
+        "pcm.step": str(step),
+        "pcm.version": package_version(),
+    }
     if changes:
-        told["changes"] = json.dumps(changes)
-    return {f"pcm.{key}": value for key, value in told.items()}
+        entries["pcm.changes"] = json.dumps(changes)
+    return entries
 
 
 def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict[str, str]:
+    """The entries that kohya's trainer writes, by which other programs know a LoRA's base, rank and training."""
     train, resolution = config.train, config.data.resolution
-    rank, alpha = str(config.lora.rank), str(config.lora.alpha if base.stores_alpha else float(config.lora.rank))
+    rank = str(config.lora.rank)
+    # where alpha is worked into the weights, the file's alpha is its rank
+    alpha = str(config.lora.alpha if base.stores_alpha else float(config.lora.rank))
     return {
         "ss_base_model_version": base.base_version,
         "ss_v2": "False",
@@ -115,6 +127,7 @@ def _phases(config: Config) -> str:
 
 
 def _loss(objective: Objective) -> dict[str, str]:
+    """kohya's entries on the distance; an objective without its own is named."""
     if getattr(objective, "metric", "l1") == "l2":
         return {"ss_loss_type": "l2"}
     if not hasattr(objective, "huber_c"):
@@ -123,7 +136,8 @@ def _loss(objective: Objective) -> dict[str, str]:
 
 
 def _modelspec_metadata(config: Config, base: Base, tensor_hash: str) -> dict[str, str]:
-    recipe = recipe_for(config, base)
+    """ModelSpec's entries (https://github.com/Stability-AI/ModelSpec), for people who look at the file."""
+    recipe = recipe_for(config, base.facts)
     # ModelSpec has no word for the flow's prediction
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(base.prediction)
     return ({"modelspec.prediction_type": prediction} if prediction else {}) | {

@@ -1,4 +1,8 @@
-"""Objectives: each a row of the choices that make one distillation step (see `engine`)."""
+"""PCM and its relatives: each objective is the choices that make one distillation step (see `objective.py`).
+
+To add one, write `x.py` with a subclass of `Objective`, import the class here and name it in `CLASSES`:
+settings, dry run, recipe and generated pages take it from there.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,25 @@ from .ctm import CTM
 from .dscd import DSCD
 from .lcf import LCF
 from .lcm import LCM
-from .objective import Distillation, Levels, Objective, Pair, Section
+from .objective import Distillation, Jumps, Levels, Objective, Section
 from .pcm import PCM
 from .progressive import Progressive
 from .tcd import TCD
 from .ufogen import UFOGen
 
-ROWS = (PCM, LCM, LCF, CT, CD, TCD, CTM, UFOGen, Progressive, DSCD)
-OBJECTIVES: dict[str, type[Objective]] = {row.model_fields["name"].default: row for row in ROWS}
-AnyObjective = Annotated[Union[ROWS], Field(discriminator="name")]  # noqa: UP007 (of a tuple)
+# In the order in which errors and tables list them.
+CLASSES = (PCM, LCM, LCF, CT, CD, TCD, CTM, UFOGen, Progressive, DSCD)
+OBJECTIVES: dict[str, type[Objective]] = {kind.model_fields["name"].default: kind for kind in CLASSES}
+AnyObjective = Annotated[Union[CLASSES], Field(discriminator="name")]  # noqa: UP007 (| takes no tuple)
 
 
 def known_to(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of another objective's settings that the objective of this name has too."""
+    """The part of another objective's settings that the objective of this name has too."""
     return {key: value for key, value in settings.items() if key in OBJECTIVES[name].model_fields}
 
 
 def tells_target_time(objective: str) -> bool:
-    """Whether the objective of this name (a recipe's: it may be none of these) tells a network where its jumps end."""
+    """Whether an objective tells its network where a jump ends; False for the name of a recipe from elsewhere."""
     return objective in OBJECTIVES and OBJECTIVES[objective].target_time
 
 
@@ -37,11 +42,11 @@ __all__ = [
     "OBJECTIVES",
     "AnyObjective",
     "Distillation",
+    "Jumps",
     "Levels",
     "Objective",
-    "Pair",
     "Section",
     "known_to",
     "tells_target_time",
-    *(row.__name__ for row in ROWS),
+    *(kind.__name__ for kind in CLASSES),
 ]

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from ...samplers import Schedule
 from .distances import huber, karras_ticks, mean_square
-from .objective import Levels, Pair, SelfConsistency, Solver
+from .objective import Jumps, Levels, SelfConsistency, Solver
 
 
 class CD(SelfConsistency):
     """Start anywhere on Karras' levels, neighbour the next cleaner one by a step of Heun's rule, target x0, weight 1.
 
-    The metric is the paper's l2 (squared) or l1; its third, LPIPS, is for pixels and says nothing about latents.
-    Levels are rounded to the network's own; below the cleanest of `scales` lies the clean end, where the paper's N
-    counts it among them. Heun's rule is taken on x0 here (see `engine`), the paper's on its dx/dsigma.
+    The metric is the paper's l2 (squared) or l1; its third, LPIPS, is for pixels and says nothing about
+    latents. Levels are rounded to the network's own. The clean end lies below the `scales` levels; the
+    paper's N counts it as one of them. Heun's rule is taken on x0 (see `training/engine.py`), in the paper on
+    dx/dsigma.
     """
 
     name: Literal["cd"] = Field(
@@ -43,10 +44,10 @@ class CD(SelfConsistency):
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         ticks = torch.cat([torch.zeros(1, dtype=torch.long), karras_ticks(schedule, self.scales)])
-        n = torch.randint(1, len(ticks), (count,), generator=generator)
+        n = torch.randint(1, len(ticks), (count,), generator=generator)  # the paper's n + 1; n - 1 is its n
         return Levels(ticks[n], ticks[n - 1], torch.zeros_like(n))
 
-    def distance(self, pair: Pair) -> Tensor:
+    def distance(self, jumps: Jumps) -> Tensor:
         if self.metric == "l1":
-            return huber(pair.student, pair.target, self.huber_c or 1e-3)
-        return mean_square(pair.student, pair.target)
+            return huber(jumps.student, jumps.target, self.huber_c or 1e-3)
+        return mean_square(jumps.student, jumps.target)

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from ...samplers import Schedule
 from .distances import SIGMA_MAX, karras_ticks, nearest_ticks, noise_to_signal, vector_huber
-from .objective import Levels, Objective, Pair
+from .objective import Jumps, Levels, Objective
 
 
 class CT(Objective):
     """The neighbour is on the data's own path, with the same noise; levels and their spacing follow a curriculum.
 
-    ict: Karras' levels, N = s0 of them at first and twice as many in each later stage, up to s1; their index is drawn
-    with lognormal weight (iCT, Sec. 3.4, 3.5). For networks that start from nothing.
-    ect: lognormal levels t, and r = t (1 - q^-(stage + 1) (1 + 8 sigmoid(-t / 2))), at least 0 (ECT, Sec. 3.3): at the
-    first stage nearly a diffusion loss. For networks that start from a diffusion model.
-    Both: pseudo-Huber of the whole sample, weight 1 / (t - r), the target is the student's own. Levels t are sigma /
-    alpha for data of unit spread, rounded to the network's own.
+    ict: Karras' levels, N = s0 of them at first and twice as many in each later stage, up to s1; their index
+    is drawn with lognormal weight (iCT, Sec. 3.4, 3.5). For networks that start from nothing.
+    ect: lognormal levels t, and r = t (1 - q^-(stage + 1) (1 + 8 sigmoid(-t / 2))), at least 0 (ECT, Sec.
+    3.3): at the first stage nearly a diffusion loss. For networks that start from a diffusion model.
+
+    In both the loss is the pseudo-Huber of the whole sample with weight 1 / (t - r), and the student's own
+    weights make the target. Levels t are sigma / alpha for data of unit spread, rounded to the network's own
+    ticks.
     """
 
     name: Literal["ct"] = Field(
@@ -46,11 +48,11 @@ class CT(Objective):
     @model_validator(mode="after")
     def _check_curriculum(self):
         others = {"ict": ("q", "stages"), "ect": ("s0", "s1")}[self.curriculum]
-        given = [f"objective.{key}" for key in others if getattr(self, key) is not None]
-        if given:
+        strangers = [f"objective.{key}" for key in others if getattr(self, key) is not None]
+        if strangers:
             other = {"ict": "ect", "ect": "ict"}[self.curriculum]
             raise ValueError(
-                f"{' and '.join(given)}: a setting of the curriculum {other}, and objective.curriculum is "
+                f"{' and '.join(strangers)}: a setting of the curriculum {other}, and objective.curriculum is "
                 f"{self.curriculum}. Leave it out, or set objective.curriculum={other}"
             )
         if (self.s0 or 10) > (self.s1 or 1280):
@@ -58,14 +60,14 @@ class CT(Objective):
         return self
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
-        how = self._improved if self.curriculum == "ict" else self._easy
-        u, r = how(count, schedule, progress, generator)
+        curriculum = self._improved if self.curriculum == "ict" else self._easy
+        u, r = curriculum(count, schedule, progress, generator)
         return Levels(u, r, torch.zeros_like(u))
 
     def scales(self, progress: float) -> int:
-        """iCT's N(k) - 1: s0 * 2^floor(k / K'), at most s1, with K' = K / (floor(log2(s1 / s0)) + 1).
+        """iCT's N(k) - 1 after share k / K = `progress` of the run (Sec. 3.4): how many intervals the levels make.
 
-        N counts the levels above the clean end here, which is one more: the network's cleanest level is no boundary.
+        It is s0 * 2^floor(k / K'), at most s1, with K' = K / (floor(log2(s1 / s0)) + 1).
         """
         s0, s1 = self.s0 or 10, self.s1 or 1280
         doublings = math.floor(math.log2(s1 / s0)) + 1
@@ -74,6 +76,8 @@ class CT(Objective):
     def _improved(
         self, count: int, schedule: Schedule, progress: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
+        """Ticks (u, r) of iCT: an index n of Karras' levels by the lognormal's mass between levels n - 1 and n."""
+        # one level more than the paper: here the clean end is a level too, below the network's cleanest
         ticks = torch.cat([torch.zeros(1, dtype=torch.long), karras_ticks(schedule, self.scales(progress) + 1)])
         log_sigma = noise_to_signal(schedule, ticks).double().log()
         below = torch.erf((log_sigma - self.p_mean) / (2**0.5 * self.p_std))  # -1 at the clean end
@@ -83,15 +87,18 @@ class CT(Objective):
     def _easy(
         self, count: int, schedule: Schedule, progress: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
+        """Ticks (u, r) of ECT: t lognormal, and r nearer to it from stage to stage."""
         t = (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp().clamp(max=SIGMA_MAX)
         u = nearest_ticks(schedule, t)
+
         stage = math.floor(progress * (self.stages or 8))
         gap = (self.q or 2.0) ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t / 2))  # the paper's t is of spread 0.5
         r = t * (1 - gap)
         r = torch.where(r > 0, nearest_ticks(schedule, r), 0)
-        return u, torch.minimum(r, u - 1)
+        return u, torch.minimum(r, u - 1)  # rounding may have put them on one tick
 
-    def distance(self, pair: Pair) -> Tensor:
-        t, r = (noise_to_signal(pair.schedule, tick) for tick in (pair.levels.u, pair.levels.r))
-        gap = (t - r).maximum(0.01 * t)  # no nearer than whole ticks come
-        return vector_huber(pair.student, pair.target) / gap
+    def distance(self, jumps: Jumps) -> Tensor:
+        t = noise_to_signal(jumps.schedule, jumps.levels.u)
+        r = noise_to_signal(jumps.schedule, jumps.levels.r)
+        gap = (t - r).maximum(0.01 * t)  # as near as whole ticks come; 0 where both are `SIGMA_MAX`
+        return vector_huber(jumps.student, jumps.target) / gap

@@ -13,12 +13,13 @@ from .tcd import TCD
 
 
 class CTM(TCD):
-    """Like TCD, with CTM's soft consistency: the neighbour is any of the next `solver_steps` points, and the teacher
-    takes so many steps to it.
+    """Like TCD, with CTM's soft consistency: the neighbour is any of the next `solver_steps` points, and the
+    teacher takes so many steps to it.
 
-    The network is told the level it jumps to where it has an input for that (a UNet with `time_cond_proj_dim`); the
-    usual bases have none, and learn without. Student and target are compared at s, with PCM's distance; CTM's own
-    detour over x0 and its GAN are left out, as in SimpleCTM (arXiv 2405.18407, Sec. 4).
+    The network is told the level s that it jumps to, where it has an input for that (a UNet with
+    `time_cond_proj_dim`); the usual bases have none, and learn without. Student and target are compared at s,
+    with PCM's distance. CTM itself compares them at x0, after one more jump of both, and adds a GAN; these
+    two are left out, as in SimpleCTM (arXiv 2405.18407, Sec. 4).
     """
 
     name: Literal["ctm"] = Field(
@@ -33,6 +34,6 @@ class CTM(TCD):
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         u = self.start(count, generator)
         cell = self.grid().ticks // self.points
-        away = 1 + torch.randint(self.solver_steps, (count,), generator=generator)
-        r = (u - cell * away).clamp(min=0)
+        cells_away = 1 + torch.randint(self.solver_steps, (count,), generator=generator)
+        r = (u - cell * cells_away).clamp(min=0)
         return Levels(u, r, self._anywhere_below(r, generator))

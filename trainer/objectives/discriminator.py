@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-GROUP = 8  # channels that a GroupNorm takes together
+GROUP = 8  # channels that a GroupNorm normalises together
 
 
 class Head(nn.Module):
-    """A map of logits from one feature map: 1x1 convolutions of `width` channels, the second with a residual."""
+    """A feature map (B, channels, h, w) -> logits (B, 1, h, w), by 1x1 convolutions of `width` channels.
+
+    The second has a residual around it. LeakyReLU as in PCM's code (the paper says GELU), and 1x1 as in its
+    SDXL and SD3 heads: SD1.5's 3x3, four for each map, are 664 M parameters.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -24,7 +28,11 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One head a feature map. `channels`: of each map; `width`: of the heads. `seed` fixes their start."""
+    """A head for each feature map of the frozen network.
+
+    channels: how many each map has. width: channels inside the heads. seed: fixes the heads' first weights,
+    whatever was drawn before.
+    """
 
     def __init__(self, channels: list[int], width: int, seed: int):
         super().__init__()

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ...samplers import Schedule
 from .distances import nearest_ticks
-from .objective import Distillation, Levels, Pair
+from .objective import Distillation, Jumps, Levels
 
 
 class DSCD(Distillation):
     """Lognormal levels, neighbour an angle `delta` cleaner, and the student's own F pushed along the tangent there.
 
-    On the circle x = cos(a) x0 + sin(a) eps, a jump to x0 is f = cos(a) x - sin(a) F. With f at both ends of the
-    teacher's step the tangent is a difference: df/da = (f(x_u) - f(x_r)) / sin(a_u - a_r). The loss is
-    |F - sg(F) - g|^2 with g = cos(a) df/da, brought to about unit size: g / (|g| + c). Its value says nothing about
-    progress, only its gradient counts. `warmup` is the share of the run in which the tangent turns from the teacher's
-    velocity alone to the whole (the paper's r).
+    On the circle x = cos(a) x0 + sin(a) eps, a jump to x0 is f = cos(a) x - sin(a) F. With f at both ends of
+    the teacher's step the tangent is a difference: df/da = (f(x_u) - f(x_r)) / sin(a_u - a_r). The loss is
+    |F - sg(F) - g|^2 with g = cos(a) df/da, brought to about unit size: g / (|g| + c). Its value says nothing
+    about progress, only its gradient counts. `warmup` is the share of the run in which the tangent turns from
+    the teacher's velocity alone to the whole (the paper's r).
     """
 
     name: Literal["dscd"] = Field(
@@ -36,41 +36,62 @@ class DSCD(Distillation):
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         u = nearest_ticks(schedule, (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp())
-        below = angle(schedule, u) - self.delta
-        r = torch.where(below > 0, nearest_ticks(schedule, below.tan()), 0)
+        a_r = angle(schedule, u) - self.delta
+        r = torch.where(a_r > 0, nearest_ticks(schedule, a_r.tan()), 0)
         return Levels(u, torch.minimum(r, u - 1), torch.zeros_like(u))
 
-    def distance(self, pair: Pair) -> Tensor:
-        """Both sides are x0 here (s = 0). F and the points are those on the circle, whatever the schedule's path."""
-        schedule, (u, r) = pair.schedule, (pair.levels.u, pair.levels.r)
-        a, a_r = (angle(schedule, tick).view(-1, 1, 1, 1).to(pair.x_u) for tick in (u, r))
-        with torch.no_grad():
-            g = self._normalised(a.cos() * self._tangent(pair, a, a_r))
-        moved = -(pair.student - pair.student.detach()) / a.sin()  # F - sg(F)
-        # an eps-network's output moves cos(a) times as far as F; measured there, no gradient grows with 1 / cos(a)
-        unit = a.cos() if pair.prediction == "epsilon" else 1.0
-        return (unit * (moved - g)).square().flatten(1).mean(1)
+    def distance(self, jumps: Jumps) -> Tensor:
+        """Mean over a sample's elements of |F - sg(F) - g|^2; student and target are both x0 here, as s = 0.
 
-    def _tangent(self, pair: Pair, a: Tensor, a_r: Tensor) -> Tensor:
-        """df/da, its part by the student's change of F faded in."""
-        x_u, x_r = (_on_circle(x, pair.schedule, t) for x, t in ((pair.x_u, pair.levels.u), (pair.x_r, pair.levels.r)))
+        F and the points are taken on the circle, whatever path the schedule has.
+        """
+        a = _angles(jumps, jumps.levels.u)
+        a_r = _angles(jumps, jumps.levels.r)
+        with torch.no_grad():
+            g = self._normalised(a.cos() * self._tangent(jumps, a, a_r))
+
+        # f = cos(a) x - sin(a) F at a fixed x, so that F changes by -1 / sin(a) of what f does
+        change_of_f = -(jumps.student - jumps.student.detach()) / a.sin()  # F - sg(F)
+        # an eps-network's output moves cos(a) times as far as F; measured there, no gradient grows with 1 /
+        # cos(a)
+        unit = a.cos() if jumps.prediction == "epsilon" else 1.0
+        return (unit * (change_of_f - g)).square().flatten(1).mean(1)
+
+    def _tangent(self, jumps: Jumps, a: Tensor, a_r: Tensor) -> Tensor:
+        """df/da as a difference over the teacher's step, the part of it by the student's change of F faded in.
+
+        a, a_r: the angles of both ends, (B, 1, 1, 1).
+        """
+        x_u = _on_circle(jumps.x_u, jumps.schedule, jumps.levels.u)
+        x_r = _on_circle(jumps.x_r, jumps.schedule, jumps.levels.r)
         d = a - a_r
-        velocity = (d.cos() * x_u - x_r) / d.sin()  # the teacher's F
+
+        velocity = (d.cos() * x_u - x_r) / d.sin()  # the teacher's F: x_r = cos(d) x_u - sin(d) F
         f_teacher = a.cos() * x_u - a.sin() * velocity
-        towards_teacher = a_r.cos() * (pair.student.detach() - f_teacher) / a.sin()
-        whole = (pair.student.detach() - pair.target) / d.sin()
-        faded_in = min(1.0, pair.progress / self.warmup) if self.warmup else 1.0
-        return towards_teacher + faded_in * (whole - towards_teacher)
+        towards_teacher = a_r.cos() * (jumps.student.detach() - f_teacher) / a.sin()
+
+        whole = (jumps.student.detach() - jumps.target) / d.sin()
+        # the paper's r: at first the student only imitates the teacher's velocity, which is there from the
+        # start
+        share = min(1.0, jumps.progress / self.warmup) if self.warmup else 1.0
+        return towards_teacher + share * (whole - towards_teacher)
 
     def _normalised(self, g: Tensor) -> Tensor:
+        """g / (|g| + c) for each sample, |g| its root mean square."""
         return g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + self.tangent_c)
 
 
 def angle(schedule: Schedule, tick: Tensor) -> Tensor:
-    """a of a level on the circle, in [0, pi / 2]: tan(a) = sigma / alpha."""
+    """The angle a of ticks on the circle, in [0, pi / 2]: tan(a) = sigma / alpha."""
     return torch.atan2(schedule.sigma(tick), schedule.alpha(tick))
 
 
+def _angles(jumps: Jumps, tick: Tensor) -> Tensor:
+    """`angle` of ticks (B,), to be multiplied with points: (B, 1, 1, 1)."""
+    return angle(jumps.schedule, tick).view(-1, 1, 1, 1).to(jumps.x_u)
+
+
 def _on_circle(x: Tensor, schedule: Schedule, tick: Tensor) -> Tensor:
+    """Points of the schedule's path on the circle, where alpha^2 + sigma^2 = 1; VP's lie there already."""
     size = torch.hypot(schedule.alpha(tick), schedule.sigma(tick))
     return x / size.view(-1, 1, 1, 1).to(x)

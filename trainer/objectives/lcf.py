@@ -12,9 +12,9 @@ from .objective import OwnTarget, Phased
 class LCF(Phased, OwnTarget):
     """Start anywhere on the grid; the neighbour, one point cleaner, is on the picture's own path, with the same noise.
 
-    The pictures carry no guidance, so a run from the bare base forgets how to follow prompts closely: start from a
-    few-step LoRA (`lora.init`), whose guidance fades slowly. With `phases` the jumps end at the edges, so that a PCM
-    LoRA stays one.
+    Pictures carry no guidance, so a run from the bare base forgets how to follow prompts closely: start from
+    a few-step LoRA (`lora.init`), whose guidance fades slowly. With `phases` above 1 the jumps end at the
+    phases' edges, so that a PCM LoRA stays one.
     """
 
     name: Literal["lcf"] = Field(
@@ -26,8 +26,9 @@ class LCF(Phased, OwnTarget):
     needs_teacher: ClassVar[bool] = False
 
     def sampling(self) -> dict[str, Any]:
-        jumps = {"mode": "deterministic", "gamma": 0.0} if self.phases > 1 else {}
-        return super().sampling() | jumps
+        # as the LoRA that it goes on from: PCM's without fresh noise, LCM's with
+        deterministic = {"mode": "deterministic", "gamma": 0.0} if self.phases > 1 else {}
+        return super().sampling() | deterministic
 
     def notes(self, pictures: bool, started: bool) -> list[str]:
         without = "lcf is for few-step LoRAs: without lora.init it starts from the base, and unlearns its guidance."

@@ -14,10 +14,10 @@ from .objective import Levels, SelfConsistency, counted_from_noise
 class LCM(SelfConsistency):
     """Start anywhere on the grid, neighbour one point cleaner, target x0 itself.
 
-    The paper's skipping step k is one cell of the grid: k = 1000 / points. Its boundary terms c_skip and c_out are 0
-    and 1 from the first tick on, and 1 and 0 at tick 0, which the jump gives exactly. As in LCM-LoRA, the guidance
-    scale is drawn per sample and is no input of the network, and the target is the student's own (the paper: an
-    average, target_ema = 0.95).
+    The paper's skipping step k is one cell of the grid: k = 1000 / points. Its boundary terms (c_skip, c_out)
+    are (1, 0) at timestep 0 and nearly (0, 1) from the next on; a jump to x0 has exactly these. As in
+    LCM-LoRA, the guidance scale is drawn for each sample and is no input of the network, and the student's
+    own weights make the target (the paper: an average, target_ema = 0.95).
     """
 
     name: Literal["lcm"] = Field(

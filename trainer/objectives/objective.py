@@ -1,8 +1,25 @@
-"""What every objective is: a row of choices for one distillation step, which `engine` takes.
+"""The form of every objective: the choices that make one distillation step (`training/engine.py` carries it out).
 
-An objective's fields are its settings, the `objective` section of a run's configuration; a setting that it does not
-have is an error there. What it decides: the levels u > r >= s of a step, where x_r comes from (the teacher's solver, or
-the data itself), which weights the target is made with, and the distance between student and target.
+A step begins with a clean latent x0 and noise eps. The objective chooses three levels of noise, u > r >= s:
+
+    x_u      the student's point: the path alpha x0 + sigma eps, at u
+    x_r      its neighbour on that path, cleaner: from x_u by the teacher's solver, or with the same x0 and eps at r
+    student  J(x_u, u -> s), with gradient
+    target   J(x_r, r -> s), without; where r = s it is x_r itself, which is the boundary condition
+    loss     distance(student, target)
+
+J is the network's own jump: its (x0, eps) at the start, put together again at s (PCM, arXiv 2405.18407, Eq.
+3). The methods differ above all in s. It is 0 in consistency distillation (arXiv 2303.01469), the edge of u's
+phase in PCM, anywhere below r in TCD (arXiv 2402.19159), and r itself in progressive distillation (arXiv
+2202.00512).
+
+Levels are ticks (see `samplers/schedule.py`): whole numbers from 0, the clean end, to T = 1000, where
+sampling starts.
+
+To add an objective, write a subclass in a file of its own and name it in `objectives/__init__.py`. `pcm.py`
+is a short one to start from. Its fields are its settings: the section `objective` of a run's configuration
+takes these and no others. `levels` and `distance` are all that it must say; every other method has a default,
+and the classes at the end of this file are the choices that several objectives share.
 """
 
 from __future__ import annotations
@@ -18,20 +35,21 @@ from torch import Tensor
 from ...samplers import PhaseGrid, Schedule, normalcfg_guidance
 from .distances import huber
 
-# None, optional, or nothing without it: the adversarial loss of an objective.
+# Whether an objective can have an adversarial loss beside its distance, or is nothing without one.
 Adversarial = Literal["none", "optional", "required"]
+# How the teacher gets from x_u to x_r (`training/engine.py` says what each does on x0).
 Solver = Literal["ddim", "heun", "dpm++"]
 
 
 class Section(BaseModel):
-    """Frozen settings, strict about their keys."""
+    """A section of a run's configuration: frozen, and strict, so that a mistyped key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Ticks (B,) of one step: the student starts at u, its neighbour on the path is at r < u, both jump to s <= r."""
+    """The levels of one step, ticks (B,): the student starts at u, its neighbour at r < u, both jump to s <= r."""
 
     u: Tensor
     r: Tensor
@@ -39,11 +57,13 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Both sides of one step, as a distance compares them; points (B, C, h, w).
+class Jumps:
+    """The two jumps of one step, as a distance compares them. All points are (B, C, h, w).
 
-    x_u, x_r: where student and target start. student: J(x_u, u -> s); target: J(x_r, r -> s), or x_r where r = s.
-    prediction: what the network predicts. progress: share of the run that is done, in [0, 1).
+    x_u, x_r: where student and target start.
+    student: J(x_u, u -> s), with gradient. target: J(x_r, r -> s), or x_r where r = s.
+    prediction: what the network predicts: "epsilon", "v_prediction" or "flow".
+    progress: share of the run that is done, in [0, 1).
     """
 
     x_u: Tensor
@@ -57,7 +77,11 @@ class Pair:
 
 
 class Objective(Section):
-    """One row: settings as fields, choices as methods. Subclasses set `name` and the class variables."""
+    """One way to distil: settings as fields, choices as methods.
+
+    A subclass sets `name`, by which a configuration asks for it, and the class variables where the defaults
+    are wrong. Raises ValueError for a number of points that does not divide T.
+    """
 
     name: str
     points: int = Field(40, description="points of the grid that it is trained on, or only sampled on; divides 1000")
@@ -65,14 +89,14 @@ class Objective(Section):
         None, ge=0, lt=1, description="share of samples without prompt; default: 0.1 where no guidance is distilled"
     )
 
-    # Whether x_r is the teacher's; else it is the data's own path at r.
+    # Whether x_r comes from the teacher's solver; else it is the point at r of the data's own path.
     needs_teacher: ClassVar[bool] = True
-    # Whether the network is told the level that it jumps to, if it has an input for it.
+    # Whether the network is told the level s that it jumps to, if it has an input for it.
     target_time: ClassVar[bool] = False
-    # Whether the target takes a pass of the network; where r = s it is x_r itself.
+    # Whether the target takes a pass of the network; false where always r = s.
     target_network: ClassVar[bool] = True
     adversarial: ClassVar[Adversarial] = "none"
-    # The share of fresh noise that its LoRA is sampled with (TCD's gamma).
+    # The share of fresh noise that its LoRA is sampled with: TCD's gamma, 0 for none, 1 for all (LCM's way).
     gamma: ClassVar[float] = 1.0
 
     @model_validator(mode="after")
@@ -81,52 +105,59 @@ class Objective(Section):
         return self
 
     def grid(self) -> PhaseGrid:
-        """The grid that its LoRA is sampled on. Raises ValueError when there is no such grid."""
+        """The grid that its LoRA is sampled on. Raises ValueError where `points` and phases make none."""
         return PhaseGrid(self.points, 1)
 
     @abstractmethod
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
-        """Ticks (count,) of a batch's steps, when `progress` (0 to 1) of the run is done."""
+        """Draw the levels of `count` samples, ticks (count,) each.
+
+        schedule: for objectives whose papers draw noise levels in other units. progress: share of the run
+        that is done, in [0, 1), for those with a curriculum. generator: the only source of chance, so that a
+        run that is resumed draws the same.
+        """
 
     @abstractmethod
-    def distance(self, pair: Pair) -> Tensor:
-        """(B,) losses, differentiable in `pair.student`."""
+    def distance(self, jumps: Jumps) -> Tensor:
+        """The loss of each sample, (B,), differentiable in `jumps.student`."""
 
     def start(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B,) ticks, uniform on the solver points: where most of the family starts a step."""
+        """Starts u of `count` samples, ticks (count,): uniform on the solver points, as in most papers."""
         points = self.grid().start_ticks()
         return points[torch.randint(len(points), (count,), generator=generator)]
 
     # --- the networks
 
     def target_decay(self) -> float:
-        """Decay of the averaged weights that make the target; 0: the student's own."""
+        """Decay of the averaged weights theta- that make the target; 0: the student's own weights make it."""
         return 0.0
 
     def stage(self, progress: float) -> int:
-        """Number of the stage, from 0; at the start of each later one the student becomes the teacher."""
+        """Number of the stage, from 0. At the start of each later one the student becomes the teacher."""
         return 0
 
     def teacher_solver(self) -> tuple[Solver, int]:
-        """The teacher's solver from u to r, and in how many steps it gets there."""
+        """The teacher's solver, and the number of steps that it takes from u to r."""
         return "ddim", 1
 
     def clamp(self) -> float:
-        """The least divisor of the student's and the target's x0 (see `x0_eps_from_output`); 0: alpha itself."""
+        """The least divisor in x0 = (x - sigma eps) / alpha, for student and target; 0: alpha itself."""
         return 0.0
 
     # --- guidance and prompts
 
     def guided(self) -> bool:
-        """Whether guidance is distilled in, so that the LoRA is sampled near CFG 1."""
+        """Whether the teacher's guidance is distilled into the LoRA, which is then sampled near CFG 1."""
         return False
 
     def draw_guidance(self, count: int, progress: float, generator: torch.Generator) -> Tensor | None:
-        """(B,) CFG scales of the teacher's steps; None without guidance."""
+        """The teacher's CFG scales g, (count,), in uncond + g (cond - uncond); None for a teacher without guidance."""
         return None
 
     def draw_dropped(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B,) booleans: which samples lose their prompt."""
+        """Which samples lose their prompt, booleans (count,): a LoRA for use with CFG needs the empty one too."""
+        # PCM's script drops 10 % where no guidance is distilled in; where it is, nobody asks for the empty
+        # prompt later
         default = 0.0 if self.guided() else 0.1
         share = default if self.prompt_dropout is None else self.prompt_dropout
         return torch.rand(count, generator=generator) < share
@@ -134,13 +165,16 @@ class Objective(Section):
     # --- the adversary
 
     def judged_at(self, levels: Levels, generator: torch.Generator) -> Tensor:
-        """(B,) ticks that a discriminator's inputs are noised to, for objectives that have an adversarial loss."""
+        """Levels to which a discriminator's inputs are noised, ticks (B,).
+
+        Raises NotImplementedError for an objective without an adversarial loss.
+        """
         raise NotImplementedError(f"{self.name} has no adversarial loss")
 
     # --- sampling
 
     def sampling(self) -> dict[str, Any]:
-        """What the recipe says of this objective, as keyword arguments of `Recipe`."""
+        """How a LoRA of this objective is sampled, as keyword arguments of `samplers.Recipe`."""
         grid = self.grid()
         return {
             "objective": self.name,
@@ -151,17 +185,21 @@ class Objective(Section):
             **guidance_of(self.guided(), grid.phases),
         }
 
-    # --- what a user should hear of it
+    # --- what a user should hear
 
     def notes(self, pictures: bool, started: bool) -> list[str]:
-        """Sentences on a run with its own pictures or without, from a LoRA or from nothing, where it may disappoint."""
+        """Sentences on where a run may disappoint.
+
+        pictures: whether it learns on pictures of the user's. started: whether it goes on from a LoRA
+        (`lora.init`).
+        """
         if self.needs_teacher or pictures:
             return []
         return [f"{self.name} learns from pictures, and data.images is not set: it learns the teacher's own."]
 
 
 def guidance_of(baked: bool, phases: int) -> dict[str, Any]:
-    """A recipe's fields on guidance, for a LoRA that has it in its weights or not."""
+    """A recipe's fields on guidance, for a LoRA of so many phases. baked: whether it has guidance in its weights."""
     best, low, high = (1.0, 1.0, 2.0) if baked else normalcfg_guidance(phases)
     return {
         "guidance_mode": "smallcfg" if baked else "normalcfg",
@@ -173,7 +211,7 @@ def guidance_of(baked: bool, phases: int) -> dict[str, Any]:
 
 
 class Phased(Objective):
-    """Objectives whose jumps end at the clean edge of the start's phase."""
+    """Objectives whose jumps end at the clean edge of the phase that they start in (arXiv 2405.18407, Sec. 3.1)."""
 
     phases: int = Field(4, description="phases, which is also the number of steps to sample with")
 
@@ -186,7 +224,7 @@ class Phased(Objective):
 
 
 class Distillation(Objective):
-    """Objectives whose neighbour x_r is the teacher's, with or without its guidance."""
+    """Objectives whose neighbour x_r is a step of the teacher, with its guidance or without."""
 
     guidance_mode: Literal["smallcfg", "normalcfg"] = Field(
         "smallcfg",
@@ -215,22 +253,22 @@ class Distillation(Objective):
 
 
 class OwnTarget(Objective):
-    """Objectives whose target is the student's own jump from x_r, compared at s by the pseudo-Huber of each element."""
+    """Objectives whose target is a jump of the student's own network, compared at s by pseudo-Huber."""
 
     huber_c: float = Field(1e-3, gt=0, description="where the pseudo-Huber distance turns from square to linear")
     target_ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the averaged weights that make the target; 0: the student's own"
     )
 
-    def distance(self, pair: Pair) -> Tensor:
-        return huber(pair.student, pair.target, self.huber_c)
+    def distance(self, jumps: Jumps) -> Tensor:
+        return huber(jumps.student, jumps.target, self.huber_c)
 
     def target_decay(self) -> float:
         return self.target_ema
 
 
 class SelfConsistency(OwnTarget, Distillation):
-    """Those of them where x_r is the teacher's, by a solver of one's choice."""
+    """Consistency distillation: x_r by a solver of the teacher, the student's own network at both ends."""
 
     solver: Solver = Field(
         "ddim",
@@ -252,5 +290,5 @@ class SelfConsistency(OwnTarget, Distillation):
 
 
 def counted_from_noise(points: int) -> dict[str, Any]:
-    """For a recipe: levels as LCM's and TCD's schedulers take them from the grid, rounded towards noise."""
+    """A recipe's fields for sampling as LCM's and TCD's own schedulers do: on this grid, rounded towards noise."""
     return {"sampling_points": points, "sampling_from_noise": True}

@@ -14,8 +14,20 @@ from .objective import Adversarial, Levels, Phased, SelfConsistency
 class PCM(Phased, SelfConsistency):
     """Start anywhere on the grid, neighbour one point cleaner, target the edge of the start's phase.
 
-    The target comes from the teacher's solver step and the student itself without gradient; the distance is the
-    pseudo-Huber of each element (Eq. 10's d, c = 0.001 in the published runs), compared at the edge and unweighted.
+    On N solver points, cut into M phases (`points`, `phases`), one step is
+
+        u  uniform on the points         r  the point below u        s  the edge of u's phase, at most r
+        x_r = one step of the teacher's solver from x_u, with its guidance (`smallcfg`) or without (`normalcfg`)
+        loss = d(J(x_u, u -> s), sg J(x_r, r -> s))
+
+    with sg for "no gradient", the student's own weights in both jumps (the paper: an average), and for d the
+    pseudo-Huber of each element (Eq. 10's d, c = 0.001 in the published runs), compared at the edge and
+    unweighted. At the lowest point of a phase r is the edge itself, and the target is the teacher's step.
+    Edges are shared by neighbouring phases, so M jumps, each from one edge to the next, lead from noise to x0
+    without any noise between.
+
+    Levels come from `Phased`, guidance from `Distillation`, target and distance from `OwnTarget`, the solver
+    from `SelfConsistency`, all in objective.py; here is what only PCM has.
     """
 
     name: Literal["pcm"] = Field(
@@ -45,16 +57,18 @@ class PCM(Phased, SelfConsistency):
         return self
 
     def clamp(self) -> float:
+        """Eq. 39's max(alpha, 0.5): at SD1.5's noisiest level 1 / alpha is 14.6, and makes dots of small errors."""
         return self.min_alpha
 
     def judged_at(self, levels: Levels, generator: torch.Generator) -> Tensor:
-        """Uniform on the solver points of the start's phase (Sec. 3.3)."""
+        """Ticks (B,), uniform on the solver points of the start's phase (Sec. 3.3)."""
         grid = self.grid()
         points = grid.start_ticks()
         inside = grid.target(points) == levels.s[:, None]
         return points[torch.multinomial(inside.double(), 1, generator=generator).squeeze(1)]
 
     def sampling(self) -> dict[str, Any]:
+        # phases chain exactly without noise; one phase is a consistency model, sampled as LCM's, all noise
+        # fresh
         gamma = 0.0 if self.mode == "deterministic" else 1.0
-        how = {"mode": self.mode, "gamma": gamma, "min_alpha": self.min_alpha}
-        return super().sampling() | how
+        return super().sampling() | {"mode": self.mode, "gamma": gamma, "min_alpha": self.min_alpha}

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ...samplers import PhaseGrid, Schedule
 from .distances import noise_to_signal
-from .objective import Distillation, Levels, Pair
+from .objective import Distillation, Jumps, Levels
 
 
 class Progressive(Distillation):
     """In each stage one jump of the student imitates two DDIM steps of its teacher; then the student is the teacher.
 
-    The first teacher is the base, with its guidance; the last student takes `phases` steps. Levels of n steps are the
-    edges of n phases. The distance is the paper's truncated-SNR loss on x0: max(SNR, 1) times the square (Sec. 4).
+    The first teacher is the base, with its guidance; the last student takes `phases` steps. A student of n
+    steps takes them from edge to edge of n phases. The distance is the paper's truncated-SNR loss: max(SNR,
+    1) times the squared error of x0 (Sec. 4).
     """
 
     name: Literal["progressive"] = Field(
@@ -46,7 +47,10 @@ class Progressive(Distillation):
         return min(math.floor(progress * self.halvings), self.halvings - 1)
 
     def edges(self, stage: int) -> Tensor:
-        """Ticks from 0 to T that the student of a stage steps on, from `phases` halved as often as stages are left."""
+        """Ticks from 0 to T that the student of a stage steps on.
+
+        They are the last student's, cut in halves once for each stage that is still to come.
+        """
         edges = torch.tensor(self.grid().edges)
         for _ in range(self.halvings - 1 - stage):
             edges = torch.cat([edges, (edges[1:] + edges[:-1]) // 2]).sort().values
@@ -61,17 +65,19 @@ class Progressive(Distillation):
         return "ddim", 2
 
     def draw_guidance(self, count: int, progress: float, generator: torch.Generator) -> Tensor | None:
-        """The base's guidance is in the first student, and so in every later teacher."""
+        """CFG scales in the first stage alone: its student, and so every later teacher, has them in its weights."""
         return None if self.stage(progress) else super().draw_guidance(count, progress, generator)
 
-    def distance(self, pair: Pair) -> Tensor:
-        u, s = pair.levels.u, pair.levels.s
-        (alpha, sigma), (alpha_s, sigma_s) = (
-            (pair.schedule.alpha(t).to(u.device), pair.schedule.sigma(t).to(u.device)) for t in (u, s)
-        )
-        per_x0 = alpha_s - sigma_s * alpha / sigma  # how far the landing point moves with x0
-        snr = noise_to_signal(pair.schedule, u) ** -2
-        square = (pair.student - pair.target).square().flatten(1).mean(1)
+    def distance(self, jumps: Jumps) -> Tensor:
+        u, s = jumps.levels.u, jumps.levels.s
+        alpha, sigma = jumps.schedule.alpha(u).to(u.device), jumps.schedule.sigma(u).to(u.device)
+        alpha_s, sigma_s = jumps.schedule.alpha(s).to(u.device), jumps.schedule.sigma(s).to(u.device)
+
+        # student and target are points at s; from one x_u they differ by this times the difference of their
+        # x0
+        per_x0 = alpha_s - sigma_s * alpha / sigma
+        snr = noise_to_signal(jumps.schedule, u) ** -2
+        square = (jumps.student - jumps.target).square().flatten(1).mean(1)
         return snr.clamp(min=1) * square / per_x0**2
 
     def sampling(self) -> dict[str, Any]:

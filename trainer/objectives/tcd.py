@@ -15,8 +15,9 @@ from .objective import Levels, SelfConsistency, counted_from_noise
 class TCD(SelfConsistency):
     """Start anywhere on the grid, neighbour one point cleaner, target any point from the neighbour down to x0.
 
-    So one LoRA takes jumps of every length, which its sampler with gamma uses. The jump is the first-order one, the
-    paper's TCF(1), which needs no second time input.
+    So one LoRA can take jumps of every length, which its sampler needs: with gamma it jumps below the next
+    level and puts noise on again. The jump is the first-order one, the paper's TCF(1), which needs no second
+    time input.
     """
 
     name: Literal["tcd"] = Field("tcd", description="trajectory consistency: a jump ends anywhere below its start")
@@ -33,6 +34,6 @@ class TCD(SelfConsistency):
         return super().sampling() | counted_from_noise(self.points)
 
     def _anywhere_below(self, tick: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,) points of the grid, uniform from 0 up to and including these."""
+        """For ticks of the grid (B,): a point of the grid each, uniform from 0 up to and including it."""
         cell = self.grid().ticks // self.points
         return cell * (torch.rand(tick.shape, generator=generator) * (tick // cell + 1)).long()

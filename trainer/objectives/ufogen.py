@@ -10,16 +10,16 @@ from torch import Tensor
 
 from ...samplers import Schedule
 from .distances import mean_square
-from .objective import Adversarial, Levels, Objective, Pair
+from .objective import Adversarial, Jumps, Levels, Objective
 
 
 class UFOGen(Objective):
     """Start anywhere on the grid; the target is the picture x0 itself, so the distance is a diffusion loss.
 
-    What makes few steps of it is the adversarial loss: the student's x0 and the picture, each with fresh noise of a
-    level a quarter of the schedule below u, are told apart (Eq. 7, with the heads and the frozen body that the PCM
-    objective has instead of the paper's second network). It learns from pictures, at batch sizes that the paper has
-    many machines for.
+    The adversarial loss is what makes it sample in few steps: a discriminator tells the student's x0 and the
+    picture apart, each with fresh noise of a level a quarter of the schedule below u (Eq. 7). It is PCM's,
+    heads on the frozen base, in place of the paper's second network. It learns from pictures, at batch sizes
+    that the paper has many machines for.
     """
 
     name: Literal["ufogen"] = Field(
@@ -35,8 +35,9 @@ class UFOGen(Objective):
         u = self.start(count, generator)
         return Levels(u, torch.zeros_like(u), torch.zeros_like(u))
 
-    def distance(self, pair: Pair) -> Tensor:
-        return self.reconstruction * mean_square(pair.student, pair.target)
+    def distance(self, jumps: Jumps) -> Tensor:
+        return self.reconstruction * mean_square(jumps.student, jumps.target)
 
     def judged_at(self, levels: Levels, generator: torch.Generator) -> Tensor:
+        """A quarter of the schedule below the start, ticks (B,), at least 1."""
         return (levels.u - self.grid().ticks // 4).clamp(min=1)

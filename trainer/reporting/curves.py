@@ -14,40 +14,43 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..evaluation.plots import logarithmic, plain
-from .log import LOSS, Line
+from .log import LOSS, LogLine
 
 WIDTH, HEIGHT = 5.2, 3.1
-BINS = 300  # of a curve of more updates than that, whose spread is drawn
-NORM, AGREEMENT = "gradient norm", "paired error"
-# Names of text stay text, in the page's font; the same run gives the same bytes.
+BINS = 300  # a curve of more updates than that is drawn as the spread in so many bins
+NORM, ERROR = "gradient norm", "paired error"  # the beginnings of figures' names
+# Text stays text, in the page's font; the salt makes the same run give the same bytes.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pcm", "font.family": "sans-serif", "font.size": 9}
 
 
-def curves(updates: list[Line], measured: list[Line], best: int | None, stops: Sequence[int] = ()) -> dict[str, str]:
-    """SVG by title, of what there is: losses, paired errors, gradient norms, rate.
+def curves(
+    updates: list[LogLine], measured: list[LogLine], best: int | None, stops: Sequence[int] = ()
+) -> dict[str, str]:
+    """SVG by title, of the curves that there is something for: losses, paired errors, gradient norms, learning rate.
 
     updates, measured: lines of the log. best: update of the best LoRA; stops: updates after which the run was stopped.
     """
-    drawn: dict[str, Callable[[Axes], None]] = {}
+    panels: dict[str, Callable[[Axes], None]] = {}
     names = [name for name in (updates[0] if updates else {}) if name not in ("kind", "step", "seconds")]
     for name in names:
         if name.endswith("loss"):
-            drawn[f"{name} in training".capitalize()] = lambda panel, name=name: _of_updates(panel, updates, name)
+            panels[f"{name} in training".capitalize()] = lambda panel, name=name: _updates(panel, updates, name)
     figures = list(measured[-1]["figures"]) if measured else []
     if LOSS in figures:
-        drawn["Held-out loss"] = lambda panel: _of_measured(panel, measured, [LOSS], best)
-    errors = [name for name in figures if name.startswith(AGREEMENT)]
+        panels["Held-out loss"] = lambda panel: _validations(panel, measured, [LOSS], best)
+    errors = [name for name in figures if name.startswith(ERROR)]
     if errors:
-        drawn["Paired error against the teacher"] = lambda panel: _of_measured(panel, measured, errors, best)
+        panels["Paired error against the teacher"] = lambda panel: _validations(panel, measured, errors, best)
     norms = [name for name in names if name.startswith(NORM)]
     if norms:
-        drawn["Gradient norms"] = lambda panel: _norms(panel, updates, norms)
+        panels["Gradient norms"] = lambda panel: _norms(panel, updates, norms)
     if "lr" in names:
-        drawn["Learning rate"] = lambda panel: panel.plot(*_points(updates, "lr"), color="C0")
-    return {title: _svg(draw, stops) for title, draw in drawn.items()}
+        panels["Learning rate"] = lambda panel: panel.plot(*_points(updates, "lr"), color="C0")
+    return {title: _svg(draw, stops) for title, draw in panels.items()}
 
 
 def _svg(draw: Callable[[Axes], Any], stops: Sequence[int]) -> str:
+    """A panel that `draw` fills, over updates."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         panel = figure.add_subplot()
@@ -65,14 +68,16 @@ def _svg(draw: Callable[[Axes], Any], stops: Sequence[int]) -> str:
     return text[text.index("<svg") :]
 
 
-def _of_updates(panel: Axes, updates: list[Line], name: str) -> None:
+def _updates(panel: Axes, updates: list[LogLine], name: str) -> None:
     """Each update's value, or their spread where they are many, under a smoothed line."""
     x, y = _points(updates, name)
     if len(x) > BINS:
-        parts = np.array_split(np.arange(len(x)), BINS)
-        middle, low, high = (np.array([of(v[p]) for p in parts]) for of, v in ((np.mean, x), (np.min, y), (np.max, y)))
+        bins = np.array_split(np.arange(len(x)), BINS)
+        middle = np.array([x[indices].mean() for indices in bins])
+        low = np.array([y[indices].min() for indices in bins])
+        high = np.array([y[indices].max() for indices in bins])
         panel.fill_between(middle, low, high, color="C0", alpha=0.22, linewidth=0, label="lowest to highest")
-        keep = [p[-1] for p in parts]
+        keep = [indices[-1] for indices in bins]
     else:
         panel.plot(x, y, color="C0", alpha=0.35, linewidth=0.9, label="each update")
         keep = slice(None)
@@ -81,21 +86,23 @@ def _of_updates(panel: Axes, updates: list[Line], name: str) -> None:
         logarithmic(panel)
 
 
-def _norms(panel: Axes, updates: list[Line], names: list[str]) -> None:
+def _norms(panel: Axes, updates: list[LogLine], names: list[str]) -> None:
+    """A smoothed line for each gradient norm."""
     for i, name in enumerate(names):
         x, y = _points(updates, name)
         panel.plot(x, smoothed(y), color=f"C{i}", linewidth=1.4, label=name.removeprefix(f"{NORM} of the "))
     logarithmic(panel)
 
 
-def _of_measured(panel: Axes, measured: list[Line], names: list[str], best: int | None) -> None:
-    """A line for each figure; what the weights have without averaging, dashed."""
+def _validations(panel: Axes, measured: list[LogLine], names: list[str], best: int | None) -> None:
+    """A line for each figure, and a dashed one for that of the weights without averaging."""
     for i, name in enumerate(names):
-        label = name.removeprefix(f"{AGREEMENT} at ") if len(names) > 1 else None
-        for which, how in (("plain", {"linestyle": "--", "alpha": 0.5, "linewidth": 1}), ("figures", {"label": label})):
+        label = name.removeprefix(f"{ERROR} at ") if len(names) > 1 else None
+        styles = {"plain": {"linestyle": "--", "alpha": 0.5, "linewidth": 1}, "figures": {"label": label}}
+        for which, style in styles.items():
             points = [(line["step"], line[which][name]) for line in measured if line[which].get(name) is not None]
             if points:
-                panel.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", markersize=3, **how)
+                panel.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", markersize=3, **style)
     if any(line["plain"] for line in measured):
         panel.plot([], [], color="0.5", linestyle="--", linewidth=1, label="not averaged")
     if best is not None:
@@ -106,17 +113,20 @@ def _of_measured(panel: Axes, measured: list[Line], names: list[str], best: int 
 
 
 def smoothed(values: NDArray) -> NDArray:
-    """Exponential moving average over a fiftieth of the updates, without the pull of its start (as Adam corrects)."""
+    """(n,) the values' exponential moving average over a fiftieth of them.
+
+    It is divided by the sum of its weights so far, as Adam does, so that it does not start at 0.
+    """
     decay = 1 - 1 / max(1.0, len(values) / 50)
-    found, mean = np.empty(len(values)), 0.0
+    averages, mean = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
         mean = decay * mean + (1 - decay) * value
-        found[i] = mean / (1 - decay ** (i + 1))
-    return found
+        averages[i] = mean / (1 - decay ** (i + 1))
+    return averages
 
 
-def _points(lines: list[Line], name: str) -> tuple[NDArray, NDArray]:
-    """Updates and values, where there is a value."""
-    there = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    x, y = zip(*there, strict=True) if there else ((), ())
+def _points(lines: list[LogLine], name: str) -> tuple[NDArray, NDArray]:
+    """The updates at which there is a value of this name, and the values."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    x, y = zip(*points, strict=True) if points else ((), ())
     return np.array(x, float), np.array(y, float)

@@ -17,18 +17,19 @@ from .log import LOG
 from .story import BESIDE, Story, duration
 
 REPORT, TEMPLATE = "report.html", Path(__file__).parent / "page.html"
-# Pictures wider than that are drawn smaller; of more grids than that some are left out.
-WIDEST, SHOWN, SMALL = 1200, 7, 200_000
-QUALITY = 86
-# Of the parts of the time.
+SHOWN = 7  # grids; where there are more, some are left out
+# A PNG of at most so many bytes and pixels of width goes in as it is; any other as a JPEG, and no wider.
+SMALL, WIDEST, QUALITY = 200_000, 1200, 86
+# Colours of the parts of the time, in turn.
 COLOURS = ("#2f6fb0", "#e08a3c", "#4a9a5f", "#b9504a", "#8a6db5", "#8c6d5b", "#d07fb4", "#8b929e")
 
 
-def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
-    """Write the report of a run, which may still be under way; out: default report.html in its folder.
+def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
+    """Write the page on a run, which may still be under way; out: default report.html in its folder.
 
-    Returns where it is, and what became of the run. Raises ValueError for a folder without a log, for one of another
-    version or that was damaged, and for a name that is no page's; OSError where it cannot be written.
+    Returns where it is and what became of the run, JSON-ready, with a "text" for people. Raises ValueError
+    for a folder without a log, for one of another version or that was damaged, and for a name that is no
+    page's; OSError where it cannot be written.
     """
     out = out or folder / REPORT
     if out.suffix.lower() not in (".html", ".htm"):
@@ -36,29 +37,30 @@ def report(folder: Path, out: Path | None = None) -> dict[str, Any]:
     story = Story.of(folder)
     try:
         write_page(out, TEMPLATE, _content(story), duration=duration, share=lambda part: f"{part:.1%}")
-        how, reason = story.state
-        told = {"report": str(out), "state": how, "reason": reason, "step": story.step, "steps": story.steps}
-        files = {which: made["name"] for which, made in story.made.items()}
+        state, reason = story.state
+        facts = {"report": str(out), "state": state, "reason": reason, "step": story.step, "steps": story.steps}
+        files = {which: lora["name"] for which, lora in story.loras.items()}
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UndefinedError) as error:
         raise ValueError(f"{folder / LOG} is of another version, or damaged: {error!r}.") from error
-    return told | {"files": files, "text": f"{out}: {how}, {story.step} of {story.steps} updates"}
+    return facts | {"files": files, "text": f"{out}: {state}, {story.step} of {story.steps} updates"}
 
 
 def _content(story: Story) -> dict[str, Any]:
-    how, reason = story.state
+    """The values of the template."""
+    state, reason = story.state
     stops = [start["to"] for start in story.starts[:-1]]
-    drawn = curves(story.updates, story.measured, story.best.get("step"), stops)
+    svgs = curves(story.updates, story.measured, story.best.get("step"), stops)
     columns, figures = story.figures()
-    shown, left_out = _grids(story.folder)
+    grids, left_out = _grids(story.folder)
     return {
         "story": story,
-        "how": how,
+        "state": state,
         "reason": reason,
         "best": story.best,
-        "curves": {title: Markup(svg) for title, svg in drawn.items()},
+        "curves": {title: Markup(svg) for title, svg in svgs.items()},
         "columns": columns,
         "figures": figures,
-        "grids": shown,
+        "grids": grids,
         "grids_left_out": left_out,
         "best_grid": _picture(story.folder / f"{story.name}-best.preview.png"),
         "parts": [(name, part, colour) for (name, part), colour in zip(story.parts(), cycle(COLOURS))],
@@ -72,8 +74,8 @@ def _grids(folder: Path) -> tuple[list[tuple[int, str]], int]:
     chosen = files
     if len(files) > SHOWN:
         chosen = [files[round(i * (len(files) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
-    found = [(int(path.stem.removeprefix("step-")), _picture(path)) for path in chosen]
-    return [(step, address) for step, address in found if address], len(files) - len(chosen)
+    grids = [(int(path.stem.removeprefix("step-")), _picture(path)) for path in chosen]
+    return [(step, address) for step, address in grids if address], len(files) - len(chosen)
 
 
 def _picture(path: Path) -> str | None:

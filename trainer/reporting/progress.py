@@ -1,4 +1,4 @@
-"""How a run tells what it does: the interface, and the progress bar that the command line draws on stderr."""
+"""How a run tells the user its progress: the interface, and the command line's progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..system.machine import GIB
+
 
 @dataclass(frozen=True)
 class Status:
-    """What a progress display shows after an update."""
+    """The state of a run after an update, for a progress display.
+
+    loss: smoothed. peak_memory: GiB of the GPU, 0 without one.
+    """
 
     step: int
     steps: int
@@ -25,30 +30,37 @@ class Status:
 
 
 class Pace:
-    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since the run was started."""
+    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since the run was started.
+
+    step: the last update before this start. samples: how many one update takes.
+    """
 
     def __init__(self, step: int, samples: int):
         self.first, self.samples, self.started, self.loss = step, samples, time.monotonic(), float("nan")
 
     def after(self, step: int, steps: int, loss: float) -> Status:
+        """The status after update `step` of `steps`, which had this loss."""
         self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
         rate = (step - self.first) * self.samples / max(time.monotonic() - self.started, 1e-6)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        memory = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
         return Status(step, steps, self.loss, rate, memory)
 
 
 class Reporter:
-    """How a run tells what it does; the command line draws a progress bar over these."""
+    """The interface by which a run tells its progress. This one is silent; the command line draws a progress bar."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Take a sentence for the user."""
 
-    def caching(self, what: str, done: int, total: int) -> None: ...
+    def caching(self, what: str, done: int, total: int) -> None:
+        """Take how many of `what` are cached."""
 
-    def update(self, status: Status) -> None: ...
+    def update(self, status: Status) -> None:
+        """Take the state after an update."""
 
 
 class _Console(Console):
-    """One whose reader may leave (`| head`, a lost terminal): what is told then goes nowhere, and the run goes on."""
+    """A console whose reader may leave (`| head`, a lost terminal): the text then goes nowhere, and the run goes on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -94,6 +106,7 @@ class ProgressBar(Reporter):
         self._advance("training", status.step, status.steps, facts)
 
     def _advance(self, name: str, done: int, total: int, facts: str = "") -> None:
+        """Move a task's bar, which is added at its first mention."""
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(name, total=total, completed=done, facts=facts)
         self.bar.update(self.tasks[name], completed=done, total=total, facts=facts)

@@ -4,66 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
-from ..config.config import Config
+from ..system.saying import Say
 
 PROJECT, DEFAULT = "phased-consistency", "tensorboard"
-Say = Callable[[str], None]
 
 
 def available(names: Iterable[str], say: Say) -> list[str]:
-    """The trackers of these names whose packages are here; that the default one's is not, is said.
+    """The trackers of these names whose packages are here. Says so where that of the default one is missing.
 
-    Raises ValueError where another one's is missing.
+    Raises ValueError where another's is missing: that one was set by the user.
     """
     names = list(dict.fromkeys(names))
     missing = [name for name in names if find_spec(name) is None]
-    asked = [name for name in missing if name != DEFAULT]
-    if asked:
-        wanted = " and ".join(asked)
-        raise ValueError(f"train.trackers: {wanted} not installed: pip install {' '.join(asked)}, or leave it out.")
+    absent = [name for name in missing if name != DEFAULT]
+    if absent:
+        names_of_all = " and ".join(absent)
+        raise ValueError(
+            f"train.trackers: {names_of_all} not installed: pip install {' '.join(absent)}, or leave it out."
+        )
     if missing:
         say("No TensorBoard logs: pip install tensorboard, or set train.trackers=[].")
     return [name for name in names if name not in missing]
 
 
 class Trackers:
-    """Those of one run. One that fails on the way is said and dropped, and the run goes on."""
+    """The trackers of one run. Where one fails on the way, this is said, it is dropped, and the run goes on.
 
-    def __init__(self, config: Config, say: Say):
-        self.config, self.say = config, say
-        self.names = available(config.train.trackers, say)
+    names: as in `train.trackers`. folder, name, settings: the run's; the settings are shown to others. Raises
+    ValueError as `available`.
+    """
+
+    def __init__(self, names: Iterable[str], folder: Path, name: str, settings: dict[str, Any], say: Say):
+        self.names = available(names, say)
+        self.folder, self.name, self.settings, self.say = folder, name, settings, say
         self.open: list[GeneralTracker] = []
 
     def start(self, step: int) -> None:
         """Open them for a run that goes on from an update. Raises RuntimeError for one that cannot be opened."""
-        config = self.config
-        online = {"name": config.name, "config": config.for_others()}
-        how: dict[str, dict[str, Any]] = {
-            "tensorboard": {"logging_dir": config.run_folder / "logs", "purge_step": step + 1 if step else 0},
-            "wandb": {**online, "dir": str(config.run_folder)},
+        online = {"name": self.name, "config": self.settings}
+        options: dict[str, dict[str, Any]] = {
+            # TensorBoard drops the figures of updates that come again
+            "tensorboard": {"logging_dir": self.folder / "logs", "purge_step": step + 1 if step else 0},
+            "wandb": {**online, "dir": str(self.folder)},
             "trackio": {**online, "embed": False},
         }
         for name in self.names:
             try:
-                tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **how[name])
+                tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
                 tracker.start()
             except Exception as error:  # each service has errors of its own
-                failed = f"train.trackers: {name} could not be started: {error}. Mend that, or leave it out."
-                raise RuntimeError(failed) from error
+                raise RuntimeError(
+                    f"train.trackers: {name} could not be started: {error}. Mend that, or leave it out."
+                ) from error
             self.open.append(tracker)
 
     def figures(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name, of an update."""
+        """Pass on an update's numbers by name."""
         self._each(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """A picture of an update."""
+        """Pass on a picture that was made after an update."""
         pixels = np.asarray(image.convert("RGB"))
 
         def show(tracker: GeneralTracker) -> None:
@@ -79,11 +86,12 @@ class Trackers:
         self._each(show)
 
     def finish(self) -> None:
-        """Close them; what they still hold is written."""
+        """Close them, so that all is written that they still hold."""
         self._each(lambda tracker: tracker.finish())
         self.open = []
 
     def _each(self, do: Callable[[GeneralTracker], None]) -> None:
+        """Do this with every open tracker, and drop those with which it fails."""
         for tracker in list(self.open):
             try:
                 do(tracker)

@@ -1,7 +1,7 @@
-"""Figures of edited pictures: what was kept, how well the new fits, how near the truth it comes.
+"""Figures of edited pictures: how well the known parts are kept, how the new ones fit, how near the truth they come.
 
-Pictures are (B, 3, H, W) in [0, 1]; figures are taken from the 8-bit picture, as it is saved, and in its levels (0 to
-255). Each is of the whole batch; where it says so the mean of its pictures.
+Pictures are (B, 3, H, W) in [0, 1]; figures are taken from the 8-bit picture, as it is saved, and in its
+levels (0 to 255). A figure is of the whole batch, or where it says so the mean of the pictures' own.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ def as_saved(image: Tensor) -> Tensor:
     return image.float().clamp(0, 1).mul(255).round().div(255)
 
 
-def psnr(made: Tensor, truth: Tensor, where: Tensor | None = None) -> float:
+def psnr(pictures: Tensor, truth: Tensor, where: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean squared difference); infinite where there is none.
 
     where: (B, 1, H, W), the pixels that count; default: all.
     """
-    squared = (_levels(made) - _levels(truth)).square()
+    squared = (_levels(pictures) - _levels(truth)).square()
     error = (squared.mean() if where is None else squared[(where > 0).expand_as(squared)].mean()).item()
     return 10 * log10(255**2 / error) if error else inf
 
 
-def low_pass_psnr(made: Tensor, truth: Tensor, block: int) -> float:
-    """PSNR of the means of blocks of block x block pixels: of the layout, with the detail left out."""
-    error = (F.avg_pool2d(_levels(made), block) - F.avg_pool2d(_levels(truth), block)).square().mean().item()
+def low_pass_psnr(pictures: Tensor, truth: Tensor, block: int) -> float:
+    """PSNR in dB of the means of block x block pixels: of the layout, with the detail left out."""
+    error = (F.avg_pool2d(_levels(pictures), block) - F.avg_pool2d(_levels(truth), block)).square().mean().item()
     return 10 * log10(255**2 / error) if error else inf
 
 
-def pooled_error(made: Tensor, low: Tensor) -> float:
-    """Largest difference, in levels, between the small picture's pixels and the means of the blocks made of them."""
-    return (F.avg_pool2d(_levels(made), made.shape[-1] // low.shape[-1]) - _levels(low)).abs().max().item()
+def pooled_error(pictures: Tensor, low: Tensor) -> float:
+    """Largest difference, in levels, between the pixels of the small picture and the means of the blocks for them."""
+    return (F.avg_pool2d(_levels(pictures), pictures.shape[-1] // low.shape[-1]) - _levels(low)).abs().max().item()
 
 
-def luminance_error(made: Tensor, grey: Tensor) -> float:
-    """Mean |luminance(made) - grey| in levels; grey: (B, 1, H, W)."""
-    return (luminance(_levels(made)) - _levels(grey)).abs().mean().item()
+def luminance_error(pictures: Tensor, grey: Tensor) -> float:
+    """Mean |luminance(pictures) - grey| in levels; grey: (B, 1, H, W)."""
+    return (luminance(_levels(pictures)) - _levels(grey)).abs().mean().item()
 
 
-def seam_ratio(made: Tensor, region: Tensor, near: int = 8) -> float:
+def seam_ratio(pictures: Tensor, region: Tensor, near: int = 8) -> float:
     """How much more neighbouring pixels differ across a region's border than beside it: 1 is no seam to see.
 
-    Mean |difference| (over channels) of the neighbours, side by side or one above the other, of which one is in the
-    region (B, 1, H, W; 1 is in it) and one is not; over that of all others within `near` pixels of the border, on both
-    sides. Each mean is over the whole batch, so that a picture without edges does no harm. What a picture has by chance
-    is its truth's own ratio.
+    region: (B, 1, H, W), 1 is in it. Mean |difference| (over channels) of the neighbours, side by side or one
+    above the other, of which one is in the region and one is not; over that of all others within `near`
+    pixels of the border, on both sides. Each mean is over the whole batch, so that a picture without edges
+    does no harm. By chance a picture has about its truth's own ratio.
     """
-    inside = region.gt(0).float().expand(len(made), -1, -1, -1)
+    inside = region.gt(0).float().expand(len(pictures), -1, -1, -1)
     strip = dilate(inside, near) * dilate(1 - inside, near)
     across, beside = [], []
     for axis in (-1, -2):
-        change = _levels(made).diff(dim=axis).abs().mean(1, keepdim=True)
+        change = _levels(pictures).diff(dim=axis).abs().mean(1, keepdim=True)
         border = inside.diff(dim=axis) != 0
         pairs = strip.unfold(axis, 2, 1).amin(-1) > 0
         across.append(change[border])
@@ -66,23 +66,26 @@ def seam_ratio(made: Tensor, region: Tensor, near: int = 8) -> float:
     return (torch.cat(across).mean() / torch.cat(beside).mean()).item()
 
 
-def chroma(made: Tensor) -> float:
-    """Standard deviation of R - Y and B - Y in levels, of each picture; the mean of them. 0 is grey."""
-    image = _levels(made)
+def chroma(pictures: Tensor) -> float:
+    """Standard deviation of R - Y and B - Y in levels, the mean over the pictures. 0 is grey."""
+    image = _levels(pictures)
     return (image[:, ::2] - luminance(image)).flatten(1).std(1, correction=0).mean().item()
 
 
-def colourfulness(made: Tensor) -> float:
-    """Hasler & Suesstrunk 2003, Sec. 6 (M3): the spread and, by 0.3, the mean of R - G and (R + G) / 2 - B; mean."""
-    red, green, blue = _levels(made).flatten(2).unbind(1)
+def colourfulness(pictures: Tensor) -> float:
+    """Colourfulness M3 of Hasler & Suesstrunk 2003, Sec. 6, in levels, the mean over the pictures.
+
+    It is the spread plus 0.3 times the mean of R - G and (R + G) / 2 - B.
+    """
+    red, green, blue = _levels(pictures).flatten(2).unbind(1)
     opponent = torch.stack([red - green, (red + green) / 2 - blue], 1)
     return (opponent.std(2, correction=0).norm(dim=1) + 0.3 * opponent.mean(2).norm(dim=1)).mean().item()
 
 
-def sharpness(made: Tensor) -> float:
-    """Variance of the luminance's Laplacian, in squared levels, of each picture; the mean of them."""
+def sharpness(pictures: Tensor) -> float:
+    """Variance of the luminance's Laplacian, in squared levels, the mean over the pictures."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
-    return F.conv2d(luminance(_levels(made)), kernel).flatten(1).var(1, correction=0).mean().item()
+    return F.conv2d(luminance(_levels(pictures)), kernel).flatten(1).var(1, correction=0).mean().item()
 
 
 def evenness(frames: Tensor) -> float:
@@ -92,4 +95,5 @@ def evenness(frames: Tensor) -> float:
 
 
 def _levels(image: Tensor) -> Tensor:
+    """A picture in the levels of its 8-bit file, 0 to 255."""
     return as_saved(image) * 255

@@ -1,4 +1,4 @@
-"""Sections of a page of measurements: tables of figures, rows of pictures, and goals that are met or not."""
+"""Chapters of a page of measurements: tables of figures, rows of pictures, and goals that are met or not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-LETTERS = 19  # of a label, in a line
+LETTERS = 19  # in a line of a label
 Figures = dict[str, float]
 
 
 @dataclass
 class Goal:
-    """What an edit has to reach."""
+    """A value that an edit has reached, and the range that it has to be in. what: the value's name."""
 
     what: str
     value: float
@@ -29,39 +29,45 @@ class Goal:
 
 
 @dataclass
-class Section:
-    """One edit: rows of figures, rows of pictures, goals. measure: pictures, and what else decides -> their figures."""
+class Chapter:
+    """One edit: rows of figures by label, rows of labelled pictures, goals.
+
+    captions: of the columns of pictures. measure: called with a row's pictures, and other tensors where its
+    figures depend on them, for the figures.
+    """
 
     title: str
     captions: list[str]
     measure: Callable[..., Figures] | None = None
     rows: dict[str, Figures] = field(default_factory=dict)
-    shown: list[tuple[str, Tensor]] = field(default_factory=list)
+    pictures: list[tuple[str, Tensor]] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
 
     def show(self, label: str, pictures: Tensor) -> None:
-        self.shown.append((textwrap.fill(label, LETTERS, break_long_words=False), pictures[: len(self.captions)]))
+        """Add a row of pictures (B, 3, H, W)."""
+        self.pictures.append((textwrap.fill(label, LETTERS, break_long_words=False), pictures[: len(self.captions)]))
 
-    def add(self, label: str, pictures: Tensor, *told: Tensor, show: bool = True) -> None:
-        self.rows[label] = self.measure(pictures, *told)
+    def add(self, label: str, pictures: Tensor, *others: Tensor, show: bool = True) -> None:
+        """Measure a row of pictures, with these other arguments of `measure`."""
+        self.rows[label] = self.measure(pictures, *others)
         if show:
             self.show(label, pictures)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no number for what is exact."""
+        """For JSON, which has no infinity: figures that are exact are None."""
         goals = [{k: _finite(v) for k, v in asdict(goal).items()} | {"met": goal.met} for goal in self.goals]
         rows = {label: {k: _finite(v) for k, v in figures.items()} for label, figures in self.rows.items()}
         return {"goals": goals, "rows": rows}
 
 
-def tables(sections: list[Section]) -> str:
-    """One table a section and, first, what each has to reach, as Markdown."""
+def tables(chapters: list[Chapter]) -> str:
+    """Markdown of all goals in one table, then a table of figures for each chapter."""
     lines = ["| edit | what | reached | goal | met |", "|---|---|---|---|---|"]
-    for s in sections:
+    for s in chapters:
         lines += [
             f"| {s.title} | {x.what} | {_cell(x.value)} | {_range(x)} | {'yes' if x.met else 'no'} |" for x in s.goals
         ]
-    for s in sections:
+    for s in chapters:
         columns = list(dict.fromkeys(c for figures in s.rows.values() for c in figures))
         lines += ["", f"**{s.title}**", "", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for label, figures in s.rows.items():

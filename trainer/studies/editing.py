@@ -1,10 +1,11 @@
-"""Every zero-shot edit on a tiny base, measured against the truth and beside baselines, and drawn, for docs/editing.md.
+"""Every zero-shot edit on a tiny base, drawn, and measured against the truth and baselines (docs/measurements/).
 
     python -m phased_consistency.trainer.studies.editing [--lora FILE] [--out DIR] [--base tiny-sd15] [--pictures 16]
         [--edits inpaint,denoise]
 
-The truth is drawn scenes whose captions no run has seen; they are the prompts. With --lora everything is sampled by its
-recipe, and the base alone at 8 guided steps stands beside it; without, the base alone is all there is.
+The truth is drawn scenes whose captions no run has seen; they are the prompts. With --lora everything is
+sampled by its recipe, and the base alone at 8 guided steps stands beside it; without, the base alone is all
+there is.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from torch import Tensor
 
 from ...samplers.editing import CELL
 from ...samplers.operators import Colorize, Identity, Inpaint, Operator, SuperResolution, luminance, outpaint
-from ..data.prompts import read_prompts
+from ..evaluation.contestants import unseen_scenes
 from ..families import Condition, load_base
-from ..families.generate import generate
+from ..families.generate import draw as draw_latents
+from ..families.generate import unit_noise
 from ..inference.edit import Edited, Editor
 from ..lora.install import install_whole
 from ..pictures import draw_grid
 from ..system.files import write_text
-from ..tiny.bundled import own_prompts
-from ..tiny.scenes import draw, follows_prompt, held_out_scenes
+from ..tiny.scenes import draw, follows_prompt
 from .edit_baselines import cells_of, filtered, greyed, latent_mask
 from .edit_metrics import (
     as_saved,
@@ -48,12 +49,17 @@ from .edit_metrics import (
     seam_ratio,
     sharpness,
 )
-from .edit_tables import Figures, Goal, Section, tables
+from .edit_tables import Chapter, Figures, Goal, tables
 
-SIDE, HOLE, BLOCK, FRAMES, PAIRS, SHOWN, SEED = 128, 28, 16, 7, 4, 5, 0  # HOLE: its radius
+SIDE, SEED = 128, 0
+HOLE = 28  # radius of the inpainted discs
+BLOCK = 16  # side of a stroke
+FRAMES, PAIRS = 7, 4  # of an interpolation, and how many of them
+SHOWN = 5  # columns of pictures
 GUIDANCE = 4.0  # of the base alone
 NOISES = (10, 25, 50)  # in levels
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+# Settings of the editor, by what their rows are called.
 VARIANTS = {
     "ours": {},
     "plain form": {"residual": False},
@@ -67,210 +73,231 @@ SHOWN_ROWS = ("ours", ALONE)
 class Gallery:
     """The truth (B, 3, H, W), its prompts, and two editors: `ours`, with the LoRA, and `teacher`, the base alone.
 
-    how: settings of ours that are not the LoRA's, or the base's.
+    Without a LoRA ours is the base alone, too. settings: of ours, where they are not the LoRA's or the base's.
     """
 
-    def __init__(self, path: str, lora: Path | None, pictures: int, **how):
+    def __init__(self, path: str, lora: Path | None, pictures: int, **settings):
         base = load_base(path)
-        self.scenes = held_out_scenes(pictures, set(read_prompts(own_prompts(path))))
+        self.scenes = unseen_scenes(path, pictures)
         self.prompts = [s.caption for s in self.scenes]
-        drawn = [torch.from_numpy(np.array(draw(s, SIDE))).permute(2, 0, 1) for s in self.scenes]
-        self.truth = torch.stack(drawn) / 255
+        drawings = [torch.from_numpy(np.array(draw(s, SIDE))).permute(2, 0, 1) for s in self.scenes]
+        self.truth = torch.stack(drawings) / 255
         self.condition = base.encode_prompts(self.prompts)
         self.null = base.null_condition(base.encode_prompts([""]))
         self.teacher = Editor(base, base.alone, self.null, guidance=GUIDANCE)
-        self.ours = replace(self.teacher, **how)
-        if lora:
+        self.ours = replace(self.teacher, **settings)
+        if lora:  # in a second base, as the first must stay without it
             other = load_base(path)
-            self.ours = Editor(other, install_whole(lora, other), self.null, **how)
+            self.ours = Editor(other, install_whole(lora, other), self.null, **settings)
 
-    def section(self, title: str, measure: Callable[..., Figures] | None = None) -> Section:
-        found = Section(title, self.prompts[:SHOWN], measure)
-        found.show("truth", self.truth)
-        return found
+    def chapter(self, title: str, measure: Callable[..., Figures] | None = None) -> Chapter:
+        """A new chapter that shows the truth first."""
+        chapter = Chapter(title, self.prompts[:SHOWN], measure)
+        chapter.show("truth", self.truth)
+        return chapter
 
     def editors(self) -> dict[str, Editor]:
         """Ours and its variants, and the teacher, if it is another."""
-        found = {name: replace(self.ours, **changes) for name, changes in VARIANTS.items()}
-        return found | ({ALONE: self.teacher} if self.ours.base is not self.teacher.base else {})
+        editors = {name: replace(self.ours, **changes) for name, changes in VARIANTS.items()}
+        return editors | ({ALONE: self.teacher} if self.ours.base is not self.teacher.base else {})
 
-    def follows(self, made: Tensor) -> float:
+    def follows(self, pictures: Tensor) -> float:
         """Share of the pictures that show the colours of their prompts."""
-        return mean(follows_prompt(s, p) for s, p in zip(self.scenes, made, strict=True))
+        return mean(follows_prompt(s, p) for s, p in zip(self.scenes, pictures, strict=True))
 
     def edit(self, editor: Editor, operator: Operator, denoise: float = 1.0) -> Edited:
+        """Edit all pictures for their prompts."""
         return editor.edit(operator, self.condition, SEED, denoise)
 
     def img2img(self, picture: Tensor, denoise: float) -> Tensor:
-        """Nothing is projected, neither on the way nor at the end."""
+        """Pictures (B, 3, H, W) drawn anew by ours with nothing projected, neither on the way nor at the end."""
         return self.edit(self.ours, Identity(picture), denoise).image
 
 
-def inpaint(g: Gallery) -> Section:
-    """A round hole in each picture, off its middle; ours and its variants, and how wide the blended rim is."""
+def inpaint(g: Gallery) -> Chapter:
+    """Inpaint a round hole in each picture, off its middle: ours and its variants, and other widths of its rim."""
     mask = holes(len(g.truth))
-    section = _hole_section(g, "Inpaint", mask, torch.where(mask > 0, 0.5, g.truth))
+    chapter = _hole_chapter(g, "Inpaint", mask, torch.where(mask > 0, 0.5, g.truth))
     usual = Inpaint(g.truth, mask)
     for name, editor in g.editors().items():
-        section.add(name, g.edit(editor, usual).image, usual.weight, show=name in SHOWN_ROWS)
+        chapter.add(name, g.edit(editor, usual).image, usual.weight, show=name in SHOWN_ROWS)
     for grow in (0, 16):
         other = Inpaint(g.truth, mask, grow)
-        section.add(f"ours, rim of {grow} pixels", g.edit(g.ours, other).image, other.weight, show=grow == 0)
-    _by_latents(g, section, usual, mask, g.truth)
-    return section
+        chapter.add(f"ours, rim of {grow} pixels", g.edit(g.ours, other).image, other.weight, show=grow == 0)
+    _by_latents(g, chapter, usual, mask, g.truth)
+    return chapter
 
 
-def widen(g: Gallery) -> Section:
-    """The middle rows of each picture, outpainted to the whole; across the scenes' stripes, which end nowhere."""
+def widen(g: Gallery) -> Chapter:
+    """Outpaint each picture from its middle rows: across the scenes' stripes, which end nowhere."""
     side = 28
     middle = g.truth[..., side:-side, :]
     mask = F.pad(torch.zeros_like(middle[:, :1]), (0, 0, side, side), value=1.0)
-    given = F.pad(middle, (0, 0, side, side), value=0.5)
-    section, usual = _hole_section(g, "Outpaint", mask, given), outpaint(middle, top=side, bottom=side)
+    canvas = F.pad(middle, (0, 0, side, side), value=0.5)
+    chapter = _hole_chapter(g, "Outpaint", mask, canvas)
+    usual = outpaint(middle, top=side, bottom=side)
     for name, editor in g.editors().items():
         if name in ("ours", "stochastic"):
-            section.add(name, g.edit(editor, usual).image, usual.weight, show=name == "ours")
-    _by_latents(g, section, usual, mask, given)
-    return section
+            chapter.add(name, g.edit(editor, usual).image, usual.weight, show=name == "ours")
+    _by_latents(g, chapter, usual, mask, canvas)
+    return chapter
 
 
-def _hole_section(g: Gallery, title: str, mask: Tensor, given: Tensor) -> Section:
-    def measure(made: Tensor, drawn: Tensor) -> Figures:
+def _hole_chapter(g: Gallery, title: str, mask: Tensor, canvas: Tensor) -> Chapter:
+    """A chapter on pictures with a hole. mask: (B, 1, H, W), 1 is in it. canvas: the pictures with the hole grey.
+
+    Its rows are measured by where the edit drew, (B, 1, H, W): more than the mask where there is a rim.
+    """
+
+    def measure(pictures: Tensor, region: Tensor) -> Figures:
         return {
-            "PSNR of what is known": psnr(made, g.truth, drawn == 0),
-            "seam at the mask": seam_ratio(made, mask),
-            "seam where drawing ends": seam_ratio(made, drawn),
-            "PSNR of the hole": psnr(made, g.truth, mask),
-            "follows": g.follows(made),
+            "PSNR of what is known": psnr(pictures, g.truth, region == 0),
+            "seam at the mask": seam_ratio(pictures, mask),
+            "seam where drawing ends": seam_ratio(pictures, region),
+            "PSNR of the hole": psnr(pictures, g.truth, mask),
+            "follows": g.follows(pictures),
         }
 
-    section = g.section(title, measure)
-    section.show("given", given)
-    return section
+    chapter = g.chapter(title, measure)
+    chapter.show("given", canvas)
+    return chapter
 
 
-def _by_latents(g: Gallery, section: Section, usual: Inpaint, mask: Tensor, given: Tensor) -> None:
-    """Rows without the VAE in the loop: ours, and the host's way with the same LoRA, levels and noise. The goals."""
+def _by_latents(g: Gallery, chapter: Chapter, usual: Inpaint, mask: Tensor, source: Tensor) -> None:
+    """Add rows without the VAE in the loop, ours and the host's way with the same LoRA, levels and noise; and goals.
+
+    source: (B, 3, H, W) the pictures that the host encodes, with the mask beside them.
+    """
     ended = g.edit(replace(g.ours, projection="none"), usual)
-    section.add("ours in latents alone", g.edit(replace(g.ours, projection="latent"), usual).image, usual.weight)
-    section.add("projected at the end alone", ended.image, usual.weight, show=False)
+    chapter.add("ours in latents alone", g.edit(replace(g.ours, projection="latent"), usual).image, usual.weight)
+    chapter.add("projected at the end alone", ended.image, usual.weight, show=False)
 
-    def host(picture: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def host(picture: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
+        """The host's pictures, and where they were drawn: in whole latent cells."""
         known = g.ours.codec.encode(picture)
-        how = (known, cells_of(drawn, known), ended.plan.ticks)
-        latents = latent_mask(g.ours.base, g.condition, g.null, *how, **g.ours.settings(), seed=SEED)
-        return g.ours.codec.decode(latents), _enlarged((how[1] > 0).float(), CELL)
+        cells = cells_of(hole, known)
+        latents = latent_mask(
+            g.ours.base, g.condition, g.null, known, cells, ended.plan.ticks, **g.ours.settings(), seed=SEED
+        )
+        return g.ours.codec.decode(latents), _enlarged((cells > 0).float(), CELL)
 
-    made, drawn = host(given, mask)
-    section.add("SetLatentNoiseMask", made, drawn)
-    section.add("the same, pasted", torch.where(mask > 0, made, g.truth), mask)
-    section.add("VAEEncodeForInpaint", *host(*greyed(given, mask)))
-    section.add("truth", g.truth, usual.weight, show=False)
-    section.add("truth through the VAE", usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth))), usual.weight)
-    ours, perfect = section.rows["ours"], section.rows["truth through the VAE"]
-    section.goals.append(Goal("PSNR of what is known, dB", ours["PSNR of what is known"], least=50))
-    section.goals.append(Goal("seam at the mask", ours["seam at the mask"], 0.8, 1.3))
+    pictures, region = host(source, mask)
+    chapter.add("SetLatentNoiseMask", pictures, region)
+    chapter.add("the same, pasted", torch.where(mask > 0, pictures, g.truth), mask)
+    pictures, region = host(*greyed(source, mask))
+    chapter.add("VAEEncodeForInpaint", pictures, region)
+    chapter.add("truth", g.truth, usual.weight, show=False)
+    through_vae = usual.finish(g.ours.codec.decode(g.ours.codec.encode(g.truth)))
+    chapter.add("truth through the VAE", through_vae, usual.weight)
+
+    ours, perfect = chapter.rows["ours"], chapter.rows["truth through the VAE"]
+    chapter.goals.append(Goal("PSNR of what is known, dB", ours["PSNR of what is known"], least=50))
+    chapter.goals.append(Goal("seam at the mask", ours["seam at the mask"], 0.8, 1.3))
     for where in ("seam at the mask", "seam where drawing ends"):
-        section.goals.append(Goal(f"{where}, over a perfect drawing's", ours[where] / perfect[where], 0.8, 1.3))
+        chapter.goals.append(Goal(f"{where}, over a perfect drawing's", ours[where] / perfect[where], 0.8, 1.3))
 
 
-def colorize(g: Gallery) -> Section:
-    """A grey picture."""
+def colorize(g: Gallery) -> Chapter:
+    """Colorize grey pictures: ours and its variants, beside img2img at several strengths."""
     grey = as_saved(luminance(g.truth))
 
-    def measure(made: Tensor) -> Figures:
+    def measure(pictures: Tensor) -> Figures:
         return {
-            "luminance error": luminance_error(made, grey),
-            "chroma": chroma(made),
-            "colourfulness": colourfulness(made),
-            "PSNR": psnr(made, g.truth),
-            "follows": g.follows(made),
+            "luminance error": luminance_error(pictures, grey),
+            "chroma": chroma(pictures),
+            "colourfulness": colourfulness(pictures),
+            "PSNR": psnr(pictures, g.truth),
+            "follows": g.follows(pictures),
         }
 
-    section = g.section("Colorize", measure)
-    section.add("grey", grey.expand(-1, 3, -1, -1))
+    chapter = g.chapter("Colorize", measure)
+    chapter.add("grey", grey.expand(-1, 3, -1, -1))
     for name, editor in g.editors().items():
-        section.add(name, g.edit(editor, Colorize(grey)).image, show=name in SHOWN_ROWS)
+        chapter.add(name, g.edit(editor, Colorize(grey)).image, show=name in SHOWN_ROWS)
     ended = replace(g.ours, projection="none")
-    section.add("projected at the end alone", g.edit(ended, Colorize(grey)).image)
+    chapter.add("projected at the end alone", g.edit(ended, Colorize(grey)).image)
     for strength in STRENGTHS[1:]:
-        section.add(f"img2img, strength {strength:g}", g.img2img(grey, strength), show=strength < 1)
-    section.add("truth", g.truth, show=False)
-    ours = section.rows["ours"]
-    section.goals += [
+        chapter.add(f"img2img, strength {strength:g}", g.img2img(grey, strength), show=strength < 1)
+    chapter.add("truth", g.truth, show=False)
+
+    ours = chapter.rows["ours"]
+    chapter.goals += [
         Goal("mean luminance error, levels", ours["luminance error"], most=0.5),
-        Goal("chroma over the truth's", ours["chroma"] / section.rows["truth"]["chroma"], least=0.5),
+        Goal("chroma over the truth's", ours["chroma"] / chapter.rows["truth"]["chroma"], least=0.5),
     ]
-    return section
+    return chapter
 
 
-def upscale(g: Gallery, factor: int) -> Section:
-    """A small picture, the mean of each block of factor x factor pixels."""
+def upscale(g: Gallery, factor: int) -> Chapter:
+    """Enlarge small pictures, the means of blocks of factor x factor pixels, beside bicubic and img2img."""
     low = as_saved(F.avg_pool2d(g.truth, factor))
 
-    def measure(made: Tensor) -> Figures:
+    def measure(pictures: Tensor) -> Figures:
         return {
-            "pooled error": pooled_error(made, low),
-            "PSNR": psnr(made, g.truth),
-            "sharpness": sharpness(made),
-            "follows": g.follows(made),
+            "pooled error": pooled_error(pictures, low),
+            "PSNR": psnr(pictures, g.truth),
+            "sharpness": sharpness(pictures),
+            "follows": g.follows(pictures),
         }
 
-    section, operator = g.section(f"Super-resolution x{factor}", measure), SuperResolution(low, factor)
-    section.show(f"given, {SIDE // factor} pixels", _enlarged(low, factor))
+    chapter = g.chapter(f"Super-resolution x{factor}", measure)
+    operator = SuperResolution(low, factor)
+    chapter.show(f"given, {SIDE // factor} pixels", _enlarged(low, factor))
     bicubic = F.interpolate(low, scale_factor=float(factor), mode="bicubic").clamp(0, 1)
     editors = g.editors() if factor == 4 else {"ours": g.ours}
     for name, editor in editors.items():
-        section.add(name, g.edit(editor, operator).image, show=name in SHOWN_ROWS)
+        chapter.add(name, g.edit(editor, operator).image, show=name in SHOWN_ROWS)
     for strength in STRENGTHS[:-1]:
-        section.add(f"ours, denoise {strength:g}", g.edit(g.ours, operator, strength).image, show=strength == 0.5)
-    section.add("bicubic", bicubic)
-    section.add("bicubic, projected", operator.start, show=False)
-    drawn = {f"bicubic, img2img {s:g}": g.img2img(bicubic, s) for s in STRENGTHS[:-1]}
-    for label, made in drawn.items():
-        section.add(label, made, show="0.5" in label)
-    section.add("truth", g.truth, show=False)
-    rows = section.rows
-    best = max(rows[label]["PSNR"] for label in drawn)
-    section.goals += [
+        chapter.add(f"ours, denoise {strength:g}", g.edit(g.ours, operator, strength).image, show=strength == 0.5)
+    chapter.add("bicubic", bicubic)
+    chapter.add("bicubic, projected", operator.start, show=False)
+    drawn_anew = {f"bicubic, img2img {s:g}": g.img2img(bicubic, s) for s in STRENGTHS[:-1]}
+    for label, pictures in drawn_anew.items():
+        chapter.add(label, pictures, show="0.5" in label)
+    chapter.add("truth", g.truth, show=False)
+
+    rows = chapter.rows
+    best = max(rows[label]["PSNR"] for label in drawn_anew)
+    chapter.goals += [
         Goal("pooled error, levels", rows["ours"]["pooled error"], most=1),
         Goal("PSNR over bicubic's, dB", rows["ours"]["PSNR"] - rows["bicubic"]["PSNR"], least=0),
         Goal("PSNR over the best img2img's, dB", rows["ours"]["PSNR"] - best, least=0),
         Goal("sharpness over bicubic's", rows["ours"]["sharpness"] / rows["bicubic"]["sharpness"], least=1),
     ]
-    return section
+    return chapter
 
 
-def stroke(g: Gallery) -> Section:
-    """Strokes of the pen: the colours of blocks, so that no form is given."""
+def stroke(g: Gallery) -> Chapter:
+    """Paint after strokes: the mean colours of blocks, so that no form is given."""
     strokes = as_saved(_enlarged(F.avg_pool2d(g.truth, BLOCK), BLOCK))
 
-    def measure(made: Tensor) -> Figures:
+    def measure(pictures: Tensor) -> Figures:
         return {
-            "PSNR of the layout": low_pass_psnr(made, strokes, BLOCK),
-            "sharpness": sharpness(made),
-            "follows": g.follows(made),
+            "PSNR of the layout": low_pass_psnr(pictures, strokes, BLOCK),
+            "sharpness": sharpness(pictures),
+            "follows": g.follows(pictures),
         }
 
-    section = g.section("Stroke to image", measure)
-    section.add("strokes", strokes)
+    chapter = g.chapter("Stroke to image", measure)
+    chapter.add("strokes", strokes)
     for mode, gamma in (("ours", None), ("stochastic", 1.0)):
         for strength in STRENGTHS:
-            made = replace(g.ours, gamma=gamma).stroke(strokes, g.condition, SEED, strength).image
-            section.add(f"{mode}, strength {strength:g}", made, show=mode == "ours")
-    section.add("truth", g.truth, show=False)
-    layouts = [section.rows[f"ours, strength {s:g}"]["PSNR of the layout"] for s in STRENGTHS]
+            pictures = replace(g.ours, gamma=gamma).stroke(strokes, g.condition, SEED, strength).image
+            chapter.add(f"{mode}, strength {strength:g}", pictures, show=mode == "ours")
+    chapter.add("truth", g.truth, show=False)
+
+    layouts = [chapter.rows[f"ours, strength {s:g}"]["PSNR of the layout"] for s in STRENGTHS]
     falls = [a - b for a, b in zip(layouts, layouts[1:], strict=False)]
-    section.goals.append(Goal("PSNR of the layout, least fall with the strength, dB", min(falls), least=0))
-    return section
+    chapter.goals.append(Goal("PSNR of the layout, least fall with the strength, dB", min(falls), least=0))
+    return chapter
 
 
-def denoise(g: Gallery) -> Section:
-    """White noise of known strength, in the picture."""
+def denoise(g: Gallery) -> Chapter:
+    """Take white noise of known strength out of pictures, beside filters."""
     generator = torch.Generator().manual_seed(SEED)
     noisy = {n: as_saved(g.truth + n / 255 * torch.randn(g.truth.shape, generator=generator)) for n in NOISES}
     there_and_back = lambda picture: g.ours.codec.decode(g.ours.codec.encode(picture))  # noqa: E731
-    section = g.section("Denoise")
+    chapter = g.chapter("Denoise")
     ways: dict[str, Callable[[int], Tensor]] = {
         "noisy": lambda n: noisy[n],
         "ours": lambda n: g.ours.denoise(noisy[n], g.condition, SEED, n / 255).image,
@@ -283,49 +310,54 @@ def denoise(g: Gallery) -> Section:
         "truth there and back": lambda n: there_and_back(g.truth),
     }
     for label, way in ways.items():
-        made = {n: way(n) for n in NOISES}
-        section.rows[label] = {f"PSNR, noise {n}": psnr(m, g.truth) for n, m in made.items()}
+        by_noise = {n: way(n) for n in NOISES}
+        chapter.rows[label] = {f"PSNR, noise {n}": psnr(pictures, g.truth) for n, pictures in by_noise.items()}
         if label in ("noisy", "ours", "VAE there and back", "median of 5 x 5"):
             for n in NOISES[1:]:
-                section.show(f"{label}, noise {n}", made[n])
-    for column, reached in section.rows["ours"].items():
-        gain = reached - section.rows["noisy"][column]
-        section.goals.append(Goal(f"{column}, over the noisy picture's, dB", gain, least=0))
-    return section
+                chapter.show(f"{label}, noise {n}", by_noise[n])
+
+    for column, reached in chapter.rows["ours"].items():
+        gain = reached - chapter.rows["noisy"][column]
+        chapter.goals.append(Goal(f"{column}, over the noisy picture's, dB", gain, least=0))
+    return chapter
 
 
-def interpolate(g: Gallery) -> Section:
-    """Frames between two prompts, each with its own noise; the other way is to fade one picture into the other."""
-    section = Section("Interpolate", [f"{i / (FRAMES - 1):.2f}" for i in range(FRAMES)])
+def interpolate(g: Gallery) -> Chapter:
+    """Frames between two prompts, each end with its own noise; beside them, one picture faded into the other."""
+    chapter = Chapter("Interpolate", [f"{i / (FRAMES - 1):.2f}" for i in range(FRAMES)])
     ours, faded, differences = [], [], []
     for i in range(PAIRS):
         seeds = (SEED + 2 * i, SEED + 2 * i + 1)
         ends = [{k: v[j % len(v)][None] for k, v in g.condition.items()} for j in (2 * i, 2 * i + 1)]
-        made = g.ours.interpolate((SIDE, SIDE), tuple(ends), seeds, FRAMES)
-        alone = [_single(g.ours, end, seed, made.plan.ticks) for end, seed in zip(ends, seeds, strict=True)]
-        differences += [(made.latents[k] - single).abs().max().item() for k, single in zip((0, -1), alone, strict=True)]
-        ours.append(made.image)
+        frames = g.ours.interpolate((SIDE, SIDE), tuple(ends), seeds, FRAMES)
+        for k, end, seed in zip((0, -1), ends, seeds, strict=True):
+            alone = _single(g.ours, end, seed, frames.plan.ticks)
+            differences.append((frames.latents[k] - alone).abs().max().item())
+        ours.append(frames.image)
         share = torch.linspace(0, 1, FRAMES).view(-1, 1, 1, 1)
-        faded.append(torch.lerp(made.image[:1], made.image[-1:], share))
+        faded.append(torch.lerp(frames.image[:1], frames.image[-1:], share))
         if i < 2:
-            section.show(f"ours {i + 1}", ours[-1])
-            section.show(f"faded pictures {i + 1}", faded[-1])
+            chapter.show(f"ours {i + 1}", ours[-1])
+            chapter.show(f"faded pictures {i + 1}", faded[-1])
+
     for label, series in (("ours", ours), ("faded pictures", faded)):
         middle = mean(sharpness(frames[1:-1]) / sharpness(frames[[0, -1]]) for frames in series)
         even = [evenness(frames) for frames in series]
-        section.rows[label] = {
+        chapter.rows[label] = {
             "largest step over the mean step": mean(even),
             "sharpness of the middle over that of the ends": middle,
         }
-    section.goals.append(Goal("largest difference of an end and the single picture", max(differences), most=0))
-    return section
+    chapter.goals.append(Goal("largest difference of an end and the single picture", max(differences), most=0))
+    return chapter
 
 
 def _single(editor: Editor, condition: Condition, seed: int, ticks: tuple[int, ...]) -> Tensor:
-    """The latent of one prompt and seed, as `pcm sample` makes it."""
-    noise = torch.randn((1, *editor.base.latent_shape(SIDE)), generator=torch.Generator().manual_seed(seed))
-    how = {**editor.settings(), "min_alpha": editor.usual.min_alpha, "seed": seed}
-    return generate(editor.base, condition, editor.null, noise, ticks, **how)[0]
+    """The latent (C, h, w) of one prompt and seed, as `pcm sample` makes it."""
+    noise = unit_noise((1, *editor.base.latent_shape(SIDE)), seed)
+    latents = draw_latents(
+        editor.base, editor.usual, condition, editor.null, noise, ticks, **editor.settings(), seed=seed
+    )
+    return latents[0]
 
 
 def holes(number: int) -> Tensor:
@@ -337,10 +369,11 @@ def holes(number: int) -> Tensor:
 
 
 def _enlarged(small: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) each pixel as a block of factor x factor."""
     return F.interpolate(small, scale_factor=float(factor))
 
 
-EDITS: dict[str, Callable[[Gallery], Section]] = {
+EDITS: dict[str, Callable[[Gallery], Chapter]] = {
     "inpaint": inpaint,
     "outpaint": widen,
     "colorize": colorize,
@@ -364,18 +397,22 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.edits.split(",")
     if unknown := sorted(set(chosen) - set(EDITS)):
         parser.error(f"no such edits: {', '.join(unknown)}; available: {', '.join(EDITS)}")
-    began, gallery, sections = process_time(), Gallery(args.base, args.lora, args.pictures), {}
+
+    began = process_time()
+    gallery = Gallery(args.base, args.lora, args.pictures)
     args.out.mkdir(parents=True, exist_ok=True)
+    chapters = {}
     with torch.no_grad():
         for name in chosen:
-            sections[name] = EDITS[name](gallery)
-            grid = draw_grid(sections[name].shown, sections[name].captions)
+            chapters[name] = EDITS[name](gallery)
+            grid = draw_grid(chapters[name].pictures, chapters[name].captions)
             grid.save(args.out / f"{name}.jpg", quality=88)
     seconds = process_time() - began
+
     report = {"base": args.base, "lora": args.lora and args.lora.name, "pictures": args.pictures, "seconds": seconds}
-    report["edits"] = {name: section.as_dict() for name, section in sections.items()}
+    report["edits"] = {name: chapter.as_dict() for name, chapter in chapters.items()}
     write_text(args.out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text(args.out / "tables.md", tables(list(sections.values())))
+    write_text(args.out / "tables.md", tables(list(chapters.values())))
     print((args.out / "tables.md").read_text() + f"\n{seconds:.0f} s of CPU time")
     return 0
 

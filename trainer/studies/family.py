@@ -3,9 +3,10 @@
     python -m phased_consistency.trainer.studies.family [--out DIR] [--base tiny-sd15] [--rows pcm-4,lcm]
         [--seeds 0,1,2] [--no-report] [key=value ...]
 
-Every row is the preset "demo" with its own objective and `COMMON`, on one cache of latents that the teacher made with
-its guidance; so those that learn from data learn guided pictures too, and all are sampled at CFG 1. What is finished is
-not done again: several processes may each take some (--rows, --seeds, --no-report) before one reports.
+Every row is the preset "demo" with its own objective and `COMMON`, on one cache of latents that the teacher
+made with its guidance; so those that learn from data learn guided pictures too, and all are sampled at CFG 1.
+What is finished is not done again: several processes may each take some (--rows, --seeds, --no-report) before
+one reports.
 """
 
 from __future__ import annotations
@@ -25,20 +26,19 @@ from ...samplers import Recipe
 from ...samplers.phases import count_steps
 from ..config.config import Config
 from ..config.load import load_config
-from ..data.prompts import read_prompts
+from ..evaluation.contestants import unseen_scenes
 from ..evaluation.trial import TEACHER, Setting, Trial, figures
 from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image
 from ..reporting.progress import ProgressBar
 from ..system.files import write_text
-from ..tiny.bundled import own_prompts
-from ..tiny.scenes import follows_prompt, held_out_scenes
+from ..tiny.scenes import follows_prompt
 from ..training.loop import train
 from .matrix import lora_file
 
 STEPS, SEEDS, GUIDANCE = (1, 2, 4, 8, 16), (0, 1, 2), 4.0
-NOISE, SHOWN = 1234, 5
+NOISE, SHOWN = 1234, 5  # the seed of the noise, and columns of the grid
 # Few points, since what a level learns goes up by one of them at a time; sampled on a finer grid, which 16 steps need.
 POINTS, SAMPLED_POINTS = 8, 40
 COMMON = (
@@ -52,6 +52,7 @@ COMMON = (
     "preview.every=0",
     "validation.every=0",
 )
+# Settings of each row over `COMMON`.
 ROWS: dict[str, tuple[str, ...]] = {
     "pcm-4": ("objective.phases=4",),
     "pcm-8": ("objective.phases=8",),
@@ -82,108 +83,123 @@ def main(argv: list[str] | None = None) -> int:
     rows, seeds = args.rows.split(","), [int(seed) for seed in args.seeds.split(",")]
     if unknown := sorted(set(rows) - set(ROWS)):
         parser.error(f"no such rows: {', '.join(unknown)}; available: {', '.join(ROWS)}")
+
     runs = [(row, _config(row, seed, args)) for seed in seeds for row in rows]
     missing = [(row, config) for row, config in runs if not _figures_file(config).is_file()]
     for _, config in missing:
         with ProgressBar() as bar:
             train(config, bar)
-    contest = Contest(args.base, args.pictures)
+
+    # only now, so that training has the memory for itself
+    comparison = Comparison(args.base, args.pictures)
     for row, config in missing:
-        write_text(_figures_file(config), json.dumps(contest.of_lora(row, config), indent=2) + "\n")
+        write_text(_figures_file(config), json.dumps(comparison.of_lora(row, config), indent=2) + "\n")
     if not args.no_report:
-        report(args.out, contest, runs)
+        write_comparison(args.out, comparison, runs)
     return 0
 
 
 def _config(row: str, seed: int, args: argparse.Namespace) -> Config:
+    """The run of a row and a seed. What the user sets comes last."""
     name = f"{row}-seed{seed}"
-    own = [f"base.path={args.base}", f"name={name}", f"output={args.out / name}", f"data.cache={args.out / 'cache'}"]
-    return load_config(overrides=[*own, f"train.seed={seed}", *COMMON, *ROWS[row], *args.overrides], preset="demo")
+    settings = [
+        f"base.path={args.base}",
+        f"name={name}",
+        f"output={args.out / name}",
+        f"data.cache={args.out / 'cache'}",
+        f"train.seed={seed}",
+    ]
+    return load_config(overrides=[*settings, *COMMON, *ROWS[row], *args.overrides], preset="demo")
 
 
 def _figures_file(config: Config) -> Path:
+    """Where a run's figures are kept once they are measured."""
     return config.run_folder / "figures.json"
 
 
-class Contest:
-    """The held-out prompts, the noises and the reference: the teacher at 40 guided steps."""
+class Comparison:
+    """Measures LoRAs on prompts that no run has seen, against a reference: the teacher at 40 guided steps."""
 
     def __init__(self, path: str, pictures: int):
         self.base = load_base(path)
-        self.scenes = held_out_scenes(pictures, set(read_prompts(own_prompts(path))))
+        self.scenes = unseen_scenes(path, pictures)
         self.prompts = [s.caption for s in self.scenes]
         self.trial = Trial.of(self.base, self.prompts, NOISE)
         self.reference = self.trial.latents(Setting(TEACHER, 40, GUIDANCE), self.base)
 
     def of_teacher(self) -> list[dict[str, Any]]:
-        """The reference with other noise, the least that sets without shared noise differ by, and the baselines."""
+        """Rows of figures: the reference from other noise, which is the least distance that sets without
+        shared noise have, and the teacher by each solver, guided and not."""
         other = self.trial.with_noise(NOISE + 1).latents(Setting(TEACHER, 40, GUIDANCE), self.base)
-        found = [self._measured(Setting(f"{TEACHER}, other noise", 40, GUIDANCE), other)]
+        rows = [self._row(Setting(f"{TEACHER}, other noise", 40, GUIDANCE), other)]
         settings = [Setting(TEACHER, n, GUIDANCE, solver=s) for s in ("ddim", "euler", "dpm++") for n in STEPS[:-1]]
         settings += [Setting(TEACHER, n, 1.0) for n in STEPS]
-        return found + [self._measured(s, self.trial.latents(s, self.base)) for s in settings]
+        return rows + [self._row(setting, self.trial.latents(setting, self.base)) for setting in settings]
 
     def of_lora(self, row: str, config: Config) -> list[dict[str, Any]]:
-        """One LoRA at every number of steps and every gamma."""
+        """Rows of figures of one run's LoRA: every gamma at every number of steps."""
         gammas = GAMMAS if row in ("tcd", "ctm") else (0.0, 1.0)
         settings = [Setting(row, n, 1.0, gamma=gamma) for gamma in gammas for n in STEPS]
         with installed(lora_file(config), self.base) as recipe:
-            made = [self.trial.latents(s, self.base, _finer(recipe)) for s in settings]
-        found = [self._measured(s, x) for s, x in zip(settings, made, strict=True)]
-        return [facts | {"seed": config.train.seed} for facts in found]
+            latents = [self.trial.latents(setting, self.base, _finer(recipe)) for setting in settings]
+        seed = {"seed": config.train.seed}
+        return [self._row(setting, x) | seed for setting, x in zip(settings, latents, strict=True)]
 
     def pictures(self, row: str, config: Config) -> list[tuple[str, Tensor]]:
-        """Rows of a grid: the LoRA at four steps, deterministic and stochastic."""
-        few, found = self.trial.first(SHOWN), []
+        """Rows of the grid: one run's LoRA at four steps, deterministic and stochastic."""
+        few = self.trial.first(SHOWN)
+        rows = []
         with installed(lora_file(config), self.base) as recipe:
             for gamma in (0.0, 1.0):
-                made = few.latents(Setting(row, 4, 1.0, gamma=gamma), self.base, _finer(recipe))
-                found.append((f"{row}, 4 steps\n{_mode(gamma)}", self.base.decode(made)))
-        return found
+                latents = few.latents(Setting(row, 4, 1.0, gamma=gamma), self.base, _finer(recipe))
+                rows.append((f"{row}, 4 steps\n{_mode(gamma)}", self.base.decode(latents)))
+        return rows
 
-    def _measured(self, setting: Setting, made: Tensor) -> dict[str, Any]:
+    def _row(self, setting: Setting, latents: Tensor) -> dict[str, Any]:
         """One setting's figures, and the share of its pictures that show what their prompts say."""
-        followed = [follows_prompt(s, p) for s, p in zip(self.scenes, self.base.decode(made), strict=True)]
+        followed = [follows_prompt(s, p) for s, p in zip(self.scenes, self.base.decode(latents), strict=True)]
         facts = {"gamma": setting.gamma, "solver": setting.solver, "followed": mean(followed)}
-        return figures(setting, made, self.reference).as_dict() | facts
+        return figures(setting, latents, self.reference).as_dict() | facts
 
 
 def _finer(recipe: Recipe) -> Recipe:
-    """On one grid for all, on which 16 steps are possible; the phases are the LoRA's own."""
+    """The recipe on one grid for all, on which 16 steps are possible; the phases stay the LoRA's own."""
     return replace(recipe, points=SAMPLED_POINTS, sampling_points=None, sampling_from_noise=False)
 
 
-def report(out: Path, contest: Contest, runs: list[tuple[str, Config]]) -> None:
-    """Gather the figures of all, and write the files."""
-    told = contest.of_teacher()
-    shown = [(f"{TEACHER}\n40 steps, CFG {GUIDANCE:g}", contest.base.decode(contest.reference[:SHOWN]))]
+def write_comparison(out: Path, comparison: Comparison, runs: list[tuple[str, Config]]) -> None:
+    """Gather the figures of all runs, and write report.json, table.md, plot.png and grid.png."""
+    rows = comparison.of_teacher()
+    pictures = [(f"{TEACHER}\n40 steps, CFG {GUIDANCE:g}", comparison.base.decode(comparison.reference[:SHOWN]))]
     for row, config in runs:
-        told += json.loads(_figures_file(config).read_text())
+        rows += json.loads(_figures_file(config).read_text())
         if config.train.seed == runs[0][1].train.seed:
-            shown += contest.pictures(row, config)
-    save_image(draw_grid(shown, contest.prompts[:SHOWN]), out / "grid.png")
-    found = {"rows": told, "pictures": len(contest.prompts), "base": contest.base.path, "guidance": GUIDANCE}
-    write_text(out / "report.json", json.dumps(found, indent=2) + "\n")
-    write_text(out / "table.md", table(told))
-    plot(told).savefig(out / "plot.png", dpi=110)
+            pictures += comparison.pictures(row, config)
+
+    save_image(draw_grid(pictures, comparison.prompts[:SHOWN]), out / "grid.png")
+    facts = {"pictures": len(comparison.prompts), "base": comparison.base.path, "guidance": GUIDANCE}
+    write_text(out / "report.json", json.dumps({"rows": rows} | facts, indent=2) + "\n")
+    write_text(out / "table.md", table(rows))
+    plot(rows).savefig(out / "plot.png", dpi=110)
     print((out / "table.md").read_text())
 
 
 def _mode(gamma: float) -> str:
+    """A gamma in words."""
     return {0.0: "deterministic", 1.0: "stochastic"}.get(gamma, f"gamma {gamma:g}")
 
 
 def grouped(rows: list[dict[str, Any]], figure: str) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """(who, how) -> steps -> the figure of every seed."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for r in rows:
-        how = f"{r['solver']}, CFG {r['guidance']:g}" if r["gamma"] is None else _mode(r["gamma"])
-        found.setdefault((r["name"], how), {}).setdefault(r["steps"], []).append(r[figure])
-    return found
+    """(name, mode) -> steps -> the figure of every seed. The mode is a gamma's, or the teacher's solver and CFG."""
+    groups: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        mode = f"{row['solver']}, CFG {row['guidance']:g}" if row["gamma"] is None else _mode(row["gamma"])
+        groups.setdefault((row["name"], mode), {}).setdefault(row["steps"], []).append(row[figure])
+    return groups
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Three tables as Markdown: mean over the seeds, and in brackets half of what lies between lowest and highest."""
+    """Three tables as Markdown: the mean over the seeds, and in brackets half of their range."""
     parts = []
     for title, figure in (
         ("Distance (sliced 2-Wasserstein to the reference)", "distance"),
@@ -191,12 +207,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         ("Share of the pictures that show what the prompt says", "followed"),
     ):
         groups = grouped(rows, figure)
-        steps = sorted({n for of_steps in groups.values() for n in of_steps})
+        steps = sorted({n for by_steps in groups.values() for n in by_steps})
         lines = [f"**{title}**", "", f"| | how | {' | '.join(map(count_steps, steps))} |"]
         lines.append("|---" * (2 + len(steps)) + "|")
-        for (name, how), of_steps in groups.items():
-            cells = " | ".join(_cell(of_steps[n]) if n in of_steps else "" for n in steps)
-            lines.append(f"| {name} | {how} | {cells} |")
+        for (name, mode), by_steps in groups.items():
+            cells = " | ".join(_cell(by_steps[n]) if n in by_steps else "" for n in steps)
+            lines.append(f"| {name} | {mode} | {cells} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -210,20 +226,29 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     """Distance over steps, deterministic and stochastic; bars from the lowest seed to the highest."""
     figure = Figure(figsize=(12.5, 5), layout="constrained")
     groups = grouped(rows, "distance")
-    names = list(dict.fromkeys(name for name, how in groups if how == "deterministic"))
+    names = list(dict.fromkeys(name for name, mode in groups if mode == "deterministic"))
     panels = [figure.add_subplot(1, 2, i + 1) for i in (0, 1)]
     for panel, mode in zip(panels, ("deterministic", "stochastic"), strict=True):
         for i, name in enumerate(names):
-            of_steps = groups[name, mode]
-            middle = [mean(v) for v in of_steps.values()]
-            ends = [[m - min(v) for m, v in zip(middle, of_steps.values(), strict=True)]]
-            ends += [[max(v) - m for m, v in zip(middle, of_steps.values(), strict=True)]]
-            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": "o", "markersize": 4}
-            panel.errorbar(list(of_steps), middle, yerr=ends, label=name, capsize=2, **style)
-        for how, dashes in ((f"ddim, CFG {GUIDANCE:g}", "--"), ("ddim, CFG 1", ":")):
-            of_steps = groups[TEACHER, how]
-            middle = [mean(v) for v in of_steps.values()]
-            panel.plot(list(of_steps), middle, color="0.5", linestyle=dashes, label=f"teacher, {how}")
+            by_steps = groups[name, mode]
+            middle = [mean(v) for v in by_steps.values()]
+            below = [m - min(v) for m, v in zip(middle, by_steps.values(), strict=True)]
+            above = [max(v) - m for m, v in zip(middle, by_steps.values(), strict=True)]
+            panel.errorbar(
+                list(by_steps),
+                middle,
+                yerr=[below, above],
+                label=name,
+                capsize=2,
+                color=f"C{i % 10}",
+                linestyle="-" if i < 10 else "--",
+                marker="o",
+                markersize=4,
+            )
+        for teacher, dashes in ((f"ddim, CFG {GUIDANCE:g}", "--"), ("ddim, CFG 1", ":")):
+            by_steps = groups[TEACHER, teacher]
+            middle = [mean(v) for v in by_steps.values()]
+            panel.plot(list(by_steps), middle, color="0.5", linestyle=dashes, label=f"teacher, {teacher}")
         panel.set(title=mode, xlabel="steps", ylabel="distance to the teacher's 40 steps", xscale="log", yscale="log")
         panel.set_xticks(STEPS, [str(n) for n in STEPS])
         panel.minorticks_off()

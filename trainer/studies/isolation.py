@@ -1,9 +1,9 @@
-"""What a run of the preset "digits" has learnt, by the networks that it saved on its way.
+"""The progress of a run of the preset "digits", by the networks that it saved on its way.
 
     python -m phased_consistency.trainer.studies.isolation runs/digits [--pictures 1000] [--out stages.png]
 
-Prints a table of sample quality against updates, and draws the same noises at each stage. Figures are against drawings
-that no run has seen.
+Prints a table of sample quality against updates, and draws the same noises at each stage. Figures are against
+drawings that no run has seen.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from ...samplers.lora_file import read_header
+from ...samplers.phases import count_steps
 from ..evaluation.metrics import sliced_wasserstein
 from ..families import Base, load_base
-from ..families.generate import generate
+from ..families.generate import draw, unit_noise
 from ..families.pixels import WEIGHTS
 from ..pictures import draw_grid, save_image
 from ..tiny.digits import DIGITS, random_digit
 
 STEPS = (1, 2, 4)
-HELD_OUT, SEED = 1, 1234  # the drawings' seed, which is 0 in training, and the noise's
-REFERENCES = 4000
+HELD_OUT, SEED = 1, 1234  # the seed of the drawings, which is 0 in training, and that of the noise
+REFERENCES = 4000  # drawings in which a sample's nearest is looked for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,28 +38,32 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stages = saved_stages(args.run)
     side = load_base(str(stages[0])).default_resolution
-    drawn = drawings(0, REFERENCES, side), drawings(REFERENCES, args.pictures, side)
+    references = drawings(0, REFERENCES, side)
+    others = drawings(REFERENCES, args.pictures, side)
+
+    # the first row is the best that there is: drawings by the same hand
     print("| | steps | of the digit asked for | distance |\n|---|---|---|---|")
-    print(row("drawings", "", drawings(REFERENCES + args.pictures, args.pictures, side), *drawn))
+    best = drawings(REFERENCES + args.pictures, args.pictures, side)
+    print(row("drawings", "", best, references, others))
     shown = []
     for folder in stages:
         base = load_base(str(folder))
         for steps in STEPS:
-            made = samples(base, args.pictures, steps)
-            print(row(f"{updates(folder)} updates", str(steps), made, *drawn), flush=True)
+            pictures = samples(base, args.pictures, steps)
+            print(row(f"{updates(folder)} updates", str(steps), pictures, references, others), flush=True)
             if steps <= 2:
-                label = f"{updates(folder)} updates\n{steps} step{'s' * (steps > 1)}"
-                shown.append((label, made[: len(DIGITS)].expand(-1, 3, -1, -1)))
+                label = f"{updates(folder)} updates\n{count_steps(steps)}"
+                shown.append((label, pictures[: len(DIGITS)].expand(-1, 3, -1, -1)))
     save_image(draw_grid(shown, list(DIGITS), cell=48), args.out)
     return 0
 
 
 def saved_stages(run: Path) -> list[Path]:
     """The networks that a run saved, in the order of their updates. Raises ValueError where there is none."""
-    found = {updates(p.parent): p.parent for p in run.glob("*/unet") if p.parent.suffix != ".part"}
-    if not found:
+    stages = {updates(p.parent): p.parent for p in run.glob("*/unet") if p.parent.suffix != ".part"}
+    if not stages:
         raise ValueError(f"{run} holds no network. Train one: pcm train --preset digits output={run}")
-    return [found[number] for number in sorted(found)]
+    return [stages[number] for number in sorted(stages)]
 
 
 def updates(folder: Path) -> int:
@@ -75,20 +80,21 @@ def drawings(start: int, count: int, side: int) -> Tensor:
 @torch.no_grad()
 def samples(base: Base, count: int, steps: int) -> Tensor:
     """Grey pictures (count, 1, side, side) in [0, 1] from the same noises for every base, the digits in turn."""
-    noise = torch.randn(
-        count, *base.latent_shape(base.default_resolution), generator=torch.Generator().manual_seed(SEED)
-    )
+    noise = unit_noise((count, *base.latent_shape(base.default_resolution)), SEED)
     condition = base.encode_prompts([DIGITS[i % len(DIGITS)] for i in range(count)])
     ticks = base.alone.grid().plan(steps).ticks
-    return base.decode(generate(base, condition, {}, noise, ticks, *base.alone, seed=SEED))[:, :1]
+    return base.decode(draw(base, base.alone, condition, {}, noise, ticks, seed=SEED))[:, :1]
 
 
-def row(name: str, steps: str, made: Tensor, references: Tensor, others: Tensor) -> str:
-    """Share of pictures whose nearest of the references (L2) shows the digit asked for, and the sliced 2-Wasserstein
-    distance to other drawings, in units of a pixel's range."""
-    nearest = torch.cdist(made.flatten(1), references.flatten(1)).argmin(1)
-    right = (nearest - torch.arange(len(made))) % len(DIGITS) == 0
-    return f"| {name} | {steps} | {right.float().mean():.1%} | {sliced_wasserstein(made, others):.4f} |"
+def row(name: str, steps: str, pictures: Tensor, references: Tensor, others: Tensor) -> str:
+    """A row of the table, on pictures (B, 1, H, W) of the digits in turn.
+
+    The share of those whose nearest of the references (L2) shows the same digit, and the sliced 2-Wasserstein
+    distance to other drawings, in units of a pixel's range.
+    """
+    nearest = torch.cdist(pictures.flatten(1), references.flatten(1)).argmin(1)
+    right = (nearest - torch.arange(len(pictures))) % len(DIGITS) == 0
+    return f"| {name} | {steps} | {right.float().mean():.1%} | {sliced_wasserstein(pictures, others):.4f} |"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m phased_consistency.trainer.studies.matrix [--out DIR] [--base tiny-sd15] [--cells smallcfg-4 ...]
         [key=value ...]
 
-Every cell is the preset "demo" with its own objective, on one cache. Its LoRA is sampled at as many steps as it has
-phases and compared with the teacher at 40 steps, on prompts and noises that no run has seen. Cells that are finished
-are not trained again: once the latents are cached, several processes may each take some (--cells, --train-only) before
-one reports.
+Every cell is the preset "demo" with its own objective, on one cache. Its LoRA is sampled at as many steps as
+it has phases and compared with the teacher at 40 steps, on prompts and noises that no run has seen. Cells
+that are finished are not trained again: once the latents are cached, several processes may each take some
+(--cells, --train-only) before one reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config.config import Config
 from ..config.load import load_config
-from ..data.prompts import read_prompts
+from ..evaluation.contestants import unseen_scenes
 from ..evaluation.guidance import GuidanceTrial
 from ..evaluation.trial import Row, Setting, Trial, figures
 from ..families import Base, load_base
@@ -29,15 +29,13 @@ from ..lora.install import installed
 from ..pictures import draw_grid, save_image
 from ..reporting.progress import ProgressBar
 from ..system.files import write_text
-from ..tiny.bundled import own_prompts
-from ..tiny.scenes import held_out_scenes
 from ..training.loop import train
 
 PHASES, MODES = (1, 2, 4, 8), ("smallcfg", "normalcfg")
 GUIDANCE = 4.0  # of the teacher, in the reference and in the small-CFG solver step
 ADVERSARIAL = ("adversarial.weight=0.1", "adversarial.lr=1e-4")
 SWEEP = (1.0, 2.0, 4.0, 6.0, 8.0)
-SEED, SHOWN = 1234, 6
+SEED, SHOWN = 1234, 6  # the seed of the noise, and columns of the grids
 FEWER = 32  # prompts of the negative-prompt figures, whose references cost the most
 
 
@@ -55,15 +53,25 @@ class Cell:
 
     @property
     def setting(self) -> Setting:
-        """Steps and CFG that it is measured at: the teacher's guidance is in a small-CFG LoRA, and left to sampling in
-        a normal-CFG one."""
+        """The steps and the CFG that it is measured at.
+
+        A small-CFG LoRA has the teacher's guidance in it, and is sampled without any; a normal-CFG one needs it.
+        """
         return Setting(self.name, self.phases, 1.0 if self.mode == "smallcfg" else GUIDANCE)
 
     def config(self, out: Path, base: str, overrides: list[str]) -> Config:
         """The cell's run: the demo's, with this objective."""
-        own = [f"base.path={base}", f"name={self.name}", f"output={out / self.name}", f"data.cache={out / 'cache'}"]
-        own += [f"objective.phases={self.phases}", f"objective.guidance_mode={self.mode}", "preview.every=0"]
-        return load_config(overrides=[*own, *(ADVERSARIAL if self.adversarial else ()), *overrides], preset="demo")
+        settings = [
+            f"base.path={base}",
+            f"name={self.name}",
+            f"output={out / self.name}",
+            f"data.cache={out / 'cache'}",
+            f"objective.phases={self.phases}",
+            f"objective.guidance_mode={self.mode}",
+            "preview.every=0",
+            *(ADVERSARIAL if self.adversarial else ()),
+        ]
+        return load_config(overrides=[*settings, *overrides], preset="demo")
 
 
 CELLS = [Cell(mode, phases, adv) for mode in MODES for phases in PHASES for adv in (False, True)]
@@ -87,29 +95,29 @@ def main(argv: list[str] | None = None) -> int:
         with ProgressBar() as bar:
             train(config, bar)
     if not args.train_only:
-        report(args.out, args.base, configs, args.pictures)
+        write_matrix(args.out, args.base, configs, args.pictures)
     return 0
 
 
-def report(out: Path, path: str, configs: dict[Cell, Config], number: int) -> None:
-    """Measure every cell and the teacher, and write the files."""
+def write_matrix(out: Path, path: str, configs: dict[Cell, Config], number: int) -> None:
+    """Measure every cell and the teacher, and write report.json, table.md, grid.png and negative.png."""
     base = load_base(path)
-    scenes = held_out_scenes(number, set(read_prompts(own_prompts(path))))
-    prompts = [s.caption for s in scenes]
+    prompts = [scene.caption for scene in unseen_scenes(path, number)]
     trial = Trial.of(base, prompts, SEED)
     teacher = [Setting("teacher", steps, GUIDANCE) for steps in (40, *PHASES[::-1])]
     teacher += [Setting("teacher", steps, 1.0) for steps in PHASES[::-1]]
-    made = [(s, trial.latents(s, base)) for s in teacher]
+    latents = [(setting, trial.latents(setting, base)) for setting in teacher]  # the first is the reference
     for cell, config in configs.items():
         with installed(lora_file(config), base) as recipe:
-            made.append((cell.setting, trial.latents(cell.setting, base, recipe)))
-    rows = [figures(setting, latents, made[0][1]) for setting, latents in made]
-    shown = [(f"{s.name}\n{s.steps} steps, CFG {s.guidance:g}", base.decode(x[:SHOWN])) for s, x in made]
-    save_image(draw_grid(shown, prompts[:SHOWN]), out / "grid.png")
-    response = negative_prompts(out, base, prompts[:FEWER], configs)
-    found = {"rows": [r.as_dict() for r in rows], "guidance": response, "pictures": number, "base": path}
-    write_text(out / "report.json", json.dumps(found, indent=2) + "\n")
-    write_text(out / "table.md", table(rows, response))
+            latents.append((cell.setting, trial.latents(cell.setting, base, recipe)))
+
+    rows = [figures(setting, x, latents[0][1]) for setting, x in latents]
+    pictures = [(f"{s.name}\n{s.steps} steps, CFG {s.guidance:g}", base.decode(x[:SHOWN])) for s, x in latents]
+    save_image(draw_grid(pictures, prompts[:SHOWN]), out / "grid.png")
+    responses = negative_prompts(out, base, prompts[:FEWER], configs)
+    report = {"rows": [r.as_dict() for r in rows], "guidance": responses, "pictures": number, "base": path}
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "table.md", table(rows, responses))
     print((out / "table.md").read_text())
 
 
@@ -119,22 +127,23 @@ def lora_file(config: Config) -> Path:
 
 
 def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Cell, Config]) -> list[dict]:
-    """How much CFG and a negative prompt do, for the teacher and the 4-phase LoRAs of both modes; draws negative.png.
+    """The effects of CFG and a negative prompt on the teacher and the 4-phase LoRAs of both modes; draws negative.png.
 
-    A prompt's negative is the next one's. change: |with - without| / |without| of the negative prompt; agreement: the
-    cosine between that change and the teacher's; sweep: paired error against the teacher at 40 steps of the same CFG.
+    A prompt's negative is the next one. Each entry's change: |with - without| / |without| of the negative
+    prompt; agreement: the cosine between that change and the teacher's; sweep: paired error against the
+    teacher at 40 steps of the same CFG.
     """
     cells = [(c, configs[c]) for c in (Cell(mode, 4) for mode in MODES) if c in configs]
     if not cells:
         return []
     guided = GuidanceTrial(Trial.of(base, prompts, SEED), base, prompts, Setting("teacher", 40, GUIDANCE))
-    found, shown = [], []
+    responses, pictures = [], []
 
     def add(setting: Setting, swept: dict[float, Tensor], avoided: Tensor) -> None:
         facts = {"name": setting.name, "steps": setting.steps, "sweep": guided.errors(swept)}
-        found.append(facts | guided.response(GUIDANCE, swept[GUIDANCE], avoided))
+        responses.append(facts | guided.response(GUIDANCE, swept[GUIDANCE], avoided))
         name = f"{setting.name}, {setting.steps}"
-        shown.extend([(name, swept[GUIDANCE]), ("with negative", avoided)])
+        pictures.extend([(name, swept[GUIDANCE]), ("with negative", avoided)])
 
     add(guided.setting, {g: guided.reference(g) for g in SWEEP}, guided.reference(GUIDANCE, avoiding=True))
     for cell, config in cells:
@@ -143,12 +152,12 @@ def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Ce
             swept = guided.sweep(setting, recipe, SWEEP)
             avoided = guided.avoiding.latents(setting, base, recipe)
         add(setting, swept, avoided)
-    grid = draw_grid([(f"{n}\nCFG {GUIDANCE:g}", base.decode(x[:SHOWN])) for n, x in shown], prompts[:SHOWN])
+    grid = draw_grid([(f"{n}\nCFG {GUIDANCE:g}", base.decode(x[:SHOWN])) for n, x in pictures], prompts[:SHOWN])
     save_image(grid, out / "negative.png")
-    return found
+    return responses
 
 
-def table(rows: list[Row], response: list[dict]) -> str:
+def table(rows: list[Row], responses: list[dict]) -> str:
     """The report as Markdown."""
     lines = ["| | steps | CFG | evaluations | paired error | distance |", "|---|---|---|---|---|---|"]
     lines += [
@@ -158,7 +167,7 @@ def table(rows: list[Row], response: list[dict]) -> str:
     heads = " | ".join(f"error at CFG {g:g}" for g in SWEEP)
     lines += ["", f"| | steps | a negative prompt's change | agreement with the teacher's | {heads} |"]
     lines.append("|---" * (4 + len(SWEEP)) + "|")
-    for r in response:
+    for r in responses:
         swept = " | ".join(f"{v:.3f}" for v in r["sweep"].values())
         lines.append(f"| {r['name']} | {r['steps']} | {r['change']:.3f} | {r['agreement']:.3f} | {swept} |")
     return "\n".join(lines) + "\n"

@@ -1,10 +1,10 @@
-"""A folder of a few scenes in one drawn style, with captions: what a fine-tuning has to learn from.
+"""A folder of a few scenes in one drawn style, with captions: all that a fine-tuning has to learn from.
 
     python -m phased_consistency.trainer.studies.style OUT [--number 10]
     python -m phased_consistency.trainer.studies.style OUT.png --compare LORA [LORA ...]
 
-The style: every ground is striped. No caption speaks of it, so a run that has learnt it draws stripes for prompts that
-ask for none. `is_striped` tells from a picture.
+The style: every ground is striped. No caption speaks of it, so a run that has learnt it draws stripes for
+prompts that ask for none. `is_striped` tells from a picture.
 """
 
 from __future__ import annotations
@@ -48,11 +48,14 @@ def is_striped(scene: Scene, pixels: Tensor) -> bool:
 
 
 def compare(base_path: str, loras: list[Path], out: Path, number: int = 64, steps: int = 4) -> str:
-    """How many of the pictures for unseen prompts are in the style, and how many show what the prompt says, for each
-    LoRA at its own CFG; draws some of them into `out`."""
+    """A line for each LoRA, sampled at its own CFG on prompts that no run has seen: how many of its pictures
+    are in the style, and how many show what the prompt says. Draws some of them into `out`."""
     base = load_base(base_path)
     scenes = list(islice(plain_scenes(random.Random("unseen")), number))
-    trial, rows, lines = Trial.of(base, [s.caption for s in scenes], seed=1234), [], []
+    captions = [scene.caption for scene in scenes]
+    trial = Trial.of(base, captions, seed=1234)
+
+    rows, lines = [], []
     for lora in loras:
         with installed(lora, base) as recipe:
             pictures = base.decode(trial.latents(Setting(lora.stem, steps, recipe.guidance), base, recipe))
@@ -60,7 +63,7 @@ def compare(base_path: str, loras: list[Path], out: Path, number: int = 64, step
         followed = sum(follows_prompt(s, p) for s, p in zip(scenes, pictures, strict=True))
         lines.append(f"{lora.stem}, {steps} steps: {in_style} of {number} in the style, {followed} follow the prompt")
         rows.append((f"{lora.stem}\n{steps} steps", pictures[:8]))
-    save_image(draw_grid(rows, [s.caption for s in scenes[:8]]), out)
+    save_image(draw_grid(rows, captions[:8]), out)
     return "\n".join(lines)
 
 

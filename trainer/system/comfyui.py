@@ -1,4 +1,4 @@
-"""A ComfyUI on this machine: where there is one, which Python it has, and one running."""
+"""ComfyUI on this machine: where it is installed, which Python it has, and a running one to ask."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PORTABLE = "../python_embeded/python.exe"  # ComfyUI's own download for Windows;
 
 
 def hosts() -> list[Path]:
-    """The ComfyUI folders in $COMFYUI_PATH (several are allowed), else comfy-cli's default one; those that exist."""
-    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
-    folders = [Path(p).expanduser().resolve() for p in named if p] or [default_workspace()]
+    """The ComfyUI folders that exist, of those in $COMFYUI_PATH (one or several), else of comfy-cli's default one."""
+    paths = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+    folders = [Path(p).expanduser().resolve() for p in paths if p] or [default_workspace()]
     return [p for p in folders if (p / "main.py").is_file()]
 
 
@@ -36,31 +36,35 @@ def default_workspace() -> Path:
 
 def python_of(folder: Path) -> str:
     """The interpreter of a ComfyUI: $COMFYUI_PYTHON, else its own virtual environment's, else this one."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return named
-    return str(next((p for name in (*PYTHONS, PORTABLE) if (p := folder / name).is_file()), sys.executable))
+    if chosen := os.environ.get("COMFYUI_PYTHON"):
+        return chosen
+    interpreters = (folder / name for name in (*PYTHONS, PORTABLE))
+    return str(next((path for path in interpreters if path.is_file()), sys.executable))
 
 
 def environment(**defaults: str) -> dict[str, str]:
-    """For a host's process: this one's Python and tests must not leak into it. defaults: for variables not set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CONDA", "PYTEST", "PYTHON", "VIRTUAL_ENV"))}
-    return defaults | kept
+    """The environment for a host's process: this one's, without what belongs to this Python and to its tests.
+
+    defaults: variables for the host where they are not set here.
+    """
+    ours = ("CONDA", "PYTEST", "PYTHON", "VIRTUAL_ENV")
+    return defaults | {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 def has_gpu(folder: Path) -> bool:
-    """Whether the torch of this ComfyUI finds a GPU. Raises RuntimeError with its words if it cannot be asked."""
+    """Whether the torch of this ComfyUI finds a GPU. Raises RuntimeError where it has none."""
     question = "import torch as t; print(getattr(t, 'accelerator', t.cuda).is_available())"
-    asked = subprocess.run([python_of(folder), "-c", question], env=environment(), capture_output=True, text=True)
-    if asked.returncode:
+    answer = subprocess.run([python_of(folder), "-c", question], env=environment(), capture_output=True, text=True)
+    if answer.returncode:
         raise RuntimeError(
-            f"The Python of {folder}, {python_of(folder)}, cannot import torch: {asked.stderr.strip()[-300:]}. "
+            f"The Python of {folder}, {python_of(folder)}, cannot import torch: {answer.stderr.strip()[-300:]}. "
             "Set COMFYUI_PYTHON to the one that ComfyUI is started with."
         )
-    return asked.stdout.split()[-1] == "True"
+    return answer.stdout.split()[-1] == "True"  # whatever torch printed before
 
 
 def free_port(wanted: int = 0) -> int:
-    """The first port from `wanted` on that nobody has; 0: any."""
+    """The first port from `wanted` on that no program has; for 0 any. Raises ValueError where a hundred are in use."""
     for port in range(wanted, wanted + 100) if wanted else [0]:
         with socket.socket() as probe:
             try:
@@ -72,14 +76,17 @@ def free_port(wanted: int = 0) -> int:
 
 
 class Host:
-    """A running ComfyUI, which a `with` stops. `base` holds its models, custom nodes and output.
+    """A running ComfyUI, which is stopped at the end of a `with`.
 
-    folder: ComfyUI itself. port: 0 is any free one. cpu: whether to keep off the GPU. variables: its environment.
+    folder: ComfyUI itself. base: folder of its models, custom nodes and output, where its log goes too. port:
+    0 is any free one. cpu: whether to keep off the GPU. variables: its environment; default: `environment()`.
     Raises RuntimeError with the end of its log when it does not start.
     """
 
     def __init__(self, folder: Path, base: Path, port: int = 0, cpu: bool = True, variables: Mapping | None = None):
-        self.base, self.port, self.log_file = base, port or free_port(), base / "server.log"
+        self.base = base
+        self.port = port or free_port()
+        self.log_file = base / "server.log"
         options = [*OPTIONS.split(), *(["--cpu"] if cpu else [])]
         places = ["--port", str(self.port), "--base-directory", str(base.resolve())]
         with self.log_file.open("w") as log:
@@ -92,7 +99,7 @@ class Host:
             )
         try:
             self._wait_until_ready()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no server may be left behind
             self.stop()
             raise
 
@@ -104,11 +111,12 @@ class Host:
 
     @property
     def url(self) -> str:
+        """The server's address."""
         return f"http://{ADDRESS}:{self.port}"
 
     @property
     def log(self) -> str:
-        """All it printed so far."""
+        """All that it has printed so far."""
         return self.log_file.read_text(errors="replace")
 
     def _wait_until_ready(self) -> None:
@@ -119,8 +127,8 @@ class Host:
             except OSError:  # nobody listens yet, or not in time
                 time.sleep(0.5)
         status = self._process.poll()
-        what = f"did not start within {START_SECONDS} s" if status is None else f"ended with status {status}"
-        raise RuntimeError(f"ComfyUI {what}. Its log ends:\n{self.log[-3000:]}")
+        outcome = f"did not start within {START_SECONDS} s" if status is None else f"ended with status {status}"
+        raise RuntimeError(f"ComfyUI {outcome}. Its log ends:\n{self.log[-3000:]}")
 
     def get(self, path: str) -> Any:
         """The JSON at a path of the server."""
@@ -128,11 +136,11 @@ class Host:
             return json.load(answer)
 
     def wait(self) -> int:
-        """Until it ends by itself; returns its exit status."""
+        """Wait until it ends by itself; returns its exit status."""
         return self._process.wait()
 
     def stop(self) -> None:
-        """End it, if it still runs."""
+        """End it if it still runs; one that does not listen is killed after `STOP_SECONDS`."""
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)

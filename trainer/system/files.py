@@ -1,4 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all.
+
+How: `samplers.writing.written_whole` writes to a temporary name beside the file, flushes that to disk, and
+renames it. A rename is the one step that the system does whole; flushed before it, the new name never stands
+for half a file, even after a loss of power.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from ...samplers.writing import written_whole
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all: to a temporary name, flushed to disk, renamed.
+    """Write a safetensors file whole or not at all. Equal tensors and metadata give equal bytes.
 
     Raises OSError naming the file when the disk is full or read-only; what stood there before is untouched.
     """
@@ -30,11 +35,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _sort_metadata(file: BinaryIO) -> None:
-    """Put the header's metadata in order: safetensors writes them in a new one each time, and equal runs must give
-    equal bytes."""
+    """Put the header's metadata in alphabetical order, in place.
+
+    safetensors writes them in another order each time, and equal runs must give equal bytes. Raises OSError
+    for a header that would change its length, which would move the tensors behind it.
+    """
     length = struct.unpack("<Q", file.read(8))[0]
     header = json.loads(file.read(length))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    # as safetensors itself writes it: compact, and filled up with blanks
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
     if len(text) != length:
         raise OSError("its header cannot be put in order")
@@ -43,6 +52,6 @@ def _sort_metadata(file: BinaryIO) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file in UTF-8 whole or not at all. Raises OSError where it cannot be written."""
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")

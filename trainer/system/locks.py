@@ -1,4 +1,7 @@
-"""One run at a time in a folder, and one that fills a cache. The system lets go of a lock however a process ends."""
+"""Locks: one run at a time in a folder, and one at a time that fills a cache.
+
+The system lets go of a lock however a process ends, so that a run that was killed leaves none behind.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-Say = Callable[[str], None]
+from .saying import Say
 
 
 @contextmanager
 def only_run(folder: Path, say: Say) -> Iterator[None]:
-    """Hold a run's folder in this block. Raises ValueError where another run holds it, and as `_hold`."""
+    """Hold the lock of a run's folder in this block.
+
+    Raises ValueError where another run holds it, OSError where the folder cannot be written.
+    """
 
     def taken(_: FileLock) -> None:
         raise ValueError(
@@ -26,7 +32,10 @@ def only_run(folder: Path, say: Say) -> Iterator[None]:
 
 @contextmanager
 def only_filler(folder: Path, say: Say) -> Iterator[None]:
-    """Hold a folder of caches in this block, once no other run fills one there. Raises as `_hold`."""
+    """Hold the lock of a folder of caches in this block, after waiting for a run that fills one there.
+
+    Raises OSError where the folder cannot be written.
+    """
 
     def taken(lock: FileLock) -> None:
         say(f"Another run is filling the cache in {folder}: waiting for it.")
@@ -38,9 +47,10 @@ def only_filler(folder: Path, say: Say) -> Iterator[None]:
 
 @contextmanager
 def _hold(path: Path, taken: Callable[[FileLock], None], say: Say) -> Iterator[None]:
-    """Hold a lock in this block, making its folder; `taken` is called where another process holds it.
+    """Hold the lock at this path in this block; its folder is made.
 
-    Raises OSError where the folder cannot be written.
+    taken: called where another process holds it, to wait for it or to raise. say: told where the disk knows
+    no locks, and the block runs without one. Raises OSError where the folder cannot be written.
     """
     lock = FileLock(path)
     try:

@@ -22,11 +22,11 @@ OPTIONAL = (
     | {name: "FID's features in pcm evaluate" for name in ("torchmetrics", "torch-fidelity")}
     | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
 )
-GIB = 2**30
+GIB = 2**30  # bytes
 
 
 def examine() -> dict[str, Any]:
-    """Facts about this machine as JSON-ready values; touches no network."""
+    """Facts about this machine as JSON-ready values, for `pcm doctor` and reports; touches no network."""
     cuda = torch.cuda.is_available()
     device = {"name": platform.processor() or platform.machine(), "kind": "cpu", "threads": torch.get_num_threads()}
     if cuda:
@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
             "name": properties.name,
             "kind": "cuda",
             "count": torch.cuda.device_count(),
-            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "memory_gib": round(properties.total_memory / GIB, 1),
             "bf16": torch.cuda.is_bf16_supported(),
         }
     host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("phased-consistency", *REQUIRED)},
         "optional": {name: _version(name) for name in OPTIONAL},
         "device": device,
-        "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "free_disk_gib": round(shutil.disk_usage(".").free / GIB, 1),
         "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on",
         "comfyui": str(host) if (host / "main.py").is_file() else None,
         "missing": [name for name in REQUIRED if _version(name) is None],
@@ -52,6 +52,7 @@ def examine() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -59,7 +60,7 @@ def _version(name: str) -> str | None:
 
 
 def package_version() -> str:
-    """The installed version, or "unknown" in a source tree."""
+    """The installed version of this package, or "unknown" in a source tree."""
     try:
         return version("phased-consistency")
     except PackageNotFoundError:
@@ -67,15 +68,15 @@ def package_version() -> str:
 
 
 def peak_memory() -> float | None:
-    """GiB at most so far: of the GPU, else of this process where the system tells."""
+    """The most memory in use so far, in GiB: on the GPU, else by this process. None where the system does not tell."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     with suppress(ImportError):  # not on Windows
         import resource
         import sys
 
-        unit = 1 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return None
 
 

@@ -15,7 +15,11 @@ from .files import write_text
 
 
 def write_page(out: Path, template: Path, content: dict[str, Any], **filters: Callable[[Any], str]) -> None:
-    """Write a template with this content whole or not at all. Raises OSError where it cannot be written."""
+    """Write a page from a template and its content, whole or not at all.
+
+    filters: functions that the template may call by these names. Raises OSError where the page cannot be
+    written.
+    """
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=True,
@@ -25,11 +29,12 @@ def write_page(out: Path, template: Path, content: dict[str, Any], **filters: Ca
     )
     environment.filters |= filters
     page = environment.get_template(template.name).render(**content)
-    write_text(out, page.encode(errors="replace").decode())  # halves of characters, which JSON may hold
+    # JSON may hold halves of characters, which UTF-8 does not have
+    write_text(out, page.encode(errors="replace").decode())
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """A picture's bytes as an address that holds them; kind: png, jpeg, ..."""
+    """A picture file's bytes as an address that holds them. kind: png, jpeg, ..."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

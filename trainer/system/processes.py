@@ -11,7 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
-# How long one waits for another in an update, while the first one may be saving; a dead one is noticed at once.
+# How long a process waits for another in an update; the first one may be saving. A dead one is noticed at
+# once.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -24,33 +25,38 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.count, self.rank = accelerator.num_processes, accelerator.process_index
-        # a group of its own: the others may wait for hours while one caches, but not in an update
+        self.count = accelerator.num_processes
+        self.rank = accelerator.process_index
+        # a group of its own: processes may wait for hours while one of them caches, but not in an update
         self.group = dist.new_group(timeout=PATIENCE) if self.count > 1 else None
 
     @classmethod
     def start(cls, dtype: str) -> Processes:
-        """Those that this one was started with. dtype: of the passes, "fp32", "bf16" or "fp16"."""
+        """Join the processes that this one was started with. dtype: of the passes, "fp32", "bf16" or "fp16"."""
         # caching may take one process hours longer than another
         patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-        return cls(Accelerator(mixed_precision={"fp32": "no"}.get(dtype, dtype), kwargs_handlers=[patience]))
+        precision = "no" if dtype == "fp32" else dtype
+        return cls(Accelerator(mixed_precision=precision, kwargs_handlers=[patience]))
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this process is the one that writes files and speaks to the user."""
         return self.rank == 0
 
     def by_first(self, context: AbstractContextManager) -> AbstractContextManager:
-        """The context in the first process, none in the others."""
+        """The context in the first process, and one that does nothing in the others."""
         return context if self.first else nullcontext()
 
     def wait(self) -> None:
-        """Until all are here. Raises `ProcessLost` when one is gone."""
+        """Wait until all processes are here. Raises `ProcessLost` when one is gone."""
         with _lost():
             self.accelerator.wait_for_everyone()
 
     def check_together(self, step: int, parameters: list[Tensor]) -> None:
-        """Raise ValueError where the processes do not begin at the same update with the same weights."""
+        """Raise ValueError where the processes do not begin at the same update with the same weights.
+
+        They would not when each machine resumes from a folder of its own. Weights are compared by their sum.
+        """
         if self.count == 1:
             return
         here = torch.stack(
@@ -67,9 +73,10 @@ class Processes:
             )
 
     def mean(self, tensors: list[Tensor], more: Tensor) -> Tensor:
-        """The mean over all processes: of `tensors` in place, and of the row `more` as the result, in one exchange.
+        """The mean over all processes, in one exchange: of `tensors` in place, and of the row `more` as the result.
 
-        Raises `ProcessLost` when another process is gone.
+        Every exchange costs a wait for the slowest process, so all travel as one row of numbers. Raises
+        `ProcessLost` when another process is gone.
         """
         if self.count == 1:
             return more
@@ -83,7 +90,7 @@ class Processes:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """What a collective call raises inside is said as a lost process."""
+    """Raise `ProcessLost` in place of the RuntimeError that a collective call in this block raises."""
     try:
         yield
     except RuntimeError as error:

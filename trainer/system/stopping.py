@@ -1,4 +1,4 @@
-"""Asked to stop: once to save and end, twice to end at once."""
+"""Ctrl-C and SIGTERM: the first asks a run to save and end, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ PASSED_ON = 3.0
 
 
 class Stopper:
-    """Takes signals while it is entered. The first sets `asked` where the run can save; the second, and the first where
-    there is nothing to save yet, raise KeyboardInterrupt.
+    """Takes the signals while it is entered as a context.
 
-    say: called with a sentence. launched: whether by a launcher, which passes signals on: those right after the first
-    are that one. Outside the main thread no signal is taken.
+    The first sets `asked` where the run can save. The second, and the first where there is nothing to save
+    yet, raise KeyboardInterrupt. Outside the main thread, where Python lets nobody take them, no signal is
+    taken.
+
+    say: called with a sentence for the user. launched: whether a launcher started this process. It passes on
+    what the terminal has sent already, so that signals right after the first are the first once more.
     """
 
     def __init__(self, say: Callable[[str], None], launched: bool = False):
-        self.say, self.launched, self.asked, self._since = say, launched, False, 0.0
+        self.say = say
+        self.launched = launched
+        self.asked = False
+        self._since = 0.0  # when it was asked
         self.sentence: str | None = None  # said at the first signal; None while there is nothing to save
         self._before: dict[int, signal.Handlers] = {}
 
@@ -37,7 +43,7 @@ class Stopper:
 
     @contextmanager
     def saving(self, sentence: str) -> Iterator[None]:
-        """In this block the first signal only asks, and `sentence` is said."""
+        """In this block the first signal only sets `asked`, and `sentence` is said."""
         self.sentence = sentence
         try:
             yield
@@ -49,5 +55,6 @@ class Stopper:
             return
         if self.sentence is None or self.asked:
             raise KeyboardInterrupt
-        self.asked, self._since = True, time.monotonic()
+        self.asked = True
+        self._since = time.monotonic()
         self.say(f"{self.sentence} Once more to stop at once.")

@@ -44,6 +44,11 @@ class Split:
         """Samples of one update, all processes together."""
         return self.size * self.accumulation * self.processes
 
+    def sentence(self) -> str:
+        """How an update is made up, for people."""
+        processes = f"{self.processes} process{'es' * (self.processes > 1)}"
+        return f"{self.update} samples an update: {processes}, {self.accumulation} passes of {self.size} each"
+
     @classmethod
     def of_update(cls, samples: int, processes: int, most: int) -> Split:
         """An update of `samples` over this many processes, in passes of at most `most` samples, as few as there can be.

@@ -1,96 +1,149 @@
-"""What a run refuses before anything is loaded or cached; its dry run asks the same function."""
+"""The one gate: what a run refuses before anything is loaded or cached.
+
+`check_run` is asked by the run and by its dry run alike, so that one cannot refuse what the other lets through. What
+only the weights or the pictures themselves can tell is left to the run: numbers that are not finite, a file that
+cannot be decoded, a base whose outputs are not what it says.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging import version
 
 from ...samplers import Recipe
-from ..config.config import Config
+from ...samplers.lora_info import recipe_of
+from ..config.config import MAY_CHANGE, Config
+from ..data.buckets import buckets_for
+from ..data.prompts import prompts_of
+from ..data.reading import stop_or_skip
+from ..data.shards import check_end, list_shards, local_path
+from ..data.sources import absent, pictures_of
 from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
-from ..families import Base
-from ..lora.install import header_of_family, recipe_of
+from ..families import Base, BaseFacts, look_at_base
+from ..lora.install import header_of_family
+from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
+from ..reporting.trackers import available
 from ..tiny.digits import NAME as DIGITS
+from .batches import Split
+from .checkpoint import Facts, agreed_changes, latest_facts
+from .update import adamw_8bit
 
 
-def check_start(config: Config, base: Base) -> Recipe | None:
-    """The recipe of the LoRA in `lora.init`, or None for one that has none.
+@dataclass(frozen=True)
+class Samples:
+    """What a run learns from. number: how many there are, None where they are counted when they are cached; source:
+    where they come from, for people."""
 
-    Of the base it asks name, prediction and schedule, no weights. Raises FileNotFoundError, or ValueError for a LoRA of
-    another family, prediction or shift, for a greater rank than the run's, and for one whose jumps end elsewhere.
+    number: int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a run that may begin.
+
+    base: what it is trained on. recipe: how its LoRA must be sampled, None for a network that is trained whole.
+    samples: what it learns from. newest: step and facts of the checkpoint that it goes on from, if any. changes: of
+    settings on the way, see `agreed_changes`.
     """
-    header = header_of_family(Path(config.lora.init), base.name)
-    recipe, file = recipe_of(header), header.path.name
-    rank = max((module.rank for module in header.modules.values()), default=0)
-    if rank > config.lora.rank:
-        raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
-    if recipe is None:
-        return None
-    shift = base.schedule.shift if base.prediction == "flow" else None
-    if recipe.source == "header" and (recipe.prediction, recipe.shift) != (base.prediction, shift):
+
+    base: BaseFacts
+    recipe: Recipe | None
+    samples: Samples
+    newest: Facts | None
+    changes: list[dict[str, Any]]
+
+
+def check_run(config: Config, device: torch.device, processes: int, accept_changes: bool = False) -> Checked:
+    """Everything that can be refused before anything is loaded or cached, the cheapest first.
+
+    Raises ValueError for settings that cannot be, or not with this base, this data, this machine or the run that is in
+    the folder; FileNotFoundError for what is not there.
+    """
+    newest = latest_facts(config.run_folder / "checkpoints")
+    changes = _check_folder(config, newest, processes, accept_changes)
+    _check_packages(config)
+
+    settings = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
+    base = look_at_base(config.base.path, **settings)
+    if base.family.whole:
+        check_whole(config)
+    recipe = None if base.family.whole else recipe_for(config, base)
+    if config.lora.init:
+        check_start(config, base)
+    check_prepare(config, base.family, device, processes)
+
+    samples = _check_data(config, base)
+    return Checked(base, recipe, samples, newest, changes)
+
+
+def check_loaded(config: Config, base: Base) -> None:
+    """Once the base is here: what `check_run` could only assume of one on the hub. Raises ValueError."""
+    base.latent_shape(config.data.resolution)
+    if not base.whole:
+        recipe_for(config, base.facts)
+    if config.lora.init:
+        check_start(config, base.facts)
+
+
+def split_of(config: Config, processes: int, facts: dict[str, Any] | None, changed: bool) -> Split:
+    """How each update is shared out among the processes.
+
+    facts: of the newest checkpoint, None for a new run. A run that goes on takes as many samples an update as before,
+    whatever the number of processes, unless settings may have `changed`. Raises ValueError where the processes cannot
+    share them, and for a run of another product of train.batch_size and train.accumulation.
+    """
+    train = config.train
+    split = Split(train.batch_size, train.accumulation, processes)
+    if facts is None or facts["samples per update"] == split.update:
+        return split
+
+    before = facts["samples per update"]
+    if facts["samples per process"] == train.batch_size * train.accumulation:
+        return Split.of_update(before, processes, train.batch_size)
+    if changed:
+        return split
+    raise ValueError(
+        f"{config.run_folder} holds a run of {before} samples an update, and these settings take {split.update}: "
+        "train.batch_size times train.accumulation in each process. Keep the product to go on, use another "
+        "output folder, or --accept-changes."
+    )
+
+
+def _check_folder(config: Config, newest: Facts | None, processes: int, accept: bool) -> list[dict[str, Any]]:
+    """The changes of settings since the run in the folder began; ValueError for one that cannot go on so."""
+    if newest is None:
+        return []
+    step, facts = newest
+    changes = agreed_changes(config.run_folder, newest, config.what_decides_the_weights(), MAY_CHANGE, accept)
+    if step > config.train.steps:
         raise ValueError(
-            f"{file} was made for a base with {_reading(recipe.prediction, recipe.shift)}, and this one has "
-            f"{_reading(base.prediction, shift)}. Use its own base, or set base.prediction or base.shift."
+            f"train.steps is {config.train.steps}, and the run in {config.run_folder} has come to update {step} "
+            "already: set it to that or more, or use another output folder."
         )
-    edges = recipe.grid(trained=True).edges
-    if edges != config.grid().edges:
-        points = f" and objective.points={recipe.points}" if recipe.source == "header" else ""
-        raise ValueError(
-            f"{file} jumps to the ticks {_joined(edges)}, and this run to {_joined(config.grid().edges)}: it would "
-            f"unlearn them. Set objective.phases={recipe.phases}{points}; the objectives pcm and lcf have phases."
-        )
-    return recipe
+    split_of(config, processes, facts, changed=accept)
+    return changes
 
 
-def _joined(ticks: tuple[int, ...]) -> str:
-    return ", ".join(map(str, ticks))
-
-
-def _reading(prediction: str, shift: float | None) -> str:
-    return prediction + ("" if shift is None else f", shift {shift:g}")
-
-
-def check_prepare(config: Config, base: type[Base], device: torch.device, processes: int) -> None:
-    """Raise ValueError for what `prepare` cannot do here, before anything is loaded or cached."""
-    train, asked = config.train, config.base.quantize
-    if base.whole:
-        for setting, value in (
-            ("base.quantize", asked),
-            ("train.offload", train.offload),
-            ("train.shard", train.shard),
-        ):
-            if value:
-                raise ValueError(f"{setting} is for a frozen base, and all of {base.title} is trained. Leave it out.")
-    if train.shard:
-        _check_shard(config, processes)
-    if asked:
-        check_quantizer(asked)
-    if train.compile:
-        check_compiler(device)
-    recomputed(config, base)
-
-
-def _check_shard(config: Config, processes: int) -> None:
-    others = {"base.quantize": config.base.quantize, "train.offload": config.train.offload}
-    others |= {"train.compile": config.train.compile}
-    if set_too := [name for name, value in others.items() if value]:
-        raise ValueError(f"train.shard does not go with {' or '.join(set_too)}: leave one of them out.")
-    if version.parse(torch.__version__).release < (2, 8):
-        raise ValueError(f"train.shard needs torch 2.8 or newer, and this is {torch.__version__}.")
-    if processes == 1:
-        raise ValueError(
-            "train.shard=true shares the frozen weights among processes, and there is one. Start several with "
-            "accelerate launch, or leave it out."
-        )
+def _check_packages(config: Config) -> None:
+    """Raise ValueError for a setting whose package is not installed."""
+    available(config.train.trackers, say=lambda _: None)
+    if config.train.optimizer == "adamw8bit":
+        adamw_8bit()
+    if config.base.quantize:
+        check_quantizer(config.base.quantize)
 
 
 def check_whole(config: Config) -> None:
-    """Raise ValueError for settings that need a teacher or a LoRA, of which such a run has neither."""
+    """Raise ValueError for settings that need a teacher or a LoRA, where a network is trained whole and has neither."""
     base, objective = Path(config.base.path).name, config.objective
     problems = []
     if objective.needs_teacher or config.adversarial.weight:
@@ -110,3 +163,111 @@ def check_whole(config: Config) -> None:
         problems.append(f"{keys}: there is no LoRA, {base} is trained whole. Leave it out.")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_start(config: Config, base: BaseFacts) -> Recipe | None:
+    """The recipe of the LoRA in `lora.init`, or None for one that has none.
+
+    Raises FileNotFoundError, or ValueError for a LoRA of another family, prediction or shift, for a greater rank than
+    the run's, and for one whose jumps end elsewhere.
+    """
+    header = header_of_family(Path(config.lora.init), base.family.name)
+    recipe, file = recipe_of(header), header.path.name
+    rank = max((module.rank for module in header.modules.values()), default=0)
+    if rank > config.lora.rank:
+        raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
+    if recipe is None:
+        return None
+
+    # a base that is still on the hub may predict what the LoRA was made for: its own files will tell
+    comparable = recipe.source == "header" and not base.assumed
+    if comparable and (recipe.prediction, recipe.shift) != (base.prediction, base.shift):
+        raise ValueError(
+            f"{file} was made for a base with {_reading(recipe.prediction, recipe.shift)}, and this one has "
+            f"{_reading(base.prediction, base.shift)}. Use its own base, or set base.prediction or base.shift."
+        )
+    edges = recipe.grid(trained=True).edges
+    if edges != config.grid().edges:
+        points = f" and objective.points={recipe.points}" if recipe.source == "header" else ""
+        raise ValueError(
+            f"{file} jumps to the ticks {_joined(edges)}, and this run to {_joined(config.grid().edges)}: it would "
+            f"unlearn them. Set objective.phases={recipe.phases}{points}; the objectives pcm and lcf have phases."
+        )
+    return recipe
+
+
+def _joined(ticks: Sequence[int]) -> str:
+    return ", ".join(map(str, ticks))
+
+
+def _reading(prediction: str, shift: float | None) -> str:
+    return prediction + ("" if shift is None else f", shift {shift:g}")
+
+
+def check_prepare(config: Config, family: type[Base], device: torch.device, processes: int) -> None:
+    """Raise ValueError for what `prepare` cannot do here, and for a resolution that the network cannot take."""
+    train = config.train
+    if family.whole:
+        frozen_only = {
+            "base.quantize": config.base.quantize,
+            "train.offload": train.offload,
+            "train.shard": train.shard,
+        }
+        for setting in (name for name, value in frozen_only.items() if value):
+            raise ValueError(f"{setting} is for a frozen base, and all of {family.title} is trained. Leave it out.")
+    if train.shard:
+        _check_shard(config, processes)
+    if train.compile:
+        check_compiler(device)
+    recomputed(config, family)
+
+
+def _check_shard(config: Config, processes: int) -> None:
+    others = {
+        "base.quantize": config.base.quantize,
+        "train.offload": config.train.offload,
+        "train.compile": config.train.compile,
+    }
+    if set_too := [name for name, value in others.items() if value]:
+        raise ValueError(f"train.shard does not go with {' or '.join(set_too)}: leave one of them out.")
+    if version.parse(torch.__version__).release < (2, 8):
+        raise ValueError(f"train.shard needs torch 2.8 or newer, and this is {torch.__version__}.")
+    if processes == 1:
+        raise ValueError(
+            "train.shard=true shares the frozen weights among processes, and there is one. Start several with "
+            "accelerate launch, or leave it out."
+        )
+
+
+def _check_data(config: Config, base: BaseFacts) -> Samples:
+    """What the run learns from, listed but not read; it is listed again when it is cached, which takes seconds."""
+    data, family = config.data, base.family
+    if isinstance(data.buckets, tuple):
+        network = family.network_config(config.base.path, config.base.config)
+        buckets_for(data.buckets, data.resolution, lambda side: family.latent_shape_of(network, side))
+    family.check_prompts(config.base.path, config.preview.prompts)
+
+    if data.shards:
+        return _check_shards(config)
+    if data.images:
+        pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
+        family.check_prompts(config.base.path, (picture.caption for picture in pictures))
+        source = f"{len(pictures)} pictures with captions from {data.images}, {len(skipped)} left out"
+        return Samples(len(pictures), source)
+    source = (
+        f"{data.count} latents that the teacher makes from {len(prompts_of(config))} prompts "
+        f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
+    )
+    return Samples(data.count, source)
+
+
+def _check_shards(config: Config) -> Samples:
+    data = config.data
+    shards = list_shards(data.shards)
+    bad = absent(shards)
+    if not data.skip_bad:
+        here = {shard: path for shard in shards if (path := local_path(shard)) and path.is_file()}
+        bad += [f"{shard}: {problem}" for shard in here if (problem := check_end(shard))]
+    stop_or_skip(bad, data.skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
+    source = f"{len(shards)} shards, {len(bad)} left out; their samples are counted when they are cached"
+    return Samples(None, source)

@@ -29,7 +29,7 @@ from ...samplers import eps_of, extrapolated, jump
 from ..families import Base, Condition
 from ..families.generate import predict
 from ..lora.adapter import Average, Learner
-from ..objectives import Levels, Objective, Pair
+from ..objectives import Jumps, Levels, Objective
 from ..system.clock import Clock
 from .adversary import Adversary, Judged
 
@@ -149,10 +149,10 @@ class Engine:
 
         with self.clock.part("student"):
             student = self._jump(x_u, u, s, batch.condition)
-            pair = Pair(
+            jumps = Jumps(
                 x_u, x_r, student, target, batch.levels, self.base.schedule, self.base.prediction, batch.progress
             )
-            return student, target, self.objective.distance(pair)
+            return student, target, self.objective.distance(jumps)
 
     def updated(self, step: int, before: float, after: float) -> None:
         """Take in the weights after update `step` (from 1), which took the run from one share done to another."""

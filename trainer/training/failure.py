@@ -8,13 +8,13 @@ from pathlib import Path
 class RunFailed(RuntimeError):
     """The run could not be finished; the message says why, what is kept, and what to do."""
 
-    how = "failed"  # the word for it in the run's log
+    ending = "failed"  # the word for it in the run's log
 
 
 class RunStopped(RunFailed):
     """The run was asked to stop, and can go on."""
 
-    how = "stopped"
+    ending = "stopped"
 
 
 def what_is_kept(run: Path) -> str:

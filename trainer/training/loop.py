@@ -8,11 +8,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from ..config.config import MAY_CHANGE, Config
+from ..config.config import Config
 from ..efficiency.memory import explain_out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
-from ..reporting.journal import Journal
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
@@ -20,12 +19,14 @@ from ..system.locks import only_run
 from ..system.machine import out_of_memory, peak_memory
 from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
-from .checkpoint import Facts, State, agreed_changes, check_same_base, latest_facts, load_latest_state
+from .batches import Split
+from .checkpoint import State, check_same_base, load_latest_state
+from .checks import check_run, split_of
 from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .outputs import Outputs
 from .plan import short_of_space
-from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, split_of
+from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .state import Trained
 from .update import Outcome, Updater, lr_factor
 from .validation import Validation
@@ -78,17 +79,19 @@ class Run:
         self.say = reporter.say
         self.processes = processes or Processes.start(config.base.dtype)
         self.stopper = stopper or Stopper(self.say)
-        self.journal = Journal(config, self.processes, self.say)
 
-        # What can be refused without loading anything comes first: of a run that may not go on, nothing is read
-        # and nothing is cached.
-        newest = latest_facts(self.folder / "checkpoints")
-        self.changes = self._agree(newest, accept_changes) if self.processes.first else []
+        # The gate first: a run that cannot be, or may not go on, has read nothing, cached nothing, written nothing.
+        device = self.processes.accelerator.device
+        checked = check_run(config, device, self.processes.count, accept_changes)
+        self.changes = checked.changes
+        self.journal = open_journal(config, self.processes, self.say)
+        if self.processes.first:
+            self._tell_settings()
 
         # The base, and at once its hash: a cache of another base would take hours before it turned out useless.
         self.base = open_base(config, self.processes, self.say)
-        if newest and not accept_changes:
-            check_same_base(newest[1], self.base.path, self.base.base_hash)
+        if checked.newest and not accept_changes:
+            check_same_base(checked.newest[1], self.base.path, self.base.base_hash)
 
         # The cache before all that is trained: at its end the encoders leave the memory that training needs.
         self.cache = fill_cache(config, self.base, self.processes, reporter)
@@ -103,7 +106,9 @@ class Run:
         # The stream of samples goes by the checkpoint's own division of an update, which is read here, and put into
         # what it is the state of once that is made.
         state = load_latest_state(self.folder / "checkpoints")
-        self.split = split_of(config, self.processes.count, state and state[2], accept_changes, self.say)
+        self.split = split_of(config, self.processes.count, state and state[2], accept_changes)
+        if self.split != Split(config.train.batch_size, config.train.accumulation, self.processes.count):
+            self.say(f"The run takes {self.split.sentence()}.")
         self.batches = make_batches(config, self.base, self.cache, self.split, self.processes.rank, self.say)
 
         # The engine quantises, compiles and moves the network's blocks, so it comes after the adapter is in them.
@@ -273,25 +278,13 @@ class Run:
                 self.outputs.save_best(self.step)
         self.processes.wait()  # for the first one, longer than an update waits for it
 
-    def _agree(self, newest: Facts | None, accept_changes: bool) -> list[dict[str, Any]]:
-        """The changes of settings so far, once these may go on, which are then written down.
-
-        newest: step and facts of the newest checkpoint. Raises ValueError for changes that are not accepted.
-        """
-        settings, steps = self.config.what_decides_the_weights(), self.config.train.steps
-        changes = []
-        if newest:
-            changes = agreed_changes(self.folder, newest, settings, MAY_CHANGE, accept_changes)
-            if newest[0] > steps:
-                raise ValueError(
-                    f"train.steps is {steps}, and the run in {self.folder} has come to update {newest[0]} already: set "
-                    "it to that or more, or use another output folder."
-                )
+    def _tell_settings(self) -> None:
+        """Write down the settings that decide the weights, and say which of them have changed on the way."""
+        settings = self.config.what_decides_the_weights()
         write_text(self.folder / "config.json", json.dumps(settings, indent=2) + "\n")
-        for change in changes:
+        for change in self.changes:
             lines = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in change["changed"].items())
             self.say(f"Changed after update {change['step']}: {lines}.")
-        return changes
 
     def _facts(self) -> dict[str, Any]:
         """What every checkpoint of this start holds beside the state: by it the next start knows the run again."""

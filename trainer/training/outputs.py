@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from ..pictures import save_image
 from ..reporting.journal import Journal
 from ..system.clock import Clock
 from ..system.processes import Processes
+from ..system.saying import Say
 from . import whole
 from .checkpoint import save_state
 from .engine import Engine
 from .failure import RunFailed, what_is_kept
 from .previews import preview_grid
 from .state import Trained
-
-Say = Callable[[str], None]
 
 
 class Outputs:

@@ -3,99 +3,90 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from pathlib import Path
 from typing import Any
 
-from ...samplers import FlowSchedule, Recipe
+import torch
+
 from ..config.config import Config
 from ..config.load import flat
 from ..data.held_out import most_held_out
-from ..data.prompts import read_prompts
-from ..data.reading import stop_or_skip
-from ..data.shards import list_shards
-from ..data.sources import absent, pictures_of
-from ..efficiency.memory import BYTES, estimate_memory, switches
-from ..families import FAMILIES, Base, family_class
+from ..efficiency.memory import estimate_memory, switches
+from ..families import Base
 from ..families.base import DTYPES
-from ..families.loading import checkpoint_header, is_hub_id
-from ..families.prediction import found_in_header, found_in_scheduler, settle
-from ..families.sd3 import SD3, check_flow, read_shift
-from ..lora.recipe import recipe_for
 from ..objectives import Objective
 from ..system.machine import GIB
-from ..tiny.bundled import bundled_folder, own_prompts
-from .checks import check_start, check_whole
+from .checks import Checked, check_run
 from .state import Trained
 from .validation import passes_of
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     """The plan and the memory estimate as JSON-ready values, with `text` for people.
 
-    Raises ValueError for bad data or a base that is not of its family, FileNotFoundError for one that is not there.
+    Raises ValueError and FileNotFoundError for whatever the run itself would refuse, see `check_run`.
     """
-    family = _family(config)
-    memory, saving = estimate_memory(config, family), switches(config, family)
-    samples, source = _data(config)
-    train, objective = config.train, config.objective
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # as many processes as a launcher has started; else the one that this is
+    checked = check_run(config, device, int(os.environ.get("WORLD_SIZE", 1)), accept_changes)
+
+    family, samples = checked.base.family, checked.samples
+    memory = estimate_memory(config, family)
+    saving = switches(config, family)
+    train = config.train
     seen = train.steps * train.batch_size * train.accumulation
-    passes, a_sample = _passes(config)
-    if family.whole:
-        check_whole(config)
-    recipe = None if family.whole else recipe_for(config, _stand_in(config, family))
-    if config.lora.init:
-        check_start(config, _stand_in(config, family))
+    passes, _ = _passes(config)
+    bytes_each = 4 if family.whole else DTYPES[config.lora.dtype].itemsize
     facts = {
         "base": config.base.path,
         "family": family.name,
-        "data": source,
+        "data": samples.source,
         "updates": train.steps,
         "samples_seen": seen,
-        "passes_over_the_data": round(seen / samples, 1) if samples else None,
+        "passes_over_the_data": round(seen / samples.number, 1) if samples.number else None,
         "forward_passes_per_sample": passes,
-        "validation": _validation(config, recipe, samples, passes),
+        "validation": _validation(config, checked, passes),
         "lora_modules": memory["lora_modules"],
         "trained_parameters": memory["trained_parameters"],
-        "file_bytes": memory["trained_parameters"] * (4 if family.whole else BYTES[config.lora.dtype]),
+        "file_bytes": memory["trained_parameters"] * bytes_each,
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),
     }
+    return facts | {"text": _text(config, checked, facts)}
+
+
+def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
+    """The plan for people."""
+    train, objective, family = config.train, config.objective, checked.base.family
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
+    _, passes = _passes(config)
     lines = [
         "Resolved configuration",
         *(f"  {key} = {json.dumps(value)}" for key, value in flat(config.model_dump(mode="json")).items()),
         "Plan",
         f"  base      {facts['base']}, {family.title}",
-        f"  data      {source}",
-        f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, {seen} in all "
-        f"({facts['passes_over_the_data'] or 'not yet known how many'} passes)",
-        f"  a sample  {a_sample}",
+        f"  data      {facts['data']}",
+        f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, "
+        f"{facts['samples_seen']} in all ({facts['passes_over_the_data'] or 'not yet known how many'} passes)",
+        f"  a sample  {passes}",
         f"  objective {objective.name}: {_summary(objective)}",
         f"  phases    {config.grid().phases}, starting at timesteps {edges}; {objective.points} points",
         f"  trains    {_learner(config, family, facts)}",
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
         f"  measures  {_measures(facts)}",
-        *([f"  use       {recipe.usage_hint()}"] if recipe else []),
+        *([f"  use       {checked.recipe.usage_hint()}"] if checked.recipe else []),
         *(f"  note      {note}" for note in config.notes()),
         "Memory estimate (GiB)",
-        *(f"  {name:48} {value:6.2f}" for name, value in memory["gib"].items()),
-        *(["Would save, each alone (GiB)"] if saving else []),
-        *(f"  {setting:48} {gib:6.2f}" for setting, gib in saving),
+        *(f"  {name:48} {gib:6.2f}" for name, gib in facts["memory_gib"].items()),
+        *(["Would save, each alone (GiB)"] if facts["would_save_gib"] else []),
+        *(f"  {setting:48} {gib:6.2f}" for setting, gib in facts["would_save_gib"].items()),
     ]
-    return facts | {"text": "\n".join(lines)}
-
-
-def _family(config: Config) -> type[Base]:
-    """The base's family. A local base must be there; a hub id whose family is set is left to the run."""
-    path, asked = config.base.path, config.base.family
-    if asked and bundled_folder(path) is None and is_hub_id(path):
-        return FAMILIES[asked]
-    return family_class(path, asked)
+    return "\n".join(lines)
 
 
 def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
@@ -106,49 +97,37 @@ def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
     return f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 
-def _data(config: Config) -> tuple[int | None, str]:
-    """How many samples there are, where that is known before they are read, and where they come from."""
-    data = config.data
-    if data.shards:
-        shards = list_shards(data.shards)
-        gone = absent(shards)
-        stop_or_skip(gone, data.skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
-        return None, f"{len(shards)} shards, {len(gone)} left out; their samples are counted when they are cached"
-    if data.images:
-        pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
-        source = f"{len(pictures)} pictures with captions from {data.images}, {len(skipped)} left out"
-        return len(pictures), source
-    prompts = min(data.count, len(read_prompts(data.prompts or own_prompts(config.base.path))))
-    return data.count, (
-        f"{data.count} latents that the teacher makes from {prompts} prompts "
-        f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
-    )
-
-
 def _summary(objective: Objective) -> str:
     """The first sentence of what an objective says of itself."""
     return " ".join(objective.__doc__.split("\n\n")[0].split()).rstrip(".")
 
 
-def _validation(config: Config, recipe: Recipe | None, samples: int | None, a_sample: int) -> dict[str, Any]:
-    """How often it is measured, on how many held-out samples, and what that takes; a backward pass counts as two."""
-    train, settings = config.train, config.validation
-    held_out = settings.count if samples is None else most_held_out(samples, settings.count)
-    teacher = recipe if config.objective.needs_teacher else None
-    each, once = passes_of(config, teacher, held_out, a_sample)
+def _validation(config: Config, checked: Checked, passes: int) -> dict[str, Any]:
+    """How often a run is measured, on how many held-out samples, and what that takes; a backward pass counts as two.
+
+    passes: forward passes that a sample takes in training.
+    """
+    train, settings, number = config.train, config.validation, checked.samples.number
+    held_out = settings.count if number is None else most_held_out(number, settings.count)
+    teacher = checked.recipe if config.objective.needs_teacher else None
+    each, once = passes_of(config, teacher, held_out, passes)
     times = 1 + -(-train.steps // settings.every) if settings.every and each else 0
-    training = train.steps * train.batch_size * train.accumulation * (a_sample + 2)
-    facts = {"held_out": held_out, "measurements": times, "passes_each": each if times else 0}
-    return facts | {"share_of_training": round(((each * times + once) if times else 0) / training, 4)}
+    training = train.steps * train.batch_size * train.accumulation * (passes + 2)
+    return {
+        "held_out": held_out,
+        "measurements": times,
+        "passes_each": each if times else 0,
+        "share_of_training": round(((each * times + once) if times else 0) / training, 4),
+    }
 
 
 def _measures(facts: dict[str, Any]) -> str:
-    told = facts["validation"]
-    held_out = f"{told['held_out']} samples are held out"
-    if not told["measurements"]:
+    validation = facts["validation"]
+    held_out = f"{validation['held_out']} samples are held out"
+    if not validation["measurements"]:
         return f"nothing; {held_out}"
-    passes = f"{told['measurements']} times, {told['passes_each']} forward passes each"
-    return f"{passes}: about {told['share_of_training']:.1%} of the training's; {held_out}"
+    passes = f"{validation['measurements']} times, {validation['passes_each']} forward passes each"
+    return f"{passes}: about {validation['share_of_training']:.1%} of the training's; {held_out}"
 
 
 def _passes(config: Config) -> tuple[int, str]:
@@ -170,43 +149,23 @@ def _passes(config: Config) -> tuple[int, str]:
     return passes, f"{', '.join(parts)}: {passes} forward passes and 1 backward"
 
 
-def _stand_in(config: Config, family: type[Base]) -> Base:
-    """What `recipe_for` asks of a base, as far as it is known before the base is loaded."""
-    folder = family.config_folder(config.base.path, config.base.config)
-    scheduler = next(
-        p / "scheduler" / "scheduler_config.json" for p in (folder, family.configs) if (p / "scheduler").is_dir()
-    )
-    told = config.base.prediction, config.base.zero_terminal_snr
-    if family is SD3:
-        check_flow(*told)
-        schedule, settled = FlowSchedule(config.base.shift or read_shift(scheduler)), ("flow", False)
-    else:
-        schedule, settled = None, _settled(Path(config.base.path), scheduler, *told)
-    return family(None, None, [], [], schedule, *settled, "empty", config.base.path, "")
-
-
-def _settled(base: Path, scheduler: Path, *told) -> tuple[str, bool]:
-    """Prediction and zero terminal SNR as `UNetBase.load` settles them. Raises ValueError for contradictions."""
-    _, default = found_in_scheduler(scheduler)
-    found = found_in_header(checkpoint_header(base)) if base.suffix == ".safetensors" else default
-    return settle(found, default, *told)
-
-
 def short_of_space(config: Config, trained: Trained, step: int) -> str | None:
     """A sentence where the disk of the run folder has less room than the updates after `step` will take; else None.
 
     Pictures and logs are not counted, nor what is deleted on the way.
     """
-    learnt = {name: sum(p.numel() for p in own.values()) for name, own in trained.learners().items()}
+    sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in trained.learners().items()}
     copies = 1 + bool(trained.average) + bool(trained.engine.average)
     moments = 2 if config.train.optimizer == "adamw" else 0.5  # of four bytes each
-    checkpoint = 4 * (sum(learnt.values()) * (1 + moments) + learnt["adapter"] * (copies - 1))
-    lora = learnt["adapter"] * (4 if trained.engine.base.whole else DTYPES[config.lora.dtype].itemsize)
+    checkpoint = 4 * (sum(sizes.values()) * (1 + moments) + sizes["adapter"] * (copies - 1))
+    lora = sizes["adapter"] * (4 if trained.engine.base.whole else DTYPES[config.lora.dtype].itemsize)
+
     there = len(list(config.run_folder.glob("checkpoints/step-*.safetensors")))
     # a new one is whole before an old one is deleted
     checkpoints = max(1, config.train.keep_checkpoints + 1 - there)
     loras = -(-(config.train.steps - step) // config.train.save_every) + (config.validation.best > 0)
-    needed, free = checkpoints * checkpoint + loras * lora, shutil.disk_usage(config.run_folder).free
+    needed = checkpoints * checkpoint + loras * lora
+    free = shutil.disk_usage(config.run_folder).free
     if needed <= free or step >= config.train.steps:
         return None
     return (

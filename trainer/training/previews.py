@@ -22,7 +22,7 @@ def preview_grid(config: Config, base: Base, cache: LatentCache, null: Condition
     shape = base.latent_shape(config.data.resolution)
     noise = unit_noise((len(prompts), *shape), settings.seed)
     condition = {k: v.to(base.device) for k, v in cache.encoding(prompts).items()}
-    usual = base.alone if base.whole else recipe_for(config, base)
+    usual = base.alone if base.whole else recipe_for(config, base.facts)
 
     rows = []
     for steps in settings.steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,44 +13,52 @@ from ..data.cache import build_cache
 from ..data.held_out import hold_out
 from ..data.store import LatentCache
 from ..efficiency.prepare import prepare
-from ..efficiency.quantize import Trial
+from ..efficiency.quantize import Probe
 from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
-from ..lora.recipe import recipe_for
+from ..reporting.journal import Journal
 from ..reporting.log import without_places
 from ..reporting.progress import Reporter
+from ..reporting.trackers import Trackers
 from ..system.clock import Clock
 from ..system.locks import only_filler
 from ..system.machine import examine, package_version
 from ..system.processes import Processes
-from . import whole
+from ..system.saying import Say
 from .adversary import Adversary
 from .batches import Batches, Split
-from .checks import check_prepare, check_start
+from .checks import check_loaded
 from .engine import Engine
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 LEFT_OUT = 20  # lines on samples left out that are kept
 TRIED = 8  # samples on which the base is tried
 
-Say = Callable[[str], None]
+
+def open_journal(config: Config, processes: Processes, say: Say) -> Journal:
+    """The run's journal, in which only the first process writes.
+
+    Raises ValueError for a tracker whose package is missing.
+    """
+    trackers = None
+    if processes.first:
+        trackers = Trackers(config.train.trackers, config.run_folder, config.name, config.for_others(), say)
+    return Journal(config.run_folder, trackers, config.train.report, say)
 
 
 def open_base(config: Config, processes: Processes, say: Say) -> Base:
-    """The frozen base. What cannot be trained or sampled, raises ValueError here, before anything is cached."""
-    b, device = config.base, processes.accelerator.device
-    say(f"Loading {b.path}.")
-    options = b.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
-    base = load_base(b.path, dtype=DTYPES[b.dtype], device=device, in_turn=True, **options)
-    base.latent_shape(config.data.resolution)
-    if base.whole:
-        whole.check_whole(config)
-    else:
-        recipe_for(config, base)
-    check_prepare(config, type(base), device, processes.count)
-    if config.lora.init:
-        check_start(config, base)
+    """The frozen base, loaded. Raises ValueError, before anything is cached, for what only its files could tell."""
+    say(f"Loading {config.base.path}.")
+    settings = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
+    base = load_base(
+        config.base.path,
+        dtype=DTYPES[config.base.dtype],
+        device=processes.accelerator.device,
+        in_turn=True,
+        **settings,
+    )
+    check_loaded(config, base)
     for note in config.notes():
         say(note)
     return base
@@ -75,33 +82,6 @@ def fill_cache(config: Config, base: Base, processes: Processes, reporter: Repor
     reporter.say(f"{len(cache)} samples in {cache.folder}, {len(cache.skipped)} left out.")
     base.drop_encoders()
     return cache
-
-
-def split_of(config: Config, count: int, facts: dict[str, Any] | None, changed: bool, say: Say) -> Split:
-    """How each update is shared out among `count` processes.
-
-    facts: of the newest checkpoint, None for a new run. A run that goes on takes as many samples an update as before,
-    whatever the number of processes, unless settings may have `changed`. Raises ValueError where the processes cannot
-    share them, and for a run of another product of train.batch_size and train.accumulation.
-    """
-    train = config.train
-    split = Split(train.batch_size, train.accumulation, count)
-    if facts is None or facts["samples per update"] == split.update:
-        return split
-
-    before = facts["samples per update"]
-    if facts["samples per process"] != train.batch_size * train.accumulation:
-        if changed:
-            return split
-        raise ValueError(
-            f"{config.run_folder} holds a run of {before} samples an update, and these settings take {split.update}: "
-            "train.batch_size times train.accumulation in each process. Keep the product to go on, use another "
-            "output folder, or --accept-changes."
-        )
-    split = Split.of_update(before, count, train.batch_size)
-    shares = f"{count} process{'es' * (count > 1)}, {split.accumulation} passes of {split.size} each"
-    say(f"The run takes {before} samples an update: {shares}.")
-    return split
 
 
 def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, rank: int, say: Say) -> Batches:
@@ -142,7 +122,7 @@ def make_engine(
         with adapter.off(), accelerator.autocast():
             base.check_prediction(x0, condition)
     with accelerator.autocast():
-        for line in prepare(config, base, adapter, Trial(x0, condition, null)):
+        for line in prepare(config, base, adapter, Probe(x0, condition, null)):
             say(line)
 
     adversary = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -32,6 +31,7 @@ from ..lora.recipe import recipe_for
 from ..reporting.log import LOSS
 from ..system.files import write_tensors
 from ..system.processes import Processes
+from ..system.saying import Say
 from .batches import Batches
 from .engine import Engine
 from .state import Trained
@@ -40,7 +40,6 @@ from .state import Trained
 DRAWS, PICTURES = 2, 16
 TRIAL = -2  # stands in the seed of the pictures' noise
 REFERENCE = "teacher.safetensors"
-Say = Callable[[str], None]
 
 
 def error_at(steps: int) -> str:
@@ -117,7 +116,7 @@ class Validation:
         self.best: Best | None = None
         self.steps: tuple[int, ...] = ()
         if engine.objective.needs_teacher and not self.base.whole:
-            self.recipe = recipe_for(config, self.base)
+            self.recipe = recipe_for(config, self.base.facts)
             self.steps = steps_of(config, self.recipe)
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
         self.active = bool(config.validation.every and (self.steps or len(batches.held_out)))

@@ -48,8 +48,9 @@ def loops(request, tmp_path_factory):
 
 
 def same_gradients(a: torch.Tensor, of_a, b: torch.Tensor, of_b) -> bool:
-    """Of two losses in as many weights, within the rounding of batches that are split otherwise: in each weight, but
-    for those with next to none of the gradient, such as a query's where there is one place to look at."""
+    """Whether two losses have the same gradients in as many weights, within the rounding of batches that are
+    split otherwise: in each weight, but for those with next to none of the gradient, such as a query's where
+    there is one place to look at."""
     ours, theirs = (torch.autograd.grad(x.mean(), list(of), retain_graph=True) for x, of in ((a, of_a), (b, of_b)))
     whole = torch.cat([g.flatten() for g in ours]).norm()
     return whole > 0 and all((x - y).norm() < 1e-3 * x.norm() + 1e-5 * whole for x, y in zip(ours, theirs, strict=True))
@@ -67,10 +68,10 @@ def test_both_loops_learn_the_same(loops):
     expected = ours.distance
     if run.engine.adversary:
         expected = expected + 0.5 * ours.generator
-        told = other.losses(batch, "discriminator")
-        torch.testing.assert_close(told, ours.discriminator, rtol=1e-4, atol=1e-5)
+        losses = other.losses(batch, "discriminator")
+        torch.testing.assert_close(losses, ours.discriminator, rtol=1e-4, atol=1e-5)
         heads = run.engine.adversary.heads.parameters(), other.heads.parameters()
-        assert same_gradients(ours.discriminator, heads[0], told, heads[1])
+        assert same_gradients(ours.discriminator, heads[0], losses, heads[1])
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-6)
     assert theirs.min() > 1e-3
     assert same_gradients(expected, run.adapter.parameters(), theirs, other.adapter.parameters())
@@ -119,7 +120,7 @@ def test_both_loops_take_steps(loops):
     run, other = loops
     for learners, update in (
         (run.trained.optimizer.param_groups, run.update),
-        ([{"params": own} for own in other.learners.values()], other.update),
+        ([{"params": parameters} for parameters in other.learners.values()], other.update),
     ):
         parameters = [p for group in learners for p in group["params"] if p.ndim > 1]
         before = [p.detach().clone() for p in parameters]
@@ -160,9 +161,9 @@ def test_operations_and_bytes_have_closed_forms():
 
     assert peak_bytes(run, CPU) == 4 * 1500
     before = alive_bytes(CPU)
-    held = torch.zeros(2000, requires_grad=True)
-    views = [held[:10], held.view(2, 1000)]
-    held.sum().backward()
+    tensor = torch.zeros(2000, requires_grad=True)
+    views = [tensor[:10], tensor.view(2, 1000)]
+    tensor.sum().backward()
     assert alive_bytes(CPU) - before == 4 * (2000 + 2000)  # with its gradient; a view holds nothing
     del views
 
@@ -184,20 +185,20 @@ def bench_settings(folder, **changes):
 
 def test_bench_as_json_and_in_words(pcm, tmp_path):
     out = tmp_path / "out"
-    how = ("--updates", 2, "--warmup", 1, "--out", out, "--json")
-    result = pcm("bench", *bench_settings(tmp_path, **ADVERSARIAL), *how)
+    options = ("--updates", 2, "--warmup", 1, "--out", out, "--json")
+    result = pcm("bench", *bench_settings(tmp_path, **ADVERSARIAL), *options)
     assert result.code == 0, result.err
-    found = json.loads(result.out)
-    assert found == json.loads((out / "bench.json").read_text())
-    assert found["settings"]["batch_size"] == 2 and found["machine"]["torch"] == torch.__version__
+    report = json.loads(result.out)
+    assert report == json.loads((out / "bench.json").read_text())
+    assert report["settings"]["batch_size"] == 2 and report["machine"]["torch"] == torch.__version__
     for kind, ours, theirs in (("plain", 2, 3), ("adversarial", 3, 8)):
         for name, passes in (("ours", ours), ("reference", theirs)):
-            loop = found[kind][name]
+            loop = report[kind][name]
             assert loop["passes_per_sample"][NO_GRADIENT] == passes
             assert loop["samples_per_second"] == pytest.approx(2 * loop["updates_per_second"])
             assert sum(loop["milliseconds"].values()) * loop["updates_per_second"] == pytest.approx(1000)
             assert loop["utilisation"] is None and loop["peak_bytes"] > 0 and loop["flops_per_update"] > 0
-        ratios = found[kind]["ratios"]
+        ratios = report[kind]["ratios"]
         assert 0 < ratios["least"] <= ratios["updates_per_second"] <= ratios["greatest"]
         assert ratios["flops"] < 1 and ratios["peak_bytes"] < 1
     text = (out / "bench.txt").read_text()

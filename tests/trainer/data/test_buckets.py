@@ -65,8 +65,8 @@ def test_steps_fit_the_network_and_the_resolution():
             if side % 32:
                 raise ValueError("no")
 
-    assert buckets_for(True, 64, Base()) == standard_buckets(64, 32)
-    assert buckets_for(True, 1024, Base()) == standard_buckets(1024, 64)
+    assert buckets_for(True, 64, Base().latent_shape) == standard_buckets(64, 32)
+    assert buckets_for(True, 1024, Base().latent_shape) == standard_buckets(1024, 64)
 
 
 def test_a_picture_goes_to_the_bucket_of_nearest_aspect_ratio():
@@ -79,12 +79,12 @@ def test_a_picture_goes_to_the_bucket_of_nearest_aspect_ratio():
 
 
 def test_every_picture_is_kept_and_counted(build):
-    made = build()
-    assert len(made) == len(SHAPES) and made.skipped == []
-    found = {tuple(map(int, made.captions[i].split(" by "))): made.sizes([i])[0] for i in range(len(made))}
+    data = build()
+    assert len(data) == len(SHAPES) and data.skipped == []
+    sizes = {tuple(map(int, data.captions[i].split(" by "))): data.sizes([i])[0] for i in range(len(data))}
     for shape, bucket in SHAPES.items():
-        assert found[shape].tolist()[:2] == [*shape[::-1]] and found[shape].tolist()[4:] == [*bucket[::-1]]
-    assert made.notes == [
+        assert sizes[shape].tolist()[:2] == [*shape[::-1]] and sizes[shape].tolist()[4:] == [*bucket[::-1]]
+    assert data.notes == [
         "Buckets: 48x88: 1, 64x64: 2, 88x48: 2",
         "1 picture is wider than 2:1 or taller than 1:2, cropped to the nearest bucket, which cuts off 63% to 63% "
         "of each",
@@ -103,14 +103,14 @@ def test_what_is_lost_is_what_the_crop_cuts_off():
 
 
 def test_latents_of_a_bucket_are_those_of_its_pictures(folder, build):
-    made = build()
-    assert sorted(np.concatenate(made.buckets).tolist()) == list(range(len(SHAPES)))
-    assert sorted(len(bucket) for bucket in made.buckets) == [1, 2, 2]
+    data = build()
+    assert sorted(np.concatenate(data.buckets).tolist()) == list(range(len(SHAPES)))
+    assert sorted(len(bucket) for bucket in data.buckets) == [1, 2, 2]
     frames = Buckets(tuple(set(SHAPES.values())))
-    for bucket in made.buckets:
-        latents = made.latents(bucket, [None] * len(bucket))
+    for bucket in data.buckets:
+        latents = data.latents(bucket, [None] * len(bucket))
         for number, latent in zip(bucket, latents, strict=True):
-            width, height = map(int, made.captions[number].split(" by "))
+            width, height = map(int, data.captions[number].split(" by "))
             pixels, _ = load_picture(folder / f"{width}x{height}.png", frames)
             torch.testing.assert_close(latent, StubBase().encode_images(pixels[None])[0][0], atol=1e-3, rtol=1e-3)
 
@@ -147,8 +147,8 @@ def test_a_listed_bucket_that_no_picture_fits_is_named(folder, build, tmp_path):
     with pytest.raises(ValueError, match=r"lists 56x120 \(aspect ratio 0.467\).*: 0.500, 0.952, 1.000.\nTake it off"):
         build(data__buckets='["64x64", "64x128", "56x120"]')
     assert not list(tmp_path.rglob("latents-*")), "a folder's pictures are looked at first"
-    made = build(data__buckets='["64x64", "128x64"]')
-    assert made.notes[0] == "Buckets: 64x64: 3, 128x64: 2"
+    data = build(data__buckets='["64x64", "128x64"]')
+    assert data.notes[0] == "Buckets: 64x64: 3, 128x64: 2"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_what_is_square_takes_no_buckets(tmp_path, images):
 @pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
 def test_every_family_takes_batches_of_every_shape(name, folder, build):
     base = load_base(name)
-    made = build(base, data__resolution=128)
-    assert len(made.buckets) > 1
-    empty = made.encoding([""])
-    batches = Batches(made, base, PCM(), empty, split=Split(2), updates=10, seed=0)
+    data = build(base, data__resolution=128)
+    assert len(data.buckets) > 1
+    empty = data.encoding([""])
+    batches = Batches(data, base, PCM(), empty, split=Split(2), updates=10, seed=0)
     shapes = set()
     for number in range(12):
         _, batch = batches.at(number)

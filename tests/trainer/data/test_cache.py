@@ -1,4 +1,4 @@
-"""What the student learns on: read from folders of pictures or made by the teacher, fingerprinted, and made once."""
+"""The student's data: read from folders of pictures or made by the teacher, fingerprinted, and made once."""
 
 import json
 import os
@@ -54,8 +54,8 @@ def build(tmp_path, folder):
 
 def test_pictures_and_captions_are_paired(folder):
     pictures, skipped = find_pictures(str(folder), skip_bad=False)
-    found = {p.path.relative_to(folder).as_posix(): p.caption for p in pictures}
-    assert found == {n: f"a picture called {n}" for n in ("a.png", "b.jpg", "c.webp", "d.PNG", "more/e.bmp")}
+    captions = {p.path.relative_to(folder).as_posix(): p.caption for p in pictures}
+    assert captions == {n: f"a picture called {n}" for n in ("a.png", "b.jpg", "c.webp", "d.PNG", "more/e.bmp")}
     assert skipped == []
 
 
@@ -132,9 +132,9 @@ def test_broken_pictures_stop_the_run_or_are_left_out_by_name(folder, build):
     with pytest.raises(ValueError, match="2 of the 5 pictures in .* cannot be used") as raised:
         build()
     assert "a.png: cannot be read" in str(raised.value) and "b.jpg: cannot be read" in str(raised.value)
-    made = build(data__skip_bad="true")
-    assert list(made.captions) == [f"a picture called {n}" for n in ("c.webp", "d.PNG", "more/e.bmp")]
-    assert [line.split(":")[0] for line in made.skipped] == ["a.png", "b.jpg"]
+    data = build(data__skip_bad="true")
+    assert list(data.captions) == [f"a picture called {n}" for n in ("c.webp", "d.PNG", "more/e.bmp")]
+    assert [line.split(":")[0] for line in data.skipped] == ["a.png", "b.jpg"]
 
 
 def test_everything_left_out_is_reported_every_time(folder, build):
@@ -153,13 +153,13 @@ def test_a_folder_of_broken_pictures_is_refused(folder, build):
 
 
 def test_a_cached_sample_is_its_picture(folder, build):
-    made = build()
-    latent = made.latents([0], [torch.Generator()])[0]
+    data = build()
+    latent = data.latents([0], [torch.Generator()])[0]
     expected = StubBase().encode_images(load_picture(folder / "a.png", SIDE)[0][None])[0][0]
     torch.testing.assert_close(latent, expected, atol=1e-3, rtol=1e-3)
-    assert made.encoding([made.captions[0]])["hidden"].item() == len("a picture called a.png")
-    assert made.encoding([""])["hidden"].item() == 0
-    assert made.sizes([1]).tolist() == [[64, 33, 15, 0, SIDE, SIDE]]
+    assert data.encoding([data.captions[0]])["hidden"].item() == len("a picture called a.png")
+    assert data.encoding([""])["hidden"].item() == 0
+    assert data.sizes([1]).tolist() == [[64, 33, 15, 0, SIDE, SIDE]]
 
 
 CHANGES = {
@@ -200,9 +200,9 @@ def test_nothing_else_makes_a_new_cache(folder, build, tmp_path):
 
 
 def test_preview_prompts_are_known_without_being_samples(build):
-    made = build(preview__prompts='["four", "a picture called a.png"]')
-    assert made.encoding(["four", ""])["hidden"].flatten().tolist() == [4, 0]
-    assert "four" not in made.captions
+    data = build(preview__prompts='["four", "a picture called a.png"]')
+    assert data.encoding(["four", ""])["hidden"].flatten().tolist() == [4, 0]
+    assert "four" not in data.captions
 
 
 def test_a_cache_is_made_once(build):
@@ -235,17 +235,17 @@ def test_an_interrupted_caching_goes_on(build, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(progress=interrupt, data__batch_size=2)
     reports = []
-    made = build(progress=lambda *report: reports.append(report), data__batch_size=2)
+    data = build(progress=lambda *report: reports.append(report), data__batch_size=2)
     prompts = [("prompts", done, 6) for done in (2, 4, 6)]
     assert reports == [("pictures", 4, 5), ("pictures", 5, 5), *prompts], "the first shard was there"
-    assert [sha256(s) for s in sorted(made.folder.glob("*"))] == whole
+    assert [sha256(s) for s in sorted(data.folder.glob("*"))] == whole
 
 
 def test_a_spread_is_drawn_afresh_at_each_visit(build):
     base = StubBase()
     base.spread = 0.5
-    made, generator = build(base), torch.Generator().manual_seed(0)
-    drawn = made.latents([0] * 4000, [generator] * 4000)
+    data, generator = build(base), torch.Generator().manual_seed(0)
+    drawn = data.latents([0] * 4000, [generator] * 4000)
     mean = base.encode_images(torch.stack([torch.ones(SIDE, SIDE), *-torch.ones(2, SIDE, SIDE)])[None])[0][0]
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.05, rtol=0)
     torch.testing.assert_close(drawn.std(0), torch.full_like(mean, 0.5), atol=0.03, rtol=0)
@@ -255,10 +255,10 @@ def test_an_autoencoders_own_mean_and_spread_are_cached(tiny_base, build, folder
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **_four("Down"), **_four("Up")).eval()
     base = replace(tiny_base, vae=vae)
-    made, generator = build(base), torch.Generator().manual_seed(0)
+    data, generator = build(base), torch.Generator().manual_seed(0)
     with torch.no_grad():
         posterior = vae.encode(load_picture(folder / "a.png", SIDE)[0][None]).latent_dist
-    scale, drawn = vae.config.scaling_factor, made.latents([0] * 2000, [generator] * 2000)
+    scale, drawn = vae.config.scaling_factor, data.latents([0] * 2000, [generator] * 2000)
     torch.testing.assert_close(drawn.mean(0), scale * posterior.mean[0], atol=0.03, rtol=0.01)
     torch.testing.assert_close(drawn.std(0), scale * posterior.std[0], atol=0.01, rtol=0.08)
 
@@ -273,15 +273,15 @@ def test_the_teachers_latents_are_its_pictures(tiny_base, tmp_path):
         "# a comment\na red star\n\na blue ring on a white background\n", encoding="utf-8"
     )
     config = small_config(tmp_path / "run", data__prompts=tmp_path / "prompts.txt", data__count=5)
-    made = cache.build_cache(config, tiny_base, lambda *_: None)
-    assert list(made.captions) == ["a red star", "a blue ring on a white background"] * 2 + ["a red star"]
+    data = cache.build_cache(config, tiny_base, lambda *_: None)
+    assert list(data.captions) == ["a red star", "a blue ring on a white background"] * 2 + ["a red star"]
 
     batch = [3, 4]
     noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in batch])
-    condition = tiny_base.encode_prompts([made.captions[i] for i in batch])
+    condition = tiny_base.encode_prompts([data.captions[i] for i in batch])
     ticks = PhaseGrid(points=1000, phases=1).plan(config.data.teacher_steps).ticks
     direct = generate(tiny_base, condition, tiny_base.encode_prompts([""]), noise, ticks, config.data.teacher_guidance)
-    assert torch.equal(made.latents(batch, [None] * 2), direct.half().float())
+    assert torch.equal(data.latents(batch, [None] * 2), direct.half().float())
 
 
 @pytest.mark.parametrize("change", [{"data__teacher_steps": 5}, {"data__teacher_guidance": 2}, {"data__count": 5}])

@@ -36,12 +36,12 @@ def build(folder, base=None, **changes):
     return cache.build_cache(configured(folder, **changes), base or StubBase(), lambda *_: None)
 
 
-def bytes_of(made):
-    return {file.name: sha256(file) for file in made.folder.iterdir()}
+def bytes_of(data):
+    return {file.name: sha256(file) for file in data.folder.iterdir()}
 
 
 def together(config, processes, base=StubBase):
-    """What each of so many processes gets: its cache or its error. Here they are threads."""
+    """The result of each of so many processes: its cache or its error. Here they are threads."""
     barrier, results = threading.Barrier(processes, timeout=60), [None] * processes
 
     def run(rank):
@@ -60,11 +60,11 @@ def together(config, processes, base=StubBase):
 
 @pytest.mark.parametrize("buckets", ["false", "true"])
 def test_any_number_of_threads_writes_the_same_bytes(folder, buckets):
-    made = [
+    caches = [
         build(folder, name=f"run{workers}", data__workers=workers, data__buckets=buckets, data__batch_size=2)
         for workers in (0, 4)
     ]
-    assert made[0].folder.name == made[1].folder.name and bytes_of(made[0]) == bytes_of(made[1])
+    assert caches[0].folder.name == caches[1].folder.name and bytes_of(caches[0]) == bytes_of(caches[1])
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -95,8 +95,8 @@ def test_what_one_process_cannot_read_stops_every_process_with_a_sentence(folder
     assert all(isinstance(error, ValueError) for error in errors)
     assert "another process found pictures that cannot be used" in str(errors[0])
     assert "1 of the 9 pictures in" in str(errors[1]) and "2.png: cannot be read" in str(errors[1])
-    made = together(configured(folder, data__skip_bad="true"), 2)
-    assert [len(one) for one in made] == [8, 8] and "2.png" in made[0].skipped[0]
+    caches = together(configured(folder, data__skip_bad="true"), 2)
+    assert [len(data) for data in caches] == [8, 8] and "2.png" in caches[0].skipped[0]
 
 
 def test_a_picture_is_hashed_once(folder, monkeypatch):

@@ -21,10 +21,10 @@ def held(prompts, count, seed=0, buckets=None):
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "expected"), [(19, 32, 0), (20, 32, 2), (100, 32, 10), (400, 32, 32), (400, 5, 5), (400, 0, 0)]
+    ("total", "wanted", "expected"), [(19, 32, 0), (20, 32, 2), (100, 32, 10), (400, 32, 32), (400, 5, 5), (400, 0, 0)]
 )
-def test_at_most_a_tenth_is_held_out(there, asked, expected):
-    assert len(held(ALL(there), asked).samples) == expected
+def test_at_most_a_tenth_is_held_out(total, wanted, expected):
+    assert len(held(ALL(total), wanted).samples) == expected
 
 
 def test_seed_and_data_alone_decide():
@@ -34,17 +34,17 @@ def test_seed_and_data_alone_decide():
 
 def test_captions_are_held_out_whole():
     prompts = ALL(1000) % 200  # as when a teacher makes five latents of each
-    found = held(prompts, 32)
-    assert len(found.samples) == 30 and found.known == 0
-    rest = np.setdiff1d(ALL(1000), found.samples)
-    assert not set(prompts[found.samples]) & set(prompts[rest])
+    split = held(prompts, 32)
+    assert len(split.samples) == 30 and split.known == 0
+    rest = np.setdiff1d(ALL(1000), split.samples)
+    assert not set(prompts[split.samples]) & set(prompts[rest])
 
 
 def test_captions_that_too_many_share_are_known_to_training():
-    found = held(ALL(1000) % 10, 32)
-    assert len(found.samples) == 32 and found.known == 32
-    told = "32 of 1000 samples are held out; training sees the captions of 32 of them."
-    assert found.sentence(32, 1000) == told
+    split = held(ALL(1000) % 10, 32)
+    assert len(split.samples) == 32 and split.known == 32
+    sentence = "32 of 1000 samples are held out; training sees the captions of 32 of them."
+    assert split.sentence(32, 1000) == sentence
 
 
 def test_no_bucket_is_emptied():
@@ -93,6 +93,6 @@ def test_fixed_draws_are_no_place_of_the_stream(run):
 
 
 def test_a_held_out_batch_has_no_judge(run):
-    how = {"split": Split(3), "updates": 10, "seed": 0, "judged": True}
-    judged = Batches(run.cache, run.base, run.config.objective, run.cache.encoding([""]), **how)
+    settings = {"split": Split(3), "updates": 10, "seed": 0, "judged": True}
+    judged = Batches(run.cache, run.base, run.config.objective, run.cache.encoding([""]), **settings)
     assert judged.at(0)[1].judged is not None and judged.fixed([1], 0).judged is None

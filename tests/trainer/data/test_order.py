@@ -28,20 +28,21 @@ def test_a_group_is_of_one_bucket():
 
 
 def test_a_buckets_own_passes_are_whole_across_its_groups():
-    """What is left of a bucket at the end of a pass comes in its next group."""
-    found = groups(Order(BUCKETS, 4, 0), 150)
+    """Samples that a bucket has left at the end of a pass come in its next group."""
+    stream = groups(Order(BUCKETS, 4, 0), 150)
     for bucket in BUCKETS:
-        own = [sample for group in found for sample in group if group[0] in bucket]
-        whole = len(own) // len(bucket)
-        assert whole > 5
-        for number in range(whole):
-            assert sorted(own[number * len(bucket) : (number + 1) * len(bucket)]) == bucket.tolist()
+        samples = [sample for group in stream for sample in group if group[0] in bucket]
+        passes = len(samples) // len(bucket)
+        assert passes > 5
+        for number in range(passes):
+            assert sorted(samples[number * len(bucket) : (number + 1) * len(bucket)]) == bucket.tolist()
 
 
 def test_in_each_round_every_sample_is_seen_as_often():
-    found = groups(Order(BUCKETS, 4, 0), 2 * 15)
+    stream = groups(Order(BUCKETS, 4, 0), 2 * 15)
     for start in (0, 15):
-        assert Counter(sample for group in found[start : start + 15] for sample in group) == dict.fromkeys(range(15), 4)
+        counts = Counter(sample for group in stream[start : start + 15] for sample in group)
+        assert counts == dict.fromkeys(range(15), 4)
 
 
 def test_the_buckets_come_in_another_order_each_round_and_for_each_seed():

@@ -51,22 +51,22 @@ def build(tmp_path):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serve the folder on this machine; returns the address, and what was asked."""
+    """Serve the folder on this machine; returns the address, and the list of requests."""
     if shutil.which("curl") is None:
         pytest.skip("webdataset reads addresses with curl, which is not installed")
     servers = []
 
     def serve(kind=SimpleHTTPRequestHandler):
-        asked = []
+        requests = []
 
         class Handler(kind):
             def log_message(self, *_):
-                asked.append(f"{self.command} {self.path}")
+                requests.append(f"{self.command} {self.path}")
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}", asked
+        return f"http://127.0.0.1:{server.server_port}", requests
 
     yield serve
     for server in servers:
@@ -133,9 +133,9 @@ def test_captions_in_json_and_what_is_no_sample(tmp_path, build):
         tar.write({"__key__": "h", "png": PICTURES["red"], "txt": "färg".encode("latin-1")})
     with pytest.raises(ValueError, match="7 of the samples of the 1 shards in data.shards cannot be used"):
         build(tmp_path / "odd.tar")
-    made = build(tmp_path / "odd.tar", data__skip_bad="true")
-    assert list(made.captions) == ["told"]
-    assert [line.split(" (image")[0].split(" (cannot")[0] for line in made.skipped] == [
+    data = build(tmp_path / "odd.tar", data__skip_bad="true")
+    assert list(data.captions) == ["told"]
+    assert [line.split(" (image")[0].split(" (cannot")[0] for line in data.skipped] == [
         'odd.tar/b: no caption (.txt, or "caption" in .json)',
         "odd.tar/c: no picture",
         "odd.tar/d: several pictures (png, jpg)",
@@ -155,9 +155,9 @@ def test_no_picture_is_passed_over_for_its_name(tmp_path, build):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    made = build(tmp_path / "odd.tar", data__skip_bad="true")
-    assert list(made.captions) == ["a.txt", "c.txt", "d.txt"]
-    assert made.skipped == [
+    data = build(tmp_path / "odd.tar", data__skip_bad="true")
+    assert list(data.captions) == ["a.txt", "c.txt", "d.txt"]
+    assert data.skipped == [
         "odd.tar: a second dot in the name b.v2.png, which webdataset takes for the kind .v2.png: rename it",
         "odd.tar: c.png is in it twice: the first is taken",
     ]
@@ -168,8 +168,8 @@ def test_a_missing_shard_is_named_before_anything_is_cached(shards, build, tmp_p
     with pytest.raises(ValueError, match="1 of the 3 shards in data.shards cannot be read:\n .*set-002.tar: no such"):
         build(both)
     assert not list(tmp_path.rglob("latents-*"))
-    made = build(both, data__skip_bad="true")
-    assert len(made) == 5 and made.skipped == [f"{tmp_path / 'set-002.tar'}: no such file"]
+    data = build(both, data__skip_bad="true")
+    assert len(data) == 5 and data.skipped == [f"{tmp_path / 'set-002.tar'}: no such file"]
     with pytest.raises(ValueError, match="None of the 1 shards in data.shards can be read: .*set-002.tar"):
         build(tmp_path / "set-002.tar", data__skip_bad="true")
 
@@ -186,9 +186,9 @@ def test_a_shard_that_ends_early_says_what_was_read(tmp_path, build, why, cut):
     with pytest.raises(ValueError, match=rf"set.tar: ends early, after \d samples? \({why}\). Get the shard again; "):
         build(path)
     assert not list(tmp_path.rglob("latents-*")), "what is here is checked before anything is cached"
-    made = build(path, data__skip_bad="true")
-    assert made.skipped[0].startswith(f"set.tar: ends early, after {len(made)} sample")
-    assert list(made.captions) == ["all red", "all green"][: len(made)] and len(made)
+    data = build(path, data__skip_bad="true")
+    assert data.skipped[0].startswith(f"set.tar: ends early, after {len(data)} sample")
+    assert list(data.captions) == ["all red", "all green"][: len(data)] and len(data)
 
 
 def test_a_compressed_shard_is_read_and_its_early_end_seen(tmp_path, build):
@@ -199,8 +199,8 @@ def test_a_compressed_shard_is_read_and_its_early_end_seen(tmp_path, build):
     path = tmp_path / "set.tar.gz"
     assert len(build(path)) == 8
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    made = build(path, data__skip_bad="true")
-    assert 0 < len(made) < 8 and made.skipped[0].startswith(f"set.tar.gz: ends early, after {len(made)} samples")
+    data = build(path, data__skip_bad="true")
+    assert 0 < len(data) < 8 and data.skipped[0].startswith(f"set.tar.gz: ends early, after {len(data)} samples")
 
 
 def test_a_shard_of_no_pictures_and_one_that_is_no_tar(tmp_path):
@@ -212,21 +212,21 @@ def test_a_shard_of_no_pictures_and_one_that_is_no_tar(tmp_path):
 
 
 def test_http_gives_what_the_file_gives(shards, build, serve, tmp_path):
-    address, asked = serve()
+    address, requests = serve()
     here, there = build(shards), build(f"{address}/set-{{000..001}}.tar")
     assert torch.equal(here.latents(range(5), [None] * 5), there.latents(range(5), [None] * 5))
     assert list(here.captions) == list(there.captions) and there.notes == []
     build(f"{address}/set-{{000..001}}.tar")
-    assert sorted(asked) == sorted(f"{how} /set-00{n}.tar" for how in ("GET", "HEAD", "HEAD") for n in (0, 1))
+    assert sorted(requests) == sorted(f"{method} /set-00{n}.tar" for method in ("GET", "HEAD", "HEAD") for n in (0, 1))
     write_shard(tmp_path / "set-001.tar", ["white"], npy=bytes(20000))
     assert len(build(f"{address}/set-{{000..001}}.tar")) == 4, "the server tells of the change"
 
 
 def test_an_address_that_is_signed_anew_is_the_same_shard(shards, build, serve):
-    address, asked = serve()
+    address, requests = serve()
     first = build(f"{address}/set-000.tar?signature=one").folder
     assert build(f"{address}/set-000.tar?signature=two").folder == first
-    assert sum(line.startswith("GET") for line in asked) == 1, "nothing is fetched twice"
+    assert sum(line.startswith("GET") for line in requests) == 1, "nothing is fetched twice"
 
 
 def test_a_server_that_tells_nothing_is_said(shards, build, serve):
@@ -234,8 +234,8 @@ def test_a_server_that_tells_nothing_is_said(shards, build, serve):
         def do_HEAD(self):
             self.send_error(405)
 
-    made = build(f"{serve(Silent)[0]}/set-000.tar")
-    assert len(made) == 3 and "1 of the 1 shards are known by their addresses alone" in made.notes[0]
+    data = build(f"{serve(Silent)[0]}/set-000.tar")
+    assert len(data) == 3 and "1 of the 1 shards are known by their addresses alone" in data.notes[0]
 
 
 def test_a_shard_that_the_server_lacks_and_a_server_that_is_not_there(build, serve):
@@ -256,12 +256,12 @@ def test_a_transfer_that_breaks_off_keeps_what_was_read_and_is_said(shards, buil
     address, _ = serve(Truncating)
     with pytest.raises(ValueError, match=r"set-000.tar: ends early, after 2 samples \(curl ended with 18\). Get the"):
         build(f"{address}/set-000.tar")
-    made = build(f"{address}/set-000.tar", data__skip_bad="true")
-    assert list(made.captions) == ["all red", "all green"] and len(made.skipped) == 1
+    data = build(f"{address}/set-000.tar", data__skip_bad="true")
+    assert list(data.captions) == ["all red", "all green"] and len(data.skipped) == 1
 
 
 def test_a_shard_that_was_kept_in_part_can_be_tried_again(shards, build, serve):
-    """What is made again may have other prompts, and then no encoding of the old ones is left."""
+    """A cache that is made again may have other prompts, and then no encoding of the old ones is left."""
 
     class Truncating(SimpleHTTPRequestHandler):
         broken = True
@@ -271,10 +271,10 @@ def test_a_shard_that_was_kept_in_part_can_be_tried_again(shards, build, serve):
             outputfile.write(whole[:2000] if Truncating.broken and "000" in self.path else whole)
 
     address = f"{serve(Truncating)[0]}/set-{{000..001}}.tar"
-    made = build(address, data__skip_bad="true")
-    assert len(made) < 5 and len(made.skipped) == 1
+    data = build(address, data__skip_bad="true")
+    assert len(data) < 5 and len(data.skipped) == 1
     Truncating.broken = False
-    for file in made.folder.glob("latents-00000-*"):
+    for file in data.folder.glob("latents-00000-*"):
         file.unlink()
     again = build(address, data__skip_bad="true")
     assert list(again.captions) == [f"all {name}" for name in PICTURES] and again.skipped == []
@@ -297,17 +297,17 @@ def test_a_killed_caching_goes_on_in_the_middle_of_a_shard(tmp_path, build, monk
     config = small_config(tmp_path / "run", data__shards=shard, data__batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         cache.build_cache(config, Killed(), lambda *_: None)
-    made = cache.build_cache(config, Killed(), lambda *_: None)
+    data = cache.build_cache(config, Killed(), lambda *_: None)
     assert encoded == [2, 2, 2, 1], "the first two were there"
-    assert [sha256(f) for f in sorted(made.folder.glob("*"))] == whole
+    assert [sha256(f) for f in sorted(data.folder.glob("*"))] == whole
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_shard_that_fills_its_files_is_whole(tmp_path, build, monkeypatch, count):
     small_files(monkeypatch)
-    made = build(write_shard(tmp_path / "set.tar", [*PICTURES][:count]))
-    assert len(made) == count
-    last = [f.name.endswith("-last.safetensors") for f in sorted(made.folder.glob("latents-*"))]
+    data = build(write_shard(tmp_path / "set.tar", [*PICTURES][:count]))
+    assert len(data) == count
+    last = [f.name.endswith("-last.safetensors") for f in sorted(data.folder.glob("latents-*"))]
     assert last == [False] * (count // 2 - 1) + [True]
 
 

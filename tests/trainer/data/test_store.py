@@ -1,4 +1,4 @@
-"""What is read of a cache: exact, by any thread, in bounded memory and time, whatever its size."""
+"""Reading a cache: exact, by any thread, in bounded memory and time, whatever its size."""
 
 import threading
 from pathlib import Path
@@ -33,23 +33,23 @@ def build(folder, **changes):
 
 def test_captions_and_encodings_are_found_by_number_and_by_text(folder, monkeypatch):
     small_files(monkeypatch)
-    made = build(folder)
+    data = build(folder)
     captions = [f"façade {'x' * min(n, 7)}".strip() for n in range(COUNT)]
-    assert list(made.captions) == captions and made.captions[-1] == captions[-1]
-    assert list(made.prompts) == ["", *dict.fromkeys(captions)]
-    assert [made.prompts.find(text) for text in made.prompts] == list(range(len(made.prompts)))
-    assert made.prompts.find("never cached") is None
+    assert list(data.captions) == captions and data.captions[-1] == captions[-1]
+    assert list(data.prompts) == ["", *dict.fromkeys(captions)]
+    assert [data.prompts.find(text) for text in data.prompts] == list(range(len(data.prompts)))
+    assert data.prompts.find("never cached") is None
     with torch.autocast("cpu", torch.bfloat16):  # as previews read, and it takes no stack of fp16
-        assert made.encoding(captions)["hidden"].flatten().tolist() == [len(c) for c in captions]
+        assert data.encoding(captions)["hidden"].flatten().tolist() == [len(c) for c in captions]
     with pytest.raises(IndexError):
-        made.captions[COUNT]
+        data.captions[COUNT]
 
 
 def test_texts_whose_first_hash_is_the_same_are_told_apart(folder, monkeypatch):
     monkeypatch.setattr(store, "hashes_of", lambda text: (7, len(text)))
     monkeypatch.setattr("phased_consistency.trainer.data.index.hashes_of", lambda text: (7, len(text)))
-    made = build(folder)
-    assert [made.prompts.find(text) for text in made.prompts] == list(range(len(made.prompts)))
+    data = build(folder)
+    assert [data.prompts.find(text) for text in data.prompts] == list(range(len(data.prompts)))
 
 
 def test_each_samples_draw_is_its_own(folder):
@@ -57,28 +57,28 @@ def test_each_samples_draw_is_its_own(folder):
         spread = 0.5
 
     config = small_config(folder.parent / "run", data__images=folder)
-    made = cache.build_cache(config, Spread(), lambda *_: None)
+    data = cache.build_cache(config, Spread(), lambda *_: None)
 
     def draw(*numbers):
-        return made.latents(numbers, [torch.Generator().manual_seed(n) for n in numbers])
+        return data.latents(numbers, [torch.Generator().manual_seed(n) for n in numbers])
 
     assert torch.equal(draw(3, 1, 8), torch.cat([draw(3), draw(1), draw(8)]))
     with pytest.raises(ValueError, match="zip"):
-        made.latents([1, 2], [torch.Generator()])
+        data.latents([1, 2], [torch.Generator()])
 
 
 def test_threads_read_what_one_reads(folder, monkeypatch):
     small_files(monkeypatch)
     monkeypatch.setattr(store, "OPEN", 1)
-    made, wrong = build(folder), []
-    made._open.most = 1
-    right = made.latents(range(COUNT), [None] * COUNT)
+    data, wrong = build(folder), []
+    data._open.most = 1
+    right = data.latents(range(COUNT), [None] * COUNT)
 
     def read(start):
         for step in range(60):
             number = (start + step) % COUNT
-            same = torch.equal(made.latents([number], [None])[0], right[number])
-            if not same or made.encoding([made.captions[number]])["hidden"].item() != len(made.captions[number]):
+            same = torch.equal(data.latents([number], [None])[0], right[number])
+            if not same or data.encoding([data.captions[number]])["hidden"].item() != len(data.captions[number]):
                 wrong.append(number)
 
     threads = [threading.Thread(target=read, args=(start,)) for start in range(6)]
@@ -91,9 +91,9 @@ def test_threads_read_what_one_reads(folder, monkeypatch):
 
 def test_only_the_last_used_files_stay_open(folder, monkeypatch):
     small_files(monkeypatch)
-    made = build(folder)
-    files = OpenFiles(made.folder, most=2)
-    names = sorted(f.name for f in made.folder.glob("latents-*"))
+    data = build(folder)
+    files = OpenFiles(data.folder, most=2)
+    names = sorted(f.name for f in data.folder.glob("latents-*"))
     first = files.get(names[0])
     files.get(names[1])
     assert files.get(names[0]) is first, "used again"
@@ -103,24 +103,24 @@ def test_only_the_last_used_files_stay_open(folder, monkeypatch):
 
 def test_a_damaged_file_is_named_and_made_again_once_deleted(folder, monkeypatch):
     small_files(monkeypatch)
-    made = build(folder)
-    for name in (store.INDEX, store.TEXTS, store.prompts_name(0), sorted(made.folder.glob("latents-*"))[1].name):
-        whole = (made.folder / name).read_bytes()
-        (made.folder / name).write_bytes(whole[: len(whole) // 2])
+    data = build(folder)
+    for name in (store.INDEX, store.TEXTS, store.prompts_name(0), sorted(data.folder.glob("latents-*"))[1].name):
+        whole = (data.folder / name).read_bytes()
+        (data.folder / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=f"{name} is damaged .*Delete it: the same command makes it again"):
-            LatentCache(made.folder).encoding([""])
-            LatentCache(made.folder).latents(range(COUNT), [None] * COUNT)
-        (made.folder / name).unlink()
+            LatentCache(data.folder).encoding([""])
+            LatentCache(data.folder).latents(range(COUNT), [None] * COUNT)
+        (data.folder / name).unlink()
         build(folder)
-        assert (made.folder / name).read_bytes() == whole
+        assert (data.folder / name).read_bytes() == whole
 
 
 def test_a_large_cache_opens_at_once_and_holds_no_memory(tmp_path):
-    found = million.run(20_000, tmp_path / "cache", 60, 32)
-    assert (found["samples"], found["files"]) == (20_000, 2 * 79 + 2)
-    assert found["open_seconds"] < 5
+    result = million.run(20_000, tmp_path / "cache", 60, 32)
+    assert (result["samples"], result["files"]) == (20_000, 2 * 79 + 2)
+    assert result["open_seconds"] < 5
     key = "anonymous_mib" if Path("/proc/self/status").is_file() else "resident_mib"
-    early, late = (found["curve"][at][key] for at in (5, -1))
-    assert late - early < 8, found["curve"]
+    early, late = (result["curve"][at][key] for at in (5, -1))
+    assert late - early < 8, result["curve"]
     with pytest.raises(ValueError, match="is not empty: name a new folder"):
         million.run(1, tmp_path / "cache", 1, 1)

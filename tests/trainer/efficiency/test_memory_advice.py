@@ -74,7 +74,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
         point = torch.randn(1, *base.latent_shape(32)), torch.tensor([500]), base.encode_prompts(["a red star"])
         held = base.denoise(*point)
     del held
-    estimated = memory._measured(config, SD15).activations.bytes(())
+    estimated = memory._footprint(config, SD15).activations.bytes(())
     assert sum(seen.values()) == pytest.approx(estimated, rel=0.05)
 
 
@@ -87,7 +87,7 @@ def test_estimated_weights_are_the_bytes_that_are_there(tmp_path, format, dtype)
         pytest.importorskip("torchao")
         quantize(base.network, format)
     there = sum(map(stored_bytes, base.network.parameters()))
-    assert memory._frozen_bytes(config, memory._measured(config, SD15)) == there
+    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == there
 
 
 def test_offloaded_weights_leave_all_but_the_largest_block(tmp_path):
@@ -95,7 +95,7 @@ def test_offloaded_weights_leave_all_but_the_largest_block(tmp_path):
     network = load_base(TINY).network
     blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(network).values()]
     everything = sum(p.nbytes for p in network.parameters())
-    assert memory._frozen_bytes(config, memory._measured(config, SD15)) == everything - sum(blocks) + max(blocks)
+    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == everything - sum(blocks) + max(blocks)
     assert Offload(network, torch.device("cpu")).bytes == sum(blocks)
 
 
@@ -152,7 +152,7 @@ def test_auto_takes_as_few_blocks_as_the_limit_asks_for():
         chosen = recomputed(config, SD15)
         assert total(config) * memory.MARGIN <= limit
         if chosen:
-            fewer = memory._held(config, SD15, memory._measured(config, SD15), chosen[:-1])
+            fewer = memory._held(config, SD15, memory._footprint(config, SD15), chosen[:-1])
             assert sum(fewer.values()) * memory.MARGIN > limit * GIB, "one block fewer would not fit"
         assert before is None and not chosen or chosen[: len(before or [])] == (before or [])
         before = chosen

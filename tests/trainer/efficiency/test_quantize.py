@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from phased_consistency.trainer.efficiency.blocks import Offload, compile_blocks, recompute
 from phased_consistency.trainer.efficiency.quantize import (
-    Trial,
+    Probe,
     check_quantizer,
     guided_error,
     predictions,
@@ -112,13 +112,13 @@ def test_quantised_blocks_are_offloaded_compiled_and_computed_again():
 def test_the_guided_error_is_what_guidance_makes_of_both_halves():
     base, adapter = adapted()
     null = base.encode_prompts([""])
-    trial = Trial(torch.randn(2, *base.latent_shape(64)), base.encode_prompts(PROMPTS), null)
-    original = predictions(base, adapter, trial, 7.5)
+    probe = Probe(torch.randn(2, *base.latent_shape(64)), base.encode_prompts(PROMPTS), null)
+    original = predictions(base, adapter, probe, 7.5)
     assert guided_error(original, original) == (0, 0)
-    same = predictions(base, adapter, trial, 1.0)
+    same = predictions(base, adapter, probe, 1.0)
     torch.testing.assert_close(same[1], same[0])
     quantize(base.network, "int8")
-    plain, guided = guided_error(original, predictions(base, adapter, trial, 7.5))
+    plain, guided = guided_error(original, predictions(base, adapter, probe, 7.5))
     assert 1e-4 < plain < guided < 0.1
 
 

@@ -121,16 +121,15 @@ def test_agreement_of_changes(latents):
 
 
 def test_consistency_compares_fewer_steps_with_more(latents):
-    found = consistency({8: 2 * latents, 1: latents, 4: 1.5 * latents})
-    assert {n: list(row) for n, row in found.items()} == {1: [4, 8], 4: [8]}
-    assert (
-        found[1][8] == pytest.approx(0.5) and found[1][4] == pytest.approx(1 / 3) and found[4][8] == pytest.approx(0.25)
-    )
+    errors = consistency({8: 2 * latents, 1: latents, 4: 1.5 * latents})
+    assert {n: list(row) for n, row in errors.items()} == {1: [4, 8], 4: [8]}
+    assert errors[1][8] == pytest.approx(0.5) and errors[1][4] == pytest.approx(1 / 3)
+    assert errors[4][8] == pytest.approx(0.25)
 
 
 class Knowing:
-    """A base that knows the one clean picture of every prompt, counts how many points it is asked for, and remembers
-    the noise in them."""
+    """A base that knows the one clean picture of every prompt, counts how many points it is asked for, and
+    remembers the noise in them."""
 
     device, prediction, schedule = torch.device("cpu"), "epsilon", VPSchedule.from_betas()
 
@@ -158,9 +157,9 @@ def known():
 @pytest.mark.parametrize("gamma", [None, 0.5, 1.0])
 def test_a_perfect_one_phase_model_is_consistent_across_steps(known, gamma):
     base, recipe = Knowing(), Recipe(family="sd15", mode="stochastic", phases=1)
-    made = {n: known.latents(Setting("perfect", n, 1.0, gamma), base, recipe) for n in (1, 2, 4, 8)}
-    assert paired_error(made[1], known.condition["picture"]) < 1e-5
-    assert all(error < 1e-4 for row in consistency(made).values() for error in row.values())
+    latents = {n: known.latents(Setting("perfect", n, 1.0, gamma), base, recipe) for n in (1, 2, 4, 8)}
+    assert paired_error(latents[1], known.condition["picture"]) < 1e-5
+    assert all(error < 1e-4 for row in consistency(latents).values() for error in row.values())
 
 
 def test_no_two_draws_are_one_and_the_same_trial_draws_the_same(known, monkeypatch):
@@ -186,9 +185,9 @@ def test_no_two_draws_are_one_and_the_same_trial_draws_the_same(known, monkeypat
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (4, 1.0), (5, 4.0)])
 def test_evaluations_are_those_of_the_network(known, solver, steps, guidance):
     base, setting = Knowing(), Setting("teacher", steps, guidance, solver=solver)
-    made = known.latents(setting, base)
+    latents = known.latents(setting, base)
     assert base.asked == setting.evaluations * len(known.noise)
-    assert paired_error(made, known.condition["picture"]) < 1e-4
+    assert paired_error(latents, known.condition["picture"]) < 1e-4
 
 
 def test_solvers_step_over_their_own_levels():

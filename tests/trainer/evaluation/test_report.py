@@ -80,16 +80,16 @@ def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
     report = json.loads(run.out)
     assert report == json.loads((out / "report.json").read_text())
     rows = {(r["who"], r["steps"], r["guidance"]): r for r in report["rows"]}
-    own = {key[1:]: row for key, row in rows.items() if key[0] == lora.stem}
-    assert set(own) == {(1, 1.0), (4, 1.0)} and own[4, 1.0]["evaluations"] == 4
+    ours = {key[1:]: row for key, row in rows.items() if key[0] == lora.stem}
+    assert set(ours) == {(1, 1.0), (4, 1.0)} and ours[4, 1.0]["evaluations"] == 4
     solvers = ("DDIM", "Euler", "DPM-Solver++(2M)")
     assert {key for key, row in rows.items() if row["guidance"] == 3.5 and row["evaluations"] == 4} == {
         (f"teacher, {solver}", 2, 3.5) for solver in solvers
     }, "the teacher's CFG is the middle of what the LoRA was distilled under, and costs two a step"
     assert report["reference"]["guidance"] == 3.5 and report["reference"]["evaluations"] == 8
-    assert report["rows"][0]["paired_error"] == 0 < own[4, 1.0]["paired_error"]
+    assert report["rows"][0]["paired_error"] == 0 < ours[4, 1.0]["paired_error"]
     assert report["features"] == {"latents": 4 * 4 * 4, "tiny-clip": 8} and report["resolution"] == 32
-    assert all(d["frechet"] > 0 and d["sliced_wasserstein"] > 0 for d in own[4, 1.0]["distances"].values())
+    assert all(d["frechet"] > 0 and d["sliced_wasserstein"] > 0 for d in ours[4, 1.0]["distances"].values())
     assert all(0 <= row["clip_score"] <= 100 for row in report["rows"])
     assert report["prompts"]["different"] == 3 and report["prompts"]["source"] == "prompts.txt"
     assert set(report["consistency"][lora.stem]["1"]) == {"4"}
@@ -161,18 +161,18 @@ def test_every_asked_space_absent_still_makes_the_rest(pcm, lora, tmp_path):
 def test_spaces_of_one_name_are_told_apart(clip, tmp_path):
     second = tmp_path / clip.name
     CLIPVisionModelWithProjection.from_pretrained(clip).save_pretrained(second)
-    found, _ = find_features([str(clip), "pixels", str(second)], CPU)
-    assert [space.name for space in found] == ["tiny-clip", "pixels", "tiny-clip (2)"]
+    spaces, _ = find_features([str(clip), "pixels", str(second)], CPU)
+    assert [space.name for space in spaces] == ["tiny-clip", "pixels", "tiny-clip (2)"]
 
 
 def test_names_are_never_given_twice():
-    assert unique_names(["a", "b", "a (2)", "a", "a"], taken=["b"]) == ["a", "b (2)", "a (2)", "a (3)", "a (4)"]
+    assert unique_names(["a", "b", "a (2)", "a", "a"], reserved=["b"]) == ["a", "b (2)", "a (2)", "a (3)", "a (4)"]
 
 
 def test_torchmetrics_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("phased_consistency.trainer.evaluation.features.find_spec", lambda name: None)
-    found, left_out = find_features(["inception", "pixels"], CPU)
-    assert [space.name for space in found] == ["pixels"]
+    spaces, left_out = find_features(["inception", "pixels"], CPU)
+    assert [space.name for space in spaces] == ["pixels"]
     assert "torchmetrics and torch-fidelity not installed" in left_out[0]
 
 
@@ -263,9 +263,9 @@ def test_a_known_file_says_epsilon_by_default_alone(lora, tmp_path, monkeypatch)
     """Beside a v-prediction LoRA it is no contradiction, and the base is loaded by the one that tells."""
     plain, known = copy(lora, tmp_path / "mine.safetensors"), copy(lora, tmp_path / "lcm-lora-sdv1-5.safetensors")
     v = copy(lora, tmp_path / "v.safetensors", prediction="v_prediction")
-    found = find_contestants([plain, known, v], "sd15", [4])
-    assert [c.recipe and c.recipe.source for c in found] == [None, "known file", "header"]
-    assert tells_most(found[:1]).file == plain and tells_most(found[:2]).file == known
+    contestants = find_contestants([plain, known, v], "sd15", [4])
+    assert [c.recipe and c.recipe.source for c in contestants] == [None, "known file", "header"]
+    assert tells_most(contestants[:1]).file == plain and tells_most(contestants[:2]).file == known
     loaded = []
     monkeypatch.setattr(reporting, "load_for_sample", lambda base, dtype, lora, **_: loaded.append(lora) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -308,11 +308,11 @@ def test_a_lora_without_a_recipe_and_one_with_cfg(pcm, lora, tmp_path, without_p
 
 
 def test_the_teacher_costs_no_more_than_the_lora():
-    found = teacher_settings({1, 5, 8}, 4.0)
-    assert [(s.solver, s.steps) for s in found if s.guidance == 4] == [
+    settings = teacher_settings({1, 5, 8}, 4.0)
+    assert [(s.solver, s.steps) for s in settings if s.guidance == 4] == [
         (solver, steps) for steps in (2, 4) for solver in ("ddim", "euler", "dpm++")
     ]
-    assert [(s.steps, s.evaluations) for s in found if s.guidance == 1] == [(1, 1), (5, 5), (8, 8)]
+    assert [(s.steps, s.evaluations) for s in settings if s.guidance == 1] == [(1, 1), (5, 5), (8, 8)]
     assert len(teacher_settings({2}, 1.0)) == 3, "an unguided teacher is its own unguided baseline"
 
 
@@ -344,8 +344,8 @@ def test_clip_score_is_transformers_own(clip, pictures):
     with torch.no_grad():
         output = model(**inputs, **words(prompts, padding=True, return_tensors="pt"))
     expected = output.logits_per_image.diagonal() / model.logit_scale.exp() * 100
-    found = ClipScore(clip, CPU)(pictures, prompts)
-    assert torch.allclose(found, expected.clamp(min=0), atol=0.5) and found.max() > 1
+    scores = ClipScore(clip, CPU)(pictures, prompts)
+    assert torch.allclose(scores, expected.clamp(min=0), atol=0.5) and scores.max() > 1
     assert ClipScore(clip, CPU)(pictures, ["a red star " * 99] * 3).isfinite().all(), "long prompts are cut"
 
 

@@ -10,13 +10,11 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from phased_consistency.samplers.lora_file import LoraHeader, TensorInfo
-from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.families import load_base, look_at_base
 from phased_consistency.trainer.families.prediction import Found, found_in_header, found_in_scheduler, settle
-from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 from phased_consistency.trainer.tiny.making import pixels_of, random_scenes
-from phased_consistency.trainer.training.plan import _stand_in
 from support.bases import make_sdxl_folder, make_sdxl_parts
 from support.ldm_checkpoint import save_single_file
 from support.runs import small_config
@@ -191,20 +189,22 @@ def test_a_wrong_mark_has_to_go_first(pictures, tiny_base, tmp_path):
 def test_a_dry_run_tells_of_the_recipe_that_the_run_writes(tiny_base, tmp_path, scheduler, told, settled):
     make_sdxl_folder(tmp_path / "base", tiny_base.tokenizers[0], **scheduler)
     config = small_config(tmp_path / "run", base__path=tmp_path / "base", **told)
-    stand_in = _stand_in(config, SDXL)
-    base = load_base(str(tmp_path / "base"), **{k.removeprefix("base__"): v for k, v in told.items()})
-    found = [(b.prediction, b.zero_terminal_snr) for b in (stand_in, base)]
-    assert found == [settled] * 2
-    assert recipe_for(config, stand_in) == recipe_for(config, dataclasses.replace(base, base_hash=""))
+    options = {k.removeprefix("base__"): v for k, v in told.items()}
+    early = look_at_base(str(tmp_path / "base"), **options)
+    loaded = load_base(str(tmp_path / "base"), **options).facts
+    assert (early.prediction, early.zero_terminal_snr) == settled
+    assert early == dataclasses.replace(loaded, base_hash="")
+    assert recipe_for(config, early) == recipe_for(config, dataclasses.replace(loaded, base_hash=""))
 
 
 def test_a_dry_run_finds_contradictions(tiny_base, tmp_path):
     parts = make_sdxl_parts(tiny_base.tokenizers[0])
     path = save_single_file(tmp_path / "v.safetensors", **vars(parts), markers=("v_pred", "ztsnr"))
-    stand_in = _stand_in(small_config(tmp_path / "run", base__path=path), SDXL)
-    assert (stand_in.prediction, stand_in.zero_terminal_snr) == (V, True)
+    words = str(bundled_folder("tiny-sd15") / "tokenizer")
+    facts = look_at_base(str(path), tokenizer=words)
+    assert (facts.prediction, facts.zero_terminal_snr) == (V, True)
     with pytest.raises(ValueError, match="says that the base predicts v_prediction, base.prediction says epsilon"):
-        _stand_in(small_config(tmp_path / "run", base__path=path, base__prediction=EPS), SDXL)
+        look_at_base(str(path), tokenizer=words, prediction=EPS)
 
 
 def test_random_weights_pass(tiny_base, tmp_path):

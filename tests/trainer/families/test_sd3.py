@@ -163,7 +163,8 @@ def test_features_are_the_blocks_image_tokens_as_maps(base, size):
     tick = torch.tensor([600, 40])
     seen = []
     hooks = [
-        block.register_forward_hook(lambda _, __, output: seen.append(output[1])) for block in base.feature_blocks()
+        block.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        for block in base.feature_blocks(base.network)
     ]
     with torch.no_grad():
         base.denoise(x, tick, condition)
@@ -221,7 +222,7 @@ def test_full_size(variant):
         network = SD3Transformer2DModel.from_config(config)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.05)
     base = SD3(network, None, [], [], None, "flow", False, "empty", variant, "")
-    assert [network.transformer_blocks[i] for i in layers] == base.feature_blocks()
+    assert [network.transformer_blocks[i] for i in layers] == base.feature_blocks(base.network)
     assert base.latent_shape(1024) == (16, 128, 128) and base.default_resolution == 1024
     with pytest.raises(ValueError, match=f"use at most {side}"):
         base.latent_shape(side + 16)

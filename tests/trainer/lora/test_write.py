@@ -81,7 +81,7 @@ def test_the_recipe_comes_back(trained):
 
 
 def test_a_stochastic_run_is_sampled_with_fresh_noise(tiny_base, tmp_path):
-    recipe = recipe_for(small_config(tmp_path, objective__phases=1, objective__mode="stochastic"), tiny_base)
+    recipe = recipe_for(small_config(tmp_path, objective__phases=1, objective__mode="stochastic"), tiny_base.facts)
     assert (recipe.mode, recipe.phases, recipe.gamma) == ("stochastic", 1, 1.0)
 
 
@@ -260,8 +260,10 @@ def test_an_sd3_file_with_alpha_tensors_is_refused_as_diffusers_does(strong_sd3,
 
 
 def test_a_recipe_for_every_kind_of_run(tiny_base, tmp_path):
-    normal = recipe_for(small_config(tmp_path, objective__guidance_mode="normalcfg", objective__phases=8), tiny_base)
+    normal = recipe_for(
+        small_config(tmp_path, objective__guidance_mode="normalcfg", objective__phases=8), tiny_base.facts
+    )
     assert (normal.guidance, normal.guidance_min, normal.guidance_max) == (4.5, 3.0, 6.0)
     assert normal.negative_prompts and normal.guidance_mode == "normalcfg"
-    one = recipe_for(small_config(tmp_path, objective__phases=1, objective__min_alpha=0.5), tiny_base)
+    one = recipe_for(small_config(tmp_path, objective__phases=1, objective__min_alpha=0.5), tiny_base.facts)
     assert (one.mode, one.steps, one.min_alpha, one.negative_prompts) == ("deterministic", 1, 0.5, False)

@@ -17,8 +17,8 @@ from phased_consistency.trainer.objectives import (
     OBJECTIVES,
     PCM,
     TCD,
+    Jumps,
     Levels,
-    Pair,
     Progressive,
     UFOGen,
 )
@@ -236,8 +236,8 @@ def test_dscds_tangent_is_the_papers(schedule, prediction):
         return torch.hypot(schedule.alpha(tick), schedule.sigma(tick)).view(-1, 1, 1, 1)
 
     student, target = a.cos() * x_a - a.sin() * F, a_r.cos() * x_at_r - a_r.sin() * F_r
-    pair = Pair(x_a * size(u), x_at_r * size(r), student, target, Levels(u, r, 0 * u), schedule, prediction, progress)
-    torch.testing.assert_close(row._tangent(pair, a, a_r), by_hand, atol=2e-4, rtol=2e-3)
+    jumps = Jumps(x_a * size(u), x_at_r * size(r), student, target, Levels(u, r, 0 * u), schedule, prediction, progress)
+    torch.testing.assert_close(row._tangent(jumps, a, a_r), by_hand, atol=2e-4, rtol=2e-3)
 
 
 def test_dscds_loss_pushes_by_the_normalised_tangent():
@@ -246,8 +246,8 @@ def test_dscds_loss_pushes_by_the_normalised_tangent():
     u, r = torch.tensor([700, 700]), torch.tensor([650, 650])
     student = torch.zeros(2, 4, 2, 2, requires_grad=True)
     target = -torch.tensor([10.0, 1000.0]).view(2, 1, 1, 1).expand(2, 4, 2, 2)
-    pair = Pair(student, student.detach(), student, target, Levels(u, r, 0 * u), schedule, "flow", 1.0)
-    row.distance(pair).sum().backward()
+    jumps = Jumps(student, student.detach(), student, target, Levels(u, r, 0 * u), schedule, "flow", 1.0)
+    row.distance(jumps).sum().backward()
     push = student.grad.flatten(1).norm(dim=1)
     assert push[0].item() == pytest.approx(push[1].item(), rel=0.05) and (student.grad > 0).all()
 

@@ -16,7 +16,7 @@ from phased_consistency.trainer.config.load import flat, load_config
 from phased_consistency.trainer.config.presets import PRESETS
 from phased_consistency.trainer.reporting.curves import curves, smoothed
 from phased_consistency.trainer.reporting.log import LOG, read_log
-from phased_consistency.trainer.reporting.page import report
+from phased_consistency.trainer.reporting.page import write_report
 from phased_consistency.trainer.reporting.story import Story, duration, starting_point
 from phased_consistency.trainer.system.clock import Clock
 from phased_consistency.trainer.system.locks import only_run
@@ -162,8 +162,8 @@ def test_costs_add_up_over_starts(finished, folder):
 def test_a_killed_run_can_be_reported_on(folder, pcm):
     cut(folder, "end", "saved")
     result = pcm("report", folder, "--json")
-    told = json.loads(result.out)
-    assert (result.code, told["state"], told["step"], told["steps"]) == (0, "killed", 4, 4)
+    answer = json.loads(result.out)
+    assert (result.code, answer["state"], answer["step"], answer["steps"]) == (0, "killed", 4, 4)
     assert "the same command goes on from its last checkpoint" in plain(page(folder))
 
 
@@ -202,13 +202,13 @@ def test_folders_of_no_run_are_refused(tmp_path, fails):
 
 def test_a_damaged_preview_and_file_are_left_out(folder):
     (folder / "previews" / "step-0000002.png").write_bytes(b"no picture")
-    report(folder)
+    write_report(folder)
     assert page(folder).count("data:image/") == 2
 
 
 def test_a_damaged_lora_is_named_and_left_out(folder):
     (folder / "mine-best.safetensors").write_bytes(b"no tensors")
-    report(folder)
+    write_report(folder)
     words = plain(page(folder))
     assert "mine-best.safetensors is left out: " in words and "mine.safetensors 4 " in words
 
@@ -223,7 +223,7 @@ def test_a_log_of_another_version_or_damaged_gets_a_sentence(folder):
         broken[at][key] = value
         (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in broken))
         try:
-            report(folder)
+            write_report(folder)
         except ValueError as error:
             refused += 1
             assert "is of another version, or damaged" in str(error)
@@ -255,7 +255,7 @@ def test_curves_of_many_updates_stay_small():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (312, "5 min 12 s"), (25_530, "7 h 05 min")]
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (312, "5 min 12 s"), (25_530, "7 h 05 min")]
 )
-def test_durations_are_in_words(seconds, told):
-    assert duration(seconds) == told
+def test_durations_are_in_words(seconds, text):
+    assert duration(seconds) == text

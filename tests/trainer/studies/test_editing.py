@@ -1,4 +1,7 @@
-"""The figures of edits on closed forms; every edit's goal on the tiny base, beside baselines (docs/measurements/editing.md)."""
+"""The figures of edits on closed forms; every edit's goal on the tiny base, beside baselines.
+
+See docs/measurements/editing.md.
+"""
 
 import json
 from math import inf, log10, sqrt
@@ -23,7 +26,7 @@ from phased_consistency.trainer.studies.edit_metrics import (
     seam_ratio,
     sharpness,
 )
-from phased_consistency.trainer.studies.edit_tables import Goal, Section, tables
+from phased_consistency.trainer.studies.edit_tables import Chapter, Goal, tables
 
 SIDE = 32
 
@@ -67,18 +70,18 @@ def test_low_pass_psnr_sees_the_layout_alone():
 
 def test_pooled_error_is_the_largest_of_a_block():
     low = levels(torch.full((8, 8), 100))
-    made = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert pooled_error(made, low) == 0
-    made[0, 1, 5, 6] += 32 / 255
-    assert pooled_error(made, low) == pytest.approx(2)
+    pictures = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert pooled_error(pictures, low) == 0
+    pictures[0, 1, 5, 6] += 32 / 255
+    assert pooled_error(pictures, low) == pytest.approx(2)
 
 
 def test_luminance_error_weighs_the_channels():
-    made = levels(torch.full((4, 4), 100))
-    grey = made[:, :1].clone()
-    assert luminance_error(made, grey) == pytest.approx(0, abs=1e-4)
-    made[:, 0] += 10 / 255
-    assert luminance_error(made, grey) == pytest.approx(10 * 0.2989 / 0.9999, abs=1e-4)
+    pictures = levels(torch.full((4, 4), 100))
+    grey = pictures[:, :1].clone()
+    assert luminance_error(pictures, grey) == pytest.approx(0, abs=1e-4)
+    pictures[:, 0] += 10 / 255
+    assert luminance_error(pictures, grey) == pytest.approx(10 * 0.2989 / 0.9999, abs=1e-4)
 
 
 def test_an_even_slope_has_no_seam():
@@ -86,15 +89,15 @@ def test_an_even_slope_has_no_seam():
 
 
 def test_a_seam_is_told_by_its_height():
-    """Of 32 pairs across the border half rise by 2 + 20 levels, half by 2 - 20: |change| is 20 on average, else 2."""
+    """Half of 32 pairs across the border rise by 2 + 20 levels, half by 2 - 20: |change| is 20 on average, else 2."""
     assert seam_ratio(slope() + 20 / 255 * block(), block()) == pytest.approx(10)
 
 
 def test_an_edge_that_is_far_from_the_border_is_no_seam():
-    made = slope()
-    made[..., 0] = 1
-    assert seam_ratio(made, block(), near=4) == pytest.approx(1)
-    assert seam_ratio(made, block(), near=12) < 0.5
+    pictures = slope()
+    pictures[..., 0] = 1
+    assert seam_ratio(pictures, block(), near=4) == pytest.approx(1)
+    assert seam_ratio(pictures, block(), near=12) < 0.5
 
 
 def test_means_are_of_the_batch():
@@ -138,8 +141,8 @@ def test_latents_masked_everywhere_are_generated_and_nowhere_are_kept(tiny_base)
     cells = torch.ones(1, 1, 8, 8)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(3))
     alone = generate(tiny_base, condition, null, noise, ticks, guidance=2.0, start=known)
-    made = latent_mask(tiny_base, condition, null, known, cells, ticks, guidance=2.0, seed=3)
-    torch.testing.assert_close(made, alone, atol=1e-5, rtol=1e-5)
+    pictures = latent_mask(tiny_base, condition, null, known, cells, ticks, guidance=2.0, seed=3)
+    torch.testing.assert_close(pictures, alone, atol=1e-5, rtol=1e-5)
     assert torch.equal(latent_mask(tiny_base, condition, null, known, 0 * cells, ticks, seed=3), known)
 
 
@@ -152,14 +155,14 @@ def test_the_host_s_masks():
 
 
 def test_goals_and_tables():
-    section = Section("Edit", ["a"], lambda made: {"sum": made.sum().item(), "error": inf})
-    section.add("a row", torch.ones(1, 3, 2, 2))
-    section.goals = [Goal("is met", 0.5, 0, 1), Goal("is not", 2.0, most=1)]
-    text = tables([section])
+    chapter = Chapter("Edit", ["a"], lambda pictures: {"sum": pictures.sum().item(), "error": inf})
+    chapter.add("a row", torch.ones(1, 3, 2, 2))
+    chapter.goals = [Goal("is met", 0.5, 0, 1), Goal("is not", 2.0, most=1)]
+    text = tables([chapter])
     assert "| Edit | is met | 0.50 | at least 0, at most 1 | yes |" in text
     assert "| Edit | is not | 2 | at most 1 | no |" in text
     assert "| a row | 12 | exact |" in text
-    assert json.loads(json.dumps(section.as_dict(), allow_nan=False))["rows"]["a row"] == {"sum": 12, "error": None}
+    assert json.loads(json.dumps(chapter.as_dict(), allow_nan=False))["rows"]["a row"] == {"sum": 12, "error": None}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def drawn():
 
 
 @pytest.fixture(scope="module")
-def sections(drawn):
+def chapters(drawn):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(gallery, "VARIANTS", {"ours": {}})
         patch.setattr(gallery, "STRENGTHS", (0.5, 1.0))
@@ -178,48 +181,48 @@ def sections(drawn):
         return {name: gallery.EDITS[name](drawn) for name in names}
 
 
-def row(sections, edit, label="ours"):
-    return sections[edit].rows[label]
+def row(chapters, edit, label="ours"):
+    return chapters[edit].rows[label]
 
 
 @pytest.mark.parametrize("edit", ["inpaint", "outpaint"])
-def test_what_is_known_stays(sections, edit):
-    ours, host = row(sections, edit), row(sections, edit, "SetLatentNoiseMask")
+def test_what_is_known_stays(chapters, edit):
+    ours, host = row(chapters, edit), row(chapters, edit, "SetLatentNoiseMask")
     assert ours["PSNR of what is known"] >= 50 > 40 > host["PSNR of what is known"]
 
 
-def test_no_seam_shows(sections):
+def test_no_seam_shows(chapters):
     """On more pictures, since chance decides how many edges lie on the border of few (its truth's: 1.1)."""
     drawn = gallery.Gallery("tiny-sd15", None, 6, steps=4, guidance=1.0)
     mask = gallery.holes(6)
     assert 0.8 <= seam_ratio(drawn.edit(drawn.ours, Inpaint(drawn.truth, mask)).image, mask) <= 1.3
-    ours, perfect = row(sections, "inpaint"), row(sections, "inpaint", "truth through the VAE")
+    ours, perfect = row(chapters, "inpaint"), row(chapters, "inpaint", "truth through the VAE")
     assert 0.8 <= ours["seam where drawing ends"] / perfect["seam where drawing ends"] <= 1.3
-    pasted = row(sections, "inpaint", "the same, pasted")["seam at the mask"]
+    pasted = row(chapters, "inpaint", "the same, pasted")["seam at the mask"]
     assert pasted / perfect["seam at the mask"] > 1.3
 
 
-def test_the_luminance_stays(sections):
-    ours, other = row(sections, "colorize"), row(sections, "colorize", "img2img, strength 1")
+def test_the_luminance_stays(chapters):
+    ours, other = row(chapters, "colorize"), row(chapters, "colorize", "img2img, strength 1")
     assert ours["luminance error"] <= 0.5 < other["luminance error"]
-    assert ours["chroma"] > 0.5 * row(sections, "colorize", "truth")["chroma"]
+    assert ours["chroma"] > 0.5 * row(chapters, "colorize", "truth")["chroma"]
 
 
-def test_super_resolution_keeps_the_small_picture_and_beats_the_baselines(sections):
-    ours, bicubic = row(sections, "upscale8"), row(sections, "upscale8", "bicubic")
-    others = [figures for label, figures in sections["upscale8"].rows.items() if "img2img" in label]
+def test_super_resolution_keeps_the_small_picture_and_beats_the_baselines(chapters):
+    ours, bicubic = row(chapters, "upscale8"), row(chapters, "upscale8", "bicubic")
+    others = [figures for label, figures in chapters["upscale8"].rows.items() if "img2img" in label]
     assert others and ours["pooled error"] <= 1 < min(f["pooled error"] for f in [bicubic, *others])
     assert ours["PSNR"] > max(f["PSNR"] for f in [bicubic, *others])
     assert ours["sharpness"] > bicubic["sharpness"]
 
 
-def test_noise_is_taken_out(sections):
+def test_noise_is_taken_out(chapters):
     for column in ("PSNR, noise 25", "PSNR, noise 50"):
-        assert row(sections, "denoise")[column] > row(sections, "denoise", "noisy")[column] + 5
+        assert row(chapters, "denoise")[column] > row(chapters, "denoise", "noisy")[column] + 5
 
 
-def test_interpolation_ends_in_the_single_pictures(sections):
-    (goal,) = sections["interpolate"].goals
+def test_interpolation_ends_in_the_single_pictures(chapters):
+    (goal,) = chapters["interpolate"].goals
     assert goal.value == 0 and goal.met
 
 

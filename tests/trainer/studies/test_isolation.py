@@ -120,8 +120,8 @@ def test_it_saves_what_it_trained(whole):
     assert not trained.untrained and trained.base_hash != fresh.base_hash
     pairs = zip(trained.network.parameters(), fresh.network.parameters(), strict=True)
     assert sum(not torch.equal(a, b) for a, b in pairs) > 0.95 * len(list(fresh.network.parameters()))
-    told = read_header(path / WEIGHTS).metadata
-    assert told["pcm.step"] == "6" and json.loads(told["pcm.config"])["objective"]["name"] == "ct"
+    metadata = read_header(path / WEIGHTS).metadata
+    assert metadata["pcm.step"] == "6" and json.loads(metadata["pcm.config"])["objective"]["name"] == "ct"
 
 
 def test_a_stopped_run_ends_in_the_same_bytes(whole, tmp_path):
@@ -148,8 +148,8 @@ def test_train_and_sample_end_to_end(pcm, tmp_path):
     assert "weights of the network are trained" in trained.err
     assert float(re.search(r"max difference (\S+) when read again", trained.err)[1]) < 1e-5
     assert all((tmp_path / "run" / f).is_file() for f in ("previews/step-0000001.png", "digits.preview.png"))
-    how = ["--base", tmp_path / "run" / "digits", "--prompt", "3", "--steps", "1,2", "--out"]
-    drawn = json.loads(pcm("sample", *how, tmp_path / "grid.png", "--json").out)
+    options = ["--base", tmp_path / "run" / "digits", "--prompt", "3", "--steps", "1,2", "--out"]
+    drawn = json.loads(pcm("sample", *options, tmp_path / "grid.png", "--json").out)
     assert [(r["guidance"], r["gamma"]) for r in drawn["rows"]] == [(1, 1), (1, 1)], "as a consistency model is sampled"
     assert drawn["warnings"] == [] and (tmp_path / "grid.png").is_file()
 
@@ -199,13 +199,13 @@ def test_prompts_alone_are_not_enough(tmp_path):
 
 
 def test_an_untrained_network_is_not_sampled(fails, tmp_path):
-    told = fails(2, "sample", "--base", "digits", "--prompt", "3", "--out", tmp_path / "grid.png")
-    assert "digits is a network with random weights. Train it (pcm train --preset digits)" in told
+    error = fails(2, "sample", "--base", "digits", "--prompt", "3", "--out", tmp_path / "grid.png")
+    assert "digits is a network with random weights. Train it (pcm train --preset digits)" in error
 
 
 def test_a_lora_is_not_taken(fails, lora, whole, tmp_path):
-    how = ["--base", whole[1], "--prompt", "3", "--out", tmp_path / "grid.png", "--lora", lora]
-    assert "is a LoRA for SD1.5" in fails(2, "sample", *how)
+    options = ["--base", whole[1], "--prompt", "3", "--out", tmp_path / "grid.png", "--lora", lora]
+    assert "is a LoRA for SD1.5" in fails(2, "sample", *options)
 
 
 def test_there_is_no_teacher():
@@ -241,7 +241,7 @@ class LineBase:
 
 
 def test_from_nothing_to_the_exact_map_of_a_gaussian():
-    """Of N(m, s^2) the consistency function is known: x goes to m + s (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
+    """The consistency function of N(m, s^2) is known: x goes to m + s (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
     schedule = VPSchedule.from_betas()
     base = LineBase(schedule)
     learner = Whole(base.network)

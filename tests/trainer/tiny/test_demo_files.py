@@ -147,7 +147,7 @@ def test_where_links_are_not_possible_the_pack_is_copied_each_time(tmp_path, mon
 
 
 def test_comfy_cli_is_asked_to_install(tmp_path, monkeypatch):
-    """What would be run; comfy-cli 1.23 knows these options."""
+    """The commands that would be run; comfy-cli 1.23 knows these options."""
     ran = []
     monkeypatch.setattr(comfy.venv, "create", lambda *args, **keywords: None)
     monkeypatch.setattr(comfy, "_run", lambda *command: ran.append(command))

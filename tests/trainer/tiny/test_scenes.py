@@ -27,10 +27,10 @@ def another_colour(scene, rng):
 
 
 def test_prompts_are_distinct_and_repeatable():
-    made = prompts(500, seed=3)
-    assert len(made) == len(set(made)) == 500
-    assert made == prompts(500, seed=3) and made[:100] == prompts(100, seed=3)
-    assert made != prompts(500, seed=4)
+    captions = prompts(500, seed=3)
+    assert len(captions) == len(set(captions)) == 500
+    assert captions == prompts(500, seed=3) and captions[:100] == prompts(100, seed=3)
+    assert captions != prompts(500, seed=4)
 
 
 def test_captions_name_what_is_drawn():

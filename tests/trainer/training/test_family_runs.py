@@ -127,13 +127,15 @@ def test_its_recipe_keeps_the_guidance_of_what_it_started_from(lora, tmp_path):
     base = load_base(TINY)
     wide = {"guidance_mode": "normalcfg", "guidance": 3.0, "guidance_max": 3.5, "negative_prompts": True}
     open_to_cfg = rewritten(lora, tmp_path / "open.safetensors", **wide)
-    assert recipe_for(starting(lora), base).guidance_mode == "smallcfg"
-    assert recipe_for(starting(open_to_cfg), base).guidance == 3
-    distilled = recipe_for(starting(open_to_cfg, objective__name="pcm"), base)
+    assert recipe_for(starting(lora), base.facts).guidance_mode == "smallcfg"
+    assert recipe_for(starting(open_to_cfg), base.facts).guidance == 3
+    distilled = recipe_for(starting(open_to_cfg, objective__name="pcm"), base.facts)
     assert (distilled.guidance_mode, distilled.guidance) == ("smallcfg", 1)
     plain = {"objective__name": "ct"} | UNGUIDED
-    assert recipe_for(small_config("nowhere", **plain), base).guidance_mode == "smallcfg", "the teacher's, at CFG 3"
-    assert recipe_for(small_config("nowhere", **plain, data__images="mine"), base).guidance_mode == "normalcfg"
+    assert recipe_for(small_config("nowhere", **plain), base.facts).guidance_mode == "smallcfg", (
+        "the teacher's, at CFG 3"
+    )
+    assert recipe_for(small_config("nowhere", **plain, data__images="mine"), base.facts).guidance_mode == "normalcfg"
 
 
 def test_where_a_run_may_disappoint_is_said():

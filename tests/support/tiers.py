@@ -1,0 +1,194 @@
+"""Which tests are slow, read from their source before any of them is run.
+
+A test is slow where it and its fixtures train more than once, start a process or compile. What a function does is what
+the names in it lead to, over the files of tests/ and the trainer: imports are followed, function by function, as far
+as the names below. A name in a loop counts twice. What reading cannot see, a method of an object or a table of
+functions, the guard in tests/conftest.py sees when the test is run.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "phased_consistency"
+OURS = {path.stem for path in (ROOT / "tests").iterdir()}
+
+# Where reading ends: what stands for one training, and what starts a process or compiles (a name, or all of a module).
+TRAINING_MODULE = f"{PACKAGE}.trainer.training.loop"
+TRAINING = {f"{TRAINING_MODULE}.train", f"{TRAINING_MODULE}.Run"}
+COSTLY = {
+    "subprocess.run": "starts a process",
+    "subprocess.Popen": "starts a process",
+    "subprocess.check_output": "starts a process",
+    "os.fork": "starts a process",
+    "multiprocessing": "starts a process",
+    "concurrent.futures.ProcessPoolExecutor": "starts a process",
+    "torch.compile": "compiles",
+}
+# Raised before a run begins, so that a run which ends so is none.
+REFUSALS = {"ValueError", "FileNotFoundError", "PermissionError", "SystemExit"}
+# The words of which a file of the trainer needs one to be read at all.
+LEADS = ("subprocess", "multiprocessing", "torch.compile", "training.loop import", "from .loop import")
+VERBS = {"train": 1, "bench": 2}  # trainings of `pcm ...` in this process
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a function does: how often it trains, and what else is slow about it."""
+
+    trainings: int = 0
+    costly: frozenset[str] = field(default_factory=frozenset)
+
+    def __add__(self, other: Traits) -> Traits:
+        return Traits(self.trainings + other.trainings, self.costly | other.costly)
+
+    def repeated(self) -> Traits:
+        return Traits(2 * self.trainings, self.costly)
+
+    def reasons(self) -> list[str]:
+        """Why a test with these traits is slow; empty for a fast one."""
+        return sorted(self.costly) + ["trains more than once"] * (self.trainings > 1)
+
+
+class Source:
+    """One Python file: its functions and classes by name, and where its other names come from."""
+
+    def __init__(self, module: str, path: Path, text: str):
+        self.module, self.package = module, module if path.name == "__init__.py" else module.rpartition(".")[0]
+        tree = ast.parse(text)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        self.defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
+        self.imported = dict(self.imports(tree.body))
+
+    def imports(self, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+        """(name, what it stands for with all its dots) of the imports among these statements."""
+        for node in body:
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    yield (name.asname, name.name) if name.asname else (name.name.split(".")[0],) * 2
+            elif isinstance(node, ast.ImportFrom):
+                above = self.package.split(".")[: 1 - node.level or None] if node.level else []
+                origin = ".".join([*above, *filter(None, [node.module])])
+                yield from ((name.asname or name.name, f"{origin}.{name.name}") for name in node.names)
+
+
+@cache
+def source_of(module: str) -> Source | None:
+    """The file of a module of tests/ or of the trainer; None for others."""
+    parts = module.split(".")
+    if parts[0] == PACKAGE:
+        parts = parts[1:]
+    elif parts[0] in OURS:
+        parts = ["tests", *parts]
+    else:
+        return None
+    path = ROOT.joinpath(*parts)
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return Source(module, path, text) if parts[0] == "tests" or any(word in text for word in LEADS) else None
+
+
+_read: dict[str, Traits] = {}
+
+
+def traits_of(name: str) -> Traits:
+    """What a dotted name stands for does when it is called; a function that comes to itself again adds nothing."""
+    if name not in _read:
+        _read[name] = Traits()
+        _read[name] = _traits(name)
+    return _read[name]
+
+
+def _traits(name: str) -> Traits:
+    if name in TRAINING:
+        return Traits(1)
+    costly = [reason for known, reason in COSTLY.items() if f"{name}.".startswith(f"{known}.")]
+    if costly:
+        return Traits(0, frozenset(costly))
+    module, _, last = name.rpartition(".")
+    source = source_of(module) if module else None
+    if source is None:
+        return Traits()
+    if last in source.imported:
+        return traits_of(source.imported[last])
+    node = source.defined.get(last)
+    if isinstance(node, ast.ClassDef):
+        node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    return _Reader(source, node).read() if node else Traits()
+
+
+class _Reader:
+    """Adds up the traits of one function by the names that it loads."""
+
+    def __init__(self, source: Source, function: ast.FunctionDef):
+        arguments, nodes = function.args, list(ast.walk(function))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        self.source, self.function = source, function
+        self.imported = source.imported | dict(source.imports(nodes))
+        own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        own |= {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        self.elsewhere = source.defined.keys() - own
+        self.loaded = {name.id for name in names} & (self.elsewhere | self.imported.keys() | {"pcm"})
+
+    def read(self) -> Traits:
+        return self._visit_all(self.function.body) if self.loaded else Traits()
+
+    def _visit_all(self, nodes: Iterable[ast.AST]) -> Traits:
+        return sum(map(self._visit, nodes), Traits())
+
+    def _visit(self, node: ast.AST) -> Traits:
+        if isinstance(node, (ast.For, ast.While)):
+            once = [node.iter if isinstance(node, ast.For) else node.test, *node.orelse]
+            return self._visit_all(node.body).repeated() + self._visit_all(once)
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            return self._visit_all(ast.iter_child_nodes(node)).repeated()
+        if isinstance(node, ast.With) and any(_refuses(item.context_expr) for item in node.items):
+            return Traits(0, self._visit_all(node.body).costly)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pcm":
+            words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            if words and "--dry-run" not in words:
+                return Traits(VERBS.get(words[0], 0)) + self._visit_all(node.args)
+        if name := self._name(node):
+            return traits_of(name)
+        return self._visit_all(ast.iter_child_nodes(node))
+
+    def _name(self, node: ast.AST) -> str | None:
+        """What a name, or a chain of attributes, stands for, with all its dots; None for what the function owns."""
+        if isinstance(node, ast.Attribute):
+            base = self._name(node.value)
+            return base and f"{base}.{node.attr}"
+        if not isinstance(node, ast.Name):
+            return None
+        if node.id in self.elsewhere:
+            return f"{self.source.module}.{node.id}"
+        return self.imported.get(node.id)
+
+
+def _refuses(context: ast.expr) -> bool:
+    """Whether it is `pytest.raises` of what is said before a run begins."""
+    if not (isinstance(context, ast.Call) and ast.unparse(context.func) == "pytest.raises" and context.args):
+        return False
+    return ast.unparse(context.args[0]) in REFUSALS
+
+
+def traits_of_test(item: pytest.Function) -> Traits:
+    """The traits of a collected test and of all its fixtures, but for what is trained once for the whole session."""
+    definitions = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+    once = [traits_of(_full_name(d.func)) for d in definitions if d.scope == "session"]
+    each = [traits_of(_full_name(d.func)) for d in definitions if d.scope != "session"]
+    return sum([traits_of(_full_name(item.function)), *each], Traits(0, frozenset().union(*(t.costly for t in once))))
+
+
+def _full_name(function: Callable) -> str:
+    """A function's name with its module's; a file of tests/ is a module by its path from there."""
+    path = Path(function.__code__.co_filename)
+    known = ROOT / "tests" in path.parents
+    module = ".".join(path.relative_to(ROOT / "tests").with_suffix("").parts) if known else function.__module__
+    return f"{module}.{function.__name__}"

@@ -1,12 +1,12 @@
 """Zero-shot editing: the parts of one loop, with the VAE in it (arXiv 2303.01469, Alg. 4, on latents).
 
-    operator          what is known of the picture (see `operators`)
-    z = begin(...)    its start, encoded; noised to the first level by `noised`, or by the host
-    sample_phased(..., project=Projected(...))    x0 is decoded, projected and encoded at every step, or every
-    n-th finish(...)       the last latent decoded once, projected, composited
+    operator             what is known of the picture (see `operators`)
+    z = begin(...)       its start, encoded; noised to the first level by `noised`, or by the host
+    sample_phased(..., project=Projected(...))
+                         at every step, or every n-th, x0 is decoded, projected and encoded
+    finish(...)          the last latent decoded once, projected, composited
 
-With an identity for a VAE and gamma 1 this is Algorithm 4. Latents are in the model's units, pictures in [0,
-1].
+With an identity for a VAE and gamma 1 this is Algorithm 4. Latents are in the model's units, pictures in [0, 1].
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from phased_consistency.samplers import recipe_for_file
-from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.training.loop import train
-from phased_consistency.trainer.training.plan import plan
 from support.bases import make_sdxl_folder, make_sdxl_pipeline, save_without
+from support.full_size import planned
 from support.ldm_checkpoint import save_single_file
 from support.runs import metadata, small_config
 
@@ -197,7 +196,7 @@ def test_the_shipped_configs_are_the_real_sdxl():
 
 
 def test_a_full_size_run_is_planned_without_a_weight():
-    plain, adversarial = (plan(load_config(preset=f"sdxl-4step{kind}")) for kind in ("", "-adv"))
+    plain, adversarial = (planned(f"sdxl-4step{kind}") for kind in ("", "-adv"))
     assert (plain["lora_modules"], plain["trained_parameters"]) == (788, 196_751_360)
     gib, more = plain["memory_gib"], adversarial["memory_gib"]
     assert gib["frozen UNet"] == pytest.approx(2_567_463_684 * 2 / 2**30, abs=1e-3)
@@ -218,7 +217,8 @@ def test_a_small_sdxl_is_trained_and_its_lora_fits(made, tiny_base, tmp_path):
     """v-prediction with zero terminal SNR, from what its scheduler says to what the LoRA's header says."""
     folder = tmp_path / "base"
     make_sdxl_folder(folder, made.words, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    config = small_config(tmp_path / "run", base__path=folder, train__steps=2)
+    size = {"data__count": 3, "data__teacher_steps": 1, "train__steps": 1}
+    config = small_config(tmp_path / "run", base__path=folder, **size)
     path = train(config)
     recipe = recipe_for_file(path.name, metadata(path))
     assert (recipe.family, recipe.prediction, recipe.zero_terminal_snr) == ("sdxl", "v_prediction", True)

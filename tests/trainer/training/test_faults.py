@@ -139,8 +139,13 @@ def test_a_disk_that_will_not_do_is_said_before_the_first_update(config, whole, 
 
 
 @pytest.fixture
-def nobody():
-    """Whom a file's permissions bind, which they do not the superuser."""
+def nobody(whole):
+    """Whom a file's permissions bind, which they do not the superuser.
+
+    They may not read this checkout either, where it is below a folder of the superuser's own: a run has imported all
+    that runs import, and the page has been read, before.
+    """
+    rows()
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield

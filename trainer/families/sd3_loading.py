@@ -212,6 +212,7 @@ def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: t
 
 
 def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5EncoderModel:
+    """T5 with these weights of a single file. Raises ValueError for scaled fp8, and as `loading.fill`."""
     if any(name.endswith(loading.SCALES) for name in weights):
         raise ValueError(
             f"{path.name} holds T5-XXL in scaled fp8, which is not read. Give a file with fp16 or plain fp8 weights, "
@@ -226,13 +227,17 @@ def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5E
     return encoder
 
 
-def tokenizers_from(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
-    """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
-    clips = clip_tokenizers(asked, others, base)
-    return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips
+def tokenizers_from(chosen: str | None, defaults: list[Path | None], base: str, t5: bool) -> list:
+    """CLIP-L's, CLIP-bigG's and, where used, T5's tokenizer, each from the first of these folders that has it.
+
+    Parameters and errors as of `clip_tokenizers`; FileNotFoundError where T5's is nowhere.
+    """
+    clips = clip_tokenizers(chosen, defaults, base)
+    return [*clips, _t5_tokenizer([Path(p) for p in (chosen, *defaults) if p], base)] if t5 else clips
 
 
 def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
+    """T5's tokenizer from the first of these folders that has one in tokenizer_3/, else from the hub or its cache."""
     folder = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
     try:
         if folder:

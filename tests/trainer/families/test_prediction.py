@@ -200,11 +200,12 @@ def test_a_dry_run_tells_of_the_recipe_that_the_run_writes(tiny_base, tmp_path, 
 def test_a_dry_run_finds_contradictions(tiny_base, tmp_path):
     parts = make_sdxl_parts(tiny_base.tokenizers[0])
     path = save_single_file(tmp_path / "v.safetensors", **vars(parts), markers=("v_pred", "ztsnr"))
-    words = str(bundled_folder("tiny-sd15") / "tokenizer")
-    facts = look_at_base(str(path), tokenizer=words)
+    make_sdxl_folder(tmp_path / "configs", tiny_base.tokenizers[0])
+    options = {"config": str(tmp_path / "configs"), "tokenizer": str(bundled_folder("tiny-sd15") / "tokenizer")}
+    facts = look_at_base(str(path), family="sdxl", **options)
     assert (facts.prediction, facts.zero_terminal_snr) == (V, True)
     with pytest.raises(ValueError, match="says that the base predicts v_prediction, base.prediction says epsilon"):
-        look_at_base(str(path), tokenizer=words, prediction=EPS)
+        look_at_base(str(path), family="sdxl", **options, prediction=EPS)
 
 
 def test_random_weights_pass(tiny_base, tmp_path):

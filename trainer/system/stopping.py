@@ -27,7 +27,7 @@ class Stopper:
     def __init__(self, say: Callable[[str], None], launched: bool = False):
         self.say = say
         self.launched = launched
-        self.asked = False
+        self.stop_requested = False
         self._since = 0.0  # when it was asked
         self.sentence: str | None = None  # said at the first signal; None while there is nothing to save
         self._before: dict[int, signal.Handlers] = {}
@@ -51,10 +51,10 @@ class Stopper:
             self.sentence = None
 
     def _take(self, *_) -> None:
-        if self.launched and self.asked and time.monotonic() - self._since < PASSED_ON:
+        if self.launched and self.stop_requested and time.monotonic() - self._since < PASSED_ON:
             return
-        if self.sentence is None or self.asked:
+        if self.sentence is None or self.stop_requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
         self._since = time.monotonic()
         self.say(f"{self.sentence} Once more to stop at once.")

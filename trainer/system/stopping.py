@@ -28,7 +28,7 @@ class Stopper:
         self.say = say
         self.launched = launched
         self.stop_requested = False
-        self._since = 0.0  # when it was asked
+        self._since = 0.0  # when that was
         self.sentence: str | None = None  # said at the first signal; None while there is nothing to save
         self._before: dict[int, signal.Handlers] = {}
 
@@ -43,7 +43,7 @@ class Stopper:
 
     @contextmanager
     def saving(self, sentence: str) -> Iterator[None]:
-        """In this block the first signal only sets `asked`, and `sentence` is said."""
+        """In this block the first signal only sets `stop_requested`, and `sentence` is said."""
         self.sentence = sentence
         try:
             yield

@@ -144,10 +144,11 @@ class _Reader:
         names = [node for node in nodes if isinstance(node, ast.Name)]
         self.source, self.function = source, function
         self.inner = {node.name: node for node in nodes if isinstance(node, FUNCTIONS) and node is not function}
-        self.imported = source.imported | dict(source.imports(nodes))
         own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
         own |= {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
         self.elsewhere = source.defined.keys() - own
+        elsewhere = {name: origin for name, origin in source.imported.items() if name not in own}
+        self.imported = elsewhere | dict(source.imports(nodes))
         self.loaded = {name.id for name in names} & (self.elsewhere | self.imported.keys() | COMMANDS)
 
     def read(self) -> Traits:

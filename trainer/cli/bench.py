@@ -29,12 +29,13 @@ def bench(
 
     Example: pcm bench --preset demo adversarial.weight=0.1 --updates 20
     """
+    config = configured(settings, preset, default="demo")
+
     from ..bench.comparison import bench as compare
     from ..bench.report import bench_text
     from ..reporting.progress import ProgressBar
     from ..system.files import write_text
 
-    config = configured(settings, preset, default="demo")
     with ProgressBar() as bar:
         details = compare(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
     text = bench_text(details)

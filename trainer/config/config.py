@@ -23,19 +23,29 @@ from .sections import (
     ValidationConfig,
 )
 
-# How a run is worked through, which may change between two starts: what an update learns is the same up to rounding.
-MAY_CHANGE = tuple(
-    f"train.{key}"
-    for key in (
-        *("batch_size", "accumulation", "gradient_checkpointing", "memory_limit_gib"),
-        *("offload", "shard", "compile"),
-    )
+# Settings that may change between two starts of a run, as what an update learns stays the same up to
+# rounding.
+MAY_CHANGE = (
+    "train.batch_size",
+    "train.accumulation",
+    "train.gradient_checkpointing",
+    "train.memory_limit_gib",
+    "train.offload",
+    "train.shard",
+    "train.compile",
 )
-# What is watched of a run's held-out samples, and changes nothing but how many they are.
+# Settings of `validation` that only say what is measured on the held-out samples; `count` also decides which
+# these are.
 WATCHED = ("every", "steps", "teacher_steps", "best")
+# Settings (section, key) that are places on this machine or elsewhere.
 PLACES = (
-    *(("base", key) for key in ("path", "tokenizer", "config", "parts")),
-    *(("data", key) for key in ("images", "shards", "prompts")),
+    ("base", "path"),
+    ("base", "tokenizer"),
+    ("base", "config"),
+    ("base", "parts"),
+    ("data", "images"),
+    ("data", "shards"),
+    ("data", "prompts"),
     ("lora", "init"),
 )
 
@@ -57,7 +67,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        points, most = self.objective.points, max(self.preview.steps, default=1)
+        points = self.objective.points
+        most = max(self.preview.steps, default=1)
         if self.preview.every and most > points:
             raise ValueError(
                 f"preview.steps asks for {most} steps, and there are objective.points = {points} levels to take them "
@@ -67,9 +78,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_adversary(self):
-        objective, weight = self.objective, self.adversarial.weight
+        objective = self.objective
+        weight = self.adversarial.weight
         if weight and objective.adversarial == "none":
-            able = ", ".join(name for name, row in OBJECTIVES.items() if row.adversarial != "none")
+            able = ", ".join(name for name, kind in OBJECTIVES.items() if kind.adversarial != "none")
             raise ValueError(
                 f"adversarial.weight = {weight:g}: the objective {objective.name} has no adversarial loss; those with "
                 f"one: {able}. Set adversarial.weight=0"
@@ -83,19 +95,21 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
+        """The folder that the run writes into."""
         return Path(self.output or f"runs/{self.name}")
 
     @property
     def cache_folder(self) -> Path:
+        """The folder of the cached latents and prompts."""
         return Path(self.data.cache) if self.data.cache else self.run_folder / "cache"
 
     @property
     def preset(self) -> str | None:
-        """The preset that it was made from."""
+        """The name of the preset that this configuration was made from, if any."""
         return self._preset
 
     def grid(self) -> PhaseGrid:
-        """The grid that is sampled."""
+        """The grid that the LoRA is sampled on."""
         return self.objective.grid()
 
     def notes(self) -> list[str]:
@@ -103,16 +117,20 @@ class Config(Section):
         return self.objective.notes(pictures=self.data.has_pictures, started=self.lora.init is not None)
 
     def what_decides_the_weights(self) -> dict[str, Any]:
-        """The settings for the LoRA's header and for `resume`'s check: places on this machine by their last name, and
-        without what a run only shows or keeps, which may change between two starts."""
-        kept = {"trackers", "report", "save_every", "keep_checkpoints"}
-        return self._without_places({"train": kept, "preview": True, "validation": set(WATCHED)})
+        """The settings that decide what is learnt, for the LoRA's header and to check a run that is resumed.
+
+        Without those that only say what a run shows or keeps, which may change between two starts. Places are
+        named by their last part, as in `for_others`.
+        """
+        housekeeping = {"trackers", "report", "save_every", "keep_checkpoints"}
+        return self._without_places({"train": housekeeping, "preview": True, "validation": set(WATCHED)})
 
     def for_others(self) -> dict[str, Any]:
-        """All settings, with places on this machine by their last name."""
+        """All settings, for files that are shared: places on this machine are named by their last part alone."""
         return self._without_places({})
 
     def _without_places(self, exclude: dict[str, Any]) -> dict[str, Any]:
+        """The settings but these, as JSON-ready values, and of each of `PLACES` the last part of its path."""
         values = self.model_dump(mode="json", exclude={"output": True, "data": {"cache", "workers"}, **exclude})
         for section, key in PLACES:
             place = values[section][key]

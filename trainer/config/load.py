@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,41 @@ else:
     import tomli as tomllib
 
 DEEPEST = 6  # levels of sections and lists in a configuration
-MOST_PROBLEMS, LONGEST = 50, 200  # that are told at once; characters of a value or a key in them
+MOST_PROBLEMS = 50  # that one error lists
+LONGEST = 200  # characters of a value or a key in an error
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), preset: str | None = None) -> Config:
-    """Preset, then TOML file, then `key=value` overrides, each over the one before.
+    """Read a run's configuration from a preset, then a TOML file, then overrides, each laid over the one before.
 
-    Where one of them changes the objective, it keeps of the settings before those that it has too.
-    Raises ValueError that lists every problem at once, with the nearest known key for each unknown one.
+    file: path of the TOML file, which may name its preset. overrides: "section.key=value" each. preset: its
+    name, which counts before the file's. Where one of them changes the objective, the settings before stay
+    that the new one has too. Raises ValueError that lists every problem at once, with the nearest known key
+    for each unknown one.
     """
     values: dict[str, Any] = {}
     document = _read_toml(file) if file else {}
+
     preset = preset or document.pop("preset", None)
     document.pop("preset", None)
     if preset is not None:
         if str(preset) not in PRESETS:
-            near = _nearest(str(preset), PRESETS)
-            raise ValueError(f"Unknown preset {_short(repr(preset))}; available: {', '.join(PRESETS)}.{near}")
+            suggestion = _nearest(str(preset), PRESETS)
+            raise ValueError(f"Unknown preset {_short(repr(preset))}; available: {', '.join(PRESETS)}.{suggestion}")
         _lay(values, PRESETS[preset].values)
     _lay(values, document)
-    given: dict[str, Any] = {}
+
+    overridden: dict[str, Any] = {}
     for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep:
-            given_as = _short(repr(item))
-            raise ValueError(f"Cannot read the override {given_as}: write key=value, for example train.steps=2000.")
-        _set(given, key.strip(), _parse_value(text.strip()))
-        _check_depth(given, f"The override {_short(item)}")
-    _lay(values, given)
+        key, equals, text = item.partition("=")
+        if not equals:
+            words = _short(repr(item))
+            raise ValueError(f"Cannot read the override {words}: write key=value, for example train.steps=2000.")
+        _set(overridden, key.strip(), _parse_value(text.strip()))
+        _check_depth(overridden, f"The override {_short(item)}")
+    _lay(values, overridden)
+
+    # a missing section would be told as such; with it there, its missing keys are
     values.setdefault("base", {})
     if isinstance(values.get("objective"), dict):
         values["objective"].setdefault("name", PCM.model_fields["name"].default)
@@ -61,14 +68,15 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    found: dict[str, Any] = {}
+    """Nested settings by dotted key: {"train": {"steps": 10}} -> {"train.steps": 10}."""
+    settings: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return settings
 
 
 def _read_toml(file: str) -> dict[str, Any]:
+    """The file's settings. Raises ValueError where there is no file, or no valid TOML in it."""
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
@@ -81,16 +89,21 @@ def _read_toml(file: str) -> dict[str, Any]:
 
 
 def _check_depth(value: Any, where: str) -> None:
-    """Raise ValueError for what is nested deeper than any setting."""
-    level = [value]
+    """Raise ValueError for a value that is nested deeper than any setting, before something walks down it."""
+    values = [value]
     for _ in range(DEEPEST):
-        level = [v for e in level if isinstance(e, dict | list) for v in (e.values() if isinstance(e, dict) else e)]
-    if level:
+        values = [
+            inner
+            for outer in values
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if values:
         raise ValueError(f"{where} nests more than {DEEPEST} levels of sections and lists; settings take fewer.")
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value where it is one, else the text itself, so that paths need no quotes."""
+    """An override's value: what its text is in TOML, else the text itself, so that paths need no quotes."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
@@ -98,15 +111,16 @@ def _parse_value(text: str) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is a name here
 
 
-def _lay(over: dict[str, Any], new: dict[str, Any]) -> None:
-    """Merge one source's settings over those before; a change of the objective keeps the keys that both have."""
-    objective, before = new.get("objective"), over.get("objective")
+def _lay(values: dict[str, Any], new: dict[str, Any]) -> None:
+    """Lay one source's settings over those before. A change of the objective keeps the settings that both have."""
+    objective, before = new.get("objective"), values.get("objective")
     if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in [*OBJECTIVES]:
-        over["objective"] = known_to(objective["name"], before)
-    _merge(over, new)
+        values["objective"] = known_to(objective["name"], before)
+    _merge(values, new)
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    """Lay new settings over others, section by section."""
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
@@ -115,6 +129,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a setting by its dotted key. Raises ValueError where a value stands in place of a section."""
     *sections, key = dotted.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -124,25 +139,27 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> str:
+    """All problems of a configuration, a line each."""
     problems = error.errors()
     lines = [f"  {_sentence(problem)}" for problem in problems[:MOST_PROBLEMS]]
-    more = [f"  and {len(problems) - len(lines)} more."] if len(problems) > len(lines) else []
+    rest = [f"  and {len(problems) - len(lines)} more."] if len(problems) > len(lines) else []
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    return f"The configuration has {count}:\n" + "\n".join(lines + more)
+    return f"The configuration has {count}:\n" + "\n".join(lines + rest)
 
 
 def _sentence(problem: dict[str, Any]) -> str:
-    """One problem in words; between "objective" and the key its place has the objective's name."""
+    """One of pydantic's problems in words."""
     loc = problem["loc"]
+    # as a union by name, an objective has its name between "objective" and the key
     of_objective = loc[:1] == ("objective",)
     where = ".".join(_short(p) for p in (loc[:1] + loc[2:] if of_objective else loc))
     if problem["type"] == "extra_forbidden":
         known = list(_section(loc[:-1]).model_fields)
-        near, others = _nearest(str(loc[-1]), known), ""
-        having = [name for name, row in OBJECTIVES.items() if of_objective and loc[-1] in row.model_fields]
-        if having:
-            near, others = "", f" The objective {loc[1]} takes no such setting ({', '.join(having)} do{_s(having)})."
-        return f"{where}: unknown key.{near}{others} Known here: {', '.join(known)}."
+        hint = _nearest(str(loc[-1]), known)
+        others = [name for name, kind in OBJECTIVES.items() if of_objective and loc[-1] in kind.model_fields]
+        if others:
+            hint = f" The objective {loc[1]} takes no such setting ({', '.join(others)} do{_s(others)})."
+        return f"{where}: unknown key.{hint} Known here: {', '.join(known)}."
     if problem["type"] == "union_tag_invalid":
         name = problem["ctx"]["tag"]
         near = _nearest(name, OBJECTIVES)
@@ -155,16 +172,18 @@ def _sentence(problem: dict[str, Any]) -> str:
 
 
 def _short(text: object) -> str:
-    """As much of a text of any length as says what it is."""
+    """The beginning of a text, as much as says what it is."""
     text = str(text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _s(names: list[str]) -> str:
+    """The end of "do" for this many names."""
     return "es" if len(names) == 1 else ""
 
 
 def _section(loc: tuple) -> type[BaseModel]:
+    """The model of the section at this place; an objective's name stands for its class."""
     model: type[BaseModel] = Config
     for part in loc:
         model = OBJECTIVES.get(part) or model.model_fields[part].annotation
@@ -172,6 +191,7 @@ def _section(loc: tuple) -> type[BaseModel]:
 
 
 def _field_help(loc: tuple) -> str:
+    """A clause on the purpose of a setting or section that is missing."""
     if isinstance(loc[-1], int):
         return f"{'.'.join(map(str, loc[:1] + loc[2:-1] if loc[0] == 'objective' else loc[:-1]))} has more entries"
     field = _section(loc[:-1]).model_fields[loc[-1]]
@@ -180,6 +200,7 @@ def _field_help(loc: tuple) -> str:
     return f"a section with {', '.join(_section(loc).model_fields)}"
 
 
-def _nearest(given: str, known) -> str:
-    close = difflib.get_close_matches(given[:LONGEST], list(known), n=1)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A question on the known name that is most like this one; "" where none is."""
+    close = difflib.get_close_matches(name[:LONGEST], list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

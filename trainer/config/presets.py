@@ -13,7 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """layers: settings by section, each over those before. source: where the numbers come from. cost: what a run takes,
+    """One preset.
+
+    layers: settings by section, each over those before. source: where the numbers come from. cost: what a run takes,
     and how that is known.
     """
 
@@ -35,7 +37,7 @@ class Preset:
         return values
 
 
-# What a family's presets share: the published launch scripts' numbers, for one GPU.
+# family -> the settings that its presets share: the published launch scripts' numbers, for one GPU.
 FAMILIES: dict[str, dict[str, Any]] = {
     "sd15": {
         "base": {"family": "sd15", "path": "stable-diffusion-v1-5/stable-diffusion-v1-5", "dtype": "bf16"},
@@ -67,8 +69,8 @@ SOURCES = {
     "sd3": "Published SD3 launch scripts, one GPU's batch; CFG 4 is what their code really uses; our LoRA also adapts "
     "the context stream's q, k, v.",
 }
-STEPS = (1, 2, 4, 8)
-# What each kind of preset changes, by section, and what it says of that.
+STEPS = (1, 2, 4, 8)  # phases of the PCM presets, which are also the steps to sample with
+# Settings by which a kind of preset differs from its family's, and a sentence on them for `Preset.source`.
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
@@ -78,8 +80,9 @@ NOTES = {
 }
 
 
-# The relatives: by what they differ from their family's PCM presets, and where those numbers come from.
-LCM_LORA = {"train": {"lr": 1e-4}}  # and alpha = rank, as for all of them
+# PCM's relatives: objective -> (settings by which its presets differ from their family's, where these come
+# from).
+LCM_LORA = {"train": {"lr": 1e-4}}  # LCM-LoRA's; alpha = rank, which it has too, is set for all relatives below
 RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "lcm": (
         LCM_LORA | {"objective": {"name": "lcm", "points": 50, "guidance": [6.0, 16.0]}},
@@ -118,34 +121,42 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 
 
 def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's preset by name; lora: the name of the LoRA that it makes; changes: by section, over the family's."""
-    layers = ({"name": lora, **FAMILIES[family]}, {"train": {"gradient_checkpointing": True}}, *changes)
+    """A row of the table: the preset's name, and the family's settings with changes by section, the later ones last.
+
+    lora: the name of the LoRA that it makes. note: the preset's `source`.
+    """
+    memory = {"train": {"gradient_checkpointing": True}}  # so that it fits one GPU
+    layers = ({"name": lora, **FAMILIES[family]}, memory, *changes)
     train = {key: value for layer in layers for key, value in layer.get("train", {}).items()}
     samples = train["steps"] * train["batch_size"] * train.get("accumulation", 1)
     return name, Preset(layers, note, f"{samples:,} samples")
 
 
 def _pcm(family: str, kind: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
-    """A family's PCM preset of a kind ("4step-adv")."""
+    """A row for a family's PCM preset of a kind, such as "4step-adv"."""
     note = SOURCES[family] + NOTES.get(kind.rsplit("-", 1)[-1], "")
     return _preset(f"{family}-{kind}", f"pcm-{family}-{kind}", family, note, *changes)
 
 
 def _presets_of(family: str) -> dict[str, Preset]:
+    """All presets of a family by name: PCM's by phases and kind, then the relatives'."""
     rows = []
     for steps in STEPS:
         phases = {"objective": {"phases": steps}}
         rows += [_pcm(family, f"{steps}step", phases), _pcm(family, f"{steps}step-adv", phases, ADVERSARIAL)]
         if steps >= 4:  # without guidance in the teacher the phases must be fine (arXiv 2405.18407, Sec. 3.2)
             rows.append(_pcm(family, f"{steps}step-normalcfg", phases, NORMALCFG))
+
     stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
     rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+
     alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
     for name, (changes, note) in RELATIVES.items():
         rows.append(_preset(f"{name}-{family}", f"{name}-{family}", family, note, alpha, changes))
     return dict(rows)
 
 
+# Settings of `make demo`, and those in which the demo on the bundled SD3-type base differs.
 DEMO: dict[str, Any] = {
     "base": {"path": "tiny-sd15", "dtype": "fp32"},
     "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},

@@ -1,4 +1,9 @@
-"""Names of LoRA modules: kohya's, with underscores alone, back to diffusers' with dots, by the networks' words."""
+"""Names of LoRA modules: kohya's, with underscores alone, and diffusers', with dots, each from the other.
+
+Dots to underscores is easy. The way back is not, because names such as mid_block have underscores of their
+own: it takes the words that the family's networks are made of, and looks for the one way to cut a name into
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ if TYPE_CHECKING:  # see pairs.py
     from ..families import Base
 
 NETWORKS = ("lora_unet_", "lora_transformer_")
-# kohya's prefixes -> the encoder's folder; the first form is SD1.5's
+# kohya's prefixes -> the text encoder's folder; the first is SD1.5's, which has one encoder
 ENCODERS = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -23,9 +28,10 @@ CLIP_WORDS += ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def dotted_name(kohya: str, family: type[Base]) -> str | None:
-    """kohya's module name -> diffusers', with its component; None for one that this family has not.
+    """kohya's module name -> diffusers', with its component; None for a module that this family has not.
 
-    "lora_unet_mid_block_attentions_0_proj_in" -> "unet.mid_block.attentions.0.proj_in". Numbers are not checked.
+    "lora_unet_mid_block_attentions_0_proj_in" -> "unet.mid_block.attentions.0.proj_in". Numbers are not
+    checked.
     """
     for prefix in NETWORKS:
         if kohya.startswith(prefix):
@@ -44,6 +50,7 @@ def kohya_name(dotted: str, family: type[Base]) -> str:
 
 
 def _joined(component: str, name: str, words: tuple[str, ...]) -> str | None:
+    """The name cut into words and numbers, joined by dots; None where something else is left over."""
     longest_first = "|".join(sorted(words, key=len, reverse=True))
     parts = re.findall(rf"(\d+|{longest_first})(?:_|$)", name)
     return ".".join([component, *parts]) if parts and "_".join(parts) == name else None
@@ -51,7 +58,7 @@ def _joined(component: str, name: str, words: tuple[str, ...]) -> str | None:
 
 @cache
 def _network_words(family: type[Base]) -> tuple[str, ...]:
-    """What the modules of the family's networks are called, without their numbers."""
+    """The words in the module names of the family's networks (SD3's and SD3.5's together), without the numbers."""
     words = set()
     for folder in sorted(family.configs.parent.glob(f"{family.name}*/{family.component}")):
         with torch.device("meta"):

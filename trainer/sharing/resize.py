@@ -1,4 +1,4 @@
-"""A LoRA of lower rank, as `pcm resize` makes it."""
+"""`pcm resize`: a LoRA of lower rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .factors import approximated, error_text, errors, rank_for_error, rounded, widest
 from .merge import check_rank
-from .pairs import check_out, settled, write_lora
+from .pairs import Pair, check_out, settled, write_lora
 from .read import read_lora
 
 
@@ -21,12 +21,14 @@ def resize(
     family: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a LoRA's best approximation (`approximated`) and return the errors of the tensors written.
+    """Write a LoRA's best approximation of lower rank (`approximated`).
 
-    rank: at most this in every module; those at or below it stay bit for bit. error: instead, in every module the least
-    rank whose |found - meant| / |meant| (Frobenius) is at most this, before rounding to the file's precision.
-    Raises ValueError for none or both of these, a rank that no module is above, an error that is not between 0 and 1,
-    and what `read_lora`, `check_out` and `write_lora` raise.
+    rank: at most this in every module; those at or below it stay bit for bit. error: instead, in every module
+    the least rank with a relative error (Frobenius) of at most this, before rounding to the file's precision.
+    Returns figures, and a sentence on them as "text"; the errors are those of the tensors as they were
+    written.
+    Raises ValueError for none or both of these, a rank that no module is above, an error that is not between
+    0 and 1, and what `read_lora`, `check_out` and `write_lora` raise.
     """
     if (rank is None) == (error is None):
         raise ValueError("Give one of --rank and --error.")
@@ -36,20 +38,24 @@ def resize(
     lora = read_lora(source, family)
     if rank is not None:
         check_rank(rank, lora.pairs)
-    found = {}
+
+    smaller: dict[str, Pair] = {}
     for name, pair in lora.pairs.items():
         choose = (lambda _: rank) if error is None else (lambda values: rank_for_error(values, error))
-        smaller = pair if rank and pair.rank <= rank else approximated(pair, choose)
-        found[name] = smaller if smaller.rank < pair.rank else pair
+        candidate = pair if rank and pair.rank <= rank else approximated(pair, choose)
+        smaller[name] = candidate if candidate.rank < pair.rank else pair
     alpha = Counter(pair.alpha for pair in lora.pairs.values()).most_common(1)[0][0]
-    found = {name: rounded(p, widest([lora.pairs[name]])) for name, p in settled(found, lora.family, alpha).items()}
+    smaller = settled(smaller, lora.family, alpha)
+    smaller = {name: rounded(pair, widest([lora.pairs[name]])) for name, pair in smaller.items()}
+
     recipe = lora.recipe if lora.recipe and lora.recipe.source != "header" else None
-    write_lora(out, lora.family, found, lora.metadata | {"ss_output_name": out.stem}, recipe)
-    told = errors({name: [pair] for name, pair in lora.pairs.items()}, found)
-    before, after = ([pair.rank for pair in pairs.values()] for pairs in (lora.pairs, found))
+    write_lora(out, lora.family, smaller, lora.metadata | {"ss_output_name": out.stem}, recipe)
+    figures = errors({name: [pair] for name, pair in lora.pairs.items()}, smaller)
+    before = [pair.rank for pair in lora.pairs.values()]
+    after = [pair.rank for pair in smaller.values()]
     text = (
-        f"{out}: {len(found)} modules, ranks up to {max(before)} to ranks up to {max(after)}, {sum(before)} to "
-        f"{sum(after)} in all; {error_text(told)}"
+        f"{out}: {len(smaller)} modules, ranks up to {max(before)} to ranks up to {max(after)}, {sum(before)} to "
+        f"{sum(after)} in all; {error_text(figures)}"
     )
     sizes = {"rank_before": max(before), "rank": max(after), "ranks_before": sum(before), "ranks": sum(after)}
-    return {"out": str(out), "family": lora.family.name, "modules": len(found), **sizes, **told, "text": text}
+    return {"out": str(out), "family": lora.family.name, "modules": len(smaller), **sizes, **figures, "text": text}

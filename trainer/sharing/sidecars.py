@@ -1,7 +1,8 @@
-"""Files beside a LoRA that tell managers of it, as `pcm sidecars` writes them: documented fields alone, no forged ids.
+"""`pcm sidecars`: files beside a LoRA that tell managers of it, with documented fields alone and no forged ids.
 
-`name.json`: user metadata of A1111 and Forge (extensions-builtin/Lora/ui_edit_user_metadata.py). `name.metadata.json`:
-ComfyUI Lora-Manager (docs/metadata-json-schema.md). `name.preview.png`: the picture that both show.
+`name.json`: user metadata of A1111 and Forge (extensions-builtin/Lora/ui_edit_user_metadata.py).
+`name.metadata.json`: ComfyUI Lora-Manager (docs/metadata-json-schema.md). `name.preview.png`: the picture
+that both show.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ from ..system.files import write_text
 
 A1111_VERSIONS = {"sd15": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
 BASE_MODELS = {"sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL 1.0", "sd3": "SD 3"}
-# where the header tells it from SD3
+# the kinds of SD3.5, by ModelSpec's architecture in the header
 SD35 = {"stable-diffusion-v3.5-medium": "SD 3.5 Medium", "stable-diffusion-v3.5-large": "SD 3.5 Large"}
 UNKNOWN = "Unknown"
 
 
 def sidecars(file: Path, preview: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Write the sidecars of a LoRA; the preview is one of `preview`, or the one that lies there already.
+    """Write the sidecars of a LoRA. preview: picture to show; default: the one that lies beside the file already.
 
+    Returns what was written, and a sentence on it as "text".
     Raises ValueError for a file that holds no LoRA, a sidecar that exists, or a preview that is no picture;
     FileNotFoundError for one that is not there; OSError where they cannot be written.
     """
-    told = facts(read_header(file))
+    about = facts(read_header(file))
     paths = [file.with_suffix(".json"), file.with_suffix(".metadata.json")]
     picture = file.with_suffix(".preview.png")
-    own = preview is not None and picture.exists() and preview.samefile(picture)
-    written = [*paths, *([picture] if preview and not own else [])]
-    if not overwrite and (there := [path.name for path in written if path.exists()]):
-        raise ValueError(f"{', '.join(there)} exists already beside {file.name}. Add --overwrite to replace it.")
-    if preview is not None and not own:
+    # the picture beside the file may be the one that was named, and is not read and written at once
+    in_place = preview is not None and picture.exists() and preview.samefile(picture)
+    written = [*paths, *([picture] if preview and not in_place else [])]
+    if not overwrite and (existing := [path.name for path in written if path.exists()]):
+        raise ValueError(f"{', '.join(existing)} exists already beside {file.name}. Add --overwrite to replace it.")
+
+    if preview is not None and not in_place:
         save_image(open_picture(preview), picture)
-    for path, fields in zip(paths, (_a1111(told), _lora_manager(file, told, picture)), strict=True):
+    for path, fields in zip(paths, (_a1111(about), _lora_manager(file, about, picture)), strict=True):
         write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return {
         "file": str(file),
@@ -49,19 +53,22 @@ def sidecars(file: Path, preview: Path | None = None, overwrite: bool = False) -
     }
 
 
-def _a1111(told: dict[str, Any]) -> dict[str, Any]:
+def _a1111(about: dict[str, Any]) -> dict[str, Any]:
+    """The fields of name.json. about: `facts` of the file."""
     return {
-        "description": told["metadata"].get("modelspec.description", ""),
-        "sd version": A1111_VERSIONS.get(told["family"], UNKNOWN),
-        "activation text": told["metadata"].get("modelspec.trigger_phrase", ""),
-        "preferred weight": _strength(told),
+        "description": about["metadata"].get("modelspec.description", ""),
+        "sd version": A1111_VERSIONS.get(about["family"], UNKNOWN),
+        "activation text": about["metadata"].get("modelspec.trigger_phrase", ""),
+        "preferred weight": _strength(about),
         "negative text": "",
-        "notes": _notes(told),
+        "notes": _notes(about),
     }
 
 
-def _lora_manager(file: Path, told: dict[str, Any], picture: Path) -> dict[str, Any]:
-    header, architecture = told["metadata"], told["metadata"].get("modelspec.architecture", "").split("/")[0]
+def _lora_manager(file: Path, about: dict[str, Any], picture: Path) -> dict[str, Any]:
+    """The fields of name.metadata.json. about: `facts` of the file. picture: its preview, which may not be there."""
+    header = about["metadata"]
+    architecture = header.get("modelspec.architecture", "").split("/")[0]
     status = file.stat()
     return {
         "file_name": file.stem,
@@ -70,23 +77,24 @@ def _lora_manager(file: Path, told: dict[str, Any], picture: Path) -> dict[str, 
         "size": status.st_size,
         "modified": status.st_mtime,
         "sha256": file_hash(file),
-        "base_model": SD35.get(architecture) or BASE_MODELS.get(told["family"], UNKNOWN),
+        "base_model": SD35.get(architecture) or BASE_MODELS.get(about["family"], UNKNOWN),
         "preview_url": picture.resolve().as_posix() if picture.exists() else "",
-        "usage_tips": json.dumps({"strength": _strength(told)}),
+        "usage_tips": json.dumps({"strength": _strength(about)}),
         "tags": [tag.strip() for tag in header.get("modelspec.tags", "").split(",") if tag.strip()],
-        "notes": _notes(told),
+        "notes": _notes(about),
         "modelDescription": header.get("modelspec.description", ""),
         "from_civitai": False,
     }
 
 
-def _strength(told: dict[str, Any]) -> float:
-    return told["recipe"]["strength"] if told["recipe"] else 1.0
+def _strength(about: dict[str, Any]) -> float:
+    """The strength that the recipe recommends, else 1."""
+    return about["recipe"]["strength"] if about["recipe"] else 1.0
 
 
-def _notes(told: dict[str, Any]) -> str:
-    """How to sample it: the recipe's sentence, else the header's own."""
-    return told["usage"] or told["metadata"].get("modelspec.usage_hint", "")
+def _notes(about: dict[str, Any]) -> str:
+    """How to sample the LoRA: the recipe's sentence, else the header's own."""
+    return about["usage"] or about["metadata"].get("modelspec.usage_hint", "")
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Changing what a LoRA's header says, and not a byte of its tensors, as `pcm tag` does."""
+"""`pcm tag`: changes entries of a LoRA's header, and not a byte of its tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .pairs import HASHES, check_out
 from .sidecars import open_picture
 
 THUMBNAIL = "modelspec.thumbnail"
-SIDE, QUALITY = 256, 90  # of ModelSpec's thumbnails, in pixels, and as a JPEG
+SIDE, QUALITY = 256, 90  # a thumbnail's side in pixels, as ModelSpec wants it, and its quality as a JPEG
 NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
-# what the tensors themselves decide: a header that says otherwise lies
+# entries that the tensors decide: a header that says otherwise lies
 OF_TENSORS = (*HASHES, *NETWORK, PEFT_KEY, "format")
 
 
@@ -42,23 +42,27 @@ def tag(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Set and remove entries of a safetensors header; written whole or not at all, over the file itself without `out`.
+    """Set and remove entries of a safetensors header; without `out` the file itself is changed, whole or not at all.
 
-    `sshs_legacy_hash`, which is of the `ss_*` entries too, is made anew where one of them changes; a `pcm.recipe`
-    brings its `modelspec.usage_hint`. Raises ValueError for an entry that is to be removed and is not there, one that
-    the tensors decide, or that tells of another family, and for a header that would grow above `MOST_HEADER` bytes;
-    OSError where it cannot be written.
+    `sshs_legacy_hash`, a hash of the `ss_*` entries too, is made anew where one of them changes; a
+    `pcm.recipe` brings its `modelspec.usage_hint`. Returns figures, and a sentence on them as "text". Raises
+    ValueError for an entry that is to be removed and is not there, one that the tensors decide, or that tells
+    of another family, and for a header that would grow above `MOST_HEADER` bytes; OSError where it cannot be
+    written.
     """
-    header, target = read_header(source), out or source.resolve()
+    header = read_header(source)
+    target = out or source.resolve()  # a link stays a link
     if out is not None:
         check_out(out, [source], overwrite)
     _check(header, changes, remove)
     if HEADER_KEY in changes:  # the same for people, lest the two differ
         changes = {"modelspec.usage_hint": Recipe.from_header(changes[HEADER_KEY]).usage_hint()} | changes
-    told = {"out": str(target), "set": sorted(changes), "removed": sorted(remove)}
+    figures = {"out": str(target), "set": sorted(changes), "removed": sorted(remove)}
     if any(key.startswith("ss_") for key in (*changes, *remove)):
         changes = changes | _legacy_hash(header, changes, remove)
+
     try:
+        # in the target's own folder: a rename replaces a file in one step only within a disk
         with TemporaryDirectory(dir=target.parent, prefix=".pcm-tag-") as folder:
             copy = Path(folder) / source.with_suffix(".safetensors").name
             copy_with_metadata(source, copy, changes, remove=remove)
@@ -66,9 +70,10 @@ def tag(
     except OSError as error:
         advice = "Choose another folder with --out; the file is as it was."
         raise OSError(f"Cannot write {target}: {error}. {advice}") from error
+
     size = len(header_text(target))
-    text = f"{target}: {len(told['set'])} set, {len(remove)} removed; header {size} bytes, tensors as they were"
-    return told | {"header_bytes": size, "tensor_hash": tensor_hash(target), "text": text}
+    text = f"{target}: {len(figures['set'])} set, {len(remove)} removed; header {size} bytes, tensors as they were"
+    return figures | {"header_bytes": size, "tensor_hash": tensor_hash(target), "text": text}
 
 
 def thumbnail(picture: Path) -> dict[str, str]:
@@ -81,12 +86,14 @@ def thumbnail(picture: Path) -> dict[str, str]:
 
 
 def _legacy_hash(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> dict[str, str]:
-    told = {k: v for k, v in (header.metadata | changes).items() if k.startswith("ss_") and k not in remove}
+    """The entry `sshs_legacy_hash` for the changed header; {} for a file that has none."""
+    entries = {k: v for k, v in (header.metadata | changes).items() if k.startswith("ss_") and k not in remove}
     key = "sshs_legacy_hash"
-    return {k: v for k, v in hashes(load_file(header.path), told).items() if k == key and key in header.metadata}
+    return {k: v for k, v in hashes(load_file(header.path), entries).items() if k == key and key in header.metadata}
 
 
 def _check(header: LoraHeader, changes: dict[str, str], remove: Collection[str]) -> None:
+    """Raise ValueError for a change that is none, contradicts another, or makes the header say what is not true."""
     name = header.path.name
     if not changes and not remove:
         raise ValueError("Nothing to change. Give key=value, or --remove key.")
@@ -101,7 +108,7 @@ def _check(header: LoraHeader, changes: dict[str, str], remove: Collection[str])
     for key, value in changes.items():
         if key in OF_TENSORS:
             raise ValueError(f"{key} is what the tensors say, and is not set by hand. Leave it out.")
-        told = family_from_metadata({key: value})
+        meant = family_from_metadata({key: value})
         family = LoraHeader(header.path, header.tensors, {}).family or family_from_metadata(header.metadata)
-        if told and family and told != family:
-            raise ValueError(f"{key} tells of {family_title(told)}, but {name} is a LoRA for {family_title(family)}.")
+        if meant and family and meant != family:
+            raise ValueError(f"{key} tells of {family_title(meant)}, but {name} is a LoRA for {family_title(family)}.")

@@ -55,7 +55,7 @@ def test_the_registry_takes_the_metadata(pyproject):
 
 @pytest.mark.parametrize(("key", "sides"), [("Icon", (1, 1)), ("Banner", (21, 9))])
 def test_the_pictures_are_what_the_registry_shows(root, pyproject, key, sides):
-    """Run `python tests/support/artwork.py` after a change (see there)."""
+    """Run `python -m support.artwork` (in tests/) after a change (see there)."""
     repository = pyproject["project"]["urls"]["Repository"].removeprefix("https://github.com/")
     base, path = pyproject["tool"]["comfy"][key].split("/main/")
     assert base == f"https://raw.githubusercontent.com/{repository}"

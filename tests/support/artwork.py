@@ -1,4 +1,4 @@
-"""The pack's icon and banner for the registry: `python tests/support/artwork.py` draws them into nodes/web.
+"""The pack's icon and banner for the registry: `python -m support.artwork` draws them into nodes/web.
 
 A probability flow from noise (left) to two kinds of pictures (right), and one trajectory of it cut into four phases and
 walked in four jumps from edge to edge. The flow is computed, not drawn by hand.

@@ -131,7 +131,8 @@ def test_the_default_heads_are_small_on_every_family():
 
 
 def run(folder, **changes):
-    return small_config(folder, **{"train__steps": 4, **ADVERSARIAL, **changes})
+    """A short adversarial run's configuration; the runs of a test share their cache."""
+    return small_config(folder, **{"train__steps": 4, "data__cache": folder.parent / "cache", **ADVERSARIAL, **changes})
 
 
 def test_an_adversarial_run_goes_on_bit_for_bit(tmp_path, monkeypatch):

@@ -11,11 +11,13 @@ from phased_consistency.trainer.training.loop import train
 from support.faults import fails
 from support.runs import TINY, Notes, small_config
 
+SHORT = {"data__teacher_steps": 1, "train__steps": 1}  # what is looked at is over before the first update
+
 
 def test_a_base_that_was_replaced(tmp_path):
     """The file of the same name has other weights: seen by its hash, before anything is made with it."""
     shutil.copytree(bundled_folder(TINY), tmp_path / "base")
-    config = small_config(tmp_path / "run", base__path=tmp_path / "base")
+    config = small_config(tmp_path / "run", base__path=tmp_path / "base", **SHORT)
     train(config)
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -42,7 +44,7 @@ def test_changed_pictures(tmp_path):
     for n in range(4):
         Image.new("RGB", (64, 64), (60 * n, 90, 20)).save(pictures / f"{n}.png")
         (pictures / f"{n}.txt").write_text("a colour")
-    config = small_config(tmp_path / "run", data__images=pictures, data__count=None)
+    config = small_config(tmp_path / "run", data__images=pictures, data__count=None, **SHORT)
     train(config)
     Image.new("RGB", (64, 64), (9, 9, 9)).save(pictures / "0.png")
     fails(config, "pictures changed between runs", error=ValueError)
@@ -63,7 +65,7 @@ def test_a_picture_that_cannot_be_read(tmp_path):
         (pictures / f"{n}.txt").write_text("a grey")
     whole = (pictures / "1.png").read_bytes()
     (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
-    settings = {"data__images": pictures, "data__count": None}
+    settings = SHORT | {"data__images": pictures, "data__count": None}
     fails(small_config(tmp_path / "run", **settings), "picture that cannot be read", error=ValueError)
     said = _said(small_config(tmp_path / "run", **settings, data__skip_bad="true"))
     assert any("Left out" in line and "1.png" in line for line in said), said

@@ -80,7 +80,8 @@ def test_numbers_read_late_are_the_same(tmp_path, monkeypatch):
     for lag in (0, 1, 3):
         monkeypatch.setattr(loop, "LAG", lag)
         notes = Losses()
-        told.append((sha256(train(small_config(tmp_path / str(lag)), notes)), notes.steps))
+        config = small_config(tmp_path / str(lag), data__cache=tmp_path / "cache")
+        told.append((sha256(train(config, notes)), notes.steps))
         told[-1] += (tuple(line for line in notes.said if isinstance(line, float)),)
     assert told[0] == told[1] == told[2] and told[0][1] == [1, 2, 3, 4]
 
@@ -107,7 +108,8 @@ def _spoilt(losses):
 def test_the_parts_of_the_time_are_said_and_are_all_of_it(tmp_path):
     notes = Notes()
     watched = {"validation__every": 4, "validation__steps": [], "validation__teacher_steps": 1, "preview__every": 4}
-    train(small_config(tmp_path, adversarial__weight=0.1, **watched, preview__steps=[1]), notes)
+    small = {"data__teacher_steps": 1, "adversarial__weight": 0.1, "adversarial__width": 16, "preview__steps": [1]}
+    train(small_config(tmp_path, **watched, **small), notes)
     (line,) = (line for line in notes.said if line.startswith("Time: "))
     parts = {name: int(share) for name, share in (p.rsplit(" ", 1) for p in _shares(line))}
     expected = {"teacher", "target", "student", "discriminator", "backward", "optimizer", "data", "other"}

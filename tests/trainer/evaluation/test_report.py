@@ -74,7 +74,7 @@ def clip(tmp_path_factory):
 def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--features", clip, "--clip", clip, "--out", out)
-    small = ("--steps", "4,1", "--pictures", "4", "--resolution", "32", "--json")
+    small = ("--steps", "4,1", "--pictures", "3", "--resolution", "32", "--json")
     run = pcm("evaluate", "--base", TINY, "--lora", lora, *small, *options)
     assert run.code == 0, run.err
     report = json.loads(run.out)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phased_consistency.samplers import schedule
 from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.system.clock import Clock
-from phased_consistency.trainer.training import loop
+from phased_consistency.trainer.training import loop, validation
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import Run, RunFailed, train
 from phased_consistency.trainer.training.update import lr_factor
@@ -105,10 +105,17 @@ def _spoilt(losses):
     return losses
 
 
-def test_the_parts_of_the_time_are_said_and_are_all_of_it(tmp_path):
+def test_the_parts_of_the_time_are_said_and_are_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "PICTURES", 2)
     notes = Notes()
-    watched = {"validation__every": 4, "validation__steps": [], "validation__teacher_steps": 1, "preview__every": 4}
-    small = {"data__teacher_steps": 1, "adversarial__weight": 0.1, "adversarial__width": 16, "preview__steps": [1]}
+    watched = {"validation__every": 2, "validation__steps": [], "validation__teacher_steps": 1, "preview__every": 2}
+    small = {
+        "train__steps": 2,
+        "data__teacher_steps": 1,
+        "adversarial__weight": 0.1,
+        "adversarial__width": 16,
+        "preview__steps": [1],
+    }
     train(small_config(tmp_path, **watched, **small), notes)
     (line,) = (line for line in notes.said if line.startswith("Time: "))
     parts = {name: int(share) for name, share in (p.rsplit(" ", 1) for p in _shares(line))}

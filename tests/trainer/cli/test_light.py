@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from phased_consistency.trainer.tiny.bundled import bundled_folder
-from support.edit_files import photo as photo
 
 LIBRARIES = ("accelerate", "diffusers", "peft", "transformers")
 # Runs `pcm` with each list of words in one process; prints the exit code and what is imported by then.

@@ -24,7 +24,6 @@ LORA_FILES, MACHINE = "LoRA files", "This machine"
 # the parts of a verb's own --help
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
-
 Settings = Annotated[
     list[str],
     typer.Argument(
@@ -140,15 +139,18 @@ def _ungrouped(function: Callable) -> Callable:
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
     shared = [option for group in groups.values() for option in _options(group)]
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
+    single = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
 
     @wraps(function)
     def command(**values) -> None:
-        whole = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        function(**whole, **values)
+        filled = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**filled, **values)
 
-    # the order in --help: what must be given, then the verb's own, then what it shares
-    ordered = sorted([*own, *shared], key=lambda p: p.default is not p.empty)
+    # the order in --help: what must be given, then the verb's alone, then what it shares
+    ordered = sorted([*single, *shared], key=lambda p: p.default is not p.empty)
     command.__signature__ = inspect.Signature(ordered)
     command.__annotations__ = {p.name: p.annotation for p in ordered}
     return command

@@ -94,8 +94,8 @@ class PCMCompare(io.ComfyNode):
         cfg = cfg or recipe.guidance
         rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
 
-        # Faults before anything is drawn. Each row's own settings, the last sentence, stand beside its
-        # picture.
+        # Faults before anything is drawn. Each row's own settings, the last
+        # sentence, stand beside its picture.
         warnings = [advice(cls, model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
         lines = list(dict.fromkeys(line for of_row in warnings for line in of_row))
         show(cls, lines or [f"{len(rows)} settings to draw."])
@@ -123,8 +123,8 @@ class PCMCompare(io.ComfyNode):
             labels.append([*setting, *cfg_text.replace(" on ", "\non ").splitlines(), cost])
             costs.append(f"{', '.join(setting)}, {cfg_text}: {cost}.")
 
-        # All decoded in one go: where memory runs out, every picture is tiled, so that none differs by its
-        # decode.
+        # All decoded in one go: where memory runs out, every picture is tiled,
+        # so that none differs by its decode.
         pixels, notes = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
         images = image_of(pixels)
         grid = labelled_grid(images.chunk(len(rows)), labels)
@@ -134,8 +134,8 @@ class PCMCompare(io.ComfyNode):
 def counted(model: Any) -> tuple[Any, list[int]]:
     """A clone of a host MODEL, and a list that grows at each step by the number of prompts evaluated, 1 or 2.
 
-    Counted where the host hands prompts to the network, so that a CFG schedule and a negative prompt left out
-    show.
+    Counted where the host hands prompts to the network, so that a CFG schedule
+    and a negative prompt left out show.
     """
     model = model.clone()
     evaluations: list[int] = []
@@ -204,8 +204,8 @@ def cost_text(evaluations: int) -> str:
 def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
     """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its label at the left.
 
-    The letters grow with the pictures; beside small ones they keep a size that can be read, and the rows
-    grow.
+    The letters grow with the pictures; beside small ones they keep a size
+    that can be read, and the rows grow.
     """
     batch, height, width, channels = rows[0].shape
     size = max(SMALLEST, height // 20)

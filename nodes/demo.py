@@ -89,7 +89,7 @@ def encode(text: str) -> tuple[Tensor, Tensor]:
     for tokenizer, encoder in encoders():
         ids = tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         output = encoder(ids, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
+        hidden.append(output.hidden_states[-2])  # the last layer but one, as SD3 is trained on
         pooled.append(output.text_embeds)
     context = torch.cat(hidden, -1)
     return F.pad(context, (0, CONTEXT - context.shape[-1])), torch.cat(pooled, -1)

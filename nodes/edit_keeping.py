@@ -77,7 +77,7 @@ def edited(
     only the start matters. amount: of the noise to add, as a share of all of the first level's.
     Raises ValueError for a VAE of another family.
     """
-    check_family(vae, model)
+    check_family(vae, model)  # the host would fail later, with words of tensors' sizes
     text = show(node, lines)
 
     samples = begin(operator, HostVAE(vae))
@@ -146,8 +146,8 @@ class EditNode(io.ComfyNode):
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
 
-        # In latents the known cells are encoded once and stand in the result: they are of the VAE that
-        # decodes it.
+        # In latents the known cells are encoded once and stand in the result:
+        # they are of the VAE that decodes it.
         vae_of_steps = step_vae if step_vae is not None and projection == "picture" else vae
         return edited(
             cls,

@@ -155,13 +155,13 @@ class Edit:
     def on(self, guider: Any, x: Tensor) -> Projection:
         """The `project` of `sample_phased` for a run of a guider, from x (B, C, h, w) on: a `ProjectionMaker`.
 
-        Raises ValueError for latents that are not of the operator's pictures, and for a VAE of another
-        family.
+        Raises ValueError for latents that are not of the operator's
+        pictures, and for a VAE of another family.
         """
         check_latents(self.operator, x)
         check_family(self.vae, guider.model_patcher)
         codec = ModelVAE(whole(self.vae), guider.inner_model)  # tiles would draw their seams into every step
-        if self.projection == "latent":
+        if self.projection == "latent":  # the VAE runs once, before the first step
             return ProjectedLatent.of(self.operator, begin(self.operator, codec).to(x))
         project = Projected(self.operator, codec, self.every, self.form == "residual")
         return beside_model(project, guider, self.vae, x.shape)

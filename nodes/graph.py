@@ -55,8 +55,8 @@ def _module_of(class_type: str) -> str:
 def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
     """The files that LoRA loaders on a `model_path` put on the model and that speed it up, the last first.
 
-    LoRA loaders: core's, and others with its names of inputs, at a strength that is set on the node and not
-    0.
+    LoRA loaders: core's, and others with its names of inputs, at a strength
+    that is set on the node and not 0.
     certain: as in `recipe_for_file`, not by a name that a style's LoRA may have, too.
     """
     settings = ((entry["inputs"].get("lora_name"), entry["inputs"].get("strength_model", 0)) for entry in path)

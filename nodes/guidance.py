@@ -46,8 +46,8 @@ class CFGSchedule:
                 f"from_step is {first} and to_step {last}, of {steps} steps: the first may be 1 to {steps}, the last "
                 f"from there to {steps}, such as 1 and 1 for the first step alone; to_step 0 is the last one."
             )
-        # A step starts at the end of the one before. SLACK keeps a scheduler's rounding from moving it
-        # across.
+        # A step starts at the end of the one before. SLACK keeps a
+        # scheduler's rounding from moving it across.
         ends = recipe.schedule().k_sigma(ticks[1:] + SLACK)
         return cls(cfg, first, last, tuple(ends.tolist()))
 
@@ -169,6 +169,8 @@ class PCMCFGSchedule(io.ComfyNode):
         cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
 
+        # One schedule a model: on top of another, this one takes its place
+        # instead of both being followed in turn.
         model = model.clone()
         model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)

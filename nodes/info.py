@@ -91,8 +91,8 @@ class PCMStampRecipe(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora: str, name: str | None = None, **others) -> str | float:
         # A linked name is not known yet: always run, since the copy may be gone. The host runs a node whose
-        # value differs from the last one, and takes one object for unchanged: so no math.nan, but a new nan
-        # each time.
+        # value differs from the last one, and takes one object for unchanged: so no
+        # math.nan, but a new nan each time.
         if name is None:
             return float("nan")
         return f"{inputs.lora_state(lora)} {inputs.file_state(copy_of(lora, name))}"

@@ -73,15 +73,21 @@ class PCMLoadLora(io.ComfyNode):
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
         recipe_in_file = recipe_of(header) if recipe == "auto" else None
         family = header.family or (recipe_in_file.family if recipe_in_file else None)
+
+        # By the header alone: a file that does not fit is refused before any of its tensors is read.
         matched = lora_on_model.match(header, model)
         lora_on_model.check(header, matched, model, family)
 
         used = recipe_in_file
         if used is None:
             used = lora_on_model.recipe_from_settings(model, phases, mode, cfg, gamma, distilled=levels == LEVELS[1])
+        # A recipe knows the base that the LoRA was made on. This model's own schedule decides where sampling
+        # starts, unless a later node is still to set it.
         if not lora_on_model.awaits_schedule(model, used):
             used = lora_on_model.on_schedule_of(model, used)
 
+        # At 0 the very model goes on, with no attachment, shift or watch: the nodes after it see that the
+        # LoRA is off.
         patched = model
         if strength:
             patched = lora_on_model.apply(header, matched, model, strength)

@@ -128,8 +128,8 @@ def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None
 def apply(header: LoraHeader, matched: LoraMatch, model: Any, strength: float) -> Any:
     """A clone of the model with the matching modules patched, each with its alpha.
 
-    Raises ValueError for numbers that are not finite, an alpha that is not one number, and what the host
-    cannot load.
+    Raises ValueError for numbers that are not finite, an alpha that is not one
+    number, and what the host cannot load.
     """
     tensors = comfy.utils.load_torch_file(str(header.path), safe_load=True)
 

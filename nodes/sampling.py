@@ -55,6 +55,7 @@ class PCMScheduler(io.ComfyNode):
     def execute(cls, recipe: Recipe, steps: int, denoise: float, edges: str) -> io.NodeOutput:
         steps = steps or recipe.steps
         plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
+        # The recipe's own schedule, since no model is linked here: nothing on a model can move these levels.
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
         lines = [*recipe.step_warnings(steps), *plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
@@ -161,7 +162,7 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
 
 
 def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
-    """The sentences of a node that samples: faults of links, of settings, changes by the plan, and its settings."""
+    """The sentences of a node that samples: faults of its links and settings, notes of the plan, settings."""
     warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
     if moves(model, plan.ticks):
         warnings.append(MOVED)
@@ -262,8 +263,7 @@ def _unclamped_rest(model: Any, schedule: Schedule, min_alpha: float) -> Callabl
     """The model, with the part of x0 that a mask keeps divided by `clamp_factor`.
 
     The host has put the latent that is kept into x0 already, and `sample_phased` goes on to multiply all of
-    x0 by the
-    factor: divided by it before, that part comes out as it was. The drawn part is clamped as it has to be.
+    x0 by the factor. Divided by it before, the kept part comes out as it was.
     """
 
     def denoised(x: Tensor, sigma: Tensor, denoise_mask: Tensor, model_options: dict[str, Any], **extra: Any) -> Tensor:

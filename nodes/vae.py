@@ -68,6 +68,7 @@ def beside_model(project: Projection, guider: Any, vae: Any, shape: tuple[int, .
     """
     models = [guider.model_patcher, *getattr(guider, "loaded_models", [])]
     needed = guider.inner_model.memory_required([2 * shape[0], *shape[1:]])  # both prompts in one batch
+    # A VAE on another device, such as the CPU, takes no room beside the model.
     beside = vae.memory_used_decode(shape, vae.vae_dtype) if vae.device == guider.model_patcher.load_device else 0
     memory.load_models_gpu([*models, vae.patcher], memory_required=max(needed, beside))
 
@@ -100,8 +101,8 @@ def whole(vae: Any) -> Any:
 def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor]) -> tuple[Tensor, list[str]]:
     """The result of `decode`, and a sentence where memory ran out and the VAE had to go over to tiles.
 
-    vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses the `HostVAE` that it is called
-    with.
+    vae: a host VAE. last_decode: one of `inputs.LAST_DECODES`. decode: uses
+    the `HostVAE` that it is called with.
     Raises ValueError for a last_decode that is none of `inputs.LAST_DECODES`.
     """
     inputs.check("last_decode", last_decode, inputs.LAST_DECODES)

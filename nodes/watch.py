@@ -27,10 +27,9 @@ class Watch:
     """Looks at each run of a model, and has the loader say what does not fit the LoRA. It changes nothing.
 
     It speaks of runs alone: a sampler whose result is cached is not looked at again, nor is its warning
-    repeated.
+    repeated by the loader.
 
-    node: the loader, as it was executed. recipe: its LoRA's. report: the lines that the loader has in any
-    case.
+    node: the loader, as it was executed. recipe: its LoRA's. report: lines that the loader has in any case.
     """
 
     def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
@@ -43,9 +42,8 @@ class Watch:
     def put_on(self, model: Any) -> None:
         """Watch a clone of a host MODEL, in place of another watch that may be on it.
 
-        OUTER_SAMPLE is the wrapper that every guider calls once a run, with the sampler and its sigmas as
-        they are. Of a second LoRA's loader the last is in charge, since the model is then sampled by its
-        recipe.
+        OUTER_SAMPLE is the wrapper that every guider calls once a run, with the sampler and its sigmas as they
+        are. With two loaders the last is in charge, since the model is then sampled by its recipe.
         """
         model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)

@@ -1,12 +1,12 @@
 """Zero-shot editing: the parts of one loop, with the VAE in it (arXiv 2303.01469, Alg. 4, on latents).
 
-    operator          what is known of the picture (see `operators`)
-    z = begin(...)    its start, encoded; noised to the first level by `noised`, or by the host
-    sample_phased(..., project=Projected(...))    x0 is decoded, projected and encoded at every step, or every
-    n-th finish(...)       the last latent decoded once, projected, composited
+    operator             what is known of the picture (see `operators`)
+    z = begin(...)       its start, encoded; noised to the first level by `noised`, or by the host
+    sample_phased(..., project=Projected(...))
+                         at every step, or every n-th, x0 is decoded, projected and encoded
+    finish(...)          the last latent decoded once, projected, composited
 
-With an identity for a VAE and gamma 1 this is Algorithm 4. Latents are in the model's units, pictures in [0,
-1].
+With an identity for a VAE and gamma 1 this is Algorithm 4. Latents are in the model's units, pictures in [0, 1].
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def begin(operator: Operator, codec: Codec, multiple: int = CELL) -> Tensor:
 def finish(operator: Operator, codec: Codec, latents: Tensor) -> Tensor:
     """The result of an edit from its last latents: (B, 3 or 4, H, W) in [0, 1].
 
-    It keeps exactly what the operator knows, which the VAE alone would not: the projection is the last thing
-    done.
+    It keeps exactly what the operator knows, which the VAE alone would not: the
+    projection is the last thing done.
     Raises ValueError for a VAE that gives what is not finite.
     """
     height, width = operator.size
@@ -128,8 +128,8 @@ class Projected:
 class ProjectedLatent:
     """The `project` of `sample_phased` without the VAE: x0's cells outside the hole are those of the picture.
 
-    It costs nothing and is how the host masks. It holds for the last x0 too, since no edge runs through a
-    cell.
+    It costs nothing and is how the host masks. It holds for the last x0 too,
+    since no edge runs through a cell.
     known: latents (B, C, h, w) of the picture. cells: (B, 1, h, w), 1 where to draw.
     """
 
@@ -167,9 +167,8 @@ def noised(latents: Tensor, noise: Tensor, sigma: Tensor, schedule: Schedule) ->
 def stroke_plan(grid: PhaseGrid, schedule: Schedule, strength: float) -> LevelPlan:
     """Levels for a picture drawn after strokes. strength: the first level, as a share of all ticks.
 
-    One phase: two levels (arXiv 2303.01469, App. D), whose noise-to-signal ratios are as 1 to `STROKE_RATIO`.
-    More
-    phases: their edges, from the one that is nearest to the strength.
+    With one phase they are two (arXiv 2303.01469, App. D), whose noise-to-signal ratios are as 1 to
+    `STROKE_RATIO`; with more phases, the phases' edges from the one that is nearest to the strength.
     """
     if grid.phases > 1:
         return grid.plan(denoise=strength)
@@ -239,8 +238,8 @@ def k_noise_to_signal(schedule: Schedule) -> Tensor:
 def latent_noise(codec: Codec, picture: Tensor, std: float, seed: int = 0, multiple: int = CELL) -> float:
     """The standard deviation that pixel noise of standard deviation `std` has in a picture's latent.
 
-    Measured by encoding the picture with so much more of it: encoders average noise away, each in its own
-    measure.
+    Measured by encoding the picture with so much more of it: encoders average
+    noise away, each in its own measure.
     """
     image = extended(picture, canvas(tuple(picture.shape[-2:]), multiple))
     noise = std * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image)

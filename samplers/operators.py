@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shares of red, green and blue in the luminance (arXiv 2303.01469, App. D), scaled to sum to 1: grey keeps
-# its value.
+# Shares of red, green and blue in the luminance (arXiv 2303.01469, App. D), scaled
+# to sum to 1: grey keeps its value.
 LUMA = torch.tensor([0.2989, 0.5870, 0.1140]) / (0.2989 + 0.5870 + 0.1140)
 
 
@@ -152,8 +152,8 @@ class Colorize(Operator):
     """The luminance stays: LUMA's weighted sum of red, green, blue. What is drawn brings the colours.
 
     The difference in luminance is taken off all three channels alike, which keeps the drawn chroma (R - Y and
-    B - Y); a pixel that this takes out of [0, 1] is pulled toward its grey, which leaves the luminance as it
-    is.
+    B - Y); a pixel that this takes out of [0, 1] is pulled toward its grey,
+    which leaves the luminance as it is.
     """
 
     def __init__(self, picture: Tensor):
@@ -171,8 +171,8 @@ class SuperResolution(Operator):
     """Every block of factor x factor pixels keeps its mean: the pixel of the small picture.
 
     picture: the small one, (B, C, h, w); the result is factor times as large. The difference in means is
-    added to the whole block; a block that this takes out of [0, 1] is pulled toward its mean, a channel at a
-    time.
+    added to the whole block; a block that this takes out of [0, 1] is pulled
+    toward its mean, a channel at a time.
     Raises ValueError for a factor that is no whole number of at least 1.
     """
 
@@ -235,6 +235,8 @@ def fill(image: Tensor, hole: Tensor) -> Tensor:
         return image.expand(max(len(image), len(hole)), -1, -1, -1)
     if max(image.shape[-2:]) == 1:
         return torch.where(hole > 0, 0.5, image)
+
+    # Averages of the known pixels alone, at half the size. A block that holds none is a hole there, too.
     known = F.avg_pool2d(1 - hole, 2, ceil_mode=True)
     mean = F.avg_pool2d(image * (1 - hole), 2, ceil_mode=True) / known.clamp(min=1e-6)
     coarse = fill(mean, (known == 0).float())
@@ -245,8 +247,8 @@ def _into_range(image: Tensor, centre: Tensor, least: Callable[[Tensor], Tensor]
     """The picture pulled toward a centre in [0, 1] by as little as brings it into [0, 1].
 
     least: from the factor that each value may keep of its distance, the least among the values that have to
-    share one (a pixel's channels, a block's pixels), at each of them. Sharing it is what keeps their weighted
-    sum.
+    share one (a pixel's channels, a block's pixels), at each of them. Sharing
+    it is what keeps their weighted sum.
     """
     distance = image - centre
     factor = torch.where(distance > 0, 1 - centre, centre) / distance.abs().clamp(min=1e-12)

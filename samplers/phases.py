@@ -5,8 +5,8 @@ A phased consistency model (PCM, arXiv 2405.18407, Sec. 3.1) cuts the way from n
     0 = s_0 < s_1 < ... < s_M = T,
 
 and is trained to map each point x_t of phase m, s_m < t <= s_(m+1), to the point x_(s_m) of the same solution
-path. Its samples are M such jumps, from edge to edge, and need no fresh noise. M = 1 is an ordinary
-consistency model.
+path. So M jumps from edge to edge make a picture, without fresh noise in between. With M = 1 this is an
+ordinary consistency model.
 
 `PhaseGrid` places the edges. Training asks it where to start and which edge to map to, sampling asks it for
 the levels of n steps, so what was trained and what is sampled cannot differ. The jump itself is
@@ -49,8 +49,8 @@ class PhaseGrid:
     s_m, m in 0..M, is point floor(m * N / M); with `from_noise` the rounding is counted from the noisy end
     instead, which is how LCM's and the published SD3 scheduler count. With 40 points the edges of 1, 2, 4 and
     8 phases are exact.
-    Raises ValueError when the points do not divide T (the grid would miss the noisy end) or are fewer than
-    the phases.
+    Raises ValueError when the points do not divide T (the grid would miss the noisy
+    end) or are fewer than the phases.
     """
 
     points: int = 40
@@ -100,8 +100,8 @@ class PhaseGrid:
     def target(self, tick: Tensor) -> Tensor:
         """The edge s_m that training maps start ticks to (1..T, any shape): the highest edge below each.
 
-        A start on an edge belongs to the phase that ends there, so it is mapped to the edge below and not to
-        itself.
+        A start on an edge belongs to the phase that ends there, so it is mapped
+        to the edge below and not to itself.
         """
         edges = torch.tensor(self.edges, device=tick.device)
         return edges[torch.searchsorted(edges, tick.contiguous()) - 1]

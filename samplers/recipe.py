@@ -57,8 +57,8 @@ class Recipe:
     family: base model family, a key of `FAMILIES`.
     objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
         another; "unknown" where the settings are the user's.
-    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic" (fresh noise in between, any
-        few steps).
+    mode: "deterministic" (phase jumps, a step for each phase) or "stochastic"
+        (fresh noise in between, any few steps).
     gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic,
         which is also its default there; 1 by default where stochastic (LCM's way; TCD takes 0.3).
     points, phases: the grid it was trained on (`PhaseGrid`); for a known file whose training has no such
@@ -73,8 +73,8 @@ class Recipe:
     guidance: recommended CFG scale (1 = none); guidance_min, guidance_max: the range it was made for.
     negative_prompts: whether a negative prompt has the usual effect within that range.
     strength: recommended LoRA strength.
-    sampling_points, sampling_from_noise: the grid that the file's authors sample on, where it is not the
-        trained one.
+    sampling_points, sampling_from_noise: the grid that the file's authors sample
+        on, where it is not the trained one.
     base_name, base_hash: the checkpoint it was distilled from (SHA-256 of the file, where it is one file).
     source: where this recipe came from, a key of `SOURCES`; not part of the header.
     """

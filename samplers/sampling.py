@@ -177,8 +177,8 @@ SAMPLERS = {"phased": sample_phased, "consistency": sample_consistency}
 
 def clamp_factor(schedule: Schedule, k_sigma: Tensor, min_alpha: float) -> Tensor:
     """alpha / max(alpha, min_alpha): PCM's clamp (arXiv 2405.18407, Eq. 39) as a factor of the unclamped x0."""
-    # k_scale is alpha in the network's convention, where the division is. In the host's a VP point has alpha
-    # 1.
+    # k_scale is alpha in the network's convention, where the division is. In
+    # the host's a VP point has alpha 1.
     alpha = schedule.k_scale(k_sigma)
     return alpha / alpha.clamp(min=min_alpha)
 

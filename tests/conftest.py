@@ -1,10 +1,10 @@
-"""For every test: the repository root is not importable as bare folders, runs are repeatable, skips are named, and two
-tiers.
+"""For every test: the repository root is not importable as bare folders, runs are repeatable, skips are named, and
+there are two tiers.
 
 The fast tier, `make check`, leaves out what is marked `host`, `web` or `slow`; `make test` runs all. Nobody marks a
-test `slow`: support/tiers.py reads what a test and its fixtures call, and one that trains more than once, starts a
-process or compiles is slow. While the others run support/guard.py watches them: one that starts a process or trains
-twice all the same, or takes more than 5 s of its own CPU time, fails with a sentence that says what to do.
+test `slow` by hand: support/tiers.py reads what a test and its fixtures call, and one that trains more than once,
+starts a process or compiles is slow. While the others run, support/guard.py watches them: one that starts a process or
+trains twice all the same, or takes more than 5 s of its own CPU time, fails with a sentence that says what to do.
 
 With `-n`, support/spread.py gives each worker whole groups, the longest first: the tests of a host, those in its
 browser, and those of a file that share a fixture; every other test is a group of its own.
@@ -76,6 +76,7 @@ def pcm(monkeypatch, capsys):
     from phased_consistency.trainer.cli import main as cli
 
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["pcm", *map(str, args)])

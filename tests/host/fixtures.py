@@ -26,14 +26,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     (folder / "diffusion_models" / "tiny.safetensors").symlink_to(folder / "checkpoints" / "tiny.safetensors")
     make_controlnet(folder / "controlnet" / "tiny.safetensors", unet)
     places = folder / "checkpoints", folder / "loras"
-    made = SimpleNamespace(
+    models = SimpleNamespace(
         folder=folder,
         lora=make_loras(folder / "loras", unet),
         sdxl_lora=make_sdxl(*places),
         sd3_loras=make_sd3(*places),
     )
     add_stand_ins(folder)
-    return made
+    return models
 
 
 @pytest.fixture(scope="session", params=hosts() or [None], ids=lambda p: p.parent.name if p else "none")

@@ -94,9 +94,9 @@ def edit(graph: Graph, links: dict[str, list], kind: str, **settings: Any) -> st
 
 def composed(graph: Graph, links: dict[str, list], kind: str, **settings: Any) -> dict[str, list]:
     """Add the composable form of the same; returns its links: operator, image, latent, encoded."""
-    own = {k: v for k, v in (WIDGETS[kind] | settings).items() if k not in (*SAMPLING, *LOOP)}
+    widgets = {k: v for k, v in (WIDGETS[kind] | settings).items() if k not in (*SAMPLING, *LOOP)}
     loop = {k: v for k, v in settings.items() if k in LOOP}
-    operator = graph.add(f"PCM{kind}Operator", **own)
+    operator = graph.add(f"PCM{kind}Operator", **widgets)
     encoded = out(graph.add("VAEEncode", pixels=out(operator, 1), vae=links["vae"]))
     inputs = {"operator": out(operator), "vae": links["vae"], "recipe": links["recipe"]}
     keeping = graph.add("PCMEditSampler", **inputs, mode="from recipe", gamma=0.3, **loop)

@@ -52,21 +52,21 @@ def held(path: str, value: Any, depth: int = DEPTH) -> Iterator[tuple[str, Any]]
 
 def of_module(name: str, module: Any) -> dict[str, Any]:
     """What a module holds, its classes' members included; modules in it count for themselves."""
-    found = {}
+    members = {}
     for key, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
         if isinstance(value, ModuleType) or key in SKIPPED or value is sys.modules:
             continue
-        found.update(held(f"{name}.{key}", value))
+        members.update(held(f"{name}.{key}", value))
         if isinstance(value, type) and value.__module__ == name:
             for member, content in list(vars(value).items()):
-                found.update(held(f"{name}.{key}.{member}", content))
-    return found
+                members.update(held(f"{name}.{key}.{member}", content))
+    return members
 
 
 def of_process() -> dict[str, Any]:
     """What could be changed that no module holds."""
     loggers = [logging.root, *(log for log in logging.root.manager.loggerDict.values() if hasattr(log, "handlers"))]
-    found = {
+    settings = {
         "torch dtype": torch.get_default_dtype(),
         "torch threads": torch.get_num_threads(),
         "torch gradients": torch.is_grad_enabled(),
@@ -79,15 +79,15 @@ def of_process() -> dict[str, Any]:
     }
     tables = {log.name: (log.level, *log.handlers, *log.filters) for log in loggers}
     tables |= {str(number): signal.getsignal(number) for number in signal.valid_signals()} | dict(os.environ)
-    return found | {f"process {name}": value for name, value in tables.items()}
+    return settings | {f"process {name}": value for name, value in tables.items()}
 
 
 def state(modules: dict[str, Any]) -> dict[str, Any]:
     """Everything that a pack could change, by name: what these modules hold, and the process beside them."""
-    found = of_process()
+    contents = of_process()
     for name, module in modules.items():
-        found.update(of_module(name, module))
-    return found
+        contents.update(of_module(name, module))
+    return contents
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -103,7 +103,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(name for name in {**before, **after} if not same(before.get(name, gone), after.get(name, gone)))
 
 
-class Watch:
+class AuditWatch:
     """The work that is done from `start` to `stop`: files opened that are no Python, processes, connections."""
 
     KINDS = ("open", "socket.", "subprocess.", "os.system")
@@ -130,7 +130,7 @@ class Visits:
     """Takes the place of the host's `load_custom_node`, and notes what it does for each custom node."""
 
     def __init__(self, load: Callable[..., Awaitable[bool]]):
-        self.load, self.watch = load, Watch()
+        self.load, self.watch = load, AuditWatch()
         self.reports, self.again = {}, {}
 
     async def __call__(self, path: str, *rest: Any, **more: Any) -> bool:

@@ -350,8 +350,16 @@ class TestGuider:
 
         class Listed(comfy.samplers.CFGGuider):
             def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (as in the host)
-                given = (x, timestep, self.conds.get("negative"), self.conds.get("positive"), 1.0, model_options, seed)
-                return comfy.samplers.sampling_function(self.inner_model, *given)
+                arguments = (
+                    x,
+                    timestep,
+                    self.conds.get("negative"),
+                    self.conds.get("positive"),
+                    1.0,
+                    model_options,
+                    seed,
+                )
+                return comfy.samplers.sampling_function(self.inner_model, *arguments)
 
         guider = Listed(model)
         guider.set_conds(positive, negative)

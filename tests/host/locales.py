@@ -47,8 +47,8 @@ def node_defs(kinds: dict[str, Any]) -> dict[str, Any]:
 
 def texts(tree: dict[str, Any]) -> list[str]:
     """Every text in a tree of dicts, once, in their order."""
-    found = (texts(value) if isinstance(value, dict) else [value] for value in tree.values())
-    return list(dict.fromkeys(text for part in found for text in part))
+    parts = (texts(value) if isinstance(value, dict) else [value] for value in tree.values())
+    return list(dict.fromkeys(text for part in parts for text in part))
 
 
 def translated(tree: dict[str, Any], words: dict[str, str]) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def translated(tree: dict[str, Any], words: dict[str, str]) -> dict[str, Any]:
 def files(kinds: dict[str, Any]) -> dict[Path, str]:
     """Every language's file. Raises ValueError naming the texts that lack a translation, and those no node has."""
     english, table = node_defs(kinds), translations()
-    shown = texts(english)
-    lines = [f"{text!r} is on no node any more" for text in table if text not in shown]
-    for text in shown:
+    node_texts = texts(english)
+    lines = [f"{text!r} is on no node any more" for text in table if text not in node_texts]
+    for text in node_texts:
         if missing := [lang for lang in LANGUAGES if lang not in table.get(text, {})]:
             lines.append(f"{text!r} has no {', '.join(missing)}")
     if lines:

@@ -25,12 +25,12 @@ class Unmatched(logging.Handler):
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
-    asked = json.load(sys.stdin)
+    requests = json.load(sys.stdin)
     answer, sys.stdout = sys.stdout, sys.stderr  # the host prints
     from comfy.cli_args import args
 
     args.cpu = True
-    json.dump([list(effects(**each)) for each in asked], answer)
+    json.dump([list(effects(**each)) for each in requests], answer)
 
 
 def effects(weights: str, loras: list[list[str]]) -> Iterator[dict]:

@@ -51,12 +51,12 @@ def measure(server: Server, side: int, runs: int) -> dict[str, list[Cost]]:
     """The costs of both nodes for a picture of this side; raises ValueError if what they make differs."""
     costs = {name: [] for name in NODES}
     for seed in range(runs + 1):
-        made = []
+        latents = []
         for name in sorted(NODES, reverse=seed % 2 == 1):  # by turns each is the first
             each, latent = drawn(server, name, side, seed)
             costs[name].append(each)
-            made.append(latent)
-        if (made[0] - made[1]).abs().max() > 1e-4 * made[1].abs().max():
+            latents.append(latent)
+        if (latents[0] - latents[1]).abs().max() > 1e-4 * latents[1].abs().max():
             raise ValueError(f"The nodes made two different pictures of side {side}, seed {seed}: nothing to compare.")
     return {name: each[1:] for name, each in costs.items()}  # the first of each warms up
 
@@ -80,16 +80,16 @@ def main() -> None:
     options.add_argument("--host", type=Path, default=next(iter(hosts()), None), help="a ComfyUI folder")
     options.add_argument("--sides", type=int, nargs="+", default=[64, 256, 512], help="of the pictures, in pixels")
     options.add_argument("--runs", type=int, default=5, help="of each node for each picture, after one to warm up")
-    given = options.parse_args()
+    arguments = options.parse_args()
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     with tempfile.TemporaryDirectory() as name:
         models, base = Path(name, "models"), Path(name, "base")
         for place in (models / "checkpoints", models / "loras", base):
             place.mkdir(parents=True)
         make_loras(models / "loras", make_checkpoint(models / "checkpoints" / "tiny.safetensors"))
-        with start(given.host, base, models) as server:
-            for side in given.sides:
-                print(f"| {' | '.join(row(side, measure(server, side, given.runs)))} |", flush=True)
+        with start(arguments.host, base, models) as server:
+            for side in arguments.sides:
+                print(f"| {' | '.join(row(side, measure(server, side, arguments.runs)))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Server(host.Host):
             if entry and entry["status"]["completed"] or entry and entry["status"]["status_str"] == "error":
                 errors = [detail for kind, detail in entry["status"]["messages"] if kind == "execution_error"]
                 return Run(entry["outputs"], errors[0] if errors else None)
-            time.sleep(0.1)
+            time.sleep(0.02)
         raise TimeoutError(f"The graph did not finish within {RUN_SECONDS} s. The log ends:\n{self.log[-3000:]}")
 
     def latents(self, graph: Graph, *nodes: str) -> tuple[Run, list[Tensor]]:

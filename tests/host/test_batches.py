@@ -59,8 +59,8 @@ def test_it_goes_through_as_in_the_hosts_ksampler(server, make):
     """With CFG, so that both prompts count; and it is not what comes of the same batch without."""
     graph, links = loaded()
     links = batch(graph, links)
-    own = make(graph, links)
-    nodes = [sample(graph, own, cfg=1.5), ksampler(graph, own, cfg=1.5), sample(graph, links, cfg=1.5)]
+    batch_links = make(graph, links)
+    nodes = [sample(graph, batch_links, cfg=1.5), ksampler(graph, batch_links, cfg=1.5), sample(graph, links, cfg=1.5)]
     ours, theirs, plain = server.latents(graph, *nodes)[1]
     assert ours.shape == theirs.shape and largest_difference(ours, theirs) < 1e-4
     assert largest_difference(ours[:1], plain[:1]) > 0.1
@@ -91,11 +91,11 @@ def test_fresh_noise_is_drawn_for_the_whole_batch_as_the_hosts_lcm_draws_it(serv
 def test_an_edit_gives_each_picture_of_a_batch_the_noise_that_the_ksampler_would(server):
     """So the second of two is another picture than it is alone. The mask is full: nothing pulls them together."""
     graph, links = loaded()
-    own = picture(graph, 64, 64, mask="full", batch=2)
-    last = graph.add("ImageFromBatch", image=own["image"], batch_index=1, length=1)
-    both = edit(graph, links, "Inpaint", **own, steps=4)
-    alone = edit(graph, links, "Inpaint", image=out(last), mask=own["mask"], steps=4)
-    encoded = graph.add("VAEEncode", pixels=own["image"], vae=links["vae"])
+    image_inputs = picture(graph, 64, 64, mask="full", batch=2)
+    last = graph.add("ImageFromBatch", image=image_inputs["image"], batch_index=1, length=1)
+    both = edit(graph, links, "Inpaint", **image_inputs, steps=4)
+    alone = edit(graph, links, "Inpaint", image=out(last), mask=image_inputs["mask"], steps=4)
+    encoded = graph.add("VAEEncode", pixels=image_inputs["image"], vae=links["vae"])
     core = ksampler(graph, {**links, "latent": out(encoded)})
     _, (ours, single, theirs) = server.tensors(graph, out(both, 1), out(alone, 1), out(core))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

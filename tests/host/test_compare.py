@@ -111,8 +111,8 @@ def test_the_grid_has_every_picture_in_its_place_with_its_label(compared):
     rows = {"4 steps": (0, 2), "2 steps": (1, 3), "8 evaluations": (0, 2), "4 evaluations": (1, 3)}
     rows |= {"deterministic": (0, 1), "stochastic, gamma 0.3": (2, 3), "CFG 1.5": (0, 1, 2, 3), "3 steps": ()}
     for text, wanted in rows.items():
-        found = [(at - gap) // (tall + gap) for at in places(page, written(text, size))]
-        assert found == list(wanted), text
+        row_numbers = [(at - gap) // (tall + gap) for at in places(page, written(text, size))]
+        assert row_numbers == list(wanted), text
 
 
 def test_a_large_picture_has_large_letters_and_image_to_image_says_its_steps(server):
@@ -146,8 +146,8 @@ def test_text_that_cannot_be_read_is_told(server, widget, text):
 def test_a_browser_sees_progress_over_all_runs_and_an_interrupt_leaves_no_trace(server):
     graph, links = loaded()
     stopped = Count(graph, links["model"], stop_at=2)
-    shown = out(compare(graph, {**links, "model": stopped.model}, step_counts="1, 2"))
-    graph.add("TestTensor", value=shown, name="none")
+    grid = out(compare(graph, {**links, "model": stopped.model}, step_counts="1, 2"))
+    graph.add("TestTensor", value=grid, name="none")
     prompt = server.queue(graph)
     server.wait(prompt)
     messages = [kind for kind, _ in server.get(f"/history/{prompt}")[prompt]["status"]["messages"]]
@@ -180,26 +180,26 @@ def guided(server):
     graph, links = loaded()
     node = schedule(graph, links)
     counts = {name: Count(graph, out(node)) for name in ("ours", "parts", "sgm_uniform", "heun", "image")}
-    own = {name: {**links, "model": count.model} for name, count in counts.items()}
+    counted_links = {name: {**links, "model": count.model} for name, count in counts.items()}
     counts["all"] = Count(graph, out(schedule(graph, {**links, "model": out(node)}, to_step=0)))
-    own["all"] = {**links, "model": counts["all"].model}
+    counted_links["all"] = {**links, "model": counts["all"].model}
     sigmas, euler = out(scheduler(graph, links)), core_sampler(graph, "euler")
     sgm = graph.add("BasicScheduler", model=links["model"], scheduler="sgm_uniform", steps=4, denoise=1.0)
-    encoded = {**own["image"], "latent": out(graph.add("TestLatent", seed=3, batch=1))}
+    encoded = {**counted_links["image"], "latent": out(graph.add("TestLatent", seed=3, batch=1))}
     halves = graph.add("SplitSigmas", sigmas=sigmas, step=1)
     first = custom(graph, links, euler, out(halves), cfg=2.0)
     later = {**links, "latent": out(first)}
     nodes = {
-        "ours": sample(graph, own["ours"]),
-        "parts": custom(graph, own["parts"], euler, sigmas, cfg=5.0),
-        "sgm_uniform": custom(graph, own["sgm_uniform"], euler, out(sgm), cfg=5.0),
-        "heun": custom(graph, own["heun"], core_sampler(graph, "heun"), sigmas),
+        "ours": sample(graph, counted_links["ours"]),
+        "parts": custom(graph, counted_links["parts"], euler, sigmas, cfg=5.0),
+        "sgm_uniform": custom(graph, counted_links["sgm_uniform"], euler, out(sgm), cfg=5.0),
+        "heun": custom(graph, counted_links["heun"], core_sampler(graph, "heun"), sigmas),
         "image": sample(graph, encoded, denoise=0.75),
-        "all": sample(graph, own["all"], cfg=1.0),
+        "all": sample(graph, counted_links["all"], cfg=1.0),
         "unscheduled": sample(graph, links, cfg=2.0),
         "split": custom(graph, later, euler, out(halves, 1), cfg=1.0, add_noise=False),
     }
-    compared = compare(graph, own["ours"], step_counts="4, 2, 8")
+    compared = compare(graph, counted_links["ours"], step_counts="4, 2, 8")
     graph.add("TestTensor", value=out(compared), name="none")
     run, latents = server.latents(graph, *nodes.values())
     texts = {"node": run.text(node), "compared": run.text(compared)}

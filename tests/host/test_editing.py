@@ -88,10 +88,11 @@ def both(server):
     wanted, notes = {}, {}
     for name, loop in KINDS.items():
         kind = name if name[0].isupper() else "Inpaint"
-        own = picture(graph, *((35, 25) if kind == "SuperResolution" else (70, 50)))
+        image_inputs = picture(graph, *((35, 25) if kind == "SuperResolution" else (70, 50)))
         if kind != "Inpaint":
-            del own["mask"]
-        whole, parts = edit(graph, links, kind, **own, **loop), composed(graph, links, kind, **own, **loop)
+            del image_inputs["mask"]
+        whole = edit(graph, links, kind, **image_inputs, **loop)
+        parts = composed(graph, links, kind, **image_inputs, **loop)
         wanted[name] = (out(whole), out(whole, 1), parts["image"], parts["latent"], parts["encoded"])
         notes[name] = (whole, parts["operator"][0])
     run, tensors = server.tensors(graph, *(link for links in wanted.values() for link in links))
@@ -159,8 +160,8 @@ def test_the_nodes_say_how_they_worked(both):
 def test_a_full_mask_is_sample_pcm_from_the_same_start(server):
     """Nothing is known, so the residual form adds nothing to x0."""
     graph, links = loaded()
-    own = picture(graph, 64, 64, mask="full")
-    whole, parts = edit(graph, links, "Inpaint", **own), composed(graph, links, "Inpaint", **own)
+    image_inputs = picture(graph, 64, 64, mask="full")
+    whole, parts = edit(graph, links, "Inpaint", **image_inputs), composed(graph, links, "Inpaint", **image_inputs)
     plain = sample(graph, {**links, "latent": parts["encoded"]}, steps=2)
     decoded = graph.add("VAEDecode", samples=out(plain), vae=links["vae"])
     run, (ours, theirs, image, picture_of_theirs) = server.tensors(
@@ -173,8 +174,8 @@ def test_a_full_mask_is_sample_pcm_from_the_same_start(server):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families(server, family):
     graph, links = FAMILIES[family]()
-    own = picture(graph)
-    nodes = [edit(graph, links, "Inpaint", **own), edit(graph, links, "Colorize", image=own["image"])]
+    image_inputs = picture(graph)
+    nodes = [edit(graph, links, "Inpaint", **image_inputs), edit(graph, links, "Colorize", image=image_inputs["image"])]
     _, (inpainted, colorized) = server.tensors(graph, *map(out, nodes))
     before, mask = drawn()
     assert keeps_the_rest(before, nchw(inpainted), mask)
@@ -185,8 +186,8 @@ def test_other_families(server, family):
 def test_other_methods(server, lora):
     """Also with noise between steps, which is the seed's in both forms."""
     graph, links = loaded(f"{lora}.safetensors")
-    own = picture(graph, mask="soft")
-    whole, parts = edit(graph, links, "Inpaint", **own), composed(graph, links, "Inpaint", **own)
+    image_inputs = picture(graph, mask="soft")
+    whole, parts = edit(graph, links, "Inpaint", **image_inputs), composed(graph, links, "Inpaint", **image_inputs)
     _, (image, other) = server.tensors(graph, out(whole), parts["image"])
     before, mask = drawn(mask="soft")
     assert torch.equal(image, other)
@@ -196,10 +197,10 @@ def test_other_methods(server, lora):
 def test_with_a_controlnet_and_a_latent_mask(server):
     """What the guider has loaded besides the model goes on working, and core's mask holds its own cells back."""
     graph, links = loaded()
-    own = picture(graph, 64, 64)
-    guided = with_controlnet(graph, links, own["image"])
-    plain, led = (composed(graph, each, "Inpaint", **own) for each in (links, guided))
-    masked = graph.add("SetLatentNoiseMask", samples=plain["encoded"], mask=own["mask"])
+    image_inputs = picture(graph, 64, 64)
+    guided = with_controlnet(graph, links, image_inputs["image"])
+    plain, led = (composed(graph, each, "Inpaint", **image_inputs) for each in (links, guided))
+    masked = graph.add("SetLatentNoiseMask", samples=plain["encoded"], mask=image_inputs["mask"])
     sampled = graph[led["latent"][0]]["inputs"]
     both = graph.add("SamplerCustom", **sampled | {"latent_image": out(masked)})
     _, (bare, controlled, kept, start) = server.tensors(
@@ -220,7 +221,7 @@ def test_odd_pictures(server):
     see_through = picture(graph, mask="soft")
     alpha = graph.add("JoinImageWithAlpha", image=see_through["image"], alpha=see_through["mask"])
     clear = edit(graph, links, "Inpaint", image=out(alpha), mask=picture(graph)["mask"], steps=1)
-    shown = graph.add("PreviewImage", images=out(clear))
+    preview = graph.add("PreviewImage", images=out(clear))
     run, tensors = server.tensors(graph, *map(out, (*dots, grey, two, clear)))
     *dots, grey, two, clear = map(nchw, tensors)
     assert [tuple(each.shape) for each in dots] == [(1, 3, 1, 1)] * 3 + [(1, 3, 3, 3)]
@@ -233,7 +234,7 @@ def test_odd_pictures(server):
     assert not torch.equal(two[:1, :, :25], two[1:, :, :25])
     _, soft = drawn(mask="soft")
     assert torch.equal(clear[:, 3], 1 - soft)
-    assert "images" in run.outputs[shown]
+    assert "images" in run.outputs[preview]
 
 
 def test_an_empty_mask_draws_nothing_and_says_so(server):
@@ -249,8 +250,8 @@ def test_every_so_many_steps_go_through_the_step_vae(server, every, times):
     """Counted back from the last; the last decode is the other VAE's. With a rim, one step less: see `to_the_end`."""
     graph, links = loaded()
     counted = odd_vae(graph, links, "log")
-    how = {"steps": 4, "every": every, "step_vae": counted, "grow": 0}
-    node = edit(graph, links, "Inpaint", **picture(graph, 64, 64), **how)
+    loop = {"steps": 4, "every": every, "step_vae": counted, "grow": 0}
+    node = edit(graph, links, "Inpaint", **picture(graph, 64, 64), **loop)
     before = server.log.count("TestVAE log")
     server.tensors(graph, out(node))
     assert server.log.count("TestVAE log") - before == times
@@ -259,9 +260,9 @@ def test_every_so_many_steps_go_through_the_step_vae(server, every, times):
 @pytest.mark.parametrize("form", ["residual", "plain"])
 def test_one_step_is_what_core_nodes_make_of_the_projected_picture(server, form):
     graph, links = loaded()
-    own = picture(graph, 64, 64)["image"]
-    ours = edit(graph, links, "Colorize", image=own, steps=1, form=form)
-    start = composed(graph, links, "Colorize", image=own)["encoded"]
+    image_inputs = picture(graph, 64, 64)["image"]
+    ours = edit(graph, links, "Colorize", image=image_inputs, steps=1, form=form)
+    start = composed(graph, links, "Colorize", image=image_inputs)["encoded"]
     plain = out(sample(graph, {**links, "latent": start}, steps=1))
     seen = out(graph.add("VAEDecode", samples=plain, vae=links["vae"]))
     encoded = out(graph.add("VAEEncode", pixels=seen, vae=links["vae"]))
@@ -279,10 +280,13 @@ def test_a_model_that_had_to_go_comes_back(server):
     """With its LoRA and the ControlNet: the VAE may need their memory."""
     graph, links = loaded()
     guided = with_controlnet(graph, links, picture(graph, 64, 64)["image"])
-    own = picture(graph, 64, 64) | {"grow": 0}
+    image_inputs = picture(graph, 64, 64) | {"grow": 0}
     unloading = odd_vae(graph, links, "unload")
-    nodes = [edit(graph, guided, "Inpaint", **own), edit(graph, guided, "Inpaint", **own, step_vae=unloading)]
-    nodes += [edit(graph, {**guided, "model": links["base"]}, "Inpaint", **own)]
+    nodes = [
+        edit(graph, guided, "Inpaint", **image_inputs),
+        edit(graph, guided, "Inpaint", **image_inputs, step_vae=unloading),
+    ]
+    nodes += [edit(graph, {**guided, "model": links["base"]}, "Inpaint", **image_inputs)]
     before = server.log.count("TestVAE unload")
     _, (stayed, came_back, bare) = server.tensors(graph, *(out(node, 1) for node in nodes))
     assert server.log.count("TestVAE unload") == before + 2
@@ -293,29 +297,29 @@ def test_a_model_that_had_to_go_comes_back(server):
 def test_tiles_are_refused_in_the_loop_and_told_of_at_the_end(server):
     graph, links = loaded()
     short = {**links, "vae": odd_vae(graph, links, "memory")}
-    own = picture(graph, 64, 64, mask="full")
-    refused = edit(graph, short, "Inpaint", **own)
+    image_inputs = picture(graph, 64, 64, mask="full")
+    refused = edit(graph, short, "Inpaint", **image_inputs)
     message = failed(server, graph, out(refused))
     assert message.startswith("The VAE ran out of memory, and in tiles it would draw their seams into every step.")
 
     graph, links = loaded()
-    own = picture(graph, 64, 64, mask="full")
+    image_inputs = picture(graph, 64, 64, mask="full")
     short = {**links, "vae": odd_vae(graph, links, "memory")}
-    helped = edit(graph, short, "Inpaint", **own, step_vae=links["vae"])
-    asked = edit(graph, links, "Inpaint", **own, last_decode="tiled")
+    helped = edit(graph, short, "Inpaint", **image_inputs, step_vae=links["vae"])
+    tiled_by_choice = edit(graph, links, "Inpaint", **image_inputs, last_decode="tiled")
     core = graph.add(
         "VAEDecodeTiled",
-        samples=out(asked, 1),
+        samples=out(tiled_by_choice, 1),
         vae=links["vae"],
         tile_size=512,
         overlap=128,
         temporal_size=64,
         temporal_overlap=8,
     )
-    run, (fallen_back, tiled, theirs) = server.tensors(graph, out(helped), out(asked), out(core))
+    run, (fallen_back, tiled, theirs) = server.tensors(graph, out(helped), out(tiled_by_choice), out(core))
     assert torch.equal(tiled, theirs) and torch.equal(fallen_back, theirs)
     assert run.text(helped).splitlines()[0] == "Memory ran out: the last decode is tiled."
-    assert "tiled" not in run.text(asked)
+    assert "tiled" not in run.text(tiled_by_choice)
 
 
 def test_an_edit_can_be_interrupted(server):
@@ -344,13 +348,15 @@ def test_a_browser_sees_previews_and_progress(server):
 
 
 def wrong_size(graph: Graph, links: dict[str, list]) -> list:
-    own = picture(graph)
-    return out(edit(graph, links, "Inpaint", image=own["image"], mask=picture(graph, 32, 24)["mask"]))
+    image_inputs = picture(graph)
+    return out(edit(graph, links, "Inpaint", image=image_inputs["image"], mask=picture(graph, 32, 24)["mask"]))
 
 
 def no_mask(graph: Graph, links: dict[str, list]) -> list:
-    own = picture(graph)
-    return out(edit(graph, links, "Inpaint", image=own["image"], mask=picture(graph, 64, 64, mask="empty")["mask"]))
+    image_inputs = picture(graph)
+    return out(
+        edit(graph, links, "Inpaint", image=image_inputs["image"], mask=picture(graph, 64, 64, mask="empty")["mask"])
+    )
 
 
 def other_vae(graph: Graph, links: dict[str, list]) -> list:

@@ -102,11 +102,11 @@ def test_a_model_gets_the_shift_of_its_lora(server):
     """So that the host's own schedulers, and whatever else goes by the model, are right too."""
     graph, links = sd3("sd3_shift1.safetensors")
     simple = graph.add("BasicScheduler", model=links["model"], scheduler="simple", steps=4, denoise=1.0)
-    shown = [graph.add("TestSigmas", sigmas=s) for s in (out(simple), out(scheduler(graph, links)))]
+    level_nodes = [graph.add("TestSigmas", sigmas=s) for s in (out(simple), out(scheduler(graph, links)))]
     ours = sample(graph, links)
     euler = custom(graph, links, core_sampler(graph, "euler"), out(simple))
     run, latents = server.latents(graph, ours, euler)
-    for node in shown:
+    for node in level_nodes:
         assert run.outputs[node]["sigmas"] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0], abs=1e-6)
     assert (latents[0] - latents[1]).abs().max() < 1e-4
     assert run.text(links["model"][0]).splitlines()[-1] == "Shift set to 1, the LoRA's; it was 3."
@@ -116,10 +116,12 @@ def test_a_model_gets_the_shift_of_its_lora(server):
 def test_a_shift_set_after_the_loader_is_told_and_not_used(server):
     graph, links = sd3("sd3_shift1.safetensors")
     shifted = out(graph.add("ModelSamplingSD3", model=links["model"], shift=5.0))
-    told, plain = sample(graph, {**links, "model": shifted}), sample(graph, links)
-    run, latents = server.latents(graph, told, plain)
+    shifted_twice, plain = sample(graph, {**links, "model": shifted}), sample(graph, links)
+    run, latents = server.latents(graph, shifted_twice, plain)
     assert torch.equal(*latents)
-    assert run.text(told).splitlines()[0] == ("Shift 5 is not used, the LoRA's is 1: remove the node that sets it.")
+    assert run.text(shifted_twice).splitlines()[0] == (
+        "Shift 5 is not used, the LoRA's is 1: remove the node that sets it."
+    )
 
 
 def test_strength_0_leaves_the_shift_alone(server):

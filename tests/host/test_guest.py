@@ -110,9 +110,11 @@ def watched_until(server: Server, graph: Graph, event: str, node: str) -> str:
         prompt = server.queue(graph, client)
         while True:
             message = socket.recv()
-            told = json.loads(message) if isinstance(message, str) else {"type": "", "data": {}}
-            assert told["type"] not in ("execution_success", "execution_error"), "it ended before it was interrupted"
-            if told["type"] == event and told["data"]["node"] == node:
+            event_data = json.loads(message) if isinstance(message, str) else {"type": "", "data": {}}
+            assert event_data["type"] not in ("execution_success", "execution_error"), (
+                "it ended before it was interrupted"
+            )
+            if event_data["type"] == event and event_data["data"]["node"] == node:
                 return prompt
 
 

@@ -12,7 +12,7 @@ from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 
 
-def told(server, lora: str, checkpoint: str | None = None) -> str:
+def info_text(server, lora: str, checkpoint: str | None = None) -> str:
     """What PCM LoRA Info writes on itself."""
     graph, model = Graph(), {}
     if checkpoint:
@@ -25,7 +25,7 @@ def told(server, lora: str, checkpoint: str | None = None) -> str:
 
 def test_info_tells_the_recipe_and_the_file(server, models):
     size = (models.folder / "loras" / "kohya.safetensors").stat().st_size
-    assert told(server, "kohya.safetensors").splitlines() == [
+    assert info_text(server, "kohya.safetensors").splitlines() == [
         f"SD1.5 PCM LoRA, {len(models.lora)} modules, {size / 1e6:.1f} MB.",
         RECIPE.usage_hint(),
         "Recipe from the file's header.",
@@ -34,7 +34,7 @@ def test_info_tells_the_recipe_and_the_file(server, models):
 
 
 def test_info_of_a_file_without_a_recipe(server):
-    assert "No recipe in the header, and not a known file" in told(server, "unnamed.safetensors")
+    assert "No recipe in the header, and not a known file" in info_text(server, "unnamed.safetensors")
 
 
 def test_info_can_be_read_by_text_nodes(server):
@@ -49,13 +49,13 @@ def test_info_can_be_read_by_text_nodes(server):
 
 def test_info_counts_what_fits_a_model(server, models):
     lost = sum("mid_block" in name for name in models.lora)
-    lines = told(server, "partly.safetensors", "tiny.safetensors").splitlines()
+    lines = info_text(server, "partly.safetensors", "tiny.safetensors").splitlines()
     assert lines[1] == f"{len(models.lora) - lost} of {len(models.lora)} modules match this SD1.5 model."
     assert lines[2].startswith("The others have no place in it, such as lora_unet_far_block")
 
 
 def test_info_says_what_the_loader_refuses(server):
-    text = told(server, "sdxl.safetensors", "tiny.safetensors")
+    text = info_text(server, "sdxl.safetensors", "tiny.safetensors")
     assert "sdxl.safetensors is a LoRA for SDXL, but the model is SD1.5." in text
 
 

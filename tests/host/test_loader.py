@@ -64,8 +64,8 @@ def test_a_second_few_step_lora_is_told(server):
     )  # between them, and forgets nothing
     third = graph.add("PCMLoadLora", model=out(style), strength=1.0, **widgets)
     run, _ = server.latents(graph, *(sample(graph, {**links, "model": out(n)}, steps=1) for n in (*seconds, third)))
-    told = "kohya.safetensors is loaded too, and both speed the model up: remove one."
-    assert [run.text(node).splitlines()[0] == told for node in (*seconds, third)] == [True, False, True]
+    warning = "kohya.safetensors is loaded too, and both speed the model up: remove one."
+    assert [run.text(node).splitlines()[0] == warning for node in (*seconds, third)] == [True, False, True]
     assert "is loaded too" not in run.text(links["model"][0])
 
 

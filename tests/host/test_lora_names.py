@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from host.server import environment, hosts, python_of
+from host.lora_targets import ask
+from host.server import hosts
 from phased_consistency.trainer import families
 from phased_consistency.trainer.families.loading import CONFIGS
 from phased_consistency.trainer.tiny.single_file import sd3_transformer
@@ -39,22 +36,25 @@ def names(model: nn.Module, family: type[families.Base]) -> dict[str, tuple[int,
     return {family.lora_key(m): tuple(model.get_submodule(m).weight.shape) for m in adapted}
 
 
-@pytest.mark.parametrize("folder", hosts() or [None], ids=lambda p: p.parent.name if p else "none")
+@pytest.fixture(scope="module", params=hosts() or [None], ids=lambda p: p.parent.name if p else "none")
+def mapped(request) -> dict[str, tuple[dict[str, tuple[int, ...]], dict]]:
+    """Size -> our names with the shapes of their weights, and what one start of the host says of all of them."""
+    ours, questions = {}, []
+    for size, (family, kind, _) in MODELS.items():
+        model = network(family, size)
+        ours[size] = names(model, families.FAMILIES[family])
+        weights = ldm_unet(model) if kind == "SDXL" else sd3_transformer(model.state_dict())
+        questions.append({"weights": {k: tuple(v.shape) for k, v in weights.items()}, "names": list(ours[size])})
+    answers = ask(request.param, questions)
+    return {size: (ours[size], answer) for size, answer in zip(MODELS, answers, strict=True)}
+
+
 @pytest.mark.parametrize("size", MODELS)
-def test_the_host_maps_every_module(folder, size):
+def test_the_host_maps_every_module(size, mapped):
     """By name, and to a weight (or rows of a fused one) of the module's own shape."""
-    family, kind, count = MODELS[size]
-    model = network(family, size)
-    ours = names(model, families.FAMILIES[family])
+    _, kind, count = MODELS[size]
+    ours, answer = mapped[size]
     assert len(ours) == count
-    weights = ldm_unet(model) if kind == "SDXL" else sd3_transformer(model.state_dict())
-    question = {"weights": {k: tuple(v.shape) for k, v in weights.items()}, "names": list(ours)}
-    script = str(Path(__file__).with_name("lora_targets.py"))
-    command = [python_of(folder), script, str(folder)]
-    options = {"capture_output": True, "text": True, "timeout": 240, "cwd": folder, "env": environment()}
-    run = subprocess.run(command, input=json.dumps(question), **options)
-    assert run.returncode == 0, run.stderr[-2000:]
-    answer = json.loads(run.stdout)
     assert answer["kind"] == kind
     assert {name: shape for name, shape in answer["shapes"].items() if shape is None} == {}
     flat = {name: (shape[0], torch.Size(shape[1:]).numel()) for name, shape in answer["shapes"].items()}

@@ -33,9 +33,9 @@ def in_precision(graph: Graph, links: dict[str, list], weights: str, computed: s
 def test_other_precisions(server, weights, computed):
     """Sample PCM on them is core's euler on them; and both come near what they are in fp32."""
     graph, links = loaded()
-    own = in_precision(graph, links, weights, computed)
-    euler = custom(graph, own, core_sampler(graph, "euler"), out(scheduler(graph, links)))
-    ours, core, whole = server.latents(graph, sample(graph, own), euler, sample(graph, links))[1]
+    links_of_model = in_precision(graph, links, weights, computed)
+    euler = custom(graph, links_of_model, core_sampler(graph, "euler"), out(scheduler(graph, links)))
+    ours, core, whole = server.latents(graph, sample(graph, links_of_model), euler, sample(graph, links))[1]
     assert ours.dtype == torch.float32
     assert largest_difference(ours, core) < 1e-4
     assert 1e-5 < (ours - whole).abs().max() / whole.abs().max() < DTYPES[weights, computed]
@@ -48,10 +48,10 @@ def test_a_model_that_is_loaded_in_part(server, share):
     short = {**links, "base": out(graph.add("TestOffload", model=links["base"], share=share))}
     loader = graph[links["model"][0]]["inputs"]
     short["model"] = out(graph.add("PCMLoadLora", **loader | {"model": short["base"]}))
-    own = picture(graph, 64, 64)
+    image_inputs = picture(graph, 64, 64)
     before = server.log.count("TestOffload")
     nodes = [sample(graph, each) for each in (links, short)]
-    nodes += [out_of_edit(graph, each, own) for each in (links, short)]
+    nodes += [out_of_edit(graph, each, image_inputs) for each in (links, short)]
     nodes += [sample(graph, {**links, "model": links["base"]})]
     whole, part, edited, edited_in_part, bare = server.latents(graph, *nodes)[1]
     said = server.log.split("TestOffload")[before + 1 :]
@@ -61,9 +61,9 @@ def test_a_model_that_is_loaded_in_part(server, share):
     assert largest_difference(whole, bare) > 0.1
 
 
-def out_of_edit(graph: Graph, links: dict[str, list], own: dict[str, Any]) -> str:
+def out_of_edit(graph: Graph, links: dict[str, list], image_inputs: dict[str, Any]) -> str:
     """An edit whose latent is passed on, so that it can be saved as those of samplers are."""
-    node = edit(graph, links, "Inpaint", **own)
+    node = edit(graph, links, "Inpaint", **image_inputs)
     return graph.add("RepeatLatentBatch", samples=out(node, 1), amount=1)
 
 
@@ -80,8 +80,10 @@ def test_the_lora_survives_an_unloading_between_nodes(server):
 def test_tiled_decoding(server, height, most):
     """The same for a picture smaller than a tile, nearly so for a larger one; what an edit keeps it still keeps."""
     graph, links = loaded()
-    own = picture(graph, 64, height)
-    nodes = [edit(graph, links, "Inpaint", **own, last_decode=how) for how in ("whole", "tiled")]
+    image_inputs = picture(graph, 64, height)
+    nodes = [
+        edit(graph, links, "Inpaint", **image_inputs, last_decode=last_decode) for last_decode in ("whole", "tiled")
+    ]
     latent = graph.add("EmptyLatentImage", width=64, height=height, batch_size=1)
     samples = out(sample(graph, {**links, "latent": out(latent)}, steps=2))
     tiles = {"tile_size": 512, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8}

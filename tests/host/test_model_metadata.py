@@ -35,8 +35,8 @@ def test_our_limit_is_the_hosts(server, lora):
     """A header of this many bytes is read, of eight more not."""
     tensors = lora.read_bytes()[8 + len(header_text(lora)) :]
     for size in (MOST_HEADER, MOST_HEADER + 8):
-        told = json.loads(header_text(lora)) | {"__metadata__": {"size": str(size)}}
-        lora.write_bytes(struct.pack("<Q", size) + json.dumps(told).encode().ljust(size) + tensors)
+        header = json.loads(header_text(lora)) | {"__metadata__": {"size": str(size)}}
+        lora.write_bytes(struct.pack("<Q", size) + json.dumps(header).encode().ljust(size) + tensors)
         address = f"/view_metadata/loras?filename={quote(lora.name)}"
         if size == MOST_HEADER:
             assert server.get(address) == {"size": str(size)}

@@ -42,11 +42,11 @@ def test_an_lcm_file_is_the_hosts_lcm_with_its_timesteps(server):
     graph, links = loaded("lcm-lora-sdv1-5.safetensors")
     theirs = {**links, "model": with_lcm_timesteps(graph, links)}
     sigmas = simple(graph, theirs["model"])
-    shown = [graph.add("TestSigmas", sigmas=s) for s in (out(scheduler(graph, links)), sigmas)]
+    level_nodes = [graph.add("TestSigmas", sigmas=s) for s in (out(scheduler(graph, links)), sigmas)]
     nodes = [parts(graph, links, add_noise=False), *re_noised(graph, theirs, sigmas)]
     nodes += [sample(graph, links), sample(graph, theirs)]
     run, (ours, *others, whole, patched) = server.latents(graph, *nodes)
-    levels, core = (run.outputs[node]["sigmas"] for node in shown)
+    levels, core = (run.outputs[node]["sigmas"] for node in level_nodes)
     assert levels == pytest.approx(core, rel=1e-5)
     assert min(largest_difference(ours, other) for other in others) < 1e-3
     assert largest_difference(whole, patched) < 1e-3, "ModelSamplingDiscrete (lcm) is not needed, and does no harm"
@@ -89,12 +89,12 @@ def test_a_lightning_file_is_the_hosts_euler_and_a_dmd2_file_its_lcm(server):
     dmd2 = {**links, "model": out(loader), "recipe": out(loader, 1)}
     sigmas = simple(graph, links["model"])
     euler = custom(graph, links, core_sampler(graph, "euler"), sigmas)
-    shown = [graph.add("TestSigmas", sigmas=s) for s in (sigmas, simple(graph, links["model"], "sgm_uniform"))]
+    level_nodes = [graph.add("TestSigmas", sigmas=s) for s in (sigmas, simple(graph, links["model"], "sgm_uniform"))]
     nodes = [sample(graph, links), euler, parts(graph, dmd2, add_noise=False), *re_noised(graph, dmd2, sigmas)]
     run, (lightning, euler, ours, *others) = server.latents(graph, *nodes)
     assert (lightning - euler).abs().max() < 1e-5 * euler.abs().max()
     assert min((ours - other).abs().max() for other in others) < 1e-5 * ours.abs().max()
-    exact, rounded = (run.outputs[node]["sigmas"] for node in shown)
+    exact, rounded = (run.outputs[node]["sigmas"] for node in level_nodes)
     assert exact == pytest.approx(rounded, rel=3e-3)
     assert "SDXL Lightning, " in run.text(links["model"][0]) and "SDXL DMD2, " in run.text(loader)
 

@@ -20,9 +20,9 @@ SCALE = {"sd15": SD15_SCALE, "sd3": SD3_SCALE}
 @pytest.mark.parametrize("lora", ["kohya", "TCD-SD15-LoRA"])
 def test_interpolation_begins_and_ends_with_the_single_pictures(server, lora):
     graph, links = loaded(f"{lora}.safetensors")
-    there = {**links, "positive": links["negative"]}
-    frames = edit(graph, links, "Interpolate", latent_image=links["latent"], positive_b=there["positive"])
-    ends = [sample(graph, links, seed=7, steps=2), sample(graph, there, seed=9, steps=2)]
+    other_links = {**links, "positive": links["negative"]}
+    frames = edit(graph, links, "Interpolate", latent_image=links["latent"], positive_b=other_links["positive"])
+    ends = [sample(graph, links, seed=7, steps=2), sample(graph, other_links, seed=9, steps=2)]
     images = [out(graph.add("VAEDecode", samples=out(end), vae=links["vae"])) for end in ends]
     wanted = [out(frames), out(frames, 1), *map(out, ends), *images]
     run, (images, latents, first, last, first_image, last_image) = server.tensors(graph, *wanted)
@@ -56,9 +56,9 @@ def test_interpolating_one_prompt_and_seed_stands_still_and_prompts_alone_go_the
 
 def test_interpolation_under_a_mask_keeps_the_rest(server):
     graph, links = loaded()
-    own = picture(graph, 64, 64)
-    encoded = graph.add("VAEEncode", pixels=own["image"], vae=links["vae"])
-    masked = graph.add("SetLatentNoiseMask", samples=out(encoded), mask=own["mask"])
+    image_inputs = picture(graph, 64, 64)
+    encoded = graph.add("VAEEncode", pixels=image_inputs["image"], vae=links["vae"])
+    masked = graph.add("SetLatentNoiseMask", samples=out(encoded), mask=image_inputs["mask"])
     frames = edit(graph, links, "Interpolate", latent_image=out(masked), positive_b=links["negative"], frames=2)
     again = sample(graph, {**links, "latent": out(frames, 1)}, steps=1)
     _, (start, latents, later) = server.tensors(graph, out(encoded), out(frames, 1), out(again))
@@ -69,9 +69,9 @@ def test_interpolation_under_a_mask_keeps_the_rest(server):
 
 def test_strokes_are_sample_pcm_from_the_nearest_edge(server):
     graph, links = loaded()
-    own = picture(graph, 64, 64)["image"]
-    encoded = out(graph.add("VAEEncode", pixels=own, vae=links["vae"]))
-    painted = edit(graph, links, "Stroke", image=own, strength=0.7, steps=0)
+    image = picture(graph, 64, 64)["image"]
+    encoded = out(graph.add("VAEEncode", pixels=image, vae=links["vae"]))
+    painted = edit(graph, links, "Stroke", image=image, strength=0.7, steps=0)
     plain = sample(graph, {**links, "latent": encoded}, denoise=0.75)
     run, latents = server.tensors(graph, out(painted, 1), out(plain))
     assert torch.equal(*latents)
@@ -94,10 +94,10 @@ def test_denoising_enters_at_the_level_that_is_as_noisy(server, family):
     """Against core nodes, with the noise in the latent measured here: what of the level is missing is added."""
     graph, links = loaded() if family == "sd15" else sd3()
     links["vae"] = odd_vae(graph, links, "loud")  # a random one hears little of noise
-    own = picture(graph, 64, 64)["image"]
+    image_link = picture(graph, 64, 64)["image"]
     image, _ = drawn(64, 64)
-    encoded = out(graph.add("VAEEncode", pixels=own, vae=links["vae"]))
-    first = edit(graph, links, "Denoise", image=own, noise=40.0, steps=0)
+    encoded = out(graph.add("VAEEncode", pixels=image_link, vae=links["vae"]))
+    first = edit(graph, links, "Denoise", image=image_link, noise=40.0, steps=0)
     more = image + torch.randn(image.shape, generator=torch.Generator().manual_seed(7)) * 40 / 255
     noisier = graph.add("VAEEncode", pixels=from_file(server, graph, more.clamp(0, 1)), vae=links["vae"])
     _, (clean, noisy) = server.tensors(graph, encoded, out(noisier))
@@ -129,7 +129,7 @@ def test_noise_is_estimated_and_told(server):
     even = out(graph.add("EmptyImage", width=70, height=50, batch_size=1, color=0x406080))
     clean = edit(graph, links, "Denoise", image=even, steps=0)
     run, (after, before, _) = server.tensors(graph, out(clean), even, out(noisy))
-    found = 255 * estimated_noise(drawn()[0])
-    assert run.text(noisy).splitlines()[0] == f"The noise was estimated: {found:.1f} levels of 255."
+    estimate = 255 * estimated_noise(drawn()[0])
+    assert run.text(noisy).splitlines()[0] == f"The noise was estimated: {estimate:.1f} levels of 255."
     assert torch.equal(after, before)
     assert run.text(clean).splitlines()[1] == "There is none to take out: the picture is given back as it is."

@@ -30,7 +30,7 @@ def results(request, server):
     graph, links = sdxl(request.param)
     sigmas = out(scheduler(graph, links))
     simple = graph.add("BasicScheduler", model=links["model"], scheduler="simple", steps=4, denoise=1.0)
-    shown = [graph.add("TestSigmas", sigmas=s) for s in (sigmas, out(simple))]
+    level_nodes = [graph.add("TestSigmas", sigmas=s) for s in (sigmas, out(simple))]
     nodes = {
         "ours": sample(graph, links),
         "euler": custom(graph, links, core_sampler(graph, "euler"), sigmas),
@@ -44,7 +44,7 @@ def results(request, server):
     return SimpleNamespace(
         kind=request.param,
         report=run.text(links["model"][0]),
-        sigmas=[run.outputs[node]["sigmas"] for node in shown],
+        sigmas=[run.outputs[node]["sigmas"] for node in level_nodes],
         **{name.replace(" ", "_"): latent for name, latent in zip(nodes, latents, strict=True)},
     )
 

@@ -68,11 +68,11 @@ def test_a_mistake_is_told_on_the_node(server, mistake, seed):
 
 def right_graphs() -> dict[str, tuple[Graph, str]]:
     """Other ways to sample a LoRA right, and their loaders."""
-    made = {}
+    graphs = {}
 
     def right(name: str, lora: str = "kohya.safetensors", **settings) -> tuple[Graph, dict[str, list]]:
         graph, links = loaded(lora, **settings)
-        made[name] = (graph, links["model"][0])
+        graphs[name] = (graph, links["model"][0])
         return graph, links
 
     for name in ("simple", "sgm_uniform"):
@@ -110,9 +110,9 @@ def right_graphs() -> dict[str, tuple[Graph, str]]:
         graph, links = right(f"the flow LoRA {lora} with {name}", f"{lora}.safetensors", **sizes)
         links["latent"] = out(graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1))
         ksampler(graph, links, scheduler=name)
-    for how in ("keywords", "betas"):
-        graph, links = right(f"another pack's {how}")
-        other = graph.add("TestOtherPack", model=links["base"], how=how)
+    for change in ("keywords", "betas"):
+        graph, links = right(f"another pack's {change}")
+        other = graph.add("TestOtherPack", model=links["base"], how=change)
         graph[links["model"][0]]["inputs"]["model"] = out(other)
         ksampler(graph, links)
     graph, links = right("another pack's guider")
@@ -128,7 +128,7 @@ def right_graphs() -> dict[str, tuple[Graph, str]]:
     halves = graph.add("SplitSigmas", sigmas=out(scheduler(graph, links)), step=2)
     first = custom(graph, links, core_sampler(graph, "euler"), out(halves))
     custom(graph, {**links, "latent": out(first)}, core_sampler(graph, "euler"), out(halves, 1), add_noise=False)
-    return made
+    return graphs
 
 
 @pytest.mark.parametrize("name", right_graphs())
@@ -229,8 +229,8 @@ def test_negative_words_are_found_where_the_graph_has_them(server):
             positive, negative = out(applied), out(applied, 1)
         nodes[name] = sample(graph, {**links, "positive": positive, "negative": negative}, steps=1)
     run, _ = server.latents(graph, *nodes.values())
-    told = [name for name, node in nodes.items() if "does not use the negative prompt" in run.text(node)]
-    assert told == ["plain", "through a ControlNet"]
+    warned = [name for name, node in nodes.items() if "does not use the negative prompt" in run.text(node)]
+    assert warned == ["plain", "through a ControlNet"]
 
 
 def test_a_model_that_may_have_the_lora_is_not_complained_of(server):

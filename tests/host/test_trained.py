@@ -138,9 +138,9 @@ def test_the_gallerys_baseline_is_the_hosts_masked_latent(server, trained):
     _, checkpoint, in_model_units = KINDS[trained.kind]
     graph, links = loaded(trained.lora.name, checkpoint)
     prompts_of(graph, links, trained)
-    given = picture(graph, 64, 64)
-    encoded = graph.add("VAEEncode", pixels=given["image"], vae=links["vae"])
-    links["latent"] = out(graph.add("SetLatentNoiseMask", samples=out(encoded), mask=given["mask"]))
+    image_and_mask = picture(graph, 64, 64)
+    encoded = graph.add("VAEEncode", pixels=image_and_mask["image"], vae=links["vae"])
+    links["latent"] = out(graph.add("SetLatentNoiseMask", samples=out(encoded), mask=image_and_mask["mask"]))
     drawn = custom(graph, links, core_sampler(graph, "euler"), out(scheduler(graph, links)), cfg=1.7)
     _, (known, theirs) = server.latents(graph, encoded, drawn)
     prompt, negative = (trained.base.encode_prompts([p]) for p in PROMPTS)

@@ -83,8 +83,8 @@ def test_with_an_identity_for_a_vae_it_is_algorithm_4():
     start = noised(begin(operator, NoVae()), drawn[0], levels[0], VP)
     rest = iter(drawn[1:])
     project, steps = Projected(operator, NoVae()), torch.cat([levels, torch.zeros(1)])
-    how = {"schedule": VP, "gamma": 1.0, "project": project, "noise_sampler": lambda *_: next(rest)}
-    ours = finish(operator, NoVae(), sample_phased(consistency_function, start, steps, **how))
+    settings = {"schedule": VP, "gamma": 1.0, "project": project, "noise_sampler": lambda *_: next(rest)}
+    ours = finish(operator, NoVae(), sample_phased(consistency_function, start, steps, **settings))
     expected = algorithm_4(consistency_function, operator.start, y, operator.hole, levels, drawn)
     assert (ours - expected).abs().max() < 1e-6
 
@@ -97,8 +97,13 @@ def test_every_x0_agrees_with_what_is_known(schedule, gamma, kind):
     operator = {"inpaint": Inpaint(y, mask(), grow=0), "colorize": Colorize(y), "enlarge": SuperResolution(y, 2)}[kind]
     seen, sigmas = [], schedule.k_sigma(torch.tensor([1000, 750, 500, 250, 0]))
     x = noised(operator.start, noises(1, operator.start)[0], sigmas[0], schedule)
-    how = {"schedule": schedule, "gamma": gamma, "extra_args": {"seed": 1}, "project": Projected(operator, NoVae())}
-    sample_phased(lambda x, s, **_: x.clamp(0, 1), x, sigmas, callback=lambda d: seen.append(d["denoised"]), **how)
+    settings = {
+        "schedule": schedule,
+        "gamma": gamma,
+        "extra_args": {"seed": 1},
+        "project": Projected(operator, NoVae()),
+    }
+    sample_phased(lambda x, s, **_: x.clamp(0, 1), x, sigmas, callback=lambda d: seen.append(d["denoised"]), **settings)
     assert len(seen) == 4
     for x0 in seen:
         assert (operator.project(x0) - x0).abs().max() < 2e-6
@@ -111,8 +116,8 @@ def test_deterministic_steps_go_on_from_the_projected_point(schedule):
     operator = Colorize(y)
     x = noised(y, noises(1, y)[0], sigmas[0], schedule)
     points = []
-    how = {"schedule": schedule, "project": Projected(operator, NoVae())}
-    sample_phased(lambda x, s, **_: x.clamp(0, 1), x, sigmas, callback=points.append, **how)
+    settings = {"schedule": schedule, "project": Projected(operator, NoVae())}
+    sample_phased(lambda x, s, **_: x.clamp(0, 1), x, sigmas, callback=points.append, **settings)
     x0 = points[0]["denoised"]
     eps = (x - schedule.k_alpha(sigmas[0]) * x0) / sigmas[0]
     assert (points[1]["x"] - jump(x0, eps, schedule.k_alpha(sigmas[1]), sigmas[1])).abs().max() < 1e-5
@@ -162,8 +167,8 @@ def test_a_blended_rim_takes_the_place_of_the_last_projection(every, projected):
 
 def test_the_clamp_of_one_step_models_comes_before_the_projection():
     operator = Colorize(picture())
-    how = {"schedule": VP, "min_alpha": 0.5, "project": Projected(operator, NoVae())}
-    x = sample_phased(lambda x, s, **_: 0 * x + 0.4, picture(), VP.k_sigma(torch.tensor([1000, 0])), **how)
+    settings = {"schedule": VP, "min_alpha": 0.5, "project": Projected(operator, NoVae())}
+    x = sample_phased(lambda x, s, **_: 0 * x + 0.4, picture(), VP.k_sigma(torch.tensor([1000, 0])), **settings)
     assert (operator.project(x) - x).abs().max() < 1e-6
 
 

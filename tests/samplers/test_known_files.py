@@ -233,8 +233,8 @@ def test_unknown_files_have_no_recipe(name):
 
 @pytest.mark.parametrize("key", ["ss_output_name", "modelspec.title"])
 def test_a_renamed_file_is_known_by_the_title_in_its_header(key):
-    found = recipe_for_file("fast.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sdxl")
-    assert found == replace(known("sd_xl_turbo_lora_v1"), source="known title")
+    by_title = recipe_for_file("fast.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sdxl")
+    assert by_title == replace(known("sd_xl_turbo_lora_v1"), source="known title")
     assert recipe_for_file("fast.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sd15") is None
     assert recipe_for_file("fast.safetensors", {key: "My LCM style", "ss_sd_model_name": "sd_xl_turbo_1.0"}) is None
     named = recipe_for_file("lcm-lora-sdxl.safetensors", {key: "sd_xl_turbo_lora_v1"}, "sdxl")

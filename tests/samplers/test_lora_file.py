@@ -243,11 +243,11 @@ def test_names_agree_with_diffusers_for_all_of_sd15(write):
 
 def test_hashes_are_of_the_tensor_bytes(write):
     tensors = lora()
-    plain, told = write(tensors, name="a.safetensors"), write(tensors, {"title": "Told"}, name="b.safetensors")
+    plain, titled = write(tensors, name="a.safetensors"), write(tensors, {"title": "Told"}, name="b.safetensors")
     data = plain.read_bytes()
     body = data[8 + struct.unpack("<Q", data[:8])[0] :]
-    assert tensor_hash(plain) == tensor_hash(told) == hashlib.sha256(body).hexdigest()
-    assert file_hash(plain) == hashlib.sha256(data).hexdigest() != file_hash(told)
+    assert tensor_hash(plain) == tensor_hash(titled) == hashlib.sha256(body).hexdigest()
+    assert file_hash(plain) == hashlib.sha256(data).hexdigest() != file_hash(titled)
 
 
 def test_metadata_is_read(write):

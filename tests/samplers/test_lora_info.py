@@ -43,8 +43,8 @@ def test_a_known_file_and_one_that_is_not(tmp_path):
 
 
 def test_a_recipe_of_unknown_method_claims_none(tmp_path):
-    told = Recipe(family="sd15", objective="unknown").to_header()
-    header = written(tmp_path / "a.safetensors", (4,), (4.0,), {HEADER_KEY: told})
+    recipe_header = Recipe(family="sd15", objective="unknown").to_header()
+    header = written(tmp_path / "a.safetensors", (4,), (4.0,), {HEADER_KEY: recipe_header})
     assert sentences(facts(header))[0].startswith("SD1.5 LoRA, ")
 
 
@@ -78,8 +78,8 @@ def test_tensors_of_other_kinds_are_counted(tmp_path):
     tensors = {f"{NAMES[0]}.lora_up.weight": torch.zeros(8, 4), "x.hada_w1_a": torch.zeros(1)}
     for more, ending in (({}, "x.hada_w1_a."), ({"x.hada_w1_b": torch.zeros(1)}, "x.hada_w1_a and 1 more.")):
         save_file(tensors | more, tmp_path / "a.safetensors")
-        told = facts(read_header(tmp_path / "a.safetensors"))
-        assert sentences(told)[-1] == f"Tensors of no LoRA style known here: {ending}"
+        values = facts(read_header(tmp_path / "a.safetensors"))
+        assert sentences(values)[-1] == f"Tensors of no LoRA style known here: {ending}"
 
 
 def test_what_people_look_for_in_a_header():

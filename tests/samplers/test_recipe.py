@@ -117,8 +117,8 @@ def test_wrong_settings_are_sentences():
 def test_more_steps_than_help_are_told():
     """Re-noising simplifies the more often it is done; what keeps some of the noise does not."""
     assert known("lcm-lora-sdxl").step_warnings(8) == []
-    told = ["More than 8 steps make this LoRA's pictures plainer: set steps to 4."]
-    assert known("lcm-lora-sdxl").step_warnings(9) == known("lcm-lora-sdxl").warnings(9, 1.0) == told
+    sentences = ["More than 8 steps make this LoRA's pictures plainer: set steps to 4."]
+    assert known("lcm-lora-sdxl").step_warnings(9) == known("lcm-lora-sdxl").warnings(9, 1.0) == sentences
     assert known("TCD-SDXL-LoRA").step_warnings(20) == []
     assert known("Hyper-SDXL-12steps-CFG-lora").step_warnings(12) == []
 

@@ -342,8 +342,8 @@ def test_dpmpp_2m_is_of_second_order(schedule):
     for steps in (10, 20, 40):
         sigmas = schedule.k_sigma(torch.linspace(900, 100, steps + 1).round().long())
         x = start_noise(schedule, sigmas)
-        made = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=schedule)
-        errors.append((made - exact.flow(x, sigmas[0], sigmas[-1])).abs().mean())
+        drawn = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=schedule)
+        errors.append((drawn - exact.flow(x, sigmas[0], sigmas[-1])).abs().mean())
     orders = [(coarse / fine).log2().item() for coarse, fine in itertools.pairwise(errors)]
     assert all(1.6 < order < 3 for order in orders), orders
 
@@ -364,8 +364,8 @@ def test_dpmpp_2m_is_diffusers():
         in_host = latents / VP.k_scale(sigma)
         eps = (in_host - exact.denoise(in_host, sigma.expand(len(x)))) / sigma
         latents = scheduler.step(eps, timestep, latents).prev_sample
-    made = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=VP)
-    torch.testing.assert_close(made, latents, atol=2e-4, rtol=2e-4)
+    drawn = sample_dpmpp_2m(exact.denoise, x, sigmas, schedule=VP)
+    torch.testing.assert_close(drawn, latents, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])

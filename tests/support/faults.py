@@ -1,6 +1,7 @@
 """What docs/robustness.md says of a fault, and a run that ends with it."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from phased_consistency.trainer.training.loop import RunFailed, train
 DOC = Path(__file__).parents[2] / "docs" / "robustness.md"
 
 
+@cache
 def rows() -> dict[str, str]:
-    """The table of the page: fault -> what the user sees."""
+    """The table of the page, read once: fault -> what the user sees."""
     text = DOC.read_text(encoding="utf-8").split("## Faults")[1].split("\n## ")[0]
     cells = [re.split(r"(?<!\\)\|", line)[1:3] for line in text.splitlines() if line.startswith("| ")]
     return {name.strip(): said.strip().strip("`") for name, said in cells if name.strip() != "fault"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +82,9 @@ class Tiers:
 
     def _hear(self, event: str, arguments: tuple) -> None:
         if self.watching and event in STARTS:
-            self.processes.append(f"{event} {os.fspath(arguments[0]) if arguments and arguments[0] else ''}".strip())
+            program = os.fspath(arguments[0]) if arguments and isinstance(arguments[0], (str, bytes, Path)) else None
+            if program is None or shutil.which(program):  # one that is not there is not started
+                self.processes.append(f"{event} {program or ''}".strip())
 
     def _count_trainings(self) -> None:
         """Count the runs that come to be, once the module of the run has been imported."""

@@ -1,9 +1,9 @@
 """Which tests are slow, read from their source before any of them is run.
 
-A test is slow where it and its fixtures train more than once, start a process or compile. What a function does is what
-the names in it lead to, over the files of tests/ and the trainer: imports are followed, function by function, as far
-as the names below. A name in a loop counts twice. What reading cannot see, a method of an object or a table of
-functions, the guard in tests/conftest.py sees when the test is run.
+A test is slow where it and its fixtures train or evaluate more than once, start a process or compile. What a function
+does is what the names in it lead to: imports are followed, function by function, through tests/ and the parts of the
+trainer that train or start programs for others, as far as the names below. A name in a loop counts twice. What reading
+cannot see, a method of an object or a table of functions, the guard in support/guard.py sees when the test is run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "phased_consistency"
 OURS = {path.stem for path in (ROOT / "tests").iterdir()}
 
-# Where reading ends: what stands for one training, and what starts a process or compiles (a name, or all of a module).
+# Where reading ends: what stands for one training, and what else takes long (a name, or all of a module).
 TRAINING_MODULE = f"{PACKAGE}.trainer.training.loop"
-TRAINING = {f"{TRAINING_MODULE}.train", f"{TRAINING_MODULE}.Run"}
+TRAINING = {
+    f"{TRAINING_MODULE}.train",
+    f"{TRAINING_MODULE}.Run",
+    "support.family_order.diffusion_model",
+    "support.family_order.distilled",
+}
 COSTLY = {
     "subprocess.run": "starts a process",
     "subprocess.Popen": "starts a process",
@@ -30,13 +35,19 @@ COSTLY = {
     "os.fork": "starts a process",
     "multiprocessing": "starts a process",
     "concurrent.futures.ProcessPoolExecutor": "starts a process",
+    "http.server.ThreadingHTTPServer": "serves pages, which another process asks for",
     "torch.compile": "compiles",
+    f"{PACKAGE}.trainer.efficiency.blocks.compile_blocks": "compiles",
+    f"{PACKAGE}.trainer.efficiency.blocks.check_compiler": "compiles",
+    "_pytest.pytester.pytester": "runs tests of its own",
+    "support.full_size.planned": "plans a run of full size",
 }
 # Raised before a run begins, so that a run which ends so is none.
 REFUSALS = {"ValueError", "FileNotFoundError", "PermissionError", "SystemExit"}
-# The words of which a file of the trainer needs one to be read at all.
-LEADS = ("subprocess", "multiprocessing", "torch.compile", "training.loop import", "from .loop import")
-VERBS = {"train": 1, "bench": 2}  # trainings of `pcm ...` in this process
+# What of the trainer is read as the files of tests/ are: what trains for a study, and what starts other programs.
+READ = {f"{PACKAGE}.trainer.{name}" for name in ("bench", "comfy", "demo", "studies", "system.comfyui")}
+COMMANDS = {"pcm", "fails"}  # the fixtures that run `pcm ...` in this process
+VERBS = {"train": 1, "evaluate": 1, "bench": 2}  # and how often it trains or evaluates
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,19 @@ class Traits:
 
     def reasons(self) -> list[str]:
         """Why a test with these traits is slow; empty for a fast one."""
-        return sorted(self.costly) + ["trains more than once"] * (self.trainings > 1)
+        return sorted(self.costly) + ["trains or evaluates more than once"] * (self.trainings > 1)
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Source:
     """One Python file: its functions and classes by name, and where its other names come from."""
 
-    def __init__(self, module: str, path: Path, text: str):
+    def __init__(self, module: str, path: Path):
         self.module, self.package = module, module if path.name == "__init__.py" else module.rpartition(".")[0]
-        tree = ast.parse(text)
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        self.defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.defined = {node.name: node for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
         self.imported = dict(self.imports(tree.body))
 
     def imports(self, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
@@ -83,16 +96,15 @@ class Source:
 def source_of(module: str) -> Source | None:
     """The file of a module of tests/ or of the trainer; None for others."""
     parts = module.split(".")
-    if parts[0] == PACKAGE:
-        parts = parts[1:]
-    elif parts[0] in OURS:
+    if parts[0] in OURS:
         parts = ["tests", *parts]
+    elif any(f"{module}.".startswith(f"{name}.") for name in READ):
+        parts = parts[1:]
     else:
         return None
     path = ROOT.joinpath(*parts)
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return Source(module, path, text) if parts[0] == "tests" or any(word in text for word in LEADS) else None
+    return Source(module, path) if path.is_file() else None
 
 
 _read: dict[str, Traits] = {}
@@ -131,11 +143,13 @@ class _Reader:
         arguments, nodes = function.args, list(ast.walk(function))
         names = [node for node in nodes if isinstance(node, ast.Name)]
         self.source, self.function = source, function
-        self.imported = source.imported | dict(source.imports(nodes))
+        self.inner = {node.name: node for node in nodes if isinstance(node, FUNCTIONS) and node is not function}
         own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
         own |= {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
         self.elsewhere = source.defined.keys() - own
-        self.loaded = {name.id for name in names} & (self.elsewhere | self.imported.keys() | {"pcm"})
+        elsewhere = {name: origin for name, origin in source.imported.items() if name not in own}
+        self.imported = elsewhere | dict(source.imports(nodes))
+        self.loaded = {name.id for name in names} & (self.elsewhere | self.imported.keys() | COMMANDS)
 
     def read(self) -> Traits:
         return self._visit_all(self.function.body) if self.loaded else Traits()
@@ -151,10 +165,19 @@ class _Reader:
             return self._visit_all(ast.iter_child_nodes(node)).repeated()
         if isinstance(node, ast.With) and any(_refuses(item.context_expr) for item in node.items):
             return Traits(0, self._visit_all(node.body).costly)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pcm":
-            words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMMANDS:
+            words = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
             if words and "--dry-run" not in words:
                 return Traits(VERBS.get(words[0], 0)) + self._visit_all(node.args)
+        if isinstance(node, ast.ClassDef):  # in a function: its methods, as if each was called once
+            return self._visit_all(line for method in node.body for line in getattr(method, "body", ()))
+        if isinstance(node, FUNCTIONS):
+            return Traits()  # counted where it is called
+        if isinstance(node, ast.Name) and node.id in self.inner:
+            function = self.inner.pop(node.id)  # which adds nothing where it comes to itself again
+            traits = self._visit_all(function.body)
+            self.inner[node.id] = function
+            return traits
         if name := self._name(node):
             return traits_of(name)
         return self._visit_all(ast.iter_child_nodes(node))

@@ -34,7 +34,7 @@ IN_A_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md$")  # a help page is looked fo
 
 
 @dataclass(frozen=True)
-class Seen:
+class PageRun:
     """What the page showed while a graph ran. prompt: what it queued; progress: of nodes by kind, in order of time."""
 
     prompt: dict[str, Any]
@@ -139,7 +139,7 @@ class Frontend:
         is_set = "([kind, name, value]) => tests.widget(kind, name).value === value"
         self.page.wait_for_function(is_set, arg=[kind, widget, value])
 
-    def run(self) -> Seen:
+    def run(self) -> PageRun:
         """Press Run, and wait until the graph has ended or the page complains."""
         self.page.evaluate("() => { tests.moments.length = 0; }")
         self.page.get_by_test_id("queue-button").click()
@@ -150,7 +150,7 @@ class Frontend:
         for moment in moments:
             for kind, value in moment["progress"].items():
                 progress[kind].append(value)
-        return Seen(
+        return PageRun(
             prompt=self._queued[-1],
             error=None if ended.get("kind") == "execution_success" else ended.get("error") or str(self.complaints()),
             progress=dict(progress),

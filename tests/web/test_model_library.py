@@ -59,18 +59,18 @@ def library(frontend):
 def test_the_model_library_shows_what_we_say_that_it_does(frontend, library, files):
     library.fill("library_")
     for title, file in files.items():
-        found = next(panel for panel in panels(file) if panel.program == "ComfyUI")
-        lines = {line.label: line.value for line in found.lines}
-        assert found.title == title
+        panel_of_host = next(panel for panel in panels(file) if panel.program == "ComfyUI")
+        lines = {line.label: line.value for line in panel_of_host.lines}
+        assert panel_of_host.title == title
         frontend.page.locator(".p-tree-node-content", has_text=title).hover()
-        shown = frontend.page.locator(".model_preview")
-        shown.locator(".model_preview_title", has_text=title).wait_for()
-        assert shown.locator(".model_preview_filename").inner_text() == lines["File"] == file.name
+        preview = frontend.page.locator(".model_preview")
+        preview.locator(".model_preview_title", has_text=title).wait_for()
+        assert preview.locator(".model_preview_filename").inner_text() == lines["File"] == file.name
         for label in ("Architecture", "Author", "Usage hint", "Trigger phrase", "Description"):
-            text = shown.locator(f".model_preview_{label.lower().replace(' ', '_')}").all_inner_texts()
+            text = preview.locator(f".model_preview_{label.lower().replace(' ', '_')}").all_inner_texts()
             assert [" ".join(each.split()) for each in text] == ([f"{label}: {lines[label]}"] if lines[label] else [])
-        pictures = [image.get_attribute("src") for image in shown.locator("img").all()]
-        assert pictures == ([found.picture] if found.picture else [])
+        pictures = [image.get_attribute("src") for image in preview.locator("img").all()]
+        assert pictures == ([panel_of_host.picture] if panel_of_host.picture else [])
         if title == FULL["modelspec.title"]:
             assert (lines["Usage hint"], len(pictures)) == (HINT.usage_hint(), 1)
             photograph(frontend.page)

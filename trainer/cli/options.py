@@ -139,7 +139,7 @@ def _ungrouped(function: Callable) -> Callable:
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
     shared = [option for group in groups.values() for option in _options(group)]
-    single = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
+    others = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
 
     @wraps(function)
     def command(**values) -> None:
@@ -149,8 +149,8 @@ def _ungrouped(function: Callable) -> Callable:
         }
         function(**filled, **values)
 
-    # the order in --help: what must be given, then the verb's alone, then what it shares
-    ordered = sorted([*single, *shared], key=lambda p: p.default is not p.empty)
+    # the order in --help: what must be given, then the verb's own, then what it shares
+    ordered = sorted([*others, *shared], key=lambda p: p.default is not p.empty)
     command.__signature__ = inspect.Signature(ordered)
     command.__annotations__ = {p.name: p.annotation for p in ordered}
     return command

@@ -78,7 +78,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_adversary(self):
-        objective, weight = self.objective, self.adversarial.weight
+        objective = self.objective
+        weight = self.adversarial.weight
         if weight and objective.adversarial == "none":
             able = ", ".join(name for name, kind in OBJECTIVES.items() if kind.adversarial != "none")
             raise ValueError(

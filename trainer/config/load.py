@@ -191,7 +191,7 @@ def _section(loc: tuple) -> type[BaseModel]:
 
 
 def _field_help(loc: tuple) -> str:
-    """What a setting that is missing is for."""
+    """A clause on the purpose of a setting or section that is missing."""
     if isinstance(loc[-1], int):
         return f"{'.'.join(map(str, loc[:1] + loc[2:-1] if loc[0] == 'objective' else loc[:-1]))} has more entries"
     field = _section(loc[:-1]).model_fields[loc[-1]]

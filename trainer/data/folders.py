@@ -36,7 +36,7 @@ class Picture:
         return self.path.name
 
     def load(self, size: int | Buckets) -> tuple[Tensor, Tensor]:
-        """See `load_picture`."""
+        """The picture as `load_picture` gives it."""
         return load_picture(self.path, size)
 
 

@@ -39,7 +39,7 @@ _ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture of a shard, still as its file's bytes, and its caption; problem: why it is none."""
+    """A picture of a shard, still as its file's bytes, and its caption. problem: why it is no sample, or ""."""
 
     name: str
     caption: str = ""
@@ -47,7 +47,7 @@ class Sample:
     problem: str = ""
 
     def load(self, size: int | Buckets) -> tuple[Tensor, Tensor]:
-        """See `load_picture`."""
+        """The picture as `load_picture` gives it. Raises ValueError for a sample with a problem."""
         if self.problem:
             raise ValueError(self.problem)
         return load_picture(BytesIO(self.data), size)
@@ -100,7 +100,7 @@ def local_path(shard: str) -> Path | None:
     return Path(url2pathname(urlsplit(shard).path)) if shard.startswith("file:") else Path(shard)
 
 
-def shown(shard: str) -> str:
+def shard_name(shard: str) -> str:
     """A shard's name for people and headers: the file's alone, without its place or a key in its address."""
     return urlsplit(shard).path.rsplit("/", 1)[-1] if _scheme(shard) else local_path(shard).name
 
@@ -131,7 +131,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
     Whatever is wrong comes as a sample with a `problem`: one without a picture or a caption, and a last one
     where the shard is missing or ends early.
     """
-    name = shown(shard)
+    name = shard_name(shard)
     strange: list[str] = []  # a line for each file that is left out, told at the end
 
     def twice(error: Exception) -> bool:
@@ -155,7 +155,8 @@ def read_shard(shard: str) -> Iterator[Sample]:
         failure = stream.close()
 
     yield from (Sample(name, problem=line) for line in strange)
-    # the program that fetched it knows best, then the archive's reader; the last block tells of what no one missed
+    # The program that fetched it knows best, then the archive's reader. The last block shows a cut between two files,
+    # which neither of them notices.
     problem = failure or files or ("no end of the archive" if _lacks_end(stream.first, stream.last) else "")
     if problem:
         yield Sample(name, problem=f"{_ENDS}, after {count} sample{'s' * (count != 1)} ({problem}). {_ADVICE}")

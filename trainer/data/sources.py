@@ -15,7 +15,7 @@ from ..tiny.digits import Digit, drawn_digits
 from .buckets import Buckets
 from .folders import Picture, aspect_of, find_pictures
 from .reading import ahead, file_hashes, stop_or_skip
-from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shown
+from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shard_name
 from .store import SHARD
 
 # The file, in the folder of caches, with the hashes of files that were read before.
@@ -86,15 +86,15 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     answers = dict(zip(remote, ahead(remote_identity, remote, workers), strict=True))
 
     bad = absent(shards)
-    bad += [f"{shown(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
+    bad += [f"{shard_name(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
     if not skip_bad:
-        bad += [f"{shown(shard)}: {problem}" for shard in here if (problem := check_end(shard))]
+        bad += [f"{shard_name(shard)}: {problem}" for shard in here if (problem := check_end(shard))]
     stop_or_skip(bad, skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
     good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
     if not good:
         raise ValueError(f"None of the {len(shards)} shards in data.shards can be read: {'; '.join(bad[:10])}.")
 
-    identity = [(shown(s), hashes[s]) if s in here else _remote(s, answers[s][0]) for s in good]
+    identity = [(shard_name(s), hashes[s]) if s in here else _remote(s, answers[s][0]) for s in good]
     silent = sum(not answers[shard][0] for shard in good if shard in answers)
     notes = [
         f"{silent} of the {len(shards)} shards are known by their addresses alone, as their servers tell no ETag or "

@@ -161,7 +161,8 @@ class _AsOnGPU(TorchFunctionMode):
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.attention_flops = dtype, 0
+        self.dtype = dtype
+        self.attention_flops = 0  # of fused kernels, which torch's own counter does not see
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

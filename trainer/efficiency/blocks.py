@@ -81,7 +81,9 @@ class Offload:
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
-        self.device, self.copies, self.bytes = device, 0, 0
+        self.device = device
+        self.copies = 0
+        self.bytes = 0
         for block in blocks_of(network).values():
             block.forward = self._fetching(block)
 
@@ -117,7 +119,8 @@ class _Call(nn.Module):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.block, self.run = block, block.forward
+        self.block = block
+        self.run = block.forward
 
     def forward(self, *args, **kwargs):
         return self.run(*args, **kwargs)

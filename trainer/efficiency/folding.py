@@ -59,9 +59,11 @@ def cheaper(places: int, inner: int, out: int, rank: int, with_gradient: bool) -
     that: for the output, the input's gradient and their own. Folded, B A takes rank * out * inner once, with
     a gradient three times that, and the weight's gradient out * inner for each vector.
     """
-    beside, folded = places * rank * (inner + out), rank * out * inner
+    beside = places * rank * (inner + out)
+    folded = rank * out * inner
     if with_gradient:
-        beside, folded = 3 * beside, 3 * folded + places * out * inner
+        beside = 3 * beside
+        folded = 3 * folded + places * out * inner
     return folded < beside
 
 

@@ -32,21 +32,22 @@ __all__ = [
 def load_base(path: str, *, family: str | None = None, **options) -> Base:
     """Load a base from a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
 
-    family: default: found from the base. options: see the family's `load`.
-    Raises ValueError for an unknown family, one that the base is not of, options that it has not, or weights that are
-    not finite, and the family's own errors.
+    family: default: found from the base. options: those of the family's `load`; None leaves one out.
+    Raises ValueError for an unknown family, one that the base is not of, options that the family has not, and
+    weights that are not finite; and the family's own errors.
     """
     kind = family_class(path, family)
     base = kind.load(str(bundled_folder(path) or path), **_known(kind, options))
-    base.path = path
+    base.path = path  # as the user said it, not the bundled folder's place on this machine
     check_finite(path, [base.network, *([base.vae] if base.vae else []), *base.text_encoders])
     return base
 
 
 def look_at_base(path: str, *, family: str | None = None, **options) -> BaseFacts:
-    """What `load_base` would load, as far as it is known without reading a weight; see `Base.look`.
+    """The facts of the base that `load_base` would load, as far as they are known without reading a weight.
 
-    Raises as `load_base` for all that can be known so early. Of a hub id the family must be given.
+    See `Base.look`. Raises as `load_base` does, for all that can be known so early. For a hub id the family must
+    be given.
     """
     here = bundled_folder(path)
     if family and here is None and is_hub_id(path):
@@ -59,7 +60,7 @@ def look_at_base(path: str, *, family: str | None = None, **options) -> BaseFact
 
 
 def _known(kind: type[Base], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are set. Raises ValueError for one that the family has not."""
+    """The options that are not None. Raises ValueError for one that the family has not."""
     options = {name: value for name, value in options.items() if value is not None}
     known = inspect.signature(kind.load).parameters
     if strange := [name for name in options if name not in known]:
@@ -68,7 +69,10 @@ def _known(kind: type[Base], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def family_class(path: str, family: str | None = None) -> type[Base]:
-    """The class of the base's family, which `family` must agree with where it says one. Raises ValueError."""
+    """The class of a base's family, found from the base; nothing is loaded.
+
+    Raises ValueError for an unknown family, or one that the base is not of.
+    """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"Unknown base.family {family!r}; available: {', '.join(FAMILIES)}.")
     return FAMILIES[family_of(path, family)]

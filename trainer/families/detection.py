@@ -1,71 +1,77 @@
-"""Which family a base is of, by what says so without a weight being read."""
+"""Which family a base is of, found without reading a weight: by names, shapes and configs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...samplers.lora_file import TensorInfo, family_title
+from ...samplers.lora_file import CONTEXT_WIDTHS, TensorInfo, family_title
 from ..tiny.bundled import bundled_folder
 from ..tiny.digits import NAME as DIGITS
 from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, read_config
 
-CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
-# channels of the network's input -> what makes it another kind: a mask and a masked picture, or a picture to edit
+# Width of the text conditioning -> kind of UNet: the families' own, and SDXL's refiner.
+UNETS = CONTEXT_WIDTHS | {1280: "sdxl-refiner"}
+# Channels of a UNet's input -> another kind of it: beside the latents a mask and a masked picture, or a
+# picture to edit.
 INPUTS = {9: "-inpaint", 8: "-edit"}
-# Families of which a LoRA can be trained, and read from a file.
+# Families of which a LoRA can be trained, or read from a file.
 LORA_FAMILIES = ("sd15", "sdxl", "sd3")
-PIXELS = "pixels"  # trained whole, from nothing
+PIXELS = "pixels"  # the family of small networks that are trained whole, from nothing
+# End of a kind's name -> that kind for people.
 KINDS = {"refiner": "refiner", "inpaint": "inpainting model", "edit": "editing model"}
 SET_IT = f"Set base.family (--family) if it is one of {', '.join(LORA_FAMILIES)}."
 
 
-def family_of(path: str, asked: str | None = None) -> str:
+def family_of(path: str, chosen: str | None = None) -> str:
     """Family of a bundled tiny base, a single file, a diffusers folder or a hub id.
 
-    asked: what the user says it is, which counts where nothing tells.
-    Raises ValueError where nothing tells at all, where the two differ, and for a kind of model that cannot be trained;
-    FileNotFoundError where there is nothing.
+    chosen: the family that the user says it is of, which counts where nothing else tells.
+    Raises ValueError where nothing tells at all, where the two differ, and for a kind of model that cannot be
+    trained; FileNotFoundError where there is no base.
     """
+    name = path
     if path == DIGITS:
-        found, what = PIXELS, path
+        family = PIXELS
     elif bundled_folder(path) is not None:
-        found, what = path.removeprefix("tiny-"), path
+        family = path.removeprefix("tiny-")
     elif path.endswith(".safetensors"):
-        found, what = checkpoint_family(checkpoint_header(Path(path)).tensors), Path(path).name
+        family = checkpoint_family(checkpoint_header(Path(path)).tensors)
+        name = Path(path).name
     else:
-        found, what = _folder_family(diffusers_folder(path, (), "any family")), path
-    if found is None and asked is None:
-        raise ValueError(f"Nothing in {what} tells which family it is of. {SET_IT}")
-    if found == PIXELS:
-        if asked in (None, PIXELS):
+        family = _folder_family(diffusers_folder(path, (), "any family"))
+
+    if family is None and chosen is None:
+        raise ValueError(f"Nothing in {name} tells which family it is of. {SET_IT}")
+    if family == PIXELS:
+        if chosen in (None, PIXELS):
             return PIXELS
         raise ValueError(
-            f"{what} is a network for small pictures, base.family is {asked}. Use the preset digits, or choose a base "
-            f"of {family_title(asked)}."
+            f"{name} is a network for small pictures, base.family is {chosen}. Use the preset digits, or choose a base "
+            f"of {family_title(chosen)}."
         )
-    if found is not None and found not in LORA_FAMILIES:
-        instead = family_title(asked) if asked else ", ".join(map(family_title, LORA_FAMILIES))
-        raise ValueError(f"{what} is {describe(found)}, of which no LoRA can be trained. Choose a base of {instead}.")
-    if found and asked and found != asked:
+    if family is not None and family not in LORA_FAMILIES:
+        instead = family_title(chosen) if chosen else ", ".join(map(family_title, LORA_FAMILIES))
+        raise ValueError(f"{name} is {describe(family)}, of which no LoRA can be trained. Choose a base of {instead}.")
+    if family and chosen and family != chosen:
         raise ValueError(
-            f"{what} is {describe(found)}, base.family is {asked}. Set base.family={found} with a preset for it "
-            f"({found}-4step), or choose a base of {family_title(asked)}."
+            f"{name} is {describe(family)}, base.family is {chosen}. Set base.family={family} with a preset for it "
+            f"({family}-4step), or choose a base of {family_title(chosen)}."
         )
-    return found or asked
+    return family or chosen
 
 
 def describe(family: str) -> str:
-    """ "SDXL", "an SDXL refiner": a family, or one of the kinds that belong to none, for people."""
+    """A family, or a kind of model that belongs to none, for people: "SDXL", "an SDXL refiner"."""
     family, _, kind = family.partition("-")
     title = family_title(family)
     return f"an {title} {KINDS[kind]}" if kind else title
 
 
 def checkpoint_family(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Family of a single file by its blocks, else by the width of its text conditioning; None when neither tells.
+    """The family of a single file by its blocks, else by the width of its text conditioning; None if neither tells.
 
-    An SDXL refiner is "sdxl-refiner"; a network that takes more than latents is "sd15-inpaint", "sdxl-edit", ...
+    An SDXL refiner is "sdxl-refiner"; one that takes more than latents is "sd15-inpaint", "sdxl-edit", ...
     """
     inside = {n.removeprefix(NETWORK_PREFIX): t.shape for n, t in tensors.items() if n.startswith(NETWORK_PREFIX)}
     if any(name.startswith("joint_blocks.") for name in inside):
@@ -76,7 +82,7 @@ def checkpoint_family(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _folder_family(folder: Path) -> str | None:
-    """Family of a diffusers folder by its network's config."""
+    """The family of a diffusers folder by its network's config; None where that does not tell."""
     paths = (folder / component / "config.json" for component in ("transformer", "unet"))
     config = next((read_config(path) for path in paths if path.is_file()), {})
     if config.get("_class_name") == "SD3Transformer2DModel":
@@ -85,7 +91,7 @@ def _folder_family(folder: Path) -> str | None:
         return PIXELS
     if config.get("_class_name") != "UNet2DConditionModel":
         return None
-    width, inputs = (config.get(key) for key in ("cross_attention_dim", "in_channels"))
+    width, inputs = config.get("cross_attention_dim"), config.get("in_channels")
     if not isinstance(width, int | None) or not isinstance(inputs, int | None):
         return None
     if config.get("addition_embed_type") == "text_time" and width != 1280:
@@ -94,5 +100,6 @@ def _folder_family(folder: Path) -> str | None:
 
 
 def _unet_family(context_width: int | None, inputs: int) -> str | None:
-    family = CONTEXT_WIDTHS.get(context_width)
+    """The family of a UNet, or its kind, by the width of its text conditioning and the channels of its input."""
+    family = UNETS.get(context_width)
     return family and family + INPUTS.get(inputs, "")

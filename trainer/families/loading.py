@@ -30,19 +30,21 @@ TOKENIZER_REPO = "openai/clip-vit-large-patch14"
 NETWORK_PREFIX = "model.diffusion_model."
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.clip_l.", "text_encoders.clip_g.")
-# Ends of the names that only quantised weights have beside them: read without, these are anything but the weights.
+# Ends of the names of scales beside quantised weights: read without its scale, such a tensor is not the
+# weight.
 SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
-OLD_TRANSFORMERS = Version(transformers.__version__) < Version("4.56")  # which called dtype torch_dtype
+# Transformers before 4.56 called the argument dtype torch_dtype.
+OLD_TRANSFORMERS = Version(transformers.__version__) < Version("4.56")
 GET_IT = "Get the file again, or set base.config to a folder with this model's component configs."
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 @contextmanager
 def naming(place: str | Path, advice: str) -> Iterator[None]:
-    """Raise ValueError that names this place where a library fails at what is in it, which each does in its own way."""
+    """Raise ValueError that names this place where a library fails in this block at what the place holds."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # every library has its own
         raise ValueError(f"{place} cannot be loaded: {brief(error).rstrip('.')}. {advice}") from error
 
 
@@ -56,14 +58,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_finite(path: str, modules: Iterable[nn.Module]) -> None:
-    """Raise ValueError for a base with weights that are not finite, naming one; a billion take about a second."""
+    """Raise ValueError for a base with weights that are not finite, naming one. A billion weights take a second."""
     for module in modules:
         tensors = dict(chain(module.named_parameters(), module.named_buffers()))
-        found = not_finite(tensors.items())
-        if found:
+        broken = not_finite(tensors.items())
+        if broken:
             raise ValueError(
-                f"{path} has weights that are not finite, in {len(found)} of the tensors of its "
-                f"{type(module).__name__}, such as {found[0]}, as {tensors[found[0]].dtype}. Every picture would be "
+                f"{path} has weights that are not finite, in {len(broken)} of the tensors of its "
+                f"{type(module).__name__}, such as {broken[0]}, as {tensors[broken[0]].dtype}. Every picture would be "
                 "black: get the base again, or set base.dtype=fp32 if they are too large for fp16."
             )
 
@@ -74,14 +76,14 @@ def is_hub_id(path: str) -> bool:
 
 
 def diffusers_folder(path: str, components: Iterable[str], title: str, optional: Iterable[str] = ()) -> Path:
-    """The folder of a diffusers base that has these components, brought from the hub where the path is a hub id.
+    """The folder of a diffusers base that has these components, fetched from the hub where the path is a hub id.
 
-    optional: components to bring along that need not be there.
-
-    Raises ValueError when a component or its config is missing, or for a file of another kind; FileNotFoundError when
-    there is no such folder or hub id, or when the hub does not give it.
+    title: the family for people, for errors. optional: components to fetch that need not be there.
+    Raises ValueError when a component or its config is missing, or for a file of another kind;
+    FileNotFoundError when there is no such folder or hub id, or when the hub does not give it.
     """
-    components, folder = tuple(components), Path(path)
+    components = tuple(components)
+    folder = Path(path)
     if folder.is_file():
         raise ValueError(
             f"{path} is a file of a kind that is not read. Convert it to a .safetensors checkpoint (ComfyUI's and "
@@ -89,6 +91,7 @@ def diffusers_folder(path: str, components: Iterable[str], title: str, optional:
         )
     if not folder.is_dir():
         folder = _from_hub(path, components, tuple(optional))
+
     missing = [c for c in components if not (folder / c).is_dir()]
     if missing:
         raise ValueError(f"{path} is no diffusers folder of {title}: it lacks {', '.join(missing)}/.")
@@ -104,7 +107,10 @@ def _config_name(component: str) -> str:
 
 
 def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...]) -> Path:
-    """The cached folder of a hub id; of components whose weights are there in fp16 alone, these."""
+    """Fetch these components of a hub id; returns their cached folder.
+
+    Weights in fp16 are fetched only for components that have no others. Raises FileNotFoundError.
+    """
     if not is_hub_id(path):
         raise FileNotFoundError(
             f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, "
@@ -115,9 +121,9 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
     patterns += [f"{c}/*.{kind}" for c in wanted for kind in ("json", "txt", "model", "safetensors")]
     try:
         folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*non_ema*"]))
-        bare = [c for c in wanted if (folder / c / "config.json").is_file() and not weight_files(folder / c)]
-        if bare:
-            patterns = [f"{c}/*.fp16{rest}" for c in bare for rest in ("*.safetensors", "*.json")]
+        without_weights = [c for c in wanted if (folder / c / "config.json").is_file() and not weight_files(folder / c)]
+        if without_weights:
+            patterns = [f"{c}/*.fp16{rest}" for c in without_weights for rest in ("*.safetensors", "*.json")]
             folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
         return folder
     except GatedRepoError as error:
@@ -135,11 +141,12 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
 def parts_folder(
     path: Path, parts: str | None, lacking: dict[str, str], title: str, download: bool = True
 ) -> Path | None:
-    """The folder that supplies what a single file has not, and its tokenizers if it has any; None where none is set.
+    """The folder base.parts, which supplies what a single file lacks, and perhaps tokenizers; None where it is not set.
 
-    parts: diffusers folder, bundled base or hub id. lacking: component -> what it is, for people. download: whether a
-    hub id may be brought here; else it is None.
-    Raises ValueError where something is lacking and `parts` has it not either.
+    parts: diffusers folder, bundled base or hub id. lacking: the components that the file lacks -> their names
+    for people. title: the family for people. download: whether a hub id may be fetched; else None is returned.
+    Raises ValueError where something is lacking and `parts` has it not either, FileNotFoundError where there is
+    no such folder.
     """
     if parts is None:
         if lacking:
@@ -148,29 +155,30 @@ def parts_folder(
                 f"a diffusers folder of {title} that has {', '.join(f'{c}/' for c in lacking)}."
             )
         return None
-    where = str(bundled_folder(parts) or parts)
-    if not Path(where).is_dir() and not is_hub_id(where):
+    place = str(bundled_folder(parts) or parts)
+    if not Path(place).is_dir() and not is_hub_id(place):
         raise FileNotFoundError(
             f"No folder at {parts}. Set base.parts to a diffusers folder of {title}, or leave it out."
         )
-    if not (download or Path(where).is_dir()):
+    if not (download or Path(place).is_dir()):
         return None
-    return diffusers_folder(where, lacking, title, ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    return diffusers_folder(place, lacking, title, ("tokenizer", "tokenizer_2", "tokenizer_3"))
 
 
 def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """One component of a diffusers folder. Raises ValueError when it cannot be read."""
+    """Load one component of a diffusers folder as this class. Raises ValueError when it cannot be read."""
     check_weights(root, [part])
     files = weight_files(root / part)
     of_diffusers = issubclass(kind, ModelMixin)
-    name = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
+    argument = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = "fp16" if _is_fp16(files[0]) else None
     with naming(root, f"Get its {part} again."):
         model = kind.from_pretrained(
-            root / part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
+            root / part, use_safetensors=True, local_files_only=True, variant=variant, **{argument: dtype}
         )
     _check_filled(model, f"{root} is not whole: its {part}", "Get the base again.")
-    return model if of_diffusers else model.to(dtype)  # what transformers keeps in fp32 too
+    # transformers keeps some weights in fp32, whatever it is asked for
+    return model if of_diffusers else model.to(dtype)
 
 
 def check_weights(root: Path, parts: Iterable[str]) -> None:
@@ -184,7 +192,7 @@ def check_weights(root: Path, parts: Iterable[str]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a component's weights: the plain ones, or where there are none those in fp16."""
+    """The files with a component's weights: the plain ones, or where there are none those in fp16."""
     files = [f for f in sorted(folder.glob("*.safetensors")) if "non_ema" not in f.name]
     return [f for f in files if not _is_fp16(f)] or files
 
@@ -211,9 +219,10 @@ def folder_hash(root: Path, parts: Iterable[str]) -> str:
 
 
 def checkpoint_header(path: Path) -> LoraHeader:
-    """The header of a single-file checkpoint; ValueError when it holds no network, or one in scaled fp8.
+    """The header of a single-file checkpoint.
 
-    A T5 in scaled fp8 is let through: SD3 can do without it.
+    Raises ValueError for a file that holds no network, or weights in scaled fp8. A T5 in scaled fp8 is let
+    through: SD3 can do without it.
     """
     header = read_header(path)
     if not any(n.startswith(NETWORK_PREFIX) for n in header.tensors):
@@ -222,8 +231,8 @@ def checkpoint_header(path: Path) -> LoraHeader:
             f"(its names are like {next(iter(header.tensors), 'nothing')}). "
             "Give a full checkpoint file or a diffusers folder."
         )
-    read = (NETWORK_PREFIX, *VAE_PREFIXES, *CLIP_PREFIXES)
-    scale = next((n for n in header.tensors if n.startswith(read) and n.endswith(SCALES)), None)
+    needed = (NETWORK_PREFIX, *VAE_PREFIXES, *CLIP_PREFIXES)
+    scale = next((n for n in header.tensors if n.startswith(needed) and n.endswith(SCALES)), None)
     if scale:
         raise ValueError(
             f"{path.name} holds scaled fp8 or other quantised weights (it has {scale}), which are not read. "
@@ -233,13 +242,16 @@ def checkpoint_header(path: Path) -> LoraHeader:
 
 
 def read_tensors(path: Path, names: Iterable[str], prefix: str) -> dict[str, Tensor]:
-    """The file's tensors under a prefix, which is taken off."""
+    """The file's tensors whose names begin with a prefix, by their names without it."""
     with safe_open(path, "pt") as file:
         return {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
 
 
 def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """Network or VAE of a single file, by diffusers' own conversion. Raises ValueError for one that is not whole."""
+    """The network or the VAE of a single file, by diffusers' own conversion.
+
+    config: folder of component configs. Raises ValueError for one that is not whole or of other shapes.
+    """
     try:
         model = kind.from_single_file(
             str(path), config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
@@ -257,32 +269,41 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
     return model
 
 
-def _check_filled(model: nn.Module, what: str, advice: str) -> None:
-    """Raise ValueError for weights that a library found in no file, and left on the meta device."""
+def _check_filled(model: nn.Module, name: str, advice: str) -> None:
+    """Raise ValueError for weights that a library found in no file, and left on the meta device. name: for errors."""
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
-        raise ValueError(f"{what} lacks {len(missing)} weights, such as {missing[0]}. {advice}")
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}. {advice}")
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, assign: bool = False) -> nn.Module:
-    """Load a text encoder's weights, whatever this version of transformers puts before their names.
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, title: str, assign: bool = False) -> nn.Module:
+    """Load weights into a text encoder, whatever this version of transformers puts before their names.
 
-    assign: make them the model's own, which may be on the meta device, instead of copying them.
-    Raises ValueError when any is missing.
+    path, title: the file and the encoder, for errors. assign: take the tensors themselves instead of copying
+    their numbers, for a model on the meta device. Raises ValueError for weights that are missing or of other
+    shapes.
     """
     bare = lambda name: name.removeprefix("text_model.")  # noqa: E731
     state = model.state_dict()
-    own = {bare(k): k for k in state}
-    found = {bare(k): v for k, v in weights.items()}
-    missing = [k for k in own if k not in found and not k.endswith("position_ids")]
+    names = {bare(bare_name): bare_name for bare_name in state}
+    tensors = {bare(bare_name): tensor for bare_name, tensor in weights.items()}
+    missing = [bare_name for bare_name in names if bare_name not in tensors and not bare_name.endswith("position_ids")]
     if missing:
-        some = f"{len(missing)} {what} weights (such as {missing[0]})"
-        raise ValueError(f"{path.name} lacks {some}. Get the file again.")
-    wrong = [k for k, name in own.items() if k in found and found[k].shape != state[name].shape]
+        shortage = f"{len(missing)} {title} weights (such as {missing[0]})"
+        raise ValueError(f"{path.name} lacks {shortage}. Get the file again.")
+    wrong = [
+        bare_name
+        for bare_name, name in names.items()
+        if bare_name in tensors and tensors[bare_name].shape != state[name].shape
+    ]
     if wrong:
-        told = f"{wrong[0]} of shape {tuple(found[wrong[0]].shape)}"
-        raise ValueError(f"{path.name} has {what} weights of other shapes, such as {told}. {GET_IT}")
-    model.load_state_dict({own[k]: v for k, v in found.items() if k in own}, strict=False, assign=assign)
+        mismatch = f"{wrong[0]} of shape {tuple(tensors[wrong[0]].shape)}"
+        raise ValueError(f"{path.name} has {title} weights of other shapes, such as {mismatch}. {GET_IT}")
+    model.load_state_dict(
+        {names[bare_name]: tensor for bare_name, tensor in tensors.items() if bare_name in names},
+        strict=False,
+        assign=assign,
+    )
     return model
 
 
@@ -292,7 +313,11 @@ def has_clip_words(folder: Path) -> bool:
 
 
 def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
-    """From the folder, where it holds one, else from the hub's cache."""
+    """CLIP's tokenizer from the folder, where it holds one, else from the hub or its cache.
+
+    base: path of the base, for errors. Raises FileNotFoundError where there is none, ValueError for a broken
+    one.
+    """
     folder = Path(folder)
     if has_clip_words(folder):
         with naming(f"The tokenizer in {folder}", "Get it again, or set base.tokenizer to a folder with a whole one."):

@@ -1,4 +1,4 @@
-"""Small pictures without a VAE or a text encoder, by a small network that starts from random weights."""
+"""A family of small networks that draw pixels, without a VAE or a text encoder, and start from random weights."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from . import loading
 from . import prediction as predictions
 from .base import Alone, Base, BaseFacts, Condition, side_multiple
 
-# Of the drawn digits' pixels in [-1, 1], so that latents have a mean of about 0 and a spread of about 1.
+# Mean and spread of the drawn digits' pixels in [-1, 1]; taken off, latents have about 0 and 1.
 MEAN, SPREAD = -0.6, 0.7
-# Side of the squares of pixels that are the latents' channels: convolutions are cheaper on fewer, wider points.
+# Side of the squares of pixels that are the latents' channels: convolutions are cheaper on fewer, wider
+# points.
 PATCH = 2
-EMPTY = len(DIGITS)
+EMPTY = len(DIGITS)  # the label of the empty prompt
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 class Pixels(Base):
     """A class-conditional UNet on grey pixels, on SD1.5's VP schedule, which predicts v.
 
-    v makes x0 = alpha x - sigma v, so the boundary condition holds at the clean end, and EDM's preconditioning
-    (arXiv 2206.00364, Table 1) for data of unit spread. A prompt is one of the digits, or empty for any. Base
-    "digits" is the network with random weights, always the same; a folder that `save` wrote, what was trained.
+    With v, x0 = alpha x - sigma v: the boundary condition holds at the clean end, and it is EDM's
+    preconditioning (arXiv 2206.00364, Table 1) for data of unit spread. A prompt is one of the digits, or
+    empty for any of them. The base "digits" is the network with random weights, always the same ones; a
+    folder that `save` wrote is a trained one.
     """
 
     network: UNet2DModel
@@ -57,20 +59,22 @@ class Pixels(Base):
     ) -> Pixels:
         """Load "digits", with random weights, or a folder. Raises FileNotFoundError or ValueError for a bad one.
 
-        dtype: of the forward pass, by autocast; the weights are to be trained, and stay in fp32. in_turn: nothing
-        waits, as there are no encoders.
+        dtype: of the forward pass, by autocast; the weights are to be trained, and stay in fp32. in_turn: as
+        for other families, where it has no effect here, as there are no encoders that could wait.
         """
         if path == NAME:
-            root, network = cls.configs, _random(cls.configs)
+            root = cls.configs
+            network = _random(cls.configs)
             base_hash = file_hash(root / "unet" / "config.json")
         else:
             root = loading.diffusers_folder(path, ("unet", "scheduler"), cls.title)
             network = loading.load_part(root, "unet", UNet2DModel, torch.float32)
             base_hash = loading.folder_hash(root, ["unet"])
-        betas, told = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
+
+        betas, mark = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
         network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=told.zero_terminal_snr)
-        return cls(network, None, [], [], schedule, told.prediction, told.zero_terminal_snr, "empty", path, base_hash)
+        schedule = VPSchedule.from_betas(**betas, zero_terminal_snr=mark.zero_terminal_snr)
+        return cls(network, None, [], [], schedule, mark.prediction, mark.zero_terminal_snr, "empty", path, base_hash)
 
     @classmethod
     def look(cls, path: str) -> BaseFacts:
@@ -84,10 +88,10 @@ class Pixels(Base):
 
     @classmethod
     def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
-        strange = next((p for p in prompts if p and p not in DIGITS), None)
-        if strange is not None:
+        other = next((prompt for prompt in prompts if prompt and prompt not in DIGITS), None)
+        if other is not None:
             raise ValueError(
-                f"{strange!r} is no prompt of {Path(path).name}: it knows the digits {', '.join(DIGITS)}, and the "
+                f"{other!r} is no prompt of {Path(path).name}: it knows the digits {', '.join(DIGITS)}, and the "
                 "empty prompt for any of them."
             )
 
@@ -96,9 +100,12 @@ class Pixels(Base):
         return self.path == NAME
 
     def save(self, folder: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write the network with these weights as a diffusers folder, whole or not at all."""
+        """Write the network with these weights as a diffusers folder.
+
+        All files are written into a folder beside it, which then takes its name: what has the name is whole.
+        """
         part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
         self.network.save_config(part / "unet")
         shutil.copytree(self.configs / "scheduler", part / "scheduler")
         write_tensors(part / WEIGHTS, weights, {"format": "pt", **metadata})
@@ -110,7 +117,7 @@ class Pixels(Base):
         return self.network.config.sample_size * PATCH
 
     def drop_encoders(self) -> None:
-        """There are none."""
+        """Nothing to drop: this family has no encoders."""
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"label": (B,)}: the digit, or ten for any. Raises ValueError for other words."""
@@ -158,6 +165,7 @@ class Pixels(Base):
 
 
 def _random(configs: Path) -> UNet2DModel:
+    """The network with random weights, the same whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DModel.from_config(loading.read_config(configs / "unet" / "config.json"))

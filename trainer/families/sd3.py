@@ -27,9 +27,9 @@ from .sd3_loading import (
     weights_of,
 )
 
-# PCM's adversarial SD3 list without its slip, which left add_q_proj, add_k_proj and add_v_proj out: 340 modules on
-# SD3-medium, 392 on SD3.5-medium (its attn2 too), 536 on SD3.5-large. ComfyUI maps every one of them, with scale and
-# shift of the last block's norm1_context swapped as its own layout has them.
+# PCM's adversarial SD3 list without its slip, which left add_q_proj, add_k_proj and add_v_proj out: 340
+# modules on SD3-medium, 392 on SD3.5-medium (its attn2 too), 536 on SD3.5-large. ComfyUI maps every one of
+# them, with scale and shift of the last block's norm1_context swapped as its own layout has them.
 LORA_TARGETS = (
     "to_q",
     "to_k",
@@ -53,18 +53,18 @@ LORA_TARGETS = (
     "pos_embed.proj",
     "proj_out",
 )
-FEATURES = 4  # maps for a discriminator
+FEATURES = 4  # feature maps for a discriminator; PCM's has one at each of the 24 blocks, at 113 M parameters
 
 
 @dataclass
 class SD3(Base):
     """CLIP-L, CLIP-bigG and perhaps T5-XXL; a transformer that predicts the flow.
 
-    Without T5 its tokens are left out, as in ComfyUI; diffusers puts zeros in their place, which the transformer
-    attends to, so that its pictures without T5 are others.
+    Without T5 its tokens are left out, as in ComfyUI. diffusers puts zeros in their place, which the
+    transformer attends to, so that it draws other pictures without T5.
 
-    t5_length: tokens of T5 in a prompt, cut or padded: 77 as in PCM's training and as ComfyUI pads short prompts (it
-    lets long ones be longer); diffusers' pipeline takes 256 unless told otherwise.
+    t5_length: tokens of T5 in a prompt, cut or padded: 77 as in PCM's training and as ComfyUI pads short
+    prompts (it lets long ones be longer); diffusers' pipeline takes 256 unless told otherwise.
     """
 
     network: SD3Transformer2DModel
@@ -94,6 +94,7 @@ class SD3(Base):
 
     @property
     def _version(self) -> str:
+        """Which SD3 it is, by what its transformer has: "3-medium", "3.5-medium" or "3.5-large"."""
         if not self.network.config.qk_norm:
             return "3-medium"
         return "3.5-medium" if self.network.config.dual_attention_layers else "3.5-large"
@@ -118,35 +119,39 @@ class SD3(Base):
     ) -> SD3:
         """Load from a diffusers folder, a single .safetensors file as shared on Civitai, or a hub id.
 
-        dtype: of the frozen transformer. VAE and CLIP stay in fp32; T5, 19 GB so, is in bf16 on a GPU, where it was
-        trained (fp16 overflows).
+        dtype: of the frozen transformer. VAE and CLIP stay in fp32; T5, 19 GB so, is in bf16 on a GPU, where
+        it was trained (fp16 overflows).
         tokenizer: folder with CLIP's vocab.json and merges.txt, and T5's tokenizer in its tokenizer_3 folder.
-        config: folder of component configs for an unusual single file; default: SD3's or SD3.5's, shipped here.
+        config: folder of component configs for an unusual single file; default: those shipped here.
         parts: diffusers folder, bundled base or hub id that supplies what a single file lacks.
-        shift: instead of the scheduler's. t5: whether to use T5; default: where the base has it. null: see `Base`.
+        prediction, zero_terminal_snr: other families' settings, which may say what is true of SD3 and no more.
+        null: see `Base`.
         in_turn: network and text encoders are on the device in turn, and wait on the CPU.
+        shift: time shift in place of the scheduler's.
+        t5: whether to use T5; default: where the base has it. t5_length: see the class.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
         check_flow(prediction, zero_terminal_snr)
         t5_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         if path.endswith(".safetensors"):
-            found = single_file_parts(Path(path), config, parts, tokenizer, t5, dtype, t5_dtype)
+            contents = single_file_parts(Path(path), config, parts, tokenizer, t5, dtype, t5_dtype)
         else:
-            found = folder_parts(path, tokenizer, t5, dtype, t5_dtype)
-        for module in (found.transformer, found.vae, *found.text_encoders):
+            contents = folder_parts(path, tokenizer, t5, dtype, t5_dtype)
+
+        for module in (contents.transformer, contents.vae, *contents.text_encoders):
             module.to("cpu" if in_turn else device).requires_grad_(False).eval()
         return cls(
-            network=found.transformer,
-            vae=found.vae,
-            text_encoders=found.text_encoders,
-            tokenizers=found.tokenizers,
-            schedule=FlowSchedule(shift or read_shift(found.scheduler)),
+            network=contents.transformer,
+            vae=contents.vae,
+            text_encoders=contents.text_encoders,
+            tokenizers=contents.tokenizers,
+            schedule=FlowSchedule(shift or read_shift(contents.scheduler)),
             prediction="flow",
             zero_terminal_snr=False,
             null=null or "empty",
             path=path,
-            base_hash=found.base_hash,
-            supplied=found.supplied,
+            base_hash=contents.base_hash,
+            supplied=contents.supplied,
             turns=torch.device(device) if in_turn else None,
             t5_length=t5_length or T5_LENGTH,
         )
@@ -189,8 +194,8 @@ class SD3(Base):
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.
 
-        hidden: both CLIPs' last but one hidden states side by side and zeros beyond, then T5's states. Longer prompts
-        are cut at 77 tokens, T5's at t5_length.
+        hidden: both CLIPs' last but one hidden states side by side and zeros beyond, then T5's states. Longer
+        prompts are cut at 77 tokens, T5's at t5_length.
         """
         clips = zip(self.text_encoders[:2], self.tokenizers[:2], strict=True)
         (first, pooled), (second, pooled_2) = (text_states(*clip, prompts, -2) for clip in clips)
@@ -202,9 +207,13 @@ class SD3(Base):
 
     @torch.no_grad()
     def _t5_states(self, prompts: list[str]) -> Tensor:
-        encoder, tokenizer = self.text_encoders[2], self.tokenizers[2]
-        padded = {"padding": "max_length", "max_length": self.t5_length, "truncation": True}
-        ids = tokenizer(prompts, **padded, return_tensors="pt").input_ids
+        """T5's last hidden states (B, t5_length, 4096) in fp32."""
+        encoder = self.text_encoders[2]
+        tokenizer = self.tokenizers[2]
+        length = self.t5_length
+        ids = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         return encoder(ids.to(encoder.device))[0].float()
 
     def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
@@ -262,7 +271,8 @@ class SD3(Base):
 
     def load_lora(self, path: Path, name: str) -> None:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(str(path), return_lora_metadata=True)
-        # as the pipeline's load_lora_weights does: what comes after would pass over other tensors, alphas above all
+        # as the pipeline's load_lora_weights does: what comes after would pass over other tensors, alphas
+        # above all
         strange = next((key for key in state if "lora" not in key), None)
         if strange is not None:
             raise ValueError(f"diffusers refuses SD3 LoRAs with tensors such as {strange}.")
@@ -270,7 +280,7 @@ class SD3(Base):
 
 
 def check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
-    """Raise ValueError for settings of SD1.5 and SDXL."""
+    """Raise ValueError for settings that only SD1.5 and SDXL have."""
     if prediction not in (None, "flow"):
         raise ValueError(f"base.prediction is {prediction!r}, but SD3 predicts the flow: leave it out, or say 'flow'.")
     if zero_terminal_snr:
@@ -278,7 +288,7 @@ def check_flow(prediction: str | None, zero_terminal_snr: bool | None) -> None:
 
 
 def read_shift(path: Path) -> float:
-    """A scheduler config's time shift; ValueError for a scheduler that is no plain flow matching."""
+    """A scheduler config's time shift. Raises ValueError for a scheduler that is not plain flow matching."""
     config = loading.read_config(path)
     if not str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_dynamic_shifting"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where SD3's parts are and how each is read: transformer, VAE, three text encoders, their tokenizers."""
+"""Reading the parts of SD3, from a folder or a single file: transformer, VAE, text encoders, their tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .clip import clip_tokenizers
 
 T5, T5_LENGTH, T5_REPO = "text_encoder_3", 77, "google/t5-v1_1-xxl"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-# component -> where single files have it, what it is for people
+# component -> how the names of its weights begin in single files, and its name for people
 IN_FILES = {
     "vae": (loading.VAE_PREFIXES, "VAE"),
     "text_encoder": (("text_encoders.clip_l.transformer.",), "CLIP-L text encoder"),
@@ -30,9 +30,11 @@ WITHOUT_T5 = "or base.t5=false to do without T5, as SD3 can"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """One SD3, read: text_encoders and tokenizers are two each, or three with T5. scheduler: its config file.
-    supplied: SHA-256 of the weights that `base.parts` supplied, or nothing.
+class SD3Parts:
+    """The parts of one SD3, read: text encoders and tokenizers are two each, or three with T5.
+
+    scheduler: path of the scheduler config. base_hash: see `Base`. supplied: SHA-256 of the weights that
+    `base.parts` supplied, or nothing.
     """
 
     transformer: SD3Transformer2DModel
@@ -45,16 +47,16 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class FilePlaces:
+class SD3Places:
     """Where the parts of a single file are, before any is read.
 
-    names: the file's tensors. of_network, configs: folders with the transformer's config, and with all others. t5:
-    whether T5 is used. missing: components that the file has not; other: the folder that supplies them, if one is set
-    and here.
+    names: the file's tensors. network_configs, configs: folders with the transformer's config, and with all
+    others. t5: whether T5 is used. missing: components that the file lacks; other: the folder that supplies
+    them, if one is set and here.
     """
 
     names: dict[str, TensorInfo]
-    of_network: Path
+    network_configs: Path
     configs: Path
     t5: bool
     missing: list[str]
@@ -83,11 +85,13 @@ def weights_of(t5: bool) -> list[str]:
     return ["transformer", "vae", *_encoders(t5)]
 
 
-def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype) -> Parts:
-    """Everything from a diffusers folder or hub id; T5 where it has one, unless told otherwise."""
+def folder_parts(
+    path: str, tokenizer: str | None, t5: bool | None, dtype: torch.dtype, t5_dtype: torch.dtype
+) -> SD3Parts:
+    """Read all parts from a diffusers folder or hub id. t5: whether with T5; None: where the folder has one."""
     root, use_t5 = find_folder(path, t5)
     encoders = _encoders(use_t5)
-    return Parts(
+    return SD3Parts(
         transformer=loading.load_part(root, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[_folder_encoder(root, name, t5_dtype) for name in encoders],
@@ -99,26 +103,26 @@ def folder_parts(path: str, tokenizer: str | None, t5: bool | None, dtype: torch
 
 def find_in_file(
     path: Path, config: str | None, parts: str | None, t5: bool | None, download: bool = True
-) -> FilePlaces:
-    """Where one .safetensors file and the diffusers folder `parts` have everything.
+) -> SD3Places:
+    """Find every part of a base in one .safetensors file and in the diffusers folder `parts`; none is read.
 
-    t5: whether to use T5; None: where one of the two has it. download: whether a hub id in `parts` may be brought here.
-    Raises ValueError for a file of another kind or size, and for components that are nowhere.
+    t5: whether to use T5; None: where one of the two has it. download: whether a hub id in `parts` may be
+    fetched. Raises ValueError for a file of another kind or size, and for components that are nowhere.
     """
     names = loading.checkpoint_header(path).tensors
     configs = Path(config) if config else loading.CONFIGS / "sd3"
-    of_network = Path(config) if config else loading.CONFIGS / variant(names)
-    _check_size(path, names, of_network)
-    there = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
+    network_configs = Path(config) if config else loading.CONFIGS / variant(names)
+    _check_size(path, names, network_configs)
+    in_file = {part for part, (prefixes, _) in IN_FILES.items() if any(name.startswith(prefixes) for name in names)}
     if t5 is None:
-        t5 = T5 in there or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
+        t5 = T5 in in_file or bool(parts) and (Path(bundled_folder(parts) or parts) / T5).is_dir()
     encoders = _encoders(t5)
-    missing = [part for part in ("vae", *encoders) if part not in there]
+    missing = [part for part in ("vae", *encoders) if part not in in_file]
     lacking = {part: "{1} ({0[0]}*)".format(*IN_FILES[part]) for part in missing}
     if T5 in missing:
         lacking[T5] += f", {WITHOUT_T5.removeprefix('or ')}"
     other = loading.parts_folder(path, parts, lacking, "SD3", download)
-    return FilePlaces(names, of_network, configs, t5, missing, other)
+    return SD3Places(names, network_configs, configs, t5, missing, other)
 
 
 def single_file_parts(
@@ -129,12 +133,17 @@ def single_file_parts(
     t5: bool | None,
     dtype: torch.dtype,
     t5_dtype: torch.dtype,
-) -> Parts:
-    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+) -> SD3Parts:
+    """Read the parts from one .safetensors file, and from the diffusers folder `parts` those that it lacks.
+
+    t5: whether with T5; None: where one of them has it.
+    """
     places = find_in_file(path, config, parts, t5)
-    configs, missing, other = places.configs, places.missing, places.other
-    return Parts(
-        transformer=loading.convert_part(path, places.of_network, "transformer", SD3Transformer2DModel, dtype),
+    configs = places.configs
+    missing = places.missing
+    other = places.other
+    return SD3Parts(
+        transformer=loading.convert_part(path, places.network_configs, "transformer", SD3Transformer2DModel, dtype),
         vae=loading.load_vae(other)
         if "vae" in missing
         else loading.convert_part(path, configs, "vae", AutoencoderKL, torch.float32),
@@ -152,18 +161,22 @@ def single_file_parts(
 
 
 def _encoders(t5: bool) -> list[str]:
+    """The text encoders' components."""
     return ["text_encoder", "text_encoder_2", *([T5] if t5 else [])]
 
 
 def variant(names: dict) -> str:
-    """The folder of transformer config, by what tells SD3-medium, SD3.5-medium and SD3.5-large apart."""
+    """The folder of the transformer's config for a single file with these tensors.
+
+    SD3.5 normalises q and k (ln_q), which SD3 does not; SD3.5-medium has a second attention (attn2) besides.
+    """
     if f"{BLOCKS}0.x_block.attn2.qkv.weight" in names:
         return "sd35-medium"
     return "sd35-large" if f"{BLOCKS}0.x_block.attn.ln_q.weight" in names else "sd3"
 
 
 def _check_size(path: Path, names: dict, configs: Path) -> None:
-    """Another size would fail deep inside the conversion; say it here in words."""
+    """Raise ValueError for a transformer of another size, which would fail deep inside the conversion."""
     config = loading.read_config(configs / "transformer" / "config.json")
     blocks = len({name.removeprefix(BLOCKS).split(".")[0] for name in names if name.startswith(BLOCKS)})
     query = names.get(f"{BLOCKS}0.x_block.attn.qkv.weight")
@@ -199,6 +212,7 @@ def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: t
 
 
 def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5EncoderModel:
+    """T5 with these weights of a single file. Raises ValueError for scaled fp8, and as `loading.fill`."""
     if any(name.endswith(loading.SCALES) for name in weights):
         raise ValueError(
             f"{path.name} holds T5-XXL in scaled fp8, which is not read. Give a file with fp16 or plain fp8 weights, "
@@ -213,17 +227,21 @@ def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5E
     return encoder
 
 
-def tokenizers_from(asked: str | None, others: list[Path | None], base: str, t5: bool) -> list:
-    """CLIP-L's, CLIP-bigG's and, where used, T5's, each from the first of these folders that has it."""
-    clips = clip_tokenizers(asked, others, base)
-    return [*clips, _t5_tokenizer([Path(p) for p in (asked, *others) if p], base)] if t5 else clips
+def tokenizers_from(chosen: str | None, defaults: list[Path | None], base: str, t5: bool) -> list:
+    """CLIP-L's, CLIP-bigG's and, where used, T5's tokenizer, each from the first of these folders that has it.
+
+    Parameters and errors as of `clip_tokenizers`; FileNotFoundError where T5's is nowhere.
+    """
+    clips = clip_tokenizers(chosen, defaults, base)
+    return [*clips, _t5_tokenizer([Path(p) for p in (chosen, *defaults) if p], base)] if t5 else clips
 
 
 def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
-    own = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
+    """T5's tokenizer from the first of these folders that has one in tokenizer_3/, else from the hub or its cache."""
+    folder = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
     try:
-        if own:
-            return T5TokenizerFast.from_pretrained(own)
+        if folder:
+            return T5TokenizerFast.from_pretrained(folder)
         files = ["spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
         return T5TokenizerFast.from_pretrained(snapshot_download(T5_REPO, allow_patterns=files))
     except ImportError as error:

@@ -19,8 +19,8 @@ from .unet_loading import TextEncoder
 class SDXL(UNetBase):
     """Two CLIP text encoders and micro-conditioning on sizes (arXiv 2307.01952, Sec. 2.2); eps- or v-prediction.
 
-    A condition may bring "time_ids" (B, 6): original height and width, top and left of the crop, target height and
-    width, in pixels. Without them a picture is taken to be whole and of its own size.
+    A condition may bring "time_ids" (B, 6): original height and width, top and left of the crop, target
+    height and width, in pixels. Without them a picture is taken to be whole and of its own size.
     """
 
     name = "sdxl"
@@ -45,7 +45,8 @@ class SDXL(UNetBase):
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77, 2048), "pooled": (B, 1280)}. Longer prompts are cut at 77 tokens.
 
-        hidden: both encoders' last but one hidden states side by side; pooled: the second's projected summary.
+        hidden: both encoders' last but one hidden states side by side; pooled: the second's projected
+        summary.
         """
         pairs = zip(self.text_encoders, self.tokenizers, strict=True)
         (first, _), (second, pooled) = (text_states(*pair, prompts, -2) for pair in pairs)

@@ -1,4 +1,4 @@
-"""What the two UNet families, SD1.5 and SDXL, share: loading, schedule, LoRA targets, features, latents."""
+"""The part that the two UNet families, SD1.5 and SDXL, share: loading, schedule, LoRA targets, features, latents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UNetBase(Base):
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     encoders: ClassVar[tuple[TextEncoder, ...]]
-    # What the published training subtracts in guidance.
+    # What stands for "no prompt" in the published training: "zeros" or "empty".
     usual_null: ClassVar[str]
 
     @classmethod
@@ -71,33 +71,36 @@ class UNetBase(Base):
 
         dtype: of the frozen UNet; the encoders stay in fp32, where they cannot overflow.
         tokenizer: folder with CLIP's vocab.json and merges.txt, where the base has none.
-        config: folder of diffusers component configs for an unusual single file (default: the family's, shipped here).
-        parts: diffusers folder, bundled base or hub id that supplies the VAE and the text encoders that a file lacks.
-        prediction, zero_terminal_snr: where the base does not say; they may not contradict it. null: see `Base`.
+        config: folder of component configs for an unusual single file; default: the family's, shipped here.
+        parts: diffusers folder, bundled base or hub id that supplies the VAE and the encoders that a file lacks.
+        prediction, zero_terminal_snr: where the base does not say; they may not contradict it.
+        null: see `Base`.
         in_turn: network and text encoders are on the device in turn, and wait on the CPU.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
         if path.endswith(".safetensors"):
-            found = single_file_parts(cls, Path(path), config, parts, tokenizer, dtype)
+            contents = single_file_parts(cls, Path(path), config, parts, tokenizer, dtype)
         else:
-            found = folder_parts(cls, path, tokenizer, dtype)
-        betas, default = predictions.found_in_scheduler(found.scheduler)
-        kind, zero_snr = predictions.settle(found.told or default, default, prediction, zero_terminal_snr)
-        found.unet.to(memory_format=torch.channels_last)
-        for module in (found.unet, found.vae, *found.text_encoders):
+            contents = folder_parts(cls, path, tokenizer, dtype)
+
+        betas, default = predictions.found_in_scheduler(contents.scheduler)
+        kind, zero_snr = predictions.settle(contents.mark or default, default, prediction, zero_terminal_snr)
+        contents.unet.to(memory_format=torch.channels_last)
+
+        for module in (contents.unet, contents.vae, *contents.text_encoders):
             module.to("cpu" if in_turn else device).requires_grad_(False).eval()
         return cls(
-            network=found.unet,
-            vae=found.vae,
-            text_encoders=found.text_encoders,
-            tokenizers=found.tokenizers,
+            network=contents.unet,
+            vae=contents.vae,
+            text_encoders=contents.text_encoders,
+            tokenizers=contents.tokenizers,
             schedule=VPSchedule.from_betas(**betas, zero_terminal_snr=zero_snr),
             prediction=kind,
             zero_terminal_snr=zero_snr,
             null=null or cls.usual_null,
             path=path,
-            base_hash=found.base_hash,
-            supplied=found.supplied,
+            base_hash=contents.base_hash,
+            supplied=contents.supplied,
             turns=torch.device(device) if in_turn else None,
         )
 
@@ -141,7 +144,8 @@ class UNetBase(Base):
         predictions.check(self, x0, condition)
 
     def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
-        dtype, target_time = self.network.dtype, condition.get("target_time")
+        dtype = self.network.dtype
+        target_time = condition.get("target_time")
         return self.network(
             x.to(dtype),
             self.schedule.network_time(tick).to(x.device),
@@ -151,14 +155,14 @@ class UNetBase(Base):
         ).sample.float()
 
     def target_time(self, tick: Tensor) -> Condition:
-        """For UNets with `time_cond_proj_dim` (LCM's full models have it, for the guidance scale)."""
+        """The end of a jump, as UNets with `time_cond_proj_dim` take it (LCM's full models put guidance there)."""
         width = self.network.config.time_cond_proj_dim
         if width is None:
             return {}
         return {"target_time": get_timestep_embedding(self.schedule.network_time(tick), width)}
 
     def added_conditions(self, x: Tensor, condition: Condition) -> dict[str, Tensor] | None:
-        """What the UNet is told besides time and prompt."""
+        """Further inputs of the UNet besides time and prompt: SDXL's."""
         return None
 
     @staticmethod
@@ -189,8 +193,9 @@ class UNetBase(Base):
         return "lora_unet_" + module.replace(".", "_")
 
     def load_lora(self, path: Path, name: str) -> None:
-        told = {"unet_config": self.network.config, "return_lora_metadata": True}
-        state, alphas, metadata = self.pipeline.lora_state_dict(str(path), **told)
+        state, alphas, metadata = self.pipeline.lora_state_dict(
+            str(path), unet_config=self.network.config, return_lora_metadata=True
+        )
         # diffusers takes one of the two: kohya's files have alphas, PEFT's have metadata
-        how = {"adapter_name": name, "metadata": None if alphas else metadata}
-        self.pipeline.load_lora_into_unet(state, alphas, self.network, **how)
+        metadata = None if alphas else metadata
+        self.pipeline.load_lora_into_unet(state, alphas, self.network, adapter_name=name, metadata=metadata)

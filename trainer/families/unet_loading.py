@@ -1,4 +1,4 @@
-"""Where the parts of SD1.5 and SDXL are and how each is read: UNet, VAE, text encoders, their tokenizers."""
+"""Reading the parts of SD1.5 and SDXL, from a folder or a single file: UNet, VAE, text encoders, their tokenizers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from transformers import CLIPTextConfig
 from ...samplers.lora_file import LoraHeader, file_hash
 from . import loading
 from .clip import clip_tokenizers
-from .prediction import Found, found_in_header
+from .prediction import Finding, found_in_header
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder: its component in a diffusers folder, its name for people, its class, where single files have it.
+    """A text encoder of a family, and where it is.
 
-    open_clip: single files have it under OpenCLIP's names, with q, k and v in one.
+    component: its folder in a diffusers folder. title: its name for people. kind: its class. prefix: how the
+    names of its weights begin in single files. open_clip: whether these have it under OpenCLIP's names, with
+    q, k and v in one.
     """
 
     component: str
@@ -32,9 +34,12 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """One base, read. scheduler: a scheduler config. told: what a single file says of its own prediction, if it is one.
-    supplied: SHA-256 of the weights that `base.parts` supplied, or nothing.
+class UNetParts:
+    """The parts of one base, read.
+
+    scheduler: path of the scheduler config. mark: the prediction that a single file names, for one that is
+    a single file. base_hash: see `Base`. supplied: SHA-256 of the weights that `base.parts` supplied, or
+    nothing.
     """
 
     unet: UNet2DConditionModel
@@ -43,21 +48,21 @@ class Parts:
     tokenizers: list
     scheduler: Path
     base_hash: str
-    told: Found | None = None
+    mark: Finding | None = None
     supplied: str = ""
 
 
 @dataclass(frozen=True)
-class FilePlaces:
+class UNetPlaces:
     """Where the parts of a single file are, before any is read.
 
-    header: the file's. configs: folder of component configs. mark: what the file says of its own prediction. missing:
-    components that it has not; other: the folder that supplies them, if one is set and here.
+    header: the file's. configs: folder of component configs. mark: the prediction that the file names. missing:
+    components that it lacks; other: the folder that supplies them, if one is set and here.
     """
 
     header: LoraHeader
     configs: Path
-    mark: Found
+    mark: Finding
     missing: list[str]
     other: Path | None
 
@@ -67,20 +72,20 @@ class FilePlaces:
 
 
 def weights_of(family) -> list[str]:
-    """The components of a diffusers folder that hold weights, for a class of `UNetBase`."""
+    """The components of a diffusers folder that hold weights. family: a subclass of `UNetBase`."""
     return ["unet", "vae", *(encoder.component for encoder in family.encoders)]
 
 
 def find_folder(family, path: str) -> Path:
-    """The diffusers folder of a base, with every component of a class of `UNetBase`. Raises as `diffusers_folder`."""
+    """The diffusers folder of a base, with all that the family has. Raises as `diffusers_folder`."""
     tokenizers = [encoder.component.replace("text_encoder", "tokenizer") for encoder in family.encoders]
     return loading.diffusers_folder(path, (*weights_of(family), *tokenizers, "scheduler"), family.title)
 
 
-def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -> Parts:
-    """Everything from a diffusers folder or hub id, for a class of `UNetBase`."""
+def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -> UNetParts:
+    """Read all parts from a diffusers folder or hub id. family: a subclass of `UNetBase`."""
     root = find_folder(family, path)
-    return Parts(
+    return UNetParts(
         unet=loading.load_part(root, "unet", UNet2DConditionModel, dtype),
         vae=loading.load_vae(root),
         text_encoders=[loading.load_part(root, e.component, e.kind, torch.float32) for e in family.encoders],
@@ -90,11 +95,11 @@ def folder_parts(family, path: str, tokenizer: str | None, dtype: torch.dtype) -
     )
 
 
-def find_in_file(family, path: Path, config: str | None, parts: str | None, download: bool = True) -> FilePlaces:
-    """Where one .safetensors file and the diffusers folder `parts` have everything, for a class of `UNetBase`.
+def find_in_file(family, path: Path, config: str | None, parts: str | None, download: bool = True) -> UNetPlaces:
+    """Find every part of a base in one .safetensors file and in the diffusers folder `parts`; none is read.
 
-    download: whether a hub id in `parts` may be brought here. Raises ValueError for a file of another kind, and for
-    components that are nowhere.
+    family: a subclass of `UNetBase`. download: whether a hub id in `parts` may be fetched. Raises ValueError for
+    a file of another kind, and for components that are nowhere.
     """
     header = loading.checkpoint_header(path)
     configs = Path(config) if config else family.configs
@@ -105,16 +110,18 @@ def find_in_file(family, path: Path, config: str | None, parts: str | None, down
     missing = [c for c, prefix in prefixes.items() if not any(n.startswith(prefix) for n in header.tensors)]
     lacking = {c: f"{titles[c]} ({prefixes[c][0]}*)" for c in missing}
     other = loading.parts_folder(path, parts, lacking, family.title, download)
-    return FilePlaces(header, configs, mark, missing, other)
+    return UNetPlaces(header, configs, mark, missing, other)
 
 
 def single_file_parts(
     family, path: Path, config: str | None, parts: str | None, tokenizer: str | None, dtype: torch.dtype
-) -> Parts:
-    """Everything from one .safetensors file, and from the diffusers folder `parts` what the file has not."""
+) -> UNetParts:
+    """Read the parts from one .safetensors file, and from the diffusers folder `parts` those that it lacks."""
     places = find_in_file(family, path, config, parts)
-    configs, missing, other = places.configs, places.missing, places.other
-    return Parts(
+    configs = places.configs
+    missing = places.missing
+    other = places.other
+    return UNetParts(
         unet=loading.convert_part(path, configs, "unet", UNet2DConditionModel, dtype),
         vae=loading.load_vae(other) if "vae" in missing else _file_vae(path, configs),
         text_encoders=[
@@ -126,7 +133,7 @@ def single_file_parts(
         tokenizers=clip_tokenizers(tokenizer, [other, configs], str(path))[: len(family.encoders)],
         scheduler=places.scheduler,
         base_hash=file_hash(path),
-        told=places.mark,
+        mark=places.mark,
         supplied=loading.folder_hash(other, missing) if missing else "",
     )
 
@@ -146,7 +153,7 @@ def _file_encoder(path: Path, names: dict, encoder: TextEncoder, configs: Path) 
 
 
 def _check_context_width(path: Path, names: dict, config: Path, family: str) -> None:
-    """Another kind of UNet would fail deep inside the conversion; say it here in words."""
+    """Raise ValueError for another kind of UNet, which would fail deep inside the conversion without saying so."""
     wanted = loading.read_config(config / "unet" / "config.json").get("cross_attention_dim")
     width = next((i.shape[-1] for n, i in names.items() if n.endswith("attn2.to_k.weight") and i.shape), None)
     if width != wanted:

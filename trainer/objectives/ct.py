@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...samplers import Schedule
-from .distances import SIGMA_MAX, karras_ticks, nearest_ticks, noise_to_signal, vector_huber
+from .distances import SIGMA_MAX, karras_ticks, nearest_ticks, noise_level, vector_huber
 from .objective import Jumps, Levels, Objective
 
 
@@ -79,7 +79,7 @@ class CT(Objective):
         """Ticks (u, r) of iCT: an index n of Karras' levels by the lognormal's mass between levels n - 1 and n."""
         # one level more than the paper: here the clean end is a level too, below the network's cleanest
         ticks = torch.cat([torch.zeros(1, dtype=torch.long), karras_ticks(schedule, self.scales(progress) + 1)])
-        log_sigma = noise_to_signal(schedule, ticks).double().log()
+        log_sigma = noise_level(schedule, ticks).double().log()
         below = torch.erf((log_sigma - self.p_mean) / (2**0.5 * self.p_std))  # -1 at the clean end
         n = torch.multinomial(below.diff().clamp(min=1e-12), count, replacement=True, generator=generator) + 1
         return ticks[n], ticks[n - 1]
@@ -98,7 +98,7 @@ class CT(Objective):
         return u, torch.minimum(r, u - 1)  # rounding may have put them on one tick
 
     def distance(self, jumps: Jumps) -> Tensor:
-        t = noise_to_signal(jumps.schedule, jumps.levels.u)
-        r = noise_to_signal(jumps.schedule, jumps.levels.r)
+        t = noise_level(jumps.schedule, jumps.levels.u)
+        r = noise_level(jumps.schedule, jumps.levels.r)
         gap = (t - r).maximum(0.01 * t)  # as near as whole ticks come; 0 where both are `SIGMA_MAX`
         return vector_huber(jumps.student, jumps.target) / gap

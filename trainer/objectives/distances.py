@@ -41,7 +41,7 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().flatten(1).mean(1)
 
 
-def noise_to_signal(schedule: Schedule, tick: Tensor) -> Tensor:
+def noise_level(schedule: Schedule, tick: Tensor) -> Tensor:
     """Ticks -> the papers' noise levels for data of unit spread: sigma / alpha, at most `SIGMA_MAX`."""
     ratio = schedule.sigma(tick) / schedule.alpha(tick)
     return ratio.clamp(max=SIGMA_MAX).to(tick.device)  # flow's tables are on the CPU where a device has no float64
@@ -61,6 +61,6 @@ def karras_ticks(schedule: Schedule, count: int, rho: float = 7.0) -> Tensor:
 
     At most `count` of them: levels that round to the same tick are one.
     """
-    low, high = noise_to_signal(schedule, torch.tensor([1, schedule.ticks])).tolist()
+    low, high = noise_level(schedule, torch.tensor([1, schedule.ticks])).tolist()
     sigma = torch.linspace(low ** (1 / rho), high ** (1 / rho), count) ** rho
     return torch.cat([nearest_ticks(schedule, sigma[:-1]), torch.tensor([schedule.ticks])]).unique()

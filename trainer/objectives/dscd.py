@@ -52,8 +52,8 @@ class DSCD(Distillation):
 
         # f = cos(a) x - sin(a) F at a fixed x, so that F changes by -1 / sin(a) of what f does
         change_of_f = -(jumps.student - jumps.student.detach()) / a.sin()  # F - sg(F)
-        # an eps-network's output moves cos(a) times as far as F; measured there, no gradient grows with 1 /
-        # cos(a)
+        # an eps-network's output moves cos(a) times as far as F; measured in its units, no gradient grows with
+        # 1 / cos(a)
         unit = a.cos() if jumps.prediction == "epsilon" else 1.0
         return (unit * (change_of_f - g)).square().flatten(1).mean(1)
 
@@ -71,8 +71,7 @@ class DSCD(Distillation):
         towards_teacher = a_r.cos() * (jumps.student.detach() - f_teacher) / a.sin()
 
         whole = (jumps.student.detach() - jumps.target) / d.sin()
-        # the paper's r: at first the student only imitates the teacher's velocity, which is there from the
-        # start
+        # the paper's r: the student begins by imitating the teacher's velocity, as its own F is not right yet
         share = min(1.0, jumps.progress / self.warmup) if self.warmup else 1.0
         return towards_teacher + share * (whole - towards_teacher)
 

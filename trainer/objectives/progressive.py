@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...samplers import PhaseGrid, Schedule
-from .distances import noise_to_signal
+from .distances import noise_level
 from .objective import Distillation, Jumps, Levels
 
 
@@ -76,7 +76,7 @@ class Progressive(Distillation):
         # student and target are points at s; from one x_u they differ by this times the difference of their
         # x0
         per_x0 = alpha_s - sigma_s * alpha / sigma
-        snr = noise_to_signal(jumps.schedule, u) ** -2
+        snr = noise_level(jumps.schedule, u) ** -2
         square = (jumps.student - jumps.target).square().flatten(1).mean(1)
         return snr.clamp(min=1) * square / per_x0**2
 

@@ -25,10 +25,8 @@ def available(names: Iterable[str], say: Say) -> list[str]:
     missing = [name for name in names if find_spec(name) is None]
     absent = [name for name in missing if name != DEFAULT]
     if absent:
-        names_of_all = " and ".join(absent)
-        raise ValueError(
-            f"train.trackers: {names_of_all} not installed: pip install {' '.join(absent)}, or leave it out."
-        )
+        packages = " and ".join(absent)
+        raise ValueError(f"train.trackers: {packages} not installed: pip install {' '.join(absent)}, or leave it out.")
     if missing:
         say("No TensorBoard logs: pip install tensorboard, or set train.trackers=[].")
     return [name for name in names if name not in missing]

@@ -89,7 +89,9 @@ def _weights(base: Base, tuned: Base) -> tuple[dict[str, tuple[Tensor, Tensor]],
     shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (old, new)]
     if other := sorted(name for name in old.keys() | new.keys() if shapes[0].get(name) != shapes[1].get(name)):
         raise ValueError(f"{base.path} and {tuned.path} have other networks: they differ in {other[0]}.")
-    targets, others = {}, 0.0
+
+    targets = {}
+    others = 0.0
     for name, weight in new.items():
         module = name.removesuffix(".weight")
         if module != name and f".{module}".endswith(tuple(f".{target}" for target in base.lora_targets)):

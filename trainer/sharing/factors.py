@@ -67,7 +67,8 @@ def from_svd(u: Tensor, values: Tensor, vh: Tensor, rank: int, inner: Sequence[i
     Both factors take the roots of the values, so that they are of one size.
     """
     root = values[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    up = u[:, :rank] * root
+    down = root[:, None] * vh[:rank]
     return Pair(down.reshape(rank, *inner), up.reshape(len(u), rank, *(1,) * (len(inner) - 1)), float(rank))
 
 

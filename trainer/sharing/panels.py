@@ -149,7 +149,7 @@ class Seen:
 
 
 def panels(file: Path) -> list[Panel]:
-    """What each program shows of a LoRA. Raises as `read_header`, or ValueError for a file that holds no LoRA."""
+    """A panel for each program. Raises as `read_header`, or ValueError for a file that holds no LoRA."""
     seen = Seen.of(file)
     return [_a1111(seen), _lora_manager(seen), _comfyui(seen), _modelspec(seen)]
 
@@ -271,15 +271,16 @@ def _wrong_manager_fields(seen: Seen, sidecar: dict[str, Any], file: str, tips: 
     """Sentences on what is missing or wrong in Lora-Manager's sidecar. file: its name; tips: its usage_tips, read."""
     if not sidecar:
         return []
-    problems, again = [], "Write it again: pcm sidecars --overwrite."
+    problems: list[str] = []
+    remedy = "Write it again: pcm sidecars --overwrite."
     if missing := [key for key in LORA_MANAGER_REQUIRED if key not in sidecar]:
-        problems.append(f"{file} lacks {', '.join(missing)}, which Lora-Manager requires. {again}")
+        problems.append(f"{file} lacks {', '.join(missing)}, which Lora-Manager requires. {remedy}")
     if sidecar.get("usage_tips") and tips is None:
-        problems.append(f"{file}: usage_tips is no JSON object in a string, the only form that is read. {again}")
+        problems.append(f"{file}: usage_tips is no JSON object in a string, the only form that is read. {remedy}")
     if sidecar.get("sha256", seen.sha256) != seen.sha256:
-        problems.append(f"{file} has another file's sha256: the LoRA was changed after. {again}")
+        problems.append(f"{file} has another file's sha256: the LoRA was changed after. {remedy}")
     if sidecar.get("preview_url") and not Path(str(sidecar["preview_url"])).is_file():
-        problems.append(f"{file} names a preview that is not there, {sidecar['preview_url']}. {again}")
+        problems.append(f"{file} names a preview that is not there, {sidecar['preview_url']}. {remedy}")
     return problems
 
 
@@ -361,13 +362,14 @@ def _modelspec(seen: Seen) -> Panel:
 
 def _wrong_hash(seen: Seen, key: str, why: str) -> list[str]:
     """A sentence where the header's hash at `key` is missing or wrong. why: what the hash is for."""
-    stored, again = seen.get(key).removeprefix("0x"), "pcm convert writes it anew"
+    stored = seen.get(key).removeprefix("0x")
+    remedy = "pcm convert writes it anew"
     if not stored:
-        return [f"No {key} in the header: {why} ({again})."]
+        return [f"No {key} in the header: {why} ({remedy})."]
     if stored == EMPTY_HASH:
-        return [f"{key} is the hash of an empty file, and is passed over ({again})."]
+        return [f"{key} is the hash of an empty file, and is passed over ({remedy})."]
     if stored != seen.tensors:
-        return [f"{key} is not the hash of the file's tensors: {why} ({again})."]
+        return [f"{key} is not the hash of the file's tensors: {why} ({remedy})."]
     return []
 
 

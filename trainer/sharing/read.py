@@ -135,7 +135,8 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
         raise ValueError(f"{header.path.name} has {problem}, such as {others[0]}. Get it with diffusers' names.")
     config = family.network_class.load_config(family.configs / family.component)
     layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})
-    modules, names = header.modules, header.kohya_names()
+    modules = header.modules
+    names = header.kohya_names()
     alphas = {
         id(tensors[module.keys["down"]]): tensors[module.keys["alpha"]]
         for module in modules.values()

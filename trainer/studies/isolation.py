@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| | steps | of the digit asked for | distance |\n|---|---|---|---|")
     best = drawings(REFERENCES + args.pictures, args.pictures, side)
     print(row("drawings", "", best, references, others))
-    shown = []
+    rows = []
     for folder in stages:
         base = load_base(str(folder))
         for steps in STEPS:
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             print(row(f"{updates(folder)} updates", str(steps), pictures, references, others), flush=True)
             if steps <= 2:
                 label = f"{updates(folder)} updates\n{count_steps(steps)}"
-                shown.append((label, pictures[: len(DIGITS)].expand(-1, 3, -1, -1)))
-    save_image(draw_grid(shown, list(DIGITS), cell=48), args.out)
+                rows.append((label, pictures[: len(DIGITS)].expand(-1, 3, -1, -1)))
+    save_image(draw_grid(rows, list(DIGITS), cell=48), args.out)
     return 0
 
 

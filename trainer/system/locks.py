@@ -59,7 +59,7 @@ def _hold(path: Path, taken: Callable[[FileLock], None], say: Say) -> Iterator[N
             lock.acquire(timeout=0)
         except Timeout:
             taken(lock)
-    except NotImplementedError:  # some network disks; newer versions of filelock make do with the file's being there
+    except NotImplementedError:  # some network disks; newer versions of filelock make do with a file that is there
         say(f"The disk of {path.parent} knows no locks: take care that no second run is started there.")
     except OSError as error:
         advice = "Set output, and data.cache if you have set it, to another folder."

@@ -1,4 +1,4 @@
-"""What this machine is and has: versions, device, memory, optional packages."""
+"""Facts about this machine: versions, device, memory, optional packages."""
 
 from __future__ import annotations
 

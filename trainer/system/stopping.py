@@ -27,8 +27,8 @@ class Stopper:
     def __init__(self, say: Callable[[str], None], launched: bool = False):
         self.say = say
         self.launched = launched
-        self.asked = False
-        self._since = 0.0  # when it was asked
+        self.stop_requested = False
+        self._since = 0.0  # when that was
         self.sentence: str | None = None  # said at the first signal; None while there is nothing to save
         self._before: dict[int, signal.Handlers] = {}
 
@@ -43,7 +43,7 @@ class Stopper:
 
     @contextmanager
     def saving(self, sentence: str) -> Iterator[None]:
-        """In this block the first signal only sets `asked`, and `sentence` is said."""
+        """In this block the first signal only sets `stop_requested`, and `sentence` is said."""
         self.sentence = sentence
         try:
             yield
@@ -51,10 +51,10 @@ class Stopper:
             self.sentence = None
 
     def _take(self, *_) -> None:
-        if self.launched and self.asked and time.monotonic() - self._since < PASSED_ON:
+        if self.launched and self.stop_requested and time.monotonic() - self._since < PASSED_ON:
             return
-        if self.sentence is None or self.asked:
+        if self.sentence is None or self.stop_requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
         self._since = time.monotonic()
         self.say(f"{self.sentence} Once more to stop at once.")

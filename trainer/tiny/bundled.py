@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def own_prompts(base: str) -> str | None:
-    """The prompt file that comes with a bundled tiny base, whose language is not that of the default list."""
+    """The prompt file of a bundled tiny base, which knows other words than the default list; None for other bases."""
     folder = bundled_folder(base)
     return str(folder / "prompts.txt") if folder else None
 

@@ -2,8 +2,8 @@
 
     python -m phased_consistency.trainer.tiny.comfy FOLDER [--overwrite]
 
-FOLDER is a ComfyUI, or any folder that it is given as --base-directory. ComfyUI's own Python will do for it, after
-`python -m pip install -e .` in this pack's folder. The checkpoint holds the transformer and the
+FOLDER is a ComfyUI, or any folder that it is given as --base-directory. ComfyUI's own Python will do for it,
+after `python -m pip install -e .` in this pack's folder. The checkpoint holds the transformer and the
 tiny VAE; the node *PCM Demo Prompt* takes the place of text encoders, which ComfyUI builds full size only.
 """
 
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the files and say what to do next; returns 0, or with a sentence 1 or 2 as `pcm` does."""
+    """Write the files and say what to do next. Returns 0, or after a sentence on an error 1 or 2, as `pcm` does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a ComfyUI, or its --base-directory")
     parser.add_argument("--overwrite", action="store_true", help="replace other files of these names")
@@ -50,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_files(folder: Path, overwrite: bool = False) -> list[Path]:
-    """Write checkpoint and LoRA into models/ of this folder; returns their paths.
+    """Write checkpoint and LoRA into models/ of this folder. Returns their paths.
 
-    A file that is there already, byte for byte, stays. Raises ValueError, before anything is written, for another file
-    of that name unless it may be overwritten; OSError when a file cannot be written, and then it is not there.
+    A file that is there already, byte for byte, is left alone. Raises ValueError, before anything is written,
+    for another file of that name unless it may be overwritten; OSError when a file cannot be written, and
+    then it is not there.
     """
     models = folder / "models"
     files = {models / "checkpoints" / CHECKPOINT: checkpoint(), models / "loras" / LORA.name: LORA.read_bytes()}
@@ -68,11 +69,11 @@ def write_files(folder: Path, overwrite: bool = False) -> list[Path]:
 
 
 def checkpoint() -> bytes:
-    """The base as one .safetensors, its weights in fp16 as they are bundled."""
-    shape = json.loads((BASE / "vae" / "config.json").read_text(encoding="utf-8"))
-    vae = full_size(load_file(BASE / "vae" / WEIGHTS), shape["num_encoder_blocks"], shape["num_decoder_blocks"])
-    named = sd3_tiny_vae(vae, shape["scaling_factor"], shape["shift_factor"])
-    return save(sd3_checkpoint(sd3_transformer(load_file(BASE / "transformer" / WEIGHTS)), named), TITLE)
+    """The bytes of the base as one .safetensors file, its weights in fp16 as they are bundled."""
+    config = json.loads((BASE / "vae" / "config.json").read_text(encoding="utf-8"))
+    vae = full_size(load_file(BASE / "vae" / WEIGHTS), config["num_encoder_blocks"], config["num_decoder_blocks"])
+    vae_as_taesd = sd3_tiny_vae(vae, config["scaling_factor"], config["shift_factor"])
+    return save(sd3_checkpoint(sd3_transformer(load_file(BASE / "transformer" / WEIGHTS)), vae_as_taesd), TITLE)
 
 
 if __name__ == "__main__":

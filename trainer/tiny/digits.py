@@ -1,6 +1,6 @@
-"""Pictures of the digits 0 to 9 for the example in isolation, drawn with Pillow's own font.
+"""Pictures of the digits 0 to 9, drawn with Pillow's own font, for training without a teacher (`studies/isolation`).
 
-Each is light on dark, and the caption is the digit. Place, size, slant, turn and thickness are free.
+Each is light on dark, and its caption is the digit. Place, size, slant, turn and thickness are random.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# What `data.images` and `base.path` call them.
+# The value of `data.images` and of `base.path` that stands for them.
 NAME = "digits"
 DIGITS = tuple("0123456789")
-# Drawn so large, then made as small as asked for.
-CANVAS = 160
+CANVAS = 160  # side in pixels that they are drawn at, before they are made smaller
 
 
 @dataclass(frozen=True)
 class Digit:
-    """One drawing. x, y: offset of its centre, height: of its box, as fractions of the side; stroke: what its lines
-    are thickened by, in parts of the height; slant: sideways per height; turn: degrees."""
+    """One drawing.
+
+    x, y: offset of its centre, and height: that of its box, as fractions of the picture's side. stroke:
+    thickness that is added to its lines, as a fraction of the height. slant: how far it leans sideways for each
+    unit of height. turn: in degrees.
+    """
 
     caption: str
     x: float
@@ -36,10 +39,11 @@ class Digit:
 
     @property
     def name(self) -> str:
+        """Its name in errors and lists, as a picture file has one."""
         return f"drawing of {self.caption}"
 
     def content(self) -> str:
-        """What decides the picture."""
+        """A text of everything that decides the picture, for the cache's key."""
         return repr(self)
 
     def load(self, resolution: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,7 @@ def drawn_digits(count: int) -> list[Digit]:
 
 
 def random_digit(number: int, seed: int = 0) -> Digit:
-    """Drawing `number` of an endless list; the digits take turns. The same numbers give the same drawing."""
+    """Drawing `number` of an endless list in which the digits take turns; equal numbers give equal drawings."""
     rng = random.Random(f"{seed} {number}")
     return Digit(
         caption=DIGITS[number % 10],
@@ -72,21 +76,25 @@ def draw(digit: Digit, resolution: int) -> Image.Image:
     """A greyscale picture of `resolution` pixels a side."""
     glyph = _glyph(digit.caption, round(digit.stroke * CANVAS))
     scale = glyph.height / (digit.height * CANVAS)
-    cos, sin = (f(math.radians(digit.turn)) * scale for f in (math.cos, math.sin))
-    # from a point of the canvas, measured from the digit's centre, to one of the glyph: turn, scale, then slant
+    cos = math.cos(math.radians(digit.turn)) * scale
+    sin = math.sin(math.radians(digit.turn)) * scale
+
+    # from a point of the canvas, measured from the digit's centre, to one of the glyph: turn, scale, then
+    # slant
     row_y = (sin, cos)
     row_x = (cos + digit.slant * row_y[0], -sin + digit.slant * row_y[1])
-    cx, cy = (0.5 + digit.x) * CANVAS, (0.5 + digit.y) * CANVAS
-    offset = [half - a * cx - b * cy for half, (a, b) in ((glyph.width / 2, row_x), (glyph.height / 2, row_y))]
+    centre_x, centre_y = (0.5 + digit.x) * CANVAS, (0.5 + digit.y) * CANVAS
+    offset_x = glyph.width / 2 - row_x[0] * centre_x - row_x[1] * centre_y
+    offset_y = glyph.height / 2 - row_y[0] * centre_x - row_y[1] * centre_y
     canvas = glyph.transform(
-        (CANVAS, CANVAS), Image.Transform.AFFINE, (*row_x, offset[0], *row_y, offset[1]), Image.Resampling.BILINEAR
+        (CANVAS, CANVAS), Image.Transform.AFFINE, (*row_x, offset_x, *row_y, offset_y), Image.Resampling.BILINEAR
     )
     return canvas.resize((resolution, resolution), Image.Resampling.HAMMING)
 
 
 @cache
 def _glyph(character: str, stroke: int) -> Image.Image:
-    """The character alone, cut at its ink, with a dark margin for the transform."""
+    """The character alone, cut at its ink, with a dark margin into which the transform blends its edge."""
     font, margin = ImageFont.load_default(CANVAS), 2
     left, top, right, bottom = font.getbbox(character, stroke_width=stroke)
     glyph = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))

@@ -2,10 +2,10 @@
 
     python -m phased_consistency.trainer.tiny.make_sd15 OUT
 
-Everything is made here: the pictures (`scenes`), a byte-pair tokenizer on their captions, an `AutoencoderTiny` with
-SD1.5's eightfold, four-channel latents, and a UNet trained together with a small CLIP text model on eps-prediction
-with SD1.5's scaled-linear betas and 10 % empty prompts. The bundled base was made with the defaults, which take about
-50 minutes on 2 CPU cores.
+Everything is made here: the pictures (`scenes`), a byte-pair tokenizer on their captions, an
+`AutoencoderTiny` with SD1.5's eightfold, four-channel latents, and a UNet trained together with a small CLIP
+text model on eps-prediction with SD1.5's scaled-linear betas and 10 % empty prompts. The bundled base was
+made with the defaults, which take about 50 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def new_unet() -> UNet2DConditionModel:
 def eps_loss(
     unet: UNet2DConditionModel, text_model: CLIPTextModel, latents: Tensor, ids: Tensor
 ) -> Callable[[Tensor, int], Tensor]:
-    """The eps-prediction loss of a batch, with 10 % empty prompts."""
+    """The eps-prediction loss as a function of a batch's indices and the step, with 10 % empty prompts."""
     alphas_bar = vp_scheduler().alphas_cumprod
 
     def loss_of(index: Tensor, step: int) -> Tensor:
@@ -95,7 +95,7 @@ def eps_loss(
 def new_pipeline(
     vae: AutoencoderTiny, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, text_model: CLIPTextModel
 ) -> StableDiffusionPipeline:
-    """The parts as diffusers puts them together."""
+    """The parts as a diffusers pipeline, which knows how to save them."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_model,

@@ -2,10 +2,11 @@
 
     python -m phased_consistency.trainer.tiny.make_sd3 OUT
 
-Pictures and tokenizer are those of the SD1.5-type base. An autoencoder of its kind with sixteen channels is trained
-first, then a transformer together with two small CLIP text models, on shifted uniform times with 10 % empty prompts.
-The transformer has SD3's proportions (64 channels of width per block), so that a host reads it as SD3 once its keys are
-renamed. The bundled base had as many steps as the defaults, an hour and a quarter on one busy CPU core.
+Pictures and tokenizer are those of the SD1.5-type base. An autoencoder of its kind with sixteen channels is
+trained first, then a transformer together with two small CLIP text models, on shifted uniform times with 10 %
+empty prompts. The transformer has SD3's proportions (64 channels of width per block), so that a host reads it
+as SD3 once its keys are renamed. The bundled base had as many steps as the defaults, an hour and a quarter on
+one busy CPU core.
 
 Its 4-step LoRA, which ComfyUI's demo draws with (`comfy`), was made on it by
 
@@ -46,8 +47,8 @@ from .making import (
     train_vae,
 )
 
-SHIFT = 3.0
-CONTEXT = 4096
+SHIFT = 3.0  # SD3's time shift
+CONTEXT = 4096  # width of SD3's text conditioning, T5's
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,7 +108,10 @@ def flow_loss(
     ids: Tensor,
     steps: int,
 ) -> Callable[[Tensor, int], Tensor]:
-    """The flow-matching loss of a batch at uniform times of the shifted schedule, with 10 % empty prompts."""
+    """The flow-matching loss as a function of a batch's indices and the step.
+
+    Times are uniform before the shift; 10 % of the prompts are empty.
+    """
 
     def loss_of(index: Tensor, step: int) -> Tensor:
         x0, noise = latents[index], torch.randn(len(index), *latents.shape[1:])
@@ -135,7 +139,7 @@ def new_pipeline(
     encoder: CLIPTextModelWithProjection,
     encoder_2: CLIPTextModelWithProjection,
 ) -> StableDiffusion3Pipeline:
-    """The parts as diffusers puts them together."""
+    """The parts as a diffusers pipeline, which knows how to save them."""
     return StableDiffusion3Pipeline(
         vae=vae,
         text_encoder=encoder,

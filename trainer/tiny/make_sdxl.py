@@ -2,9 +2,10 @@
 
     python -m phased_consistency.trainer.tiny.make_sdxl OUT
 
-Pictures, tokenizer and autoencoder are those of the SD1.5-type base. A third of the pictures are crops, and the
-micro-conditioning says so; one prompt in ten is SDXL's zero embeddings and one in twenty the empty prompt, so that both
-work as the unconditional half of guidance. The bundled base had as many steps as the defaults, an hour on one
+Pictures, tokenizer and autoencoder are those of the SD1.5-type base. A third of the pictures are crops, and
+the micro-conditioning says so; one prompt in ten is SDXL's zero embeddings and one in twenty the empty
+prompt, so that both work as the unconditional half of guidance. The bundled base had as many steps as the
+defaults, an hour on one
 busy CPU core.
 """
 
@@ -39,7 +40,7 @@ from .making import (
 )
 from .scenes import Scene
 
-WIDE = 160
+WIDE = 160  # side in pixels of the pictures that are cropped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +115,10 @@ def v_loss(
     ids: Tensor,
     steps: int,
 ) -> Callable[[Tensor, int], Tensor]:
-    """The v-prediction loss of a batch, with 10 % zero embeddings and 5 % empty prompts."""
+    """The v-prediction loss as a function of a batch's indices and the step.
+
+    10 % of the prompts are zero embeddings and 5 % empty.
+    """
     alphas_bar = sdxl_scheduler().alphas_cumprod
 
     def loss_of(index: Tensor, step: int) -> Tensor:
@@ -122,14 +126,14 @@ def v_loss(
         t = torch.randint(0, 1000, (len(index),))
         a = alphas_bar[t].view(-1, 1, 1, 1)
         tokens = some_empty(ids, index, 0.05)[:, : caption_length(step, steps)]
-        kept = (torch.rand(len(index), 1) >= 0.1).float()
+        with_prompt = (torch.rand(len(index), 1) >= 0.1).float()
         with bf16():
             (first, _), (second, pooled) = encode_words(words, tokens), encode_words(pooling, tokens)
             v = unet(
                 a.sqrt() * x0 + (1 - a).sqrt() * noise,
                 t,
-                torch.cat([first, second], -1) * kept[:, None],
-                added_cond_kwargs={"text_embeds": pooled * kept, "time_ids": time_ids[index]},
+                torch.cat([first, second], -1) * with_prompt[:, None],
+                added_cond_kwargs={"text_embeds": pooled * with_prompt, "time_ids": time_ids[index]},
             ).sample
         return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
 
@@ -148,7 +152,7 @@ def new_pipeline(
     words: CLIPTextModel,
     pooling: CLIPTextModelWithProjection,
 ) -> StableDiffusionXLPipeline:
-    """The parts as diffusers puts them together."""
+    """The parts as a diffusers pipeline, which knows how to save them."""
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=words,

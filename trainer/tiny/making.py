@@ -1,4 +1,7 @@
-"""What the makers of the tiny bases (`make_sd15`, `make_sdxl`, `make_sd3`) share: pictures, words, training, saving."""
+"""The steps that the makers of the tiny bases share (`make_sd15`, `make_sdxl`, `make_sd3`).
+
+They draw pictures, make a tokenizer of the captions, train an autoencoder, train the network, and save all.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .scenes import Scene, draw, prompts, random_scene
 
-SIDE = 128
+SIDE = 128  # of the pictures, in pixels
 START, END = "<|startoftext|>", "<|endoftext|>"
 CAPTION_TOKENS = 24  # no caption is longer; of the 77 tokens that inference sees, the rest are padding
-SD15 = Path(__file__).parent / "sd15"
+SD15 = Path(__file__).parent / "sd15"  # the bundled SD1.5-type base, whose parts the others take
 
 
 def arguments(about: str) -> argparse.ArgumentParser:
@@ -64,8 +67,8 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, end_of_word_suffix="</w>")
     tokenizer.train_from_iterator(captions, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(folder))
+
+    # CLIP's vocabulary: what was trained, then every letter as the end of a word, then the two marks
     vocab = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[0]
     for token in (*(a + "</w>" for a in alphabet), START, END):
         vocab.setdefault(token, len(vocab))
@@ -112,8 +115,8 @@ def clip_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int, project
 
 def encode_words(encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Penultimate hidden states (B, L, hidden) and, with a projection, the pooled embedding (B, projection)."""
-    seen = encoder(ids, output_hidden_states=True)
-    return seen.hidden_states[-2], seen[0]
+    output = encoder(ids, output_hidden_states=True)
+    return output.hidden_states[-2], output[0]
 
 
 def vp_scheduler(**changes) -> DDIMScheduler:
@@ -143,16 +146,16 @@ def batches(count: int, size: int, steps: int) -> Iterator[Tensor]:
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(count)
-        at = step % per_epoch * size
-        yield order[at : at + size]
+        start = step % per_epoch * size
+        yield order[start : start + size]
 
 
 def warm_then_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Two hundred steps of warm-up, constant until half-way, then a cosine to zero."""
 
     def factor(step: int) -> float:
-        spent = step / steps
-        return min(1.0, (step + 1) / 200) * (1.0 if spent < 0.5 else math.cos((spent - 0.5) * math.pi))
+        share = step / steps
+        return min(1.0, (step + 1) / 200) * (1.0 if share < 0.5 else math.cos((share - 0.5) * math.pi))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -183,9 +186,9 @@ def train_vae(pixels: Tensor, steps: int, channels: int = 4) -> AutoencoderTiny:
         image = pixels[index].to(memory_format=torch.channels_last).float().div(127.5).sub(1)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encoder(image)
-            seen = vae.decoder(latents + 0.08 * torch.randn_like(latents)).float()
-        edges = sum(F.l1_loss(seen.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
-        loss = F.l1_loss(seen, image) + F.mse_loss(seen, image) + edges + 1e-2 * latents.float().square().mean()
+            decoded = vae.decoder(latents + 0.08 * torch.randn_like(latents)).float()
+        edges = sum(F.l1_loss(decoded.diff(dim=axis), image.diff(dim=axis)) for axis in (2, 3))
+        loss = F.l1_loss(decoded, image) + F.mse_loss(decoded, image) + edges + 1e-2 * latents.float().square().mean()
         update(loss, vae, optimizer, schedule)
         if step % 250 == 249:
             print(
@@ -216,11 +219,12 @@ def train(
     average = deepcopy(parts).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-3)
     schedule = warm_then_cosine(optimizer, steps)
-    running = 0.0
+
+    running = 0.0  # the loss as an average over about a hundred steps
     for step, index in enumerate(batches(count, 64, steps)):
         loss = loss_of(index, step)
         update(loss, parts, optimizer, schedule)
-        decay = min(0.999, (step + 1) / (step + 10))
+        decay = min(0.999, (step + 1) / (step + 10))  # short at first, so that the random start is soon forgotten
         for mean, now in zip(average.parameters(), parts.parameters(), strict=True):
             mean.lerp_(now.detach(), 1 - decay)
         running = 0.99 * running + 0.01 * loss.item()
@@ -236,9 +240,9 @@ def save_base(pipeline: DiffusionPipeline, out: Path, **copied: str) -> None:
     Each of `copied` is a part taken as it lies in the bundled SD1.5-type base: its name here, its name there.
     """
     deepcopy(pipeline).to(torch.float16).save_pretrained(out, safe_serialization=True)
-    for part, there in copied.items():
-        shutil.copytree(SD15 / there, out / part, dirs_exist_ok=True)
-    words = "# Captions of random scenes, the language of this base (scenes.prompts(512, seed=1)).\n"
-    (out / "prompts.txt").write_text(words + "\n".join(prompts(512, seed=1)) + "\n")
+    for part, source in copied.items():
+        shutil.copytree(SD15 / source, out / part, dirs_exist_ok=True)
+    comment = "# Captions of random scenes, the language of this base (scenes.prompts(512, seed=1)).\n"
+    (out / "prompts.txt").write_text(comment + "\n".join(prompts(512, seed=1)) + "\n")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 1e6:.1f} MB", flush=True)

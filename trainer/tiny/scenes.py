@@ -1,8 +1,8 @@
 """Captioned pictures that the tiny bases learn from: coloured shapes, drawn with Pillow.
 
-A `Scene` is one picture in words and in numbers; `caption(scene)` and `draw(scene, size)` are its two faces.
-What the caption leaves out (size, place, exact shade) is free, so a prompt has many right pictures, and what the
-caption says is visible, so a wrong picture is easy to tell.
+A `Scene` is one picture in words and in numbers: `scene.caption` and `draw(scene, size)` are its two faces.
+All that a caption leaves out (size, place, exact shade) is random, so that a prompt has many right pictures;
+all that it says is visible, so that a wrong picture is easy to tell.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RELATIONS = {"left of": ((0.27, 0.5), (0.73, 0.5)), "above": ((0.5, 0.27), (0.5,
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: centre and radius as fractions of the picture's side."""
+    """One shape; centre and radius are fractions of the picture's side."""
 
     colour: str
     shape: str
@@ -53,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What to draw, and the caption that says part of it."""
+    """One picture: its shapes and its ground, and the caption that says a part of that."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -86,14 +86,17 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def _article(words: str) -> str:
+    """The words with "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _noun(size: str, shape: Shape) -> str:
+    """The shape in words, such as "a small red circle"."""
     return _article(f"{size}{shape.colour} {shape.shape}")
 
 
 def _place(rng: random.Random, colour: str, shape: str, centre: tuple[float, float], radius: float) -> Shape:
+    """A shape about here and about so large."""
     x, y = (c + rng.uniform(-0.03, 0.03) for c in centre)
     return Shape(colour, shape, x, y, radius * rng.uniform(0.93, 1.07))
 
@@ -151,11 +154,12 @@ def _draw_shape(image: Image.Image, shape: Shape, side: int) -> None:
 
 
 def _polar(radius: float, degrees: float) -> tuple[float, float]:
+    """(x, y) of a point by its radius and angle."""
     return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
 
 
 def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
-    """A darker band, or a lighter one where the colour is already dark."""
+    """The colour of a stripe: darker than the ground, or lighter where that is dark already."""
     if sum(colour) < 150:
         return tuple(min(255, round(c + 50)) for c in colour)
     return tuple(round(c * factor) for c in colour)
@@ -164,10 +168,10 @@ def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
 def prompts(number: int, seed: int) -> list[str]:
     """`number` different captions of random scenes; the same seed gives the same list."""
     rng = random.Random(seed)
-    found: dict[str, None] = {}
-    while len(found) < number:
-        found[random_scene(rng).caption] = None
-    return list(found)
+    captions: dict[str, None] = {}
+    while len(captions) < number:
+        captions[random_scene(rng).caption] = None
+    return list(captions)
 
 
 def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
@@ -180,8 +184,8 @@ def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
 def follows_prompt(scene: Scene, pixels: Tensor) -> bool:
     """Whether a picture (3, H, W) in [0, 1] shows the colours its caption names: the ground's, and each shape's.
 
-    Each pixel counts as the palette colour nearest to it (stripes as their ground); the ground must hold the largest
-    part of the border, and each shape's colour at least 1 % of the picture.
+    Each pixel counts as the palette colour nearest to it (stripes as their ground); the ground must hold the
+    largest part of the border, and each shape's colour at least 1 % of the picture.
     """
     names = list(COLOURS)
     palette = torch.tensor([COLOURS[n] for n in names] + [shade(COLOURS[n], 0.72) for n in names]) / 255

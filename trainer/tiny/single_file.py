@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609  # of SD3's latents: sampled ones are (stored - shift) * scale
+# diffusers' modules -> Stability's: those at the network's ends, those of a block, and those that are three
+# in one
 ENDS = {
     "pos_embed.proj": "x_embedder.proj",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -45,8 +47,8 @@ FUSED = {
 
 def sd3_checkpoint(transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One checkpoint as SD3 and SD3.5 are shared, without text encoders, from parts by their original names."""
-    named = {f"model.diffusion_model.{k}": v for k, v in transformer.items()}
-    return named | {f"first_stage_model.{k}": v for k, v in vae.items()}
+    checkpoint = {f"model.diffusion_model.{k}": v for k, v in transformer.items()}
+    return checkpoint | {f"first_stage_model.{k}": v for k, v in vae.items()}
 
 
 def sd3_transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,24 +60,26 @@ def sd3_transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     last = max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
     # diffusers' AdaLayerNormContinuous has scale before shift
     swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
-    named = {"pos_embed": weights.pop("pos_embed.pos_embed")}
+
+    renamed = {"pos_embed": weights.pop("pos_embed.pos_embed")}
     for name in list(weights):
         module, leaf = name.rsplit(".", 1)
-        if (new := _name(module)) is not None:
+        if (target := _name(module)) is not None:
             weight = weights.pop(name)
-            named[f"{new}.{leaf}"] = torch.cat(weight.chunk(2)[::-1]) if module in swapped else weight
+            renamed[f"{target}.{leaf}"] = torch.cat(weight.chunk(2)[::-1]) if module in swapped else weight
     for block in range(last + 1):
-        for new, parts in FUSED.items():
+        for target, parts in FUSED.items():
             for leaf in ("weight", "bias"):
                 names = [f"transformer_blocks.{block}.{part}.{leaf}" for part in parts]
                 if names[0] in weights:
-                    named[f"joint_blocks.{block}.{new}.{leaf}"] = torch.cat([weights.pop(n) for n in names])
+                    renamed[f"joint_blocks.{block}.{target}.{leaf}"] = torch.cat([weights.pop(n) for n in names])
     if weights:
         raise ValueError(f"No SD3 has weights such as {next(iter(weights))}; expected an SD3 or SD3.5 transformer's.")
-    return named
+    return renamed
 
 
 def _name(module: str) -> str | None:
+    """Stability's name of a module; None for one that goes with others into one."""
     if m := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module):
         return f"joint_blocks.{m[1]}.{BLOCK[m[2]]}" if m[2] in BLOCK else None
     return ENDS.get(module)
@@ -84,7 +88,8 @@ def _name(module: str) -> str | None:
 def sd3_tiny_vae(weights: Mapping[str, Tensor], scaling: float = 1.0, shift: float = 0.0) -> dict[str, Tensor]:
     """TAESD's weights, with the scale and shift by which a host decodes SD3's stored latents as diffusers would.
 
-    scaling, shift: the `AutoencoderTiny`'s scaling_factor and shift_factor.
+    weights: an `AutoencoderTiny`'s of TAESD's size, by diffusers' names. scaling, shift: the
+    `AutoencoderTiny`'s scaling_factor and shift_factor.
     """
     scale = LATENT_SCALE / scaling
     return taesd(weights) | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(LATENT_SHIFT - shift / scale)}
@@ -96,6 +101,7 @@ def taesd(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _taesd_name(name: str) -> str:
+    """TAESD's name of a tensor."""
     side, index, rest = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name).groups()
     # TAESD's decoder counts its clamp as layer 0
     return f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"

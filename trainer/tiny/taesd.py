@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDTH = 64  # TAESD's channels
-BLOCKS = {"encoder": (1, 3, 3, 3), "decoder": (3, 3, 3, 1)}  # and its blocks in each stage
+BLOCKS = {"encoder": (1, 3, 3, 3), "decoder": (3, 3, 3, 1)}  # TAESD's blocks in each stage
+# the tensors of one block -> their shapes
 BLOCK = {
     f"conv.{i}.{leaf}": size for i in (0, 2, 4) for leaf, size in (("weight", (WIDTH, WIDTH, 3, 3)), ("bias", WIDTH))
 }
@@ -17,27 +18,31 @@ BLOCK = {
 def full_size(weights: Mapping[str, Tensor], encoder: Sequence[int], decoder: Sequence[int]) -> dict[str, Tensor]:
     """The weights, by diffusers' names, of an `AutoencoderTiny` of TAESD's size that does what a smaller one does.
 
-    Channels beyond the smaller one's are zero, and so are the blocks that it lacks: each stands after a block, whose
-    ReLU leaves nothing below zero, and so passes on what it is given. encoder, decoder: its blocks in each stage.
+    Channels beyond the smaller one's are zero, and so are the blocks that it lacks. A block of zeros passes
+    its input
+    on: it is relu(input + 0), and stands after a block, whose ReLU leaves nothing below zero. encoder,
+    decoder: the smaller one's blocks in each stage.
     """
-    width, made = len(weights["encoder.layers.0.weight"]), {}
-    for side, own in (("encoder", encoder), ("decoder", decoder)):
-        (convs, stages), (new_convs, new_stages) = _layers(side, own), _layers(side, BLOCKS[side])
-        moved = dict(zip(convs, new_convs, strict=True))
+    width = len(weights["encoder.layers.0.weight"])
+    widened: dict[str, Tensor] = {}
+    for side, blocks in (("encoder", encoder), ("decoder", decoder)):
+        convs, stages = _layers(side, blocks)
+        new_convs, new_stages = _layers(side, BLOCKS[side])
+        positions = dict(zip(convs, new_convs, strict=True))
         for stage, new_stage in zip(stages, new_stages, strict=True):
-            moved |= dict(zip(stage, new_stage, strict=False))
+            positions |= dict(zip(stage, new_stage, strict=False))
             for layer in new_stage[len(stage) :]:
                 zeros = {f"{side}.layers.{layer}.{name}": size for name, size in BLOCK.items()}
-                made |= {name: weights["encoder.layers.0.weight"].new_zeros(size) for name, size in zeros.items()}
+                widened |= {name: weights["encoder.layers.0.weight"].new_zeros(size) for name, size in zeros.items()}
         for name, weight in weights.items():
             if name.startswith(side):
                 _, _, layer, rest = name.split(".", 3)
-                made[f"{side}.layers.{moved[int(layer)]}.{rest}"] = _widened(weight, width)
-    return made
+                widened[f"{side}.layers.{positions[int(layer)]}.{rest}"] = _widened(weight, width)
+    return widened
 
 
 def _layers(side: str, blocks: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """Where an `AutoencoderTiny` has its single convolutions, and the blocks of each stage."""
+    """The layers' numbers in an `AutoencoderTiny`: its single convolutions, and the blocks of each stage."""
     kinds = ["conv"]
     for stage, count in enumerate(blocks):
         if side == "encoder":
@@ -50,7 +55,7 @@ def _layers(side: str, blocks: Sequence[int]) -> tuple[list[int], list[list[int]
 
 
 def _widened(weight: Tensor, width: int) -> Tensor:
-    """The weight with zeros up to TAESD's channels along the axes that have the narrow one's."""
+    """The weight with zeros up to TAESD's channels, along the axes that have the narrow one's number of them."""
     ends = [0, 0] * max(weight.ndim - 2, 0)  # F.pad counts from the last axis
     for size in reversed(weight.shape[:2]):
         ends += [0, WIDTH - size if size == width else 0]

@@ -173,7 +173,7 @@ class Run:
 
     def update(self) -> None:
         """One optimizer update of all that is trained; the numbers of the one before it are read."""
-        outcome = self.updater(self.step + 1, self.stopper.asked)
+        outcome = self.updater(self.step + 1, self.stopper.stop_requested)
         self.step += 1
         self.trained.updated(self.step, self.config.train.steps)
         self.unread.append(outcome)
@@ -245,7 +245,7 @@ class Run:
             self.outputs.preview(self.step)
 
         if self.processes.count == 1:  # several must agree first, which they do in an update
-            self.stopping = self.stopper.asked
+            self.stopping = self.stopper.stop_requested
         if self.stopping and not last:
             self._save(export_too=False)
             self.processes.wait()  # a launcher ends the others as soon as one has ended

@@ -151,16 +151,16 @@ def test_a_loss_that_is_not_finite_names_its_sample_and_keeps_the_checkpoint(fai
         broken = losses.distance * torch.tensor([1, float("nan"), 1])
         return replace(losses, distance=broken) if len(calls) == 3 else losses
 
-    run = ("train", *settings(tmp_path / "run"))
+    overrides = settings(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", broken)
-        message = fails(1, *run)
+        message = fails(1, "train", *overrides)
     assert (
         "The loss is not finite at update 3, samples " in message and message.count(": '") + message.count(': "') == 1
     )
     assert f"The last checkpoint, step-0000002, is kept in {tmp_path / 'run' / 'checkpoints'}" in message
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002.safetensors"]
-    again = pcm(*run)
+    again = pcm("train", *overrides)
     assert again.code == 0 and "Going on from update 2 of 4" in again.err
     assert sha256(tmp_path / "run" / "pcm-lora.safetensors") == sha256(lora), "as if nothing had happened"
 

@@ -153,9 +153,9 @@ def test_a_config_remembers_its_preset():
 
 
 def test_settings_for_others_have_no_places(tmp_path):
-    told = load_config(overrides=[f"base.path={tmp_path / 'mine.safetensors'}", f"output={tmp_path}"]).for_others()
-    assert str(tmp_path) not in json.dumps(told) and told["base"]["path"] == "mine.safetensors"
-    assert told["preview"]["steps"] == [1, 2, 4, 8] and told["validation"]["every"] == 500
+    shareable = load_config(overrides=[f"base.path={tmp_path / 'mine.safetensors'}", f"output={tmp_path}"]).for_others()
+    assert str(tmp_path) not in json.dumps(shareable) and shareable["base"]["path"] == "mine.safetensors"
+    assert shareable["preview"]["steps"] == [1, 2, 4, 8] and shareable["validation"]["every"] == 500
 
 
 def test_unknown_presets_name_the_nearest(toml):
@@ -204,7 +204,7 @@ def test_what_a_run_only_shows_does_not_decide_the_weights():
     def decided(*overrides):
         return load_config(overrides=[BASE, *overrides]).what_decides_the_weights()
 
-    for shown in (
+    for sentence in (
         "preview.every=3",
         "train.save_every=3",
         "train.trackers=[]",
@@ -216,7 +216,7 @@ def test_what_a_run_only_shows_does_not_decide_the_weights():
         "validation.best=false",
         "output=o",
     ):
-        assert decided(shown) == decided(), shown
+        assert decided(sentence) == decided(), sentence
     weights = ("train.seed=1", "train.steps=9", "lora.rank=2", "train.ema=0.5", "base.dtype=fp32")
     for decides in (*weights, "data.count=4", "validation.count=4"):
         assert decided(decides) != decided(), decides
@@ -262,9 +262,9 @@ def test_the_presets_are_what_they_are_named():
     ],
 )
 def test_choices_that_exclude_each_other(settings, message):
-    given = [f"objective.{k}={v}" for k, v in settings.items()]
+    overrides = [f"objective.{k}={v}" for k, v in settings.items()]
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_config(overrides=["base.path=x", *given])
+        load_config(overrides=["base.path=x", *overrides])
 
 
 def test_a_preset_of_another_objective_keeps_its_familys_guidance():

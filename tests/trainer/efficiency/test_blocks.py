@@ -60,11 +60,11 @@ def test_some_blocks_computed_again_change_no_bit(path):
 
 def kept(base, adapter):
     """Bytes that autograd keeps for a student's pass, besides weights."""
-    own = {p.untyped_storage().data_ptr() for p in base.network.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in base.network.parameters()}
     seen = {}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in parameters:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -147,8 +147,8 @@ def test_steps_after_the_first_compile_nothing(path, offloaded):
     if offloaded:
         Offload(base.network, base.device)
     recompute(adapter)
-    for found, meant in zip(step(base, adapter), plain, strict=True):
-        torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-4)
+    for actual, meant in zip(step(base, adapter), plain, strict=True):
+        torch.testing.assert_close(actual, meant, atol=1e-5, rtol=1e-4)
     step(base, adapter)
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(base, adapter)

@@ -112,7 +112,7 @@ def test_only_ones_own_adapter_is_folded():
 
 
 def test_a_base_in_bf16_is_never_folded():
-    made = []
+    outputs = []
     for folds in (False, True):
         base = load_base(TINY, dtype=torch.bfloat16)
         adapter = Adapter(base.network, base.lora_targets, 8, 8.0, seed=0)
@@ -122,5 +122,7 @@ def test_a_base_in_bf16_is_never_folded():
             fold_where_cheaper(adapter)
         x = torch.randn(2, 4, 4, 4, generator=generator)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            made.append(base.denoise(x, torch.tensor([500, 100]), base.encode_prompts(["a red star", "a blue ring"])))
-    assert torch.equal(*made)
+            outputs.append(
+                base.denoise(x, torch.tensor([500, 100]), base.encode_prompts(["a red star", "a blue ring"]))
+            )
+    assert torch.equal(*outputs)

@@ -1,4 +1,4 @@
-"""What a run takes and what would lower it: numbers that can be checked by hand, and promises that are kept."""
+"""The memory that a run takes, and what would lower it: numbers checked by hand, and promises that are kept."""
 
 import json
 
@@ -51,9 +51,9 @@ class Steps(nn.Module):
 def test_what_autograd_keeps_of_a_known_network():
     with torch.device("meta"):
         network, x = Steps(), torch.empty(16, 8)
-    found = kept_activations(network, lambda: network(x))
+    activations = kept_activations(network, lambda: network(x))
     # x, its product, the square, its product: each 16 x 8 numbers of 4 bytes; the last square is only an output
-    assert found.bytes(()) == 4 * 16 * 8 * 4
+    assert activations.bytes(()) == 4 * 16 * 8 * 4
     assert most_bytes(network, lambda: network(x)) == 3 * 16 * 8 * 4, "a layer's input, its output, the square"
 
 
@@ -62,18 +62,18 @@ def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
     config = small_config(tmp_path)
     base = load_base(TINY)
     Adapter(base.network, base.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
-    own, seen = {p.untyped_storage().data_ptr() for p in base.network.parameters()}, {}
+    parameters, seen = {p.untyped_storage().data_ptr() for p in base.network.parameters()}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         point = torch.randn(1, *base.latent_shape(32)), torch.tensor([500]), base.encode_prompts(["a red star"])
-        held = base.denoise(*point)
-    del held
+        result = base.denoise(*point)
+    del result
     estimated = memory._footprint(config, SD15).activations.bytes(())
     assert sum(seen.values()) == pytest.approx(estimated, rel=0.05)
 
@@ -107,12 +107,12 @@ def test_the_optimizers_saving_is_six_bytes_a_parameter():
 
 def test_each_switch_lowers_the_estimate_by_what_was_promised():
     config = full_size()
-    found = switches(config, SD15)
-    assert [gib for _, gib in found] == sorted((gib for _, gib in found), reverse=True)
-    names = {setting.partition("=")[0] for setting, _ in found}
+    savings = switches(config, SD15)
+    assert [gib for _, gib in savings] == sorted((gib for _, gib in savings), reverse=True)
+    names = {setting.partition("=")[0] for setting, _ in savings}
     every = {"train.gradient_checkpointing", "train.offload", "base.quantize", "train.optimizer", "train.batch_size"}
     assert names == every
-    for setting, gib in found:
+    for setting, gib in savings:
         after = full_size(*setting.split())
         assert total(config) - total(after) == pytest.approx(gib, abs=2e-3), setting
         assert setting not in dict(switches(after, SD15)), "what is on is not advised"

@@ -68,9 +68,9 @@ def test_only_the_blocks_own_linear_layers_are_chosen(path):
     chosen = set(quantizable(base.network))
     linear = {n for n, m in base.network.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
     left = {n.removesuffix(".base_layer") for n in linear - chosen}
-    told = ("time_emb", "time_text_embed", "add_embedding", "proj_in", "proj_out", "context_embedder", "norm")
-    assert chosen and left and all(any(part in name for part in told) for name in left), left
-    assert not any(part in name for part in told for name in chosen)
+    exempt = ("time_emb", "time_text_embed", "add_embedding", "proj_in", "proj_out", "context_embedder", "norm")
+    assert chosen and left and all(any(part in name for part in exempt) for name in left), left
+    assert not any(part in name for part in exempt for name in chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,9 +80,9 @@ def test_the_weights_take_a_byte_each_and_a_scale_a_row(format, row, dtype):
     layers = quantizable(base.network)
     numbers, rows = sum(m.weight.numel() for m in layers.values()), sum(m.out_features for m in layers.values())
     others = sum(p.nbytes for p in base.network.parameters()) - sum(m.weight.nbytes for m in layers.values())
-    told = quantize(base.network, format)
+    sentence = quantize(base.network, format)
     assert sum(map(stored_bytes, base.network.parameters())) == others + numbers + rows * row
-    assert told.startswith(f"{format} base: {len(layers)} layers, ")
+    assert sentence.startswith(f"{format} base: {len(layers)} layers, ")
 
 
 def test_teacher_and_student_share_the_quantised_base():
@@ -131,11 +131,11 @@ class Told(Reporter):
 
 
 def test_a_run_on_a_quantised_base_says_its_error_and_passes_its_self_test(tmp_path):
-    told = Told()
-    path = train(small_config(tmp_path / "run", base__quantize="int8", train__steps=2), told)
-    assert any(line.startswith("int8 base: ") for line in told.lines)
-    assert any("Its prediction is off by 0." in line and "at CFG 4 by " in line for line in told.lines)
-    assert any("0 keys unmatched" in line for line in told.lines)
+    reporter = Told()
+    path = train(small_config(tmp_path / "run", base__quantize="int8", train__steps=2), reporter)
+    assert any(line.startswith("int8 base: ") for line in reporter.lines)
+    assert any("Its prediction is off by 0." in line and "at CFG 4 by " in line for line in reporter.lines)
+    assert any("0 keys unmatched" in line for line in reporter.lines)
     plain = load_file(train(small_config(tmp_path / "plain", train__steps=2)))
     assert load_file(path).keys() == plain.keys()
 

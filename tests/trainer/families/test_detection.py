@@ -28,7 +28,7 @@ def test_bundled_bases_say_it_in_their_name():
 )
 def test_single_files_say_it_in_their_weights(tmp_path, name, shape, family):
     path = checkpoint(tmp_path, **{name: shape})
-    assert family_of(path) == family_of(path, asked=family) == family
+    assert family_of(path) == family_of(path, chosen=family) == family
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_other_single_files_are_refused(tmp_path, shapes, message):
 
 
 def test_the_family_that_was_asked_for_counts_where_nothing_tells(tmp_path):
-    assert family_of(checkpoint(tmp_path, **{UNET: (8, 512)}), asked="sd15") == "sd15"
+    assert family_of(checkpoint(tmp_path, **{UNET: (8, 512)}), chosen="sd15") == "sd15"
     with pytest.raises(ValueError, match="file.safetensors is SD3, base.family is sdxl. Set base.family=sd3"):
-        family_of(checkpoint(tmp_path, **{JOINT: (9, 3)}), asked="sdxl")
+        family_of(checkpoint(tmp_path, **{JOINT: (9, 3)}), chosen="sdxl")
 
 
 @pytest.mark.parametrize(

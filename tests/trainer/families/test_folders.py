@@ -42,10 +42,10 @@ def hub(monkeypatch):
     """Make the hub give the files of a folder that a download's patterns ask for, into another; what was asked."""
 
     def hub(source, target):
-        asked = []
+        requests = []
 
         def download(repo, allow_patterns, ignore_patterns=()):
-            asked.append(allow_patterns)
+            requests.append(allow_patterns)
             for file in (f for f in source.rglob("*") if f.is_file()):
                 name = file.relative_to(source)
                 if any(name.match(p) for p in allow_patterns) and not any(name.match(p) for p in ignore_patterns):
@@ -54,7 +54,7 @@ def hub(monkeypatch):
             return str(target)
 
         monkeypatch.setattr(loading, "snapshot_download", download)
-        return asked
+        return requests
 
     return hub
 
@@ -63,25 +63,29 @@ def hub(monkeypatch):
     ("part", "kind"), [("unet", UNet2DConditionModel), ("text_encoder_2", CLIPTextModelWithProjection)]
 )
 def test_weights_are_loaded_in_the_wanted_precision(made, monkeypatch, part, kind):
-    told = {}
+    keywords = {}
     real = kind.from_pretrained
 
     def from_pretrained(*args, **options):
-        told.update(options)
+        keywords.update(options)
         return real(*args, **options)
 
     monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
     model = loading.load_part(made.folder, part, kind, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.bfloat16 in told.values(), "not in fp32 first, which takes twice the memory"
+    assert torch.bfloat16 in keywords.values(), "not in fp32 first, which takes twice the memory"
 
 
 def test_weights_in_fp16_alone_are_read(made, folder):
-    base, own = load_base(str(in_fp16(folder))), load_base(str(made.folder))
-    found = zip((base.network, base.vae, *base.text_encoders), (own.network, own.vae, *own.text_encoders), strict=True)
-    for module, other in found:
+    base, expected = load_base(str(in_fp16(folder))), load_base(str(made.folder))
+    modules = zip(
+        (base.network, base.vae, *base.text_encoders),
+        (expected.network, expected.vae, *expected.text_encoders),
+        strict=True,
+    )
+    for module, other in modules:
         assert all(torch.equal(w, other.state_dict()[name]) for name, w in module.state_dict().items())
-    assert base.base_hash == own.base_hash
+    assert base.base_hash == expected.base_hash
 
 
 def test_variants_beside_the_plain_weights_are_not_part_of_the_base(made, folder):
@@ -96,9 +100,9 @@ def test_variants_beside_the_plain_weights_are_not_part_of_the_base(made, folder
 def test_the_hub_is_asked_for_fp16_where_there_is_no_other(folder, tmp_path, hub, only_fp16):
     if only_fp16:
         in_fp16(folder)
-    asked = hub(folder, tmp_path / "cache")
+    requests = hub(folder, tmp_path / "cache")
     root = loading.diffusers_folder("owner/name", (*WEIGHED, "scheduler"), "SDXL")
-    assert len(asked) == 1 + only_fp16
+    assert len(requests) == 1 + only_fp16
     assert all(loading.weight_files(root / part) for part in WEIGHED)
 
 

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from phased_consistency.samplers.lora_file import LoraHeader, TensorInfo
 from phased_consistency.trainer.families import load_base, look_at_base
-from phased_consistency.trainer.families.prediction import Found, found_in_header, found_in_scheduler, settle
+from phased_consistency.trainer.families.prediction import Finding, found_in_header, found_in_scheduler, settle
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 from phased_consistency.trainer.tiny.making import pixels_of, random_scenes
@@ -20,7 +20,7 @@ from support.ldm_checkpoint import save_single_file
 from support.runs import small_config
 
 EPS, V = "epsilon", "v_prediction"
-SAYS_EPS = Found(EPS, False, "scheduler_config.json")
+SAYS_EPS = Finding(EPS, False, "scheduler_config.json")
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def header(tmp_path):
     ],
 )
 def test_single_files_say_it_by_tensors_or_header(header, tensors, metadata, prediction, zero_snr):
-    found = found_in_header(header(tensors, **metadata))
-    assert (found.prediction, found.zero_terminal_snr) == (prediction, zero_snr)
-    assert "base.safetensors" in found.where
+    actual = found_in_header(header(tensors, **metadata))
+    assert (actual.prediction, actual.zero_terminal_snr) == (prediction, zero_snr)
+    assert "base.safetensors" in actual.where
 
 
 @pytest.mark.parametrize("marker", ["edm_mean", "edm_vpred.sigma_max"])
@@ -88,7 +88,7 @@ def test_other_schedulers_are_refused(tmp_path, change, message):
     ],
 )
 def test_what_is_told_adds_to_what_is_found(found, told, settled):
-    assert settle(Found(*found, "a file"), SAYS_EPS, *told) == settled
+    assert settle(Finding(*found, "a file"), SAYS_EPS, *told) == settled
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_is_told_adds_to_what_is_found(found, told, settled):
 )
 def test_contradictions_are_sentences(found, told, message):
     with pytest.raises(ValueError, match=message):
-        settle(Found(*found, "a file"), SAYS_EPS, *told)
+        settle(Finding(*found, "a file"), SAYS_EPS, *told)
 
 
 def test_a_folders_v_may_not_be_contradicted_but_its_epsilon_may():
@@ -200,16 +200,17 @@ def test_a_dry_run_tells_of_the_recipe_that_the_run_writes(tiny_base, tmp_path, 
 def test_a_dry_run_finds_contradictions(tiny_base, tmp_path):
     parts = make_sdxl_parts(tiny_base.tokenizers[0])
     path = save_single_file(tmp_path / "v.safetensors", **vars(parts), markers=("v_pred", "ztsnr"))
-    words = str(bundled_folder("tiny-sd15") / "tokenizer")
-    facts = look_at_base(str(path), tokenizer=words)
+    make_sdxl_folder(tmp_path / "configs", tiny_base.tokenizers[0])
+    options = {"config": str(tmp_path / "configs"), "tokenizer": str(bundled_folder("tiny-sd15") / "tokenizer")}
+    facts = look_at_base(str(path), family="sdxl", **options)
     assert (facts.prediction, facts.zero_terminal_snr) == (V, True)
     with pytest.raises(ValueError, match="says that the base predicts v_prediction, base.prediction says epsilon"):
-        look_at_base(str(path), tokenizer=words, prediction=EPS)
+        look_at_base(str(path), family="sdxl", **options, prediction=EPS)
 
 
 def test_random_weights_pass(tiny_base, tmp_path):
     make_sdxl_folder(tmp_path, tiny_base.tokenizers[0])
     base = load_base(str(tmp_path))
     for prediction in (EPS, V):
-        told = dataclasses.replace(base, prediction=prediction)
-        told.check_prediction(torch.randn(2, 4, 8, 8), base.encode_prompts(["a", "b"]))
+        variant = dataclasses.replace(base, prediction=prediction)
+        variant.check_prediction(torch.randn(2, 4, 8, 8), base.encode_prompts(["a", "b"]))

@@ -94,10 +94,10 @@ def test_sampling_is_diffusers_flow_euler(base, made):
     assert scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     with torch.no_grad():
         for time in scheduler.timesteps:
-            told, bare = (
+            prompted, bare = (
                 made[1].transformer(x, c["hidden"], c["pooled"], time.expand(1)).sample for c in (condition, null)
             )
-            x = scheduler.step(bare + 4 * (told - bare), time, x).prev_sample
+            x = scheduler.step(bare + 4 * (prompted - bare), time, x).prev_sample
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
 
 

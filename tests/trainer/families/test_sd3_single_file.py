@@ -40,10 +40,10 @@ def test_every_weight_comes_back_to_the_bit(shared):
     base = load(path, configs)
     loaded = [base.network, base.vae, *base.text_encoders]
     assert len(loaded) == 5
-    for module, own in zip(loaded, vars(parts).values(), strict=True):
-        found, wanted = weights_of(module), weights_of(own)
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[k], wanted[k]) for k in wanted), type(own).__name__
+    for module, expected in zip(loaded, vars(parts).values(), strict=True):
+        actual, wanted = weights_of(module), weights_of(expected)
+        assert actual.keys() == wanted.keys()
+        assert all(torch.equal(actual[k], wanted[k]) for k in wanted), type(expected).__name__
         assert not any(p.requires_grad for p in module.parameters()) and not module.training
 
 
@@ -87,8 +87,8 @@ def test_plain_fp8_of_t5_is_read_and_scaled_fp8_refused(shared, tmp_path):
     t5 = [k for k in tensors if k.startswith("text_encoders.t5xxl.")]
     small = {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items() if k in t5}
     save_file(tensors | small, tmp_path / "fp8.safetensors")
-    own = load(tmp_path / "fp8.safetensors", configs).text_encoders[2].state_dict()["shared.weight"]
-    assert torch.equal(own, parts.text_encoder_3.shared.weight.to(torch.float8_e4m3fn).float())
+    weight = load(tmp_path / "fp8.safetensors", configs).text_encoders[2].state_dict()["shared.weight"]
+    assert torch.equal(weight, parts.text_encoder_3.shared.weight.to(torch.float8_e4m3fn).float())
     scale = {t5[0].replace(".weight", ".scale_weight"): torch.ones(())}
     save_file(tensors | small | scale, tmp_path / "scaled.safetensors")
     with pytest.raises(ValueError, match=r"scaled.safetensors holds T5-XXL in scaled fp8.* or base.t5=false"):

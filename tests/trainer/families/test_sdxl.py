@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from phased_consistency.samplers import recipe_for_file
-from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.training.loop import train
-from phased_consistency.trainer.training.plan import plan
 from support.bases import make_sdxl_folder, make_sdxl_pipeline, save_without
+from support.full_size import planned
 from support.ldm_checkpoint import save_single_file
 from support.runs import metadata, small_config
 
@@ -68,8 +67,8 @@ def test_prompts_are_encoded_as_in_diffusers(base, pipeline):
 def test_no_prompt_is_zeros_as_published_or_the_empty_prompt(made, pipeline, null, negative):
     base = load_base(str(made.folder), null=null)
     _, hidden, _, pooled = pipeline.encode_prompt(["a red star"], negative_prompt=negative)
-    found = base.null_condition(base.encode_prompts([""]))
-    torch.testing.assert_close(found, {"hidden": hidden, "pooled": pooled})
+    actual = base.null_condition(base.encode_prompts([""]))
+    torch.testing.assert_close(actual, {"hidden": hidden, "pooled": pooled})
 
 
 @pytest.mark.parametrize("sizes", [None, ((600, 513), (17, 0), (64, 48))])
@@ -108,12 +107,12 @@ def test_guidance_gives_both_halves_the_same_sizes(base):
 
 def test_every_weight_of_a_single_file_comes_back_to_the_bit(made, checkpoint):
     base = load(checkpoint, made)
-    found = {"unet": base.network, "vae": base.vae}
-    found |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=True))
+    modules = {"unet": base.network, "vae": base.vae}
+    modules |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=True))
     for name, module in vars(made.parts).items():
-        loaded, own = found[name].state_dict(), module.state_dict()
-        assert loaded.keys() == own.keys(), name
-        assert all(torch.equal(loaded[k], own[k]) for k in own), name
+        loaded, expected = modules[name].state_dict(), module.state_dict()
+        assert loaded.keys() == expected.keys(), name
+        assert all(torch.equal(loaded[k], expected[k]) for k in expected), name
 
 
 def test_a_half_precision_file_keeps_vae_and_encoders_in_fp32(made, tmp_path):
@@ -121,8 +120,8 @@ def test_a_half_precision_file_keeps_vae_and_encoders_in_fp32(made, tmp_path):
     base = load(path, made, dtype=torch.float16)
     assert base.network.dtype == torch.float16
     assert {m.dtype for m in (base.vae, *base.text_encoders)} == {torch.float32}
-    own = made.parts.text_encoder_2.text_projection.weight
-    assert torch.equal(base.text_encoders[1].text_projection.weight, own.half().float())
+    projection = made.parts.text_encoder_2.text_projection.weight
+    assert torch.equal(base.text_encoders[1].text_projection.weight, projection.half().float())
 
 
 def test_the_second_tokenizer_pads_with_token_0_where_only_the_first_is_given(made, checkpoint, tmp_path):
@@ -180,24 +179,24 @@ def test_the_shipped_configs_are_the_real_sdxl():
     """Parameters of SDXL-base-1.0's networks, and what its VAE multiplies by."""
     read = lambda part: json.loads((SDXL.configs / part / "config.json").read_text())  # noqa: E731
     with torch.device("meta"):
-        found = {
+        modules = {
             "unet": UNet2DConditionModel.from_config(read("unet")),
             "vae": AutoencoderKL.from_config(read("vae")),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**read("text_encoder"))),
             "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2"))),
         }
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in modules.items()}
     assert counts == {
         "unet": 2_567_463_684,
         "vae": 83_653_863,
         "text_encoder": 123_060_480,
         "text_encoder_2": 694_659_840,
     }
-    assert found["vae"].config.scaling_factor == 0.13025 and found["unet"].config.sample_size == 128
+    assert modules["vae"].config.scaling_factor == 0.13025 and modules["unet"].config.sample_size == 128
 
 
 def test_a_full_size_run_is_planned_without_a_weight():
-    plain, adversarial = (plan(load_config(preset=f"sdxl-4step{kind}")) for kind in ("", "-adv"))
+    plain, adversarial = (planned(f"sdxl-4step{kind}") for kind in ("", "-adv"))
     assert (plain["lora_modules"], plain["trained_parameters"]) == (788, 196_751_360)
     gib, more = plain["memory_gib"], adversarial["memory_gib"]
     assert gib["frozen UNet"] == pytest.approx(2_567_463_684 * 2 / 2**30, abs=1e-3)
@@ -218,7 +217,8 @@ def test_a_small_sdxl_is_trained_and_its_lora_fits(made, tiny_base, tmp_path):
     """v-prediction with zero terminal SNR, from what its scheduler says to what the LoRA's header says."""
     folder = tmp_path / "base"
     make_sdxl_folder(folder, made.words, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    config = small_config(tmp_path / "run", base__path=folder, train__steps=2)
+    size = {"data__count": 3, "data__teacher_steps": 1, "train__steps": 1}
+    config = small_config(tmp_path / "run", base__path=folder, **size)
     path = train(config)
     recipe = recipe_for_file(path.name, metadata(path))
     assert (recipe.family, recipe.prediction, recipe.zero_terminal_snr) == ("sdxl", "v_prediction", True)

@@ -56,12 +56,12 @@ def load(path, configs, **options):
 
 def test_every_weight_comes_back_to_the_bit(parts, configs, checkpoint):
     base = load(checkpoint, configs)
-    found = {"unet": base.network, "vae": base.vae, "text_encoder": base.text_encoders[0]}
+    modules = {"unet": base.network, "vae": base.vae, "text_encoder": base.text_encoders[0]}
     for name, module in vars(parts).items():
-        loaded = {k.removeprefix("text_model."): v for k, v in found[name].state_dict().items()}
-        own = {k.removeprefix("text_model."): v for k, v in module.state_dict().items()}
-        assert loaded.keys() == own.keys(), name
-        assert all(torch.equal(loaded[k], own[k]) for k in own), name
+        loaded = {k.removeprefix("text_model."): v for k, v in modules[name].state_dict().items()}
+        expected = {k.removeprefix("text_model."): v for k, v in module.state_dict().items()}
+        assert loaded.keys() == expected.keys(), name
+        assert all(torch.equal(loaded[k], expected[k]) for k in expected), name
 
 
 def test_the_loaded_base_computes_the_same(parts, configs, checkpoint):

@@ -68,5 +68,5 @@ def test_every_family_gives_the_same_in_turn(path):
     base, plain = load_base(path, in_turn=True), load_base(path)
     x, tick = torch.randn(1, *base.latent_shape(32)), torch.tensor([500])
     assert base.turns == CPU
-    found, meant = (b.denoise(x, tick, b.encode_prompts(["a red star"])) for b in (base, plain))
-    assert found.equal(meant)
+    actual, meant = (b.denoise(x, tick, b.encode_prompts(["a red star"])) for b in (base, plain))
+    assert actual.equal(meant)

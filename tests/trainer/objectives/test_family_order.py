@@ -17,11 +17,11 @@ def start():
 @pytest.fixture(scope="module")
 def errors(start):
     """name -> (steps, gamma) -> error, after a short training."""
-    found = {}
+    actual = {}
     for name in ("pcm, 4 phases", "lcm", "tcd", "dscd"):
         network, phases = distilled(ROWS[name], start, UPDATES, seed=0), ROWS[name].grid().phases
-        found[name] = {(n, gamma): error(network, n, gamma, phases) for n in (1, 4, 8) for gamma in (0.0, 1.0)}
-    return found
+        actual[name] = {(n, gamma): error(network, n, gamma, phases) for n in (1, 4, 8) for gamma in (0.0, 1.0)}
+    return actual
 
 
 def test_pcm_beats_lcm_at_its_own_number_of_steps(errors):

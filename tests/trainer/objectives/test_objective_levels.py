@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phased_consistency.trainer.objectives import CT, OBJECTIVES, Levels, Progressive, UFOGen
-from phased_consistency.trainer.objectives.distances import karras_ticks, nearest_ticks, noise_to_signal
+from phased_consistency.trainer.objectives.distances import karras_ticks, nearest_ticks, noise_level
 from support.closed_form import SCHEDULES, VP, seeded
 
 
@@ -35,8 +35,8 @@ def test_what_each_objective_jumps_to():
 def test_icts_scales_double():
     """N = 11, 21, ..., 1281 in eight stages (arXiv 2310.14189, Sec. 3.4)."""
     row = CT(curriculum="ict")
-    found = [row.scales(k / 8) + 1 for k in range(8)] + [row.scales(0.9999) + 1]
-    assert found == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
+    actual = [row.scales(k / 8) + 1 for k in range(8)] + [row.scales(0.9999) + 1]
+    assert actual == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
     assert CT(curriculum="ict", s0=4, s1=8).scales(0.49) == 4
 
 
@@ -46,7 +46,7 @@ def test_ects_gap_shrinks_from_stage_to_stage():
     for stage in range(5):
         row = CT(p_mean=math.log(10), p_std=1e-6, stages=5)
         levels = row.levels(1, VP, stage / 5, seeded())
-        t, r = (noise_to_signal(VP, tick).item() for tick in (levels.u, levels.r))
+        t, r = (noise_level(VP, tick).item() for tick in (levels.u, levels.r))
         stages.append(r / t)
     assert stages == pytest.approx([0.47, 0.74, 0.87, 0.93, 0.97], abs=0.015)  # ticks are whole
 
@@ -54,11 +54,11 @@ def test_ects_gap_shrinks_from_stage_to_stage():
 def test_icts_levels_are_drawn_with_lognormal_weight():
     row = CT(curriculum="ict", s0=40, s1=40)
     levels = row.levels(200_000, VP, 0.0, seeded())
-    cut = noise_to_signal(VP, karras_ticks(VP, 41)[20]).item()
-    share = (noise_to_signal(VP, levels.u) <= cut).float().mean().item()
+    cut = noise_level(VP, karras_ticks(VP, 41)[20]).item()
+    share = (noise_level(VP, levels.u) <= cut).float().mean().item()
     whole = [
         0.5 * (1 + math.erf((math.log(s) + 0.4) / (2 * 2**0.5)))
-        for s in (cut, noise_to_signal(VP, torch.tensor(1000)).item())
+        for s in (cut, noise_level(VP, torch.tensor(1000)).item())
     ]
     assert share == pytest.approx(whole[0] / whole[1], abs=0.005)
 
@@ -66,7 +66,7 @@ def test_icts_levels_are_drawn_with_lognormal_weight():
 def test_karras_levels():
     """sigma^(1/7) evenly spaced, as near as whole ticks come; both ends among them."""
     ticks = karras_ticks(VP, 18)
-    root = noise_to_signal(VP, ticks).double() ** (1 / 7)
+    root = noise_level(VP, ticks).double() ** (1 / 7)
     assert len(ticks) == 18 and ticks[0] == 1 and ticks[-1] == 1000
     torch.testing.assert_close(root.diff(), root.diff().mean().expand(17), rtol=0.15, atol=0)
 
@@ -74,7 +74,7 @@ def test_karras_levels():
 @SCHEDULES
 def test_nearest_ticks_invert_the_noise_to_signal_ratio(schedule, prediction):
     ticks = torch.arange(1, 960, 7)
-    assert torch.equal(nearest_ticks(schedule, noise_to_signal(schedule, ticks)), ticks)
+    assert torch.equal(nearest_ticks(schedule, noise_level(schedule, ticks)), ticks)
     assert nearest_ticks(schedule, torch.tensor([0.0, 1e9])).tolist() == [1, 1000]
 
 

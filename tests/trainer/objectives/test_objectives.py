@@ -60,7 +60,7 @@ def losses(objective, schedule, prediction, student, std=STD, **how):
 @SCHEDULES
 @pytest.mark.parametrize("objective", [LCM, PCM, CTM], ids=lambda o: o.__name__)
 def test_the_exact_solution_is_left_with_the_solvers_error(objective, schedule, prediction):
-    """Of first order in the grid's width over a whole step, so of second for each; the loss is nearly linear in it.
+    """The error is of first order in the grid's width, of second for each step; the loss is nearly linear in it.
     CTM's network is told where it jumps to, which alone lets it be exact for every length."""
     exact, means = Gaussian(schedule), []
     for points in (50, 100, 200):
@@ -186,8 +186,8 @@ def test_the_teachers_solvers_are_of_their_order(schedule, prediction):
         for steps in (4, 8, 16):
             one = engine(LCM(solver=solver, solver_steps=steps, **PLAIN), schedule, prediction, exact)
             errors.append((one._teacher(x, u, r, work) - truth).abs().mean().item())
-        found = math.log2(errors[0] / errors[2]) / 2
-        assert order - 0.35 < found < order + 0.6, (solver, found, errors)
+        measured_order = math.log2(errors[0] / errors[2]) / 2
+        assert order - 0.35 < measured_order < order + 0.6, (solver, measured_order, errors)
 
 
 def test_a_solver_counts_its_evaluations():
@@ -299,9 +299,9 @@ def test_settings_that_contradict_each_other(row, settings, complaint):
 
 
 def test_how_each_is_sampled():
-    how = {name: row().sampling() for name, row in OBJECTIVES.items()}
-    assert {name: h["gamma"] for name, h in how.items() if h["gamma"] != 1} == {
+    recipes = {name: row().sampling() for name, row in OBJECTIVES.items()}
+    assert {name: h["gamma"] for name, h in recipes.items() if h["gamma"] != 1} == {
         "pcm": 0, "tcd": 0.3, "ctm": 0.3, "progressive": 0,
     }  # fmt: skip
-    assert {name for name, h in how.items() if h["guidance_mode"] == "normalcfg"} == {"lcf", "ct", "ufogen"}
+    assert {name for name, h in recipes.items() if h["guidance_mode"] == "normalcfg"} == {"lcf", "ct", "ufogen"}
     assert LCF(phases=4, points=40).sampling()["mode"] == "deterministic"

@@ -75,10 +75,13 @@ def test_there_and_back_is_the_same_file_but_for_its_header(kohya, tmp_path):
 def test_metadata_stays_and_hashes_are_true(kohya, tmp_path):
     for style in ("kohya", "diffusers"):
         convert(kohya, out := tmp_path / f"{style}2.safetensors", style)
-        told = read_header(out).metadata
-        assert told[HEADER_KEY] == RECIPE.to_header() and told["ss_steps"] == "7"
-        assert told["sshs_model_hash"] == tensor_hash(out) and told["modelspec.hash_sha256"] == f"0x{tensor_hash(out)}"
-        assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("4", "2.0")
+        metadata = read_header(out).metadata
+        assert metadata[HEADER_KEY] == RECIPE.to_header() and metadata["ss_steps"] == "7"
+        assert (
+            metadata["sshs_model_hash"] == tensor_hash(out)
+            and metadata["modelspec.hash_sha256"] == f"0x{tensor_hash(out)}"
+        )
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
 
 
 @torch.no_grad()
@@ -92,9 +95,9 @@ def test_diffusers_takes_the_converted_file_as_the_original(kohya, tmp_path):
         meant = base.denoise(x, tick, condition)
     state, _, metadata = StableDiffusionPipeline.lora_state_dict(str(out), return_lora_metadata=True)
     StableDiffusionPipeline.load_lora_into_unet(state, None, base.network, adapter_name=ADAPTER, metadata=metadata)
-    found = base.denoise(x, tick, condition)
+    actual = base.denoise(x, tick, condition)
     assert (meant - bare).abs().max() > 1e-2
-    torch.testing.assert_close(found, meant, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, meant, rtol=0, atol=1e-5)
 
 
 def test_ranks_and_alphas_that_differ_reach_diffusers(tiny_base, tmp_path):
@@ -188,9 +191,9 @@ def test_names_of_the_original_layout_are_turned_by_diffusers(tiny_base, tmp_pat
     tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(3.0)}
     save_file(tensors, tmp_path / "sgm.safetensors")
     convert(tmp_path / "sgm.safetensors", out := tmp_path / "out.safetensors", "kohya", family="sdxl")
-    (found,) = read_lora(out, "sdxl").pairs.items()
-    assert found[0] == f"unet.mid_block.attentions.0.{inside}" and found[1].alpha == 3
-    assert torch.equal(found[1].down, down) and torch.equal(found[1].up, up)
+    (item,) = read_lora(out, "sdxl").pairs.items()
+    assert item[0] == f"unet.mid_block.attentions.0.{inside}" and item[1].alpha == 3
+    assert torch.equal(item[1].down, down) and torch.equal(item[1].up, up)
     assert check_parity(out, base)["passed"]
     with pytest.raises(ValueError, match="has two layouts, such as lora_unet_middle_block_1"):
         save_file(tensors | load_file(out), tmp_path / "mixed.safetensors")
@@ -258,7 +261,7 @@ def test_damaged_and_mixed_files_are_refused(kohya, tmp_path, tiny_base):
 
 def test_a_damaged_byte_is_a_sentence_or_does_no_harm(kohya, tmp_path):
     """300 files with a few bytes of the header, or of the first tensors, changed."""
-    data, random, told = kohya.read_bytes(), Random(0), 0
+    data, random, refusals = kohya.read_bytes(), Random(0), 0
     words = len(header_text(kohya)) + 8
     for trial in range(300):
         changed = bytearray(data)
@@ -269,8 +272,8 @@ def test_a_damaged_byte_is_a_sentence_or_does_no_harm(kohya, tmp_path):
             convert(bad, tmp_path / "out.safetensors", "diffusers", family="sd15", overwrite=True)
         except ValueError as error:
             assert len(str(error)) > 20
-            told += 1
-    assert told > 100
+            refusals += 1
+    assert refusals > 100
 
 
 @pytest.mark.parametrize(
@@ -291,8 +294,8 @@ def test_tensors_of_no_pair_are_named(kohya, tmp_path, tensor, message):
 
 def test_the_verb(pcm, fails, kohya, tmp_path):
     out = tmp_path / "out.safetensors"
-    told = json.loads(pcm("convert", kohya, out, "--to", "diffusers", "--json").out)
-    assert told["modules"] == len(MODULES) and told["family"] == "sd15"
+    report = json.loads(pcm("convert", kohya, out, "--to", "diffusers", "--json").out)
+    assert report["modules"] == len(MODULES) and report["family"] == "sd15"
     assert "exists already: choose another name, or add --overwrite" in fails(2, "convert", kohya, out, "--to", "kohya")
     assert "never written over" in fails(2, "convert", kohya, kohya, "--to", "kohya", "--overwrite")
     assert "--to is 'peft'; available: kohya, diffusers" in fails(2, "convert", kohya, out, "--to", "peft")

@@ -1,4 +1,4 @@
-"""What every sharing verb writes loads whole in diffusers and in ComfyUI, and differs by what the verb stated."""
+"""Every file that a sharing verb writes loads whole in diffusers and in ComfyUI, and is off by what the verb stated."""
 
 import pytest
 

@@ -38,9 +38,9 @@ def test_the_lora_makes_the_base_the_tuned_one(tuned, tmp_path):
     base, other = load_for_check(TINY), load_for_check(str(folder))
     bare, meant = output(base), output(other)
     with installed(out, base):
-        found = output(base)
+        actual = output(base)
     assert (meant - bare).abs().max() > 1e-2
-    torch.testing.assert_close(found, meant, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, meant, rtol=0, atol=1e-4)
     assert check_parity(out, base)["passed"]
 
 
@@ -50,8 +50,8 @@ def test_the_error_stated_is_that_of_the_best_rank(tuned, tmp_path):
     off = norm({n: d - changes[n] for n, d in deltas(read_lora(out)).items()}) / norm(changes)
     best = sum(torch.linalg.svdvals(d)[2:].square().sum().item() for d in changes.values()) ** 0.5 / norm(changes)
     assert result["error"] == pytest.approx(off, rel=1e-3) == pytest.approx(best, rel=1e-2)
-    told = read_header(out).metadata
-    assert told["ss_sd_model_name"] == TINY and told["ss_network_dim"] == "2" and HEADER_KEY not in told
+    metadata = read_header(out).metadata
+    assert metadata["ss_sd_model_name"] == TINY and metadata["ss_network_dim"] == "2" and HEADER_KEY not in metadata
 
 
 def test_modules_narrower_than_the_rank_have_the_alpha_of_all(tuned, tmp_path):

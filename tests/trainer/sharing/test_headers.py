@@ -71,11 +71,11 @@ def test_extracting_and_exporting_refuse_too(tiny_base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float16, torch.float32), (torch.int8, torch.bfloat16)])
 def test_the_size_told_is_that_of_the_file(tmp_path, dtypes):
-    """Of files with tensors of several kinds, and metadata beyond ASCII; at the limit, to the byte."""
+    """The size is that of files with tensors of several kinds, metadata beyond ASCII, and at the limit, to the byte."""
     tensors = {f"n{i}": torch.ones(i + 1, 3, dtype=dtypes[i % len(dtypes)]) for i in range(40)}
-    for told in ({"note": 'Nä"\n\t\x01ive'}, {"a": "1", "b": "x" * 100}):
-        save_file(tensors, path := tmp_path / "a.safetensors", told)
-        assert check_header("a", told, tensors) == len(header_text(path))
+    for metadata in ({"note": 'Nä"\n\t\x01ive'}, {"a": "1", "b": "x" * 100}):
+        save_file(tensors, path := tmp_path / "a.safetensors", metadata)
+        assert check_header("a", metadata, tensors) == len(header_text(path))
 
 
 def test_the_limit_is_to_the_byte(tmp_path):

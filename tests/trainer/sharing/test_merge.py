@@ -33,8 +33,8 @@ def two(tiny_base, tmp_path):
 def added(*terms):
     """Sum of (strength, deltas)."""
     total = {}
-    for strength, found in terms:
-        for name, delta in found.items():
+    for strength, deltas_of_one in terms:
+        for name, delta in deltas_of_one.items():
             total[name] = total.get(name, 0) + strength * delta
     return total
 
@@ -50,10 +50,12 @@ def test_a_merge_is_the_sum_of_what_they_add(two, tmp_path):
     assert distance(meant, deltas(read_lora(out))) < 1e-6 and result["error"] < 1e-6
     ranks = {name: pair.rank for name, pair in read_lora(out).pairs.items()}
     assert sorted(ranks.values()) == [4, 4, 6, 6, 10, 10] and result["modules"] == len(MODULES)
-    told = read_header(out).metadata
-    assert told["ss_steps"] == "7" and "ss_seed" not in told, "only what they agree in"
-    assert told["modelspec.merged_from"] == "a.safetensors, b.safetensors" and told["ss_network_dim"] == "Dynamic"
-    assert told["sshs_model_hash"] == tensor_hash(out)
+    metadata = read_header(out).metadata
+    assert metadata["ss_steps"] == "7" and "ss_seed" not in metadata, "only what they agree in"
+    assert (
+        metadata["modelspec.merged_from"] == "a.safetensors, b.safetensors" and metadata["ss_network_dim"] == "Dynamic"
+    )
+    assert metadata["sshs_model_hash"] == tensor_hash(out)
 
 
 @torch.no_grad()
@@ -79,23 +81,23 @@ def test_equal_scales_leave_the_factors_bit_for_bit(tiny_base, tmp_path):
         kohya_file(tmp_path / f"{n}.safetensors", tiny_base, rank=r, alpha=r / 2.0) for n, r in (("a", 2), ("b", 4))
     ]
     merge([(file, 1.0) for file in files], out := tmp_path / "out.safetensors")
-    found, a, b = load_file(out), *map(load_file, files)
+    actual, a, b = load_file(out), *map(load_file, files)
     for name in a:
         if name.endswith("lora_down.weight"):
-            assert torch.equal(found[name], torch.cat([a[name], b[name]]))
+            assert torch.equal(actual[name], torch.cat([a[name], b[name]]))
         elif name.endswith("lora_up.weight"):
-            assert torch.equal(found[name], torch.cat([a[name], b[name]], 1))
+            assert torch.equal(actual[name], torch.cat([a[name], b[name]], 1))
         else:
-            assert found[name] == 3
+            assert actual[name] == 3
 
 
 def test_a_merge_of_lower_rank_is_the_truncated_svd_of_the_sum(two, tmp_path):
     (first, second), out = two, tmp_path / "out.safetensors"
     result = merge([(first, 1.0), (second, 0.5)], out, rank=5)
     meant = added((1.0, deltas(read_lora(first))), (0.5, deltas(read_lora(second))))
-    found = deltas(read_lora(out))
+    actual = deltas(read_lora(out))
     best = {n: torch.linalg.svdvals(d)[5:].square().sum() for n, d in meant.items()}
-    assert result["error"] == pytest.approx(distance(meant, found), rel=1e-4)
+    assert result["error"] == pytest.approx(distance(meant, actual), rel=1e-4)
     assert result["error"] == pytest.approx((sum(best.values()).item() ** 0.5) / norm(meant), rel=1e-4)
     assert {pair.rank for pair in read_lora(out).pairs.values()} == {4, 5}
 
@@ -123,16 +125,16 @@ def test_recipes_that_agree_are_kept_for_strength_1(tiny_base, tmp_path):
 
 
 def test_what_modelspec_demands_is_there_where_the_parts_differ(tiny_base, tmp_path):
-    told = {key: "1.0.1" for key in MUST} | {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    entries = {key: "1.0.1" for key in MUST} | {"modelspec.architecture": "stable-diffusion-v1/lora"}
     a, b = (
         kohya_file(
-            tmp_path / f"{side}.safetensors", tiny_base, **told | {"modelspec.resolution": side, "ss_seed": side}
+            tmp_path / f"{side}.safetensors", tiny_base, **entries | {"modelspec.resolution": side, "ss_seed": side}
         )
         for side in ("512x512", "768x768")
     )
     merge([(a, 1.0), (b, 1.0)], out := tmp_path / "out.safetensors")
     merged = read_header(out).metadata
-    assert {key: merged[key] for key in MUST} == told | {"modelspec.resolution": "512x512", "modelspec.title": "out"}
+    assert {key: merged[key] for key in MUST} == entries | {"modelspec.resolution": "512x512", "modelspec.title": "out"}
     assert "ss_seed" not in merged
 
 
@@ -186,9 +188,9 @@ def test_sd3s_merge_has_its_alphas_worked_in(tiny_base, tmp_path):
 def test_the_error_stated_is_that_of_the_file(tiny_base, tmp_path, dtype):
     file = kohya_file(tmp_path / "a.safetensors", tiny_base, rank=8, alpha=3.0, dtype=dtype)
     result = resize(file, out := tmp_path / "out.safetensors", rank=3)
-    meant, found = deltas(read_lora(file)), deltas(read_lora(out))
-    each = {name: distance({name: meant[name]}, {name: found[name]}) for name in meant}
-    assert result["error"] == pytest.approx(distance(meant, found), rel=1e-6)
+    meant, actual = deltas(read_lora(file)), deltas(read_lora(out))
+    each = {name: distance({name: meant[name]}, {name: actual[name]}) for name in meant}
+    assert result["error"] == pytest.approx(distance(meant, actual), rel=1e-6)
     assert result["worst_module"] == max(each, key=each.get)
     assert result["worst_error"] == pytest.approx(max(each.values()), rel=1e-6)
     best = sum(torch.linalg.svdvals(d)[3:].square().sum().item() for d in meant.values()) ** 0.5 / norm(meant)
@@ -202,11 +204,11 @@ def test_the_error_stated_is_that_of_the_file(tiny_base, tmp_path, dtype):
 def test_the_least_ranks_for_an_error(tiny_base, tmp_path):
     file = kohya_file(tmp_path / "a.safetensors", tiny_base, rank=8)
     resize(file, out := tmp_path / "out.safetensors", error=0.4)
-    found = read_lora(out)
+    lora = read_lora(out)
     for name, delta in deltas(read_lora(file)).items():
         values = torch.linalg.svdvals(delta)
         rest = lambda rank, v=values: (v[rank:].norm() / v.norm()).item()  # noqa: E731
-        assert rest(found.pairs[name].rank) <= 0.4 < rest(found.pairs[name].rank - 1)
+        assert rest(lora.pairs[name].rank) <= 0.4 < rest(lora.pairs[name].rank - 1)
 
 
 def test_a_lora_of_low_rank_in_truth_loses_nothing(tiny_base, tmp_path):
@@ -223,8 +225,8 @@ def test_modules_at_or_below_the_rank_stay_bit_for_bit(tiny_base, tmp_path):
         both |= load_file(part)
     save_file(both, tmp_path / "both.safetensors", read_header(part).metadata)
     resize(tmp_path / "both.safetensors", out := tmp_path / "out.safetensors", rank=5)
-    found = load_file(out)
-    changed = {name for name in both if not torch.equal(both[name], found[name])}
+    stored = load_file(out)
+    changed = {name for name in both if not torch.equal(both[name], stored[name])}
     halves = ("lora_down.weight", "lora_up.weight")
     assert changed == {f"lora_unet_{m.replace('.', '_')}.{half}" for m in MODULES[3:] for half in halves}
     assert check_parity(out, load_for_check(TINY))["passed"]
@@ -241,8 +243,8 @@ def test_bad_resizes_are_refused(two, tmp_path, fails):
 
 def test_the_verbs(pcm, two, tmp_path):
     out, small = tmp_path / "out.safetensors", tmp_path / "small.safetensors"
-    told = json.loads(pcm("merge", f"{two[0]}:0.5", two[1], "--out", out, "--json").out)
-    assert [each["strength"] for each in told["merged"]] == [0.5, 1.0] and told["error"] < 1e-6
+    report = json.loads(pcm("merge", f"{two[0]}:0.5", two[1], "--out", out, "--json").out)
+    assert [each["strength"] for each in report["merged"]] == [0.5, 1.0] and report["error"] < 1e-6
     text = pcm("resize", out, "--rank", "4", "--out", small).out
     assert "ranks up to 10 to ranks up to 4, 40 to 24 in all; relative error 0." in text
 

@@ -1,4 +1,4 @@
-"""What other programs show of our file: each line from the field that the program documents, each lack named."""
+"""Other programs' panels of our file: each line from the field that the program documents, each lack named."""
 
 import html
 import json
@@ -62,11 +62,11 @@ def problems(file, which):
 
 
 def test_nothing_is_missing_from_what_we_write(mine):
-    found = panels(mine)
-    assert [panel.problems for panel in found] == [[], [], [], []]
-    assert all(panel.picture.startswith("data:image/jpeg;base64,") for panel in found)
+    actual = panels(mine)
+    assert [panel.problems for panel in actual] == [[], [], [], []]
+    assert all(panel.picture.startswith("data:image/jpeg;base64,") for panel in actual)
     header, recipe = read_header(mine).metadata, Recipe.from_header(read_header(mine).metadata[HEADER_KEY])
-    a1111, manager, comfyui, modelspec = map(lines, found)
+    a1111, manager, comfyui, modelspec = map(lines, actual)
     assert (a1111["Name"], a1111["Version"], a1111["Notes"]) == ("alias", "SD1", recipe.usage_hint())
     assert a1111["Put into the prompt"] == "<lora:alias:1.0>" and a1111["Tags of the training"] == ""
     assert a1111["In the infotext"] == f'Lora hashes: "alias: {tensor_hash(mine)[:12]}"'
@@ -93,20 +93,22 @@ def test_a1111_takes_the_version_of_the_sidecar_else_of_the_header(plain, metada
     with_metadata(plain, **metadata)
     if own:
         plain.with_suffix(".json").write_text(json.dumps({"sd version": own}))
-    found = panels(plain)[A1111]
-    assert (found.badge, lines(found)["Version"]) == (version, version)
+    actual = panels(plain)[A1111]
+    assert (actual.badge, lines(actual)["Version"]) == (version, version)
     wrong = metadata.get("ss_base_model_version") == "sd3_medium" and not own
-    assert wrong == ("takes it for SD1, but it is a LoRA for SD3: it is hidden" in "\n".join(found.problems))
+    assert wrong == ("takes it for SD1, but it is a LoRA for SD3: it is hidden" in "\n".join(actual.problems))
 
 
 def test_a1111_reads_the_sidecar(plain):
     frequency = {"1_a": {"cat ": 3, "dog": 1}, "2_b": {"cat": 4}}
     with_metadata(plain, ss_tag_frequency=json.dumps(frequency))
-    told = {"preferred weight": 0.7, "activation text": "a star", "negative text": "blur", "description": "Fast."}
-    plain.with_suffix(".json").write_text(json.dumps(told))
-    found = lines(panels(plain)[A1111])
-    assert found["Put into the prompt"] == "<lora:plain:0.7> a star" and found["Tags of the training"] == "cat 7, dog 1"
-    assert (found["Negative text"], found["Description"], found["In the infotext"]) == ("blur", "Fast.", "")
+    entries = {"preferred weight": 0.7, "activation text": "a star", "negative text": "blur", "description": "Fast."}
+    plain.with_suffix(".json").write_text(json.dumps(entries))
+    actual = lines(panels(plain)[A1111])
+    assert (
+        actual["Put into the prompt"] == "<lora:plain:0.7> a star" and actual["Tags of the training"] == "cat 7, dog 1"
+    )
+    assert (actual["Negative text"], actual["Description"], actual["In the infotext"]) == ("blur", "Fast.", "")
 
 
 @pytest.mark.parametrize(
@@ -136,8 +138,8 @@ def test_lora_manager_takes_the_first_preview_of_its_order(plain):
 )  # fmt: skip
 def test_wrong_fields_of_lora_manager_are_named(mine, fields, problem):
     path = mine.with_suffix(".metadata.json")
-    told = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({k: v for k, v in told.items() if v is not None}))
+    fields_on_disk = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in fields_on_disk.items() if v is not None}))
     assert problem in problems(mine, MANAGER)
 
 
@@ -174,44 +176,44 @@ def test_hashes_that_are_not_the_tensors_are_named(plain):
 
 def test_the_model_library_is_told_as_it_reads(plain):
     """Its rule is the front end's own: tests/web/test_model_library.py compares the two."""
-    told = {"ss_sd_model_name": "base", "my_title": "Mine", "modelspec.author": ""}
-    assert find(told, "modelspec.title", "title", "name") == ("my_title", "Mine")
-    assert find(told, "modelspec.author", "author") == ("modelspec.author", "")
-    assert find(told, "modelspec.tags", "tags") == (None, "")
+    entries = {"ss_sd_model_name": "base", "my_title": "Mine", "modelspec.author": ""}
+    assert find(entries, "modelspec.title", "title", "name") == ("my_title", "Mine")
+    assert find(entries, "modelspec.author", "author") == ("modelspec.author", "")
+    assert find(entries, "modelspec.tags", "tags") == (None, "")
     with_metadata(plain, ss_sd_model_name="base")
     assert panels(plain)[COMFYUI].title == "base"
     assert "No modelspec.title: ComfyUI takes ss_sd_model_name for it" in problems(plain, COMFYUI)
     with_metadata(plain, **{"modelspec.title": "plain", "modelspec.tags": "a"})
     assert not panels(plain)[COMFYUI].shown, "a panel that says no more than the file's name does not open"
     with_metadata(plain, **{"modelspec.thumbnail": "http://example.org/a.png"})
-    found = panels(plain)[COMFYUI]
-    assert found.picture == "" and "modelspec.thumbnail is no picture as a data URL" in found.problems[0]
+    actual = panels(plain)[COMFYUI]
+    assert actual.picture == "" and "modelspec.thumbnail is no picture as a data URL" in actual.problems[0]
 
 
 def test_a_large_header_leaves_the_library_the_files_name_alone(plain):
     with_metadata(plain, **{"modelspec.title": "Mine", "note": "x" * (1 << 20)})
-    found = panels(plain)[COMFYUI]
-    assert found.title == "plain" and not found.shown
-    assert re.search(r"The header has \d{7} bytes, and ComfyUI reads at most 1048576", found.problems[0])
+    actual = panels(plain)[COMFYUI]
+    assert actual.title == "plain" and not actual.shown
+    assert re.search(r"The header has \d{7} bytes, and ComfyUI reads at most 1048576", actual.problems[0])
 
 
 def test_modelspecs_demands(plain):
     with_metadata(plain, **{"modelspec.architecture": "stable-diffusion-3-medium/lora"})
-    told = problems(plain, MODELSPEC)
+    result = problems(plain, MODELSPEC)
     missing = ", ".join(f"modelspec.{key}" for key in ("sai_model_spec", "implementation", "title", "resolution"))
-    assert f"ModelSpec demands {missing}: pcm tag" in told
-    assert "'stable-diffusion-3-medium/lora', which other programs do not know" in told
+    assert f"ModelSpec demands {missing}: pcm tag" in result
+    assert "'stable-diffusion-3-medium/lora', which other programs do not know" in result
 
 
 def test_the_page_holds_all_and_nothing_in_it_is_code(pcm, fails, mine, tmp_path):
     tag(mine, {"modelspec.author": "<script>alert(1)</script>", "modelspec.description": '"><img src=x>'})
-    told = json.loads(pcm("panels", mine, "--out", tmp_path / "page.html", "--json").out)
+    report = json.loads(pcm("panels", mine, "--out", tmp_path / "page.html", "--json").out)
     page = (tmp_path / "page.html").read_text()
     text = html.unescape(page)
-    assert told["problems"] == 1, "the sidecar is older than the tag"
+    assert report["problems"] == 1, "the sidecar is older than the tag"
     assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;alert(1)" in page
     assert set(re.findall(r'(?:src|href)="(\w+:)', page)) == {"data:"} and "url(" not in page
-    for panel in told["panels"]:
+    for panel in report["panels"]:
         assert all(line["label"] in text and line["source"] in text for line in panel["lines"])
     assert "exists already" in fails(2, "panels", mine, "--out", tmp_path / "page.html")
     assert "must end in .html" in fails(2, "panels", mine, "--out", tmp_path / "page.png")

@@ -57,7 +57,7 @@ def write(family, folder):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Of every family and verb: its header, tensors and sidecars."""
+    """A file of every family and verb: its header, tensors and sidecars."""
     folder = tmp_path_factory.mktemp("rules")
     written = {(family, verb): file for family in FAMILIES for verb, file in write(family, folder).items()}
     tuned = tuned_folder(folder / "tuned", lambda unet: unet.get_submodule(MODULES[0]).weight.mul_(1.1))
@@ -70,8 +70,8 @@ def read(file, family, verb):
     sidecars(file, file.parent / "grid.png")
     beside = [json.loads(file.with_suffix(suffix).read_text()) for suffix in (".json", ".metadata.json")]
     header = read_header(file)
-    told = {"file": file, "family": family, "verb": verb, "header": header, "metadata": header.metadata}
-    return SimpleNamespace(**told, tensors=load_file(file), a1111=beside[0], manager=beside[1])
+    facts = {"file": file, "family": family, "verb": verb, "header": header, "metadata": header.metadata}
+    return SimpleNamespace(**facts, tensors=load_file(file), a1111=beside[0], manager=beside[1])
 
 
 def kohyas_legacy_hash(f):
@@ -170,7 +170,7 @@ def test_lora_managers_order_of_previews():
 
 
 def test_a_header_that_cannot_follow_modelspec_does_not_claim_to(tmp_path, tiny_base):
-    """Of a file that says nothing, its resolution is unknown."""
+    """The resolution of a file that says nothing is unknown."""
     bare = kohya_file(tmp_path / "bare.safetensors", tiny_base)
     convert(bare, out := tmp_path / "out.safetensors", "kohya")
     assert "modelspec.sai_model_spec" not in read_header(out).metadata

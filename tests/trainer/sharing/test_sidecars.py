@@ -16,15 +16,15 @@ from support.sharing_files import kohya_file
 @pytest.fixture
 def file(tiny_base, tmp_path):
     recipe = Recipe(family="sd15", strength=0.8)
-    told = {HEADER_KEY: recipe.to_header(), "modelspec.title": "Mine", "modelspec.tags": "PCM, few-step"}
-    return kohya_file(tmp_path / "mine.safetensors", tiny_base, **told)
+    entries = {HEADER_KEY: recipe.to_header(), "modelspec.title": "Mine", "modelspec.tags": "PCM, few-step"}
+    return kohya_file(tmp_path / "mine.safetensors", tiny_base, **entries)
 
 
 def test_sidecars_say_what_the_header_says(pcm, file, tmp_path):
     Image.new("RGBA", (8, 8), "red").save(tmp_path / "grid.png")
-    told = json.loads(pcm("sidecars", file, "--preview", tmp_path / "grid.png", "--json").out)
+    report = json.loads(pcm("sidecars", file, "--preview", tmp_path / "grid.png", "--json").out)
     names = ["mine.json", "mine.metadata.json", "mine.preview.png"]
-    assert sorted(path.rsplit("/", 1)[1] for path in told["written"]) == names
+    assert sorted(path.rsplit("/", 1)[1] for path in report["written"]) == names
     hint = Recipe(family="sd15", strength=0.8).usage_hint()
     assert json.loads((tmp_path / "mine.json").read_text()) == {
         "description": "",
@@ -58,10 +58,10 @@ def test_sidecars_without_a_recipe_or_a_family(tiny_base, tmp_path):
     file = kohya_file(tmp_path / "plain.safetensors", tiny_base)
     save_file(load_file(file), file)
     assert sidecars(file)["preview"] is None
-    told = json.loads((tmp_path / "plain.json").read_text())
-    assert (told["sd version"], told["preferred weight"], told["notes"]) == ("Unknown", 1.0, "")
-    told = json.loads((tmp_path / "plain.metadata.json").read_text())
-    assert (told["base_model"], told["model_name"], told["preview_url"]) == ("Unknown", "plain", "")
+    fields = json.loads((tmp_path / "plain.json").read_text())
+    assert (fields["sd version"], fields["preferred weight"], fields["notes"]) == ("Unknown", 1.0, "")
+    fields = json.loads((tmp_path / "plain.metadata.json").read_text())
+    assert (fields["base_model"], fields["model_name"], fields["preview_url"]) == ("Unknown", "plain", "")
 
 
 def test_sidecars_replace_nothing_unasked(fails, pcm, file, tmp_path):

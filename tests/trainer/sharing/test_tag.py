@@ -33,14 +33,14 @@ def body(path):
 def test_the_header_changes_and_no_byte_of_the_tensors(file):
     before, tensors, whole = read_header(file).metadata, body(file), file_hash(file)
     result = tag(file, {"modelspec.author": "Näive = me", "ss_steps": "8"}, remove=["ss_seed"])
-    told = read_header(file).metadata
+    metadata = read_header(file).metadata
     del before["ss_seed"]
-    assert told == before | {"modelspec.author": "Näive = me", "ss_steps": "8"}
+    assert metadata == before | {"modelspec.author": "Näive = me", "ss_steps": "8"}
     assert body(file) == tensors and file_hash(file) != whole
     assert result["tensor_hash"] == tensor_hash(file) and result["removed"] == ["ss_seed"]
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == told and len(list(opened.keys())) == 18
+        assert opened.metadata() == metadata and len(list(opened.keys())) == 18
 
 
 def test_a_copy_leaves_the_file(file, tmp_path):
@@ -100,8 +100,8 @@ def test_a_disk_that_fails_leaves_the_file(file, monkeypatch):
 
 def kohyas_legacy_hash(path):
     """Of 64 KiB at 1 MiB of the file as it would be with its ss_* entries alone."""
-    told = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
-    return hashlib.sha256(save(load_file(path), told)[0x100000:0x110000]).hexdigest()[:8]
+    metadata = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
+    return hashlib.sha256(save(load_file(path), metadata)[0x100000:0x110000]).hexdigest()[:8]
 
 
 def test_the_legacy_hash_follows_the_entries_that_it_is_of(tmp_path):
@@ -122,9 +122,9 @@ def test_the_legacy_hash_follows_the_entries_that_it_is_of(tmp_path):
 
 def test_a_thumbnail_is_modelspecs(pcm, fails, file, tmp_path):
     Image.linear_gradient("L").resize((900, 600)).save(tmp_path / "grid.png")
-    told = json.loads(pcm("tag", file, "--thumbnail", tmp_path / "grid.png", "--json").out)
+    report = json.loads(pcm("tag", file, "--thumbnail", tmp_path / "grid.png", "--json").out)
     kind, data = read_header(file).metadata["modelspec.thumbnail"].split(",")
-    assert kind == "data:image/jpeg;base64" and told["set"] == ["modelspec.thumbnail"]
+    assert kind == "data:image/jpeg;base64" and report["set"] == ["modelspec.thumbnail"]
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
         assert picture.size == (256, 256) and picture.getpixel((128, 250))[0] > 200 > 50 > picture.getpixel((128, 5))[0]
     (tmp_path / "no.png").write_text("no picture")
@@ -132,7 +132,7 @@ def test_a_thumbnail_is_modelspecs(pcm, fails, file, tmp_path):
 
 
 def test_the_verb(pcm, fails, file):
-    told = json.loads(pcm("tag", file, "modelspec.author=a=b", "--remove", "ss_seed", "--json").out)
-    assert told["set"] == ["modelspec.author"] and read_header(file).metadata["modelspec.author"] == "a=b"
+    report = json.loads(pcm("tag", file, "modelspec.author=a=b", "--remove", "ss_seed", "--json").out)
+    assert report["set"] == ["modelspec.author"] and read_header(file).metadata["modelspec.author"] == "a=b"
     assert "'author' is no entry; write key=value" in fails(2, "tag", file, "author")
     assert "No file at" in fails(2, "tag", file.with_name("none.safetensors"), "a=b")

@@ -33,8 +33,8 @@ def test_the_wider_autoencoder_does_what_the_narrow_one_does():
 def test_the_command_writes_both_files_once(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     checkpoint, lora = tmp_path / "models/checkpoints" / CHECKPOINT, tmp_path / "models/loras" / LORA.name
-    said = capsys.readouterr().out
-    assert str(checkpoint) in said and str(lora) in said and "00_demo" in said
+    text = capsys.readouterr().out
+    assert str(checkpoint) in text and str(lora) in text and "00_demo" in text
     assert lora.read_bytes() == LORA.read_bytes() and read_header(lora).family == "sd3"
     assert "model.diffusion_model.joint_blocks.2.x_block.attn.qkv.weight" in load_file(checkpoint)
     times = [path.stat().st_mtime_ns for path in (checkpoint, lora)]

@@ -139,8 +139,13 @@ def test_a_disk_that_will_not_do_is_said_before_the_first_update(config, whole, 
 
 
 @pytest.fixture
-def nobody():
-    """Whom a file's permissions bind, which they do not the superuser."""
+def nobody(whole):
+    """Whom a file's permissions bind, which they do not the superuser.
+
+    They may not read this checkout either, where it is below a folder of the superuser's own: a run has imported all
+    that runs import, and the page has been read, before.
+    """
+    rows()
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield
@@ -314,7 +319,7 @@ def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch):
     with stopping.Stopper(said.append, launched=True) as stopper, stopper.saving("Stopping."):
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
-        assert stopper.asked and len(said) == 1
+        assert stopper.stop_requested and len(said) == 1
         monkeypatch.setattr(stopping, "PASSED_ON", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -14,8 +14,7 @@ from support.runs import TINY, Notes, small_config
 
 def test_a_base_that_was_replaced(tmp_path):
     """The file of the same name has other weights: seen by its hash, before anything is made with it."""
-    folder = bundled_folder(TINY)
-    shutil.copytree(folder, tmp_path / "base")
+    shutil.copytree(bundled_folder(TINY), tmp_path / "base")
     config = small_config(tmp_path / "run", base__path=tmp_path / "base")
     train(config)
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -28,8 +27,7 @@ def test_a_base_that_was_replaced(tmp_path):
 
 
 def test_a_base_with_weights_that_are_not_finite(tmp_path):
-    folder = bundled_folder(TINY)
-    shutil.copytree(folder, tmp_path / "base")
+    shutil.copytree(bundled_folder(TINY), tmp_path / "base")
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["mid_block.resnets.0.conv1.weight"][0] = float("nan")

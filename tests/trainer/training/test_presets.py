@@ -1,6 +1,13 @@
-"""Every preset trains, saves and tests itself on the tiny base of its family; only its size is changed."""
+"""Every preset trains, saves and tests itself on the tiny base of its family; only its size is changed.
+
+One preset of each kind has a test of its own, which is fast; the others are trained one after another, by objective.
+"""
 
 from __future__ import annotations
+
+import re
+from collections import defaultdict
+from itertools import chain
 
 import pytest
 from safetensors.torch import load_file
@@ -9,24 +16,18 @@ from phased_consistency.samplers import recipe_for_file
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.config.presets import PRESETS
 from phased_consistency.trainer.training.loop import train
-from support.runs import metadata
+from support.runs import metadata, settings
 
+# What a preset itself decides, or the discriminator of an adversarial one needs, in place of a small run's settings.
 SIZE = {
-    "base.dtype": "fp32",
-    "data.count": 3,
-    "data.teacher_steps": 2,
-    "data.resolution": 64,
-    "data.batch_size": 3,
-    "lora.rank": 2,
-    "train.batch_size": 2,
-    "train.accumulation": 1,
-    "train.steps": 1,
-    "train.lr": 1e-2,
-    "train.trackers": "[]",
-    "train.report": "false",
-    "preview.every": 0,
-    "validation.every": 0,
-}
+    "data__count": 3,
+    "data__teacher_steps": 2,
+    "data__resolution": 64,
+    "lora__rank": 2,
+    "train__batch_size": 2,
+    "train__accumulation": 1,
+    "train__steps": 1,
+} | dict.fromkeys(("data__teacher_guidance", "lora__alpha", "objective__guidance", "train__save_every"))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,34 @@ def family_of(preset):
     return next((family for family in FAMILIES if family in parts and "demo" not in parts), None)
 
 
-@pytest.mark.parametrize("preset", sorted(filter(family_of, PRESETS)))
-def test_a_preset_on_the_tiny_base_of_its_family(preset, cache, tmp_path):
+# One an objective, one PCM a family, and one each of what changes the loss.
+KINDS = [f"{objective}-sd15" for objective in ("cd", "ct", "ctm", "dscd", "lcf", "lcm", "progressive", "tcd", "ufogen")]
+KINDS += ["sd15-4step", "sdxl-4step", "sd3-4step", "sd15-2step-adv", "sd15-4step-normalcfg"]
+OTHERS = defaultdict(list)
+for _preset in sorted(filter(family_of, PRESETS.keys() - set(KINDS))):
+    OTHERS[re.sub(r"-?(sd15|sdxl|sd3)-?|\d", "", _preset)].append(_preset)
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_a_preset_of_each_kind(preset, cache, tmp_path):
+    check_preset(preset, cache, tmp_path)
+
+
+@pytest.mark.parametrize("presets", OTHERS.values(), ids=OTHERS)
+def test_the_other_presets(presets, cache, tmp_path):
+    for preset in presets:
+        check_preset(preset, cache, tmp_path / preset)
+
+
+def test_every_preset_is_among_them():
+    assert sorted([*KINDS, *chain(*OTHERS.values())]) == sorted(filter(family_of, PRESETS))
+
+
+def check_preset(preset, cache, folder):
+    """Train one on the tiny base of its family, and read what it has made."""
     family, kind = family_of(preset), preset.replace(f"{family_of(preset)}-", "")
-    changes = SIZE | {"base.path": f"tiny-{family}", "data.cache": cache, "output": tmp_path / "run"}
-    config = load_config(overrides=[f"{k}={v}" for k, v in changes.items()], preset=preset)
+    changes = SIZE | {"base__path": f"tiny-{family}", "data__cache": cache}
+    config = load_config(overrides=settings(folder / "run", **changes), preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
     learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
     assert learnt and sum(t.abs().sum().item() > 0 for t in learnt) > 0.9 * len(learnt)

@@ -14,7 +14,7 @@ from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import RunFailed, train
 from support.runs import Notes, metadata, settings, sha256, small_config, start_pcm
 
-STEPS = 12
+STEPS = 9
 CHANGES = {
     "train__steps": STEPS,
     "train__save_every": 3,
@@ -103,7 +103,7 @@ def test_saving_and_testing_on_the_way_change_nothing(whole, tmp_path):
     path = train(small_config(tmp_path / "run", **ACROSS | rare))
     assert sha256(path) == sha256(whole[1])
     grids = sorted(p.name for p in (tmp_path / "run" / "previews").iterdir())
-    assert grids == [f"step-{n:07d}.png" for n in (7, 12)]
+    assert grids == [f"step-{n:07d}.png" for n in (7, STEPS)]
     assert path.with_suffix(".preview.png").is_file()
 
 
@@ -150,7 +150,7 @@ def test_what_a_run_only_shows_may_change(partly, whole):
 def test_changed_prompts_are_refused(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star\na blue ring\n")
-    config = small_config(tmp_path / "run", data__prompts=prompts)
+    config = small_config(tmp_path / "run", data__prompts=prompts, data__teacher_steps=1, train__steps=1)
     train(config)
     prompts.write_text("a red star\na green ring\n")
     with pytest.raises(ValueError, match="holds a run on other data: the pictures or the captions have changed"):

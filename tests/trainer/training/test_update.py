@@ -33,6 +33,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Levels are looked at on a CPU alone."""
@@ -41,9 +46,10 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"adversarial__weight": 0.1, "train__accumulation": 2, "train__ema": 0.9}])
 @pytest.mark.parametrize("base", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
-def test_no_update_waits_for_the_device(base, settings, tmp_path, as_on_a_gpu, monkeypatch):
+def test_no_update_waits_for_the_device(base, settings, cache, tmp_path, as_on_a_gpu, monkeypatch):
     side = 32 if base != "tiny-sd3" else 64
-    config = small_config(tmp_path, base__path=base, data__resolution=side, data__count=4, **settings)
+    data = {"data__resolution": side, "data__count": 4, "data__teacher_steps": 1, "data__cache": cache}
+    config = small_config(tmp_path, base__path=base, **data, **settings)
     run = Run(config, Reporter())
     run.update()
     for maker in (torch.Tensor, "new_tensor"), (torch, "tensor"):  # a number goes to a GPU by a copy that is waited for

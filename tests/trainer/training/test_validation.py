@@ -27,6 +27,7 @@ from support.runs import Notes, metadata, sha256, small_config
 STEPS = 6
 CHANGES = {
     "data__count": 40,
+    "data__batch_size": 20,
     "train__steps": STEPS,
     "train__ema": 0.5,
     "lora__dtype": "fp32",

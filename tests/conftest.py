@@ -76,7 +76,6 @@ def pcm(monkeypatch, capsys):
     from phased_consistency.trainer.cli import main as cli
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["pcm", *map(str, args)])

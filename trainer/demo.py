@@ -20,7 +20,8 @@ from torch import Tensor
 from .config.config import Config
 from .config.load import load_config
 from .evaluation.contestants import unseen_scenes
-from .evaluation.trial import Row, Setting, Trial, compare
+from .evaluation.setting import Setting
+from .evaluation.trial import Row, Trial, compare
 from .families import load_base
 from .lora.install import installed
 from .pictures import draw_grid, save_image

@@ -24,7 +24,6 @@ LORA_FILES, MACHINE = "LoRA files", "This machine"
 # the parts of a verb's own --help
 SAMPLING, READING = "How it is sampled", "How the base is read"
 
-
 Settings = Annotated[
     list[str],
     typer.Argument(
@@ -144,8 +143,11 @@ def _ungrouped(function: Callable) -> Callable:
 
     @wraps(function)
     def command(**values) -> None:
-        whole = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        function(**whole, **values)
+        filled = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**filled, **values)
 
     # the order in --help: what must be given, then the verb's own, then what it shares
     ordered = sorted([*others, *shared], key=lambda p: p.default is not p.empty)

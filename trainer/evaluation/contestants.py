@@ -16,7 +16,7 @@ from ..families import Base
 from ..lora.install import header_of_family
 from ..tiny.bundled import bundled_folder, own_prompts
 from ..tiny.scenes import Scene, held_out_scenes
-from .trial import SOLVERS, TEACHER, TRAILING, Setting
+from .setting import SOLVERS, TEACHER, TRAILING, Setting
 
 GUIDANCE, TINY_GUIDANCE = 7.5, 4.0  # the teacher's CFG where no LoRA tells, on other bases and on the tiny ones
 READ = ("prediction", "snr", "shift")  # the keys of `_reading`

@@ -9,7 +9,8 @@ from torch import Tensor
 from ...samplers import Recipe
 from ..families import Base
 from .metrics import agreement, paired_error
-from .trial import Setting, Trial
+from .setting import Setting
+from .trial import Trial
 
 
 class GuidanceTrial:

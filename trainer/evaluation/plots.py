@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from .trial import SOLVERS, TEACHER
+from .setting import SOLVERS, TEACHER
 
 RowFacts = dict[str, Any]  # one of a report's rows
 # The teacher is grey, told apart by markers and dashes; colours are the LoRAs'.

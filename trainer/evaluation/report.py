@@ -41,7 +41,8 @@ from .features import Absent, ClipScore, Features, find_features
 from .guidance import GuidanceTrial
 from .markdown import markdown
 from .metrics import consistency, diversity, frechet_distance, paired_error, sliced_wasserstein
-from .trial import TEACHER, Setting, Trial
+from .setting import TEACHER, Setting
+from .trial import Trial
 
 REFERENCE_STEPS = 40
 SWEEP = (1.0, 2.0, 4.0, 8.0)

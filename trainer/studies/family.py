@@ -27,7 +27,8 @@ from ...samplers.phases import count_steps
 from ..config.config import Config
 from ..config.load import load_config
 from ..evaluation.contestants import unseen_scenes
-from ..evaluation.trial import TEACHER, Setting, Trial, figures
+from ..evaluation.setting import TEACHER, Setting
+from ..evaluation.trial import Trial, figures
 from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image

@@ -23,7 +23,8 @@ from ..config.config import Config
 from ..config.load import load_config
 from ..evaluation.contestants import unseen_scenes
 from ..evaluation.guidance import GuidanceTrial
-from ..evaluation.trial import Row, Setting, Trial, figures
+from ..evaluation.setting import Setting
+from ..evaluation.trial import Row, Trial, figures
 from ..families import Base, load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image

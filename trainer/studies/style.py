@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..evaluation.trial import Setting, Trial
+from ..evaluation.setting import Setting
+from ..evaluation.trial import Trial
 from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image

@@ -26,7 +26,8 @@ from ..config.config import Config
 from ..data.order import seed_of
 from ..evaluation.contestants import distilled_guidance
 from ..evaluation.metrics import paired_error
-from ..evaluation.trial import TEACHER, Setting, Trial
+from ..evaluation.setting import TEACHER, Setting
+from ..evaluation.trial import Trial
 from ..lora.recipe import recipe_for
 from ..reporting.log import LOSS
 from ..system.files import write_tensors

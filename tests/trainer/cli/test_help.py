@@ -19,19 +19,19 @@ WORDS = [(name,) for name in COMMANDS if name != "edit"] + [("edit", name) for n
 
 def panels(text: str) -> dict[str, list[str]]:
     """The panels of a help by their titles: the lines in each."""
-    found: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith("╭─"):
-            found[line.strip("╭─╮ ")] = []
+            lines[line.strip("╭─╮ ")] = []
         elif line.startswith("│"):
-            found[list(found)[-1]].append(line.strip("│ "))
-    return found
+            lines[list(lines)[-1]].append(line.strip("│ "))
+    return lines
 
 
 def test_every_verb_is_in_its_group(pcm):
-    shown = panels(pcm("--help").out)
-    assert {title: {line.split()[0] for line in shown[title]} for title in GROUPS} == GROUPS
-    assert set(shown) - set(GROUPS) == {"Options"}
+    listed = panels(pcm("--help").out)
+    assert {title: {line.split()[0] for line in listed[title]} for title in GROUPS} == GROUPS
+    assert set(listed) - set(GROUPS) == {"Options"}
     assert {name: command.rich_help_panel for name, command in COMMANDS.items()} == {
         name: title for title, names in GROUPS.items() for name in names
     }
@@ -43,8 +43,8 @@ def test_a_paragraph_is_a_line(pcm, words):
     command = COMMANDS[words[0]] if len(words) == 1 else COMMANDS["edit"].commands[words[1]]
     paragraphs = command.help.split("\n\n")
     assert not any("\n" in paragraph for paragraph in paragraphs)
-    shown = [line.strip() for line in pcm(*words, "--help").out.splitlines()]
-    assert all(paragraph in shown for paragraph in paragraphs if len(paragraph) < 190)
+    lines = [line.strip() for line in pcm(*words, "--help").out.splitlines()]
+    assert all(paragraph in lines for paragraph in paragraphs if len(paragraph) < 190)
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -15,7 +15,8 @@ from phased_consistency.trainer.evaluation.metrics import (
     paired_error,
     sliced_wasserstein,
 )
-from phased_consistency.trainer.evaluation.trial import SOLVERS, Row, Setting, Trial
+from phased_consistency.trainer.evaluation.setting import SOLVERS, Setting
+from phased_consistency.trainer.evaluation.trial import Row, Trial
 
 SHAPE = (64, 4, 8, 8)
 SIZE = 4 * 8 * 8

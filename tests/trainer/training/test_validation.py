@@ -13,7 +13,8 @@ import torch
 
 from phased_consistency.samplers import recipe_for_file
 from phased_consistency.trainer.evaluation.metrics import paired_error
-from phased_consistency.trainer.evaluation.trial import Setting, Trial
+from phased_consistency.trainer.evaluation.setting import Setting
+from phased_consistency.trainer.evaluation.trial import Trial
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.install import installed
 from phased_consistency.trainer.reporting.log import LOSS, read_log

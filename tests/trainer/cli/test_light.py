@@ -54,7 +54,8 @@ def test_files_and_settings_import_none_that_trains(photo, tmp_path):
         ("sidecars", tmp_path / "tagged.safetensors"),
     ]  # fmt: skip
     wrong = [
-        ("inspect", gone), ("report", gone), ("tag", gone, "a=b"), ("panels", gone, "--out", tmp_path / "p.html"), ("sidecars", gone),
+        ("inspect", gone), ("report", gone), ("tag", gone, "a=b"), ("panels", gone, "--out", tmp_path / "p.html"),
+        ("sidecars", gone),
         ("check", gone, *base), ("convert", gone, out[1], "--to", "kohya"), ("resize", gone, *out, "--rank", "2"),
         ("merge", lora, f"{gone}:0.5", *out),
         ("sample", *base, "--lora", gone, "--prompt", "x", *out),

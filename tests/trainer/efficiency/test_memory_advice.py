@@ -152,7 +152,7 @@ def test_auto_takes_as_few_blocks_as_the_limit_asks_for():
         chosen = recomputed(config, SD15)
         assert total(config) * memory.MARGIN <= limit
         if chosen:
-            fewer = memory._held(config, SD15, memory._footprint(config, SD15), chosen[:-1])
+            fewer = memory._bytes(config, SD15, memory._footprint(config, SD15), chosen[:-1])
             assert sum(fewer.values()) * memory.MARGIN > limit * GIB, "one block fewer would not fit"
         assert before is None and not chosen or chosen[: len(before or [])] == (before or [])
         before = chosen

@@ -159,7 +159,7 @@ def test_it_trains_on_from_there(lora, cache, tmp_path):
 
 
 def test_a_lora_that_cannot_be_gone_on_from_is_refused(lora, tmp_path):
-    base = load_base(TINY)
+    base = load_base(TINY).facts
     refused = [
         (starting(lora, lora__rank=2), "has rank 4, more than lora.rank = 2. Set lora.rank=4"),
         (starting(lora, objective__phases=1), "jumps to the ticks 0, 250, 500, 750, 1000, and this run to 0, 1000"),
@@ -171,7 +171,7 @@ def test_a_lora_that_cannot_be_gone_on_from_is_refused(lora, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         check_start(starting(tmp_path / "absent.safetensors"), base)
     with pytest.raises(ValueError, match="is a LoRA for SD1.5, the base is SDXL"):
-        check_start(starting(lora), load_base("tiny-sdxl"))
+        check_start(starting(lora), load_base("tiny-sdxl").facts)
     as_v = rewritten(lora, tmp_path / "v.safetensors", prediction="v_prediction")
     with pytest.raises(ValueError, match="a base with v_prediction, and this one has epsilon"):
         check_start(starting(as_v), base)

@@ -41,7 +41,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Levels are looked at on a CPU alone."""
-    monkeypatch.setattr(schedule, "_seen", lambda condition: False)
+    monkeypatch.setattr(schedule, "_holds_on_cpu", lambda condition: False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"adversarial__weight": 0.1, "train__accumulation": 2, "train__ema": 0.9}])

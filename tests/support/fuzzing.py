@@ -4,7 +4,7 @@
 
 Every input is read as the program reads it, under an audit hook. It may be accepted, or refused with a sentence that
 names the file or a key; a file that only differs in what does not matter must be read as the one it was made of.
-The nodes are fuzzed where there is a ComfyUI (see README, Tests). Exit code 1 where anything else happened.
+The nodes are fuzzed where there is a ComfyUI (see docs/contributing.md). Exit code 1 where anything else happened.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ COLUMNS = (
     "audit",
 )
 MOST_SENTENCES = 4
+TESTS = Path(__file__).resolve().parents[1]  # from where it is run as a module
 
 
 def fuzz(targets: dict[str, Target], count: int, seed: int, watch: Watch) -> dict[str, Report]:
@@ -105,9 +106,10 @@ def fuzz_nodes(host: Path, folder: Path, count: int, seed: int) -> dict[str, Rep
     for kind in ("checkpoints", "loras", "custom_nodes"):
         (folder / kind).mkdir(parents=True)
     make_loras(folder / "loras", make_checkpoint(folder / "checkpoints" / "tiny.safetensors"))
-    command = [python_of(host), __file__, "--nodes", folder, "--count", count, "--seed", seed]
+    command = [python_of(host), "-m", "support.fuzzing", "--nodes", folder, "--count", count, "--seed", seed]
     variables = environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | {"COMFYUI_PATH": str(host)}
-    done = subprocess.run([str(part) for part in command], env=variables, capture_output=True, text=True)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=TESTS, env=variables, capture_output=True, text=True)
     if not done.stdout:
         raise RuntimeError(f"The nodes could not be fuzzed:\n{done.stderr[-3000:]}")
     return {name: Report.of(told) for name, told in json.loads(done.stdout.splitlines()[-1]).items()}

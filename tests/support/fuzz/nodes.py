@@ -70,7 +70,7 @@ def _load_pack(host: Path, folder: Path) -> SimpleNamespace:
     hidden = SimpleNamespace(unique_id="1", prompt={"1": {"class_type": "PCMLoadLora", "inputs": {}}})
     for node in importlib.import_module("pack.nodes").NODES:
         node.hidden = hidden
-    modules = {name: importlib.import_module(f"pack.nodes.{name}") for name in ("loader", "info", "operators")}
+    modules = {name: importlib.import_module(f"pack.nodes.{name}") for name in ("loader", "info", "edit_parts")}
     return SimpleNamespace(**modules, recipe=importlib.import_module("pack.samplers").Recipe(family="sd15"))
 
 
@@ -109,7 +109,7 @@ def _draw_picture(rng: random.Random) -> Mutant:
 def _edited(pack: SimpleNamespace, mutant: Mutant) -> Any:
     """An operator node on pictures and masks of odd shapes and numbers; what it hands on must be finite."""
     rng = random.Random(mutant.data)
-    node = rng.choice([n for n in vars(pack.operators).values() if getattr(n, "KIND", None)])
+    node = rng.choice([n for n in vars(pack.edit_parts).values() if getattr(n, "KIND", None)])
     inputs = {"image": _tensor(rng, (1, 2), (3, 4, 1, 2, 0))}
     title = node.__name__
     if "Inpaint" in title:

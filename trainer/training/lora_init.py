@@ -21,7 +21,7 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
 
     Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit.
     """
-    file, recipe = Path(config.lora.init), check_start(config, base)
+    file, recipe = Path(config.lora.init), check_start(config, base.facts)
     if broken := broken_tensors(read_header(file)):
         raise ValueError(
             f"{file.name}: {len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}. "

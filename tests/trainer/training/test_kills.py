@@ -4,18 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from support import kills
 
+TESTS = Path(__file__).resolve().parents[2]  # from where it is run as a module
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked, which needs POSIX")
 
 
 @FORKS
 def test_killed_runs_end_in_the_same_bytes():
-    command = [sys.executable, kills.__file__, "--kills", "5", "--seed", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "support.kills", "--kills", "5", "--seed", "3"]
+    result = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert len([line for line in lines if re.match(r" +\d+ killed ", line)]) == 5

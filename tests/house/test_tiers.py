@@ -185,7 +185,7 @@ def test_a_fast_test_that_is_slow_fails_with_a_sentence(case, pytester, monkeypa
     pytester.makepyfile(loop="class Run:\n    def __init__(self):\n        pass\n")
     pytester.makeini("[pytest]\nmarkers = slow: x\n")
     file = pytester.makepyfile(text)
-    watching = guard.Tiers()
+    watching = guard.Tiers(judging=True)
     monkeypatch.setattr(guard, "traits_of_test", lambda item: SimpleNamespace(reasons=list))
     result = pytester.inline_run(file, "-p", "no:cacheprovider", plugins=[watching])
     passed, _, failed = result.listoutcomes()

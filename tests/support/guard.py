@@ -27,9 +27,14 @@ REMEDIES = {"time": "Make it smaller, or split it.", "train": NAME_IT, "process"
 
 
 class Tiers:
-    """A plugin of pytest: marks slow tests, and fails a fast one that turns out to be slow."""
+    """A plugin of pytest: marks slow tests, and fails a fast one that turns out to be slow.
 
-    def __init__(self):
+    judging: whether fast tests are held to it, as in a run that leaves the slow ones out. Where all are run, on however
+    busy a machine, only what a test asserts counts.
+    """
+
+    def __init__(self, judging: bool):
+        self.judging = judging
         self.watching, self.trainings, self.processes = False, 0, []
         sys.addaudithook(self._hear)
 
@@ -66,7 +71,7 @@ class Tiers:
         result = yield
         # With threads a process' CPU time runs faster than the clock, and on a busy machine it runs slower.
         seconds = min(clock() - start for clock, start in zip(clocks, began, strict=True))
-        if is_fast(item):
+        if self.judging and is_fast(item):
             # The first test of a process to train loads libraries for all that come after it: its time is not its own.
             self._judge(seconds if len(sys.modules) - known < MODULES else 0.0)
         return result

@@ -34,7 +34,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Tiers(), "tiers")
+    config.pluginmanager.register(Tiers(judging="not slow" in config.option.markexpr), "tiers")
     config.pluginmanager.register(Spread(), "spread")
 
 

@@ -3,7 +3,7 @@ there are two tiers.
 
 The fast tier, `make check`, leaves out what is marked `host`, `web` or `slow`; `make test` runs all. Nobody marks a
 test `slow` by hand: support/tiers.py reads what a test and its fixtures call, and one that trains more than once,
-starts a process or compiles is slow. While the others run, support/guard.py watches them: one that starts a process or
+starts a process or compiles is slow. There support/guard.py watches the others: one that starts a process or
 trains twice all the same, or takes more than 5 s of its own CPU time, fails with a sentence that says what to do.
 
 With `-n`, support/spread.py gives each worker whole groups, the longest first: the tests of a host, those in its

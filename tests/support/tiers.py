@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ TRAINING_MODULE = f"{PACKAGE}.trainer.training.loop"
 TRAINING = {
     f"{TRAINING_MODULE}.train",
     f"{TRAINING_MODULE}.Run",
+    f"{PACKAGE}.trainer.bench.reference.Reference",
     "support.family_order.diffusion_model",
     "support.family_order.distilled",
 }
@@ -41,7 +43,9 @@ COSTLY = {
     f"{PACKAGE}.trainer.efficiency.blocks.check_compiler": "compiles",
     "_pytest.pytester.pytester": "runs tests of its own",
     "support.full_size.planned": "plans a run of full size",
+    f"{PACKAGE}.trainer.studies.editing.Gallery": "draws a study",
 }
+MEASURING = "validation__every"  # the setting by which a run evaluates itself, again and again, beside its training
 # Raised before a run begins, so that a run which ends so is none.
 REFUSALS = {"ValueError", "FileNotFoundError", "PermissionError", "SystemExit"}
 # What of the trainer is read as the files of tests/ are: what trains for a study, and what starts other programs.
@@ -79,6 +83,7 @@ class Source:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         self.defined = {node.name: node for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
         self.imported = dict(self.imports(tree.body))
+        self.measuring = {target.id for target, value in _assignments(tree) if any(map(_measures, ast.walk(value)))}
 
     def imports(self, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
         """(name, what it stands for with all its dots) of the imports among these statements."""
@@ -130,6 +135,8 @@ def _traits(name: str) -> Traits:
         return Traits()
     if last in source.imported:
         return traits_of(source.imported[last])
+    if last in source.measuring:
+        return Traits(1)
     node = source.defined.get(last)
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
@@ -146,7 +153,7 @@ class _Reader:
         self.inner = {node.name: node for node in nodes if isinstance(node, FUNCTIONS) and node is not function}
         own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
         own |= {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
-        self.elsewhere = source.defined.keys() - own
+        self.elsewhere = (source.defined.keys() | source.measuring) - own
         elsewhere = {name: origin for name, origin in source.imported.items() if name not in own}
         self.imported = elsewhere | dict(source.imports(nodes))
         self.loaded = {name.id for name in names} & (self.elsewhere | self.imported.keys() | COMMANDS)
@@ -173,6 +180,8 @@ class _Reader:
             return self._visit_all(line for method in node.body for line in getattr(method, "body", ()))
         if isinstance(node, FUNCTIONS):
             return Traits()  # counted where it is called
+        if _measures(node):
+            return Traits(1) + self._visit_all(ast.iter_child_nodes(node))
         if isinstance(node, ast.Name) and node.id in self.inner:
             function = self.inner.pop(node.id)  # which adds nothing where it comes to itself again
             traits = self._visit_all(function.body)
@@ -192,6 +201,23 @@ class _Reader:
         if node.id in self.elsewhere:
             return f"{self.source.module}.{node.id}"
         return self.imported.get(node.id)
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[ast.Name, ast.expr]]:
+    """(name, value) of a module's constants."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0], node.value
+
+
+def _measures(node: ast.AST) -> bool:
+    """Whether it sets how often a run measures itself: an argument, or an entry of a dictionary."""
+    pairs: Iterable[tuple[Any, ast.expr]] = ()
+    if isinstance(node, ast.keyword):
+        pairs = [(node.arg, node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = ((getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True))
+    return any(key == MEASURING and getattr(value, "value", 1) != 0 for key, value in pairs)
 
 
 def _refuses(context: ast.expr) -> bool:

@@ -221,12 +221,20 @@ def _footprint(config: Config, family: type[Base]) -> Footprint:
 
 
 @lru_cache(maxsize=8)
+def _network_config(family: type[Base], folder: Path) -> Any:
+    """The config of a network in a folder, with every default filled in."""
+    with torch.device("meta"):
+        return family.network_class.from_config(_read(folder / family.component)).config
+
+
+@lru_cache(maxsize=8)
 def _measure(
     family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, heads_width: int
 ) -> Footprint:
+    # first of all: a resolution that the network cannot take needs no network to be refused
+    inputs = family.dummy_inputs(_network_config(family, folder), resolution, _maker(DTYPES[dtype]))
     with torch.device("meta"):
         network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
-    inputs = family.dummy_inputs(network.config, resolution, _maker(network.dtype))
 
     # the frozen network is counted before the adapter is in it
     network.requires_grad_(False)

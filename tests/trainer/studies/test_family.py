@@ -8,7 +8,8 @@ from phased_consistency.trainer.objectives import OBJECTIVES
 from phased_consistency.trainer.studies.family import ROWS, grouped, main, table
 
 SMALL = ["data.count=4", "data.batch_size=4", "data.teacher_steps=2", "train.batch_size=2"]
-SMALL += ["train.steps=1", "lora.rank=2"]
+SMALL += ["train.steps=1", "train.trackers=[]", "train.report=false"]
+SMALL += ["lora.rank=2", "validation.every=0"]
 
 
 def test_every_objective_has_a_row():

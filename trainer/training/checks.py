@@ -213,8 +213,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
             "train.offload": train.offload,
             "train.shard": train.shard,
         }
-        for setting in (name for name, value in frozen_only.items() if value):
-            raise ValueError(f"{setting} is for a frozen base, and all of {family.title} is trained. Leave it out.")
+        if set_too := [name for name, value in frozen_only.items() if value]:
+            raise ValueError(f"{set_too[0]} is for a frozen base, and all of {family.title} is trained. Leave it out.")
     if train.shard:
         _check_shard(config, processes)
     if train.compile:

@@ -11,7 +11,6 @@ import torch
 
 from ..config.config import Config
 from ..data.store import LatentCache
-from ..families import Condition
 from ..lora.selftest import self_test
 from ..lora.write import export
 from ..pictures import save_image
@@ -151,7 +150,7 @@ class Outputs:
         autocast = self.processes.accelerator.autocast()
         eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
         with self.clock.part("previews"), weights, autocast, eager:
-            image = preview_grid(self.config, self.base, self.cache, self.null, captions)
+            image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
 
         if captions:
             self.journal.picture(step, image)
@@ -160,8 +159,3 @@ class Outputs:
                 save_image(image, path)
             except OSError as error:  # a run needs no picture
                 self.say(f"No preview: {error}.")
-
-    @property
-    def null(self) -> Condition:
-        """What guidance subtracts."""
-        return self.engine.null

@@ -64,9 +64,9 @@ def tiny_base():
 def trained(tmp_path_factory):
     """A small run on the tiny base, finished: its configuration and its LoRA. Leave its folder as it is."""
     from phased_consistency.trainer.training.loop import train
-    from support.runs import small_config
+    from support.runs import TINY, small_config
 
-    config = small_config(tmp_path_factory.mktemp("trained") / "run")
+    config = small_config(tmp_path_factory.mktemp("trained") / "run", base__path=TINY)
     return config, train(config)
 
 

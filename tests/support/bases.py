@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,31 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from phased_consistency.trainer.tiny.bundled import bundled_folder
+
 WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
+
+
+def make_speck(path: Path) -> None:
+    """Write the smallest SD1.5 that has one of each kind of layer: the bundled one, with a random network of one level
+    in place of its own, which has a fifth of the modules and trains four times as fast."""
+    shutil.copytree(bundled_folder("tiny-sd15"), path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+        with torch.no_grad():
+            for weight in unet.parameters():
+                weight.add_(0.05 * torch.randn(weight.shape))
+    unet.save_pretrained(path / "unet")
 
 
 def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:
@@ -39,7 +64,7 @@ def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:
     )
     with torch.no_grad():
         for weight in (p for module in vars(parts).values() for p in module.parameters()):
-            weight.add_(0.02 * torch.randn(weight.shape))
+            weight.add_(0.05 * torch.randn(weight.shape))
     for module in vars(parts).values():
         module.requires_grad_(False).eval()
     return parts

@@ -95,13 +95,13 @@ class Watch:
 
 def attempt(folder: Path, told: Path, kill: Kill | None) -> bool:
     """Train in a forked process; whether it came to its end. Raises RuntimeError where it failed by itself."""
+    config = small_config(folder, **SETTINGS)
     child = os.fork()
     if child == 0:
         code, log = 1, os.open(told.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         try:
-            config = small_config(folder, **SETTINGS)
             Watch(folder, told, kill)
             train(config)
             code = 0

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config.config import Config
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.reporting.progress import Reporter
+from support.bases import make_speck
 
 TINY = "tiny-sd15"
 SMALL = {
-    "base.path": TINY,
     "base.dtype": "fp32",
     "data.count": 6,
     "data.teacher_steps": 4,
@@ -35,9 +37,21 @@ SMALL = {
 }
 
 
+@cache
+def speck() -> tempfile.TemporaryDirectory:
+    """The folder of the base that small runs learn from, as long as this process lives (support/bases.py)."""
+    folder = tempfile.TemporaryDirectory(prefix="speck-")
+    make_speck(Path(folder.name))
+    return folder
+
+
 def settings(output: Path, **changes) -> list[str]:
     """Overrides of a small run in a folder; changes: "section__key" -> value, where None leaves the key out."""
-    values = SMALL | {"output": output} | {key.replace("__", "."): value for key, value in changes.items()}
+    values = (
+        SMALL
+        | {"base.path": speck().name, "output": output}
+        | {key.replace("__", "."): value for key, value in changes.items()}
+    )
     return [f"{key}={value}" for key, value in values.items() if value is not None]
 
 

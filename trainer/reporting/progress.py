@@ -87,11 +87,11 @@ class ProgressBar(Reporter):
         self.tasks: dict[str, int] = {}
 
     def __enter__(self) -> ProgressBar:
-        self.bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.stop()
+        if self.tasks:
+            self.bar.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
@@ -107,6 +107,8 @@ class ProgressBar(Reporter):
 
     def _advance(self, name: str, done: int, total: int, facts: str = "") -> None:
         """Move a task's bar, which is added at its first mention."""
+        if not self.tasks:
+            self.bar.start()  # not before: one that shows nothing still ends with an empty line
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(name, total=total, completed=done, facts=facts)
         self.bar.update(self.tasks[name], completed=done, total=total, facts=facts)

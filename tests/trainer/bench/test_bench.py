@@ -24,7 +24,7 @@ from phased_consistency.trainer.bench.reference import Reference
 from phased_consistency.trainer.bench.report import peak_flops
 from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.training.loop import Run
-from support.runs import settings, small_config
+from support.runs import TINY, settings, small_config
 
 CPU = torch.device("cpu")
 SAMPLES = 4
@@ -37,7 +37,7 @@ def loops(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = {"objective__points": 8, "objective__phases": 2, "train__batch_size": SAMPLES, "train__steps": 20}
     adversarial = ADVERSARIAL if request.param == "adversarial" else {}
-    run = Run(small_config(folder / "run", **changes, **adversarial), Reporter())
+    run = Run(small_config(folder / "run", base__path=TINY, **changes, **adversarial), Reporter())
     generator = torch.Generator().manual_seed(1)
     weights = {n: 0.1 * torch.randn(w.shape, generator=generator) for n, w in run.adapter.state().items()}
     other = Reference(run)

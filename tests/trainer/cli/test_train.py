@@ -31,7 +31,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(pcm, tmp_path):
 
 
 def test_dry_run_as_json(pcm, tmp_path, lora):
-    result = pcm("train", *settings(tmp_path / "run"), "--dry-run", "--json")
+    result = pcm("train", *settings(tmp_path / "run", base__path=TINY), "--dry-run", "--json")
     plan = json.loads(result.out)
     assert plan["config"]["train"]["steps"] == 4 and plan["samples_seen"] == 12
     assert plan["phase_starts"] == [249, 499, 749, 999]
@@ -52,7 +52,7 @@ def test_a_full_size_run_can_be_planned(pcm):
 
 
 def test_train_sample_inspect_and_check_end_to_end(pcm, tmp_path, lora):
-    result = pcm("train", *settings(tmp_path / "run", name="mine"), "--json")
+    result = pcm("train", *settings(tmp_path / "run", base__path=TINY, name="mine"), "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out) == {
         "lora": str(tmp_path / "run" / "mine.safetensors"), "run": str(tmp_path / "run"), "steps": 4,
@@ -88,7 +88,9 @@ def test_a_toml_file_and_overrides(pcm, tmp_path):
 @pytest.mark.parametrize("only_plan", [True, False], ids=["dry-run", "run"])
 def test_bad_settings(fails, tmp_path, override, message, only_plan):
     """A dry run finds what a run would."""
-    assert message in fails(2, "train", *settings(tmp_path / "run"), override, *["--dry-run"] * only_plan)
+    assert message in fails(
+        2, "train", *settings(tmp_path / "run", base__path=TINY), override, *["--dry-run"] * only_plan
+    )
 
 
 def test_bad_bases(fails, tmp_path, lora):
@@ -151,7 +153,7 @@ def test_a_loss_that_is_not_finite_names_its_sample_and_keeps_the_checkpoint(fai
         broken = losses.distance * torch.tensor([1, float("nan"), 1])
         return replace(losses, distance=broken) if len(calls) == 3 else losses
 
-    overrides = settings(tmp_path / "run")
+    overrides = settings(tmp_path / "run", base__path=TINY)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", broken)
         message = fails(1, "train", *overrides)

@@ -59,7 +59,7 @@ def test_what_autograd_keeps_of_a_known_network():
 
 def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
     """In fp32, but for attention, of which a GPU's kernels keep less."""
-    config = small_config(tmp_path)
+    config = small_config(tmp_path, base__path=TINY)
     base = load_base(TINY)
     Adapter(base.network, base.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
     parameters, seen = {p.untyped_storage().data_ptr() for p in base.network.parameters()}, {}
@@ -81,7 +81,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
 @pytest.mark.parametrize("format", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_estimated_weights_are_the_bytes_that_are_there(tmp_path, format, dtype):
-    config = small_config(tmp_path, base__dtype=dtype, base__quantize=format)
+    config = small_config(tmp_path, base__path=TINY, base__dtype=dtype, base__quantize=format)
     base = load_base(TINY, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     if format:
         pytest.importorskip("torchao")
@@ -91,7 +91,7 @@ def test_estimated_weights_are_the_bytes_that_are_there(tmp_path, format, dtype)
 
 
 def test_offloaded_weights_leave_all_but_the_largest_block(tmp_path):
-    config = small_config(tmp_path, train__offload="true")
+    config = small_config(tmp_path, base__path=TINY, train__offload="true")
     network = load_base(TINY).network
     blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(network).values()]
     everything = sum(p.nbytes for p in network.parameters())

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from phased_consistency.trainer.system.clock import Clock
 from phased_consistency.trainer.system.locks import only_run
 from phased_consistency.trainer.training.engine import Engine
 from phased_consistency.trainer.training.loop import RunFailed, train
-from support.runs import Notes, metadata, small_config
+from support.runs import Notes, metadata, small_config, speck
 
 CHANGES = {
     "name": "mine",
@@ -74,10 +75,11 @@ def test_a_run_ends_with_its_report(finished):
     folder, said = finished
     assert said[-1] == f"Report: {folder / 'report.html'}"
     words = plain(page(folder))
-    assert "mine finished PCM LoRA for SD1.5, made from tiny-sd15. 4 of 4 updates" in words
+    base = Path(speck().name).name
+    assert f"mine finished PCM LoRA for SD1.5, made from {base}. 4 of 4 updates" in words
     for name in ("mine.safetensors", "mine-best.safetensors"):
         assert f"{name} {metadata(folder / name)['pcm.step']} " in words and file_hash(folder / name) in words
-    assert "4 steps, CFG 1 (1 to 2), LoRA strength 1" in words and "0 keys unmatched of 129 modules" in words
+    assert "4 steps, CFG 1 (1 to 2), LoRA strength 1" in words and "0 keys unmatched of 29 modules" in words
 
 
 def test_a_run_whose_gpu_has_failed_has_a_report(tmp_path, monkeypatch):
@@ -129,7 +131,7 @@ def test_figures_are_those_of_the_log(finished):
 
 def test_settings_other_than_the_defaults_are_named(finished):
     changed = {key: (here, before) for key, here, before in Story.of(finished[0]).changed()}
-    assert changed["train.lr"] == ("0.01", "5e-06") and changed["base.path"] == ('"tiny-sd15"', "")
+    assert changed["train.lr"] == ("0.01", "5e-06") and changed["base.path"] == (f'"{Path(speck().name).name}"', "")
     assert "train.lr_schedule" not in changed and "train.seed" not in changed and "output" not in changed
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from phased_consistency.trainer.objectives import OBJECTIVES
 from phased_consistency.trainer.studies.family import ROWS, grouped, main, table
+from support.runs import speck
 
 SMALL = ["data.count=4", "data.batch_size=4", "data.teacher_steps=2", "train.batch_size=2"]
 SMALL += ["train.steps=1", "train.trackers=[]", "train.report=false"]
@@ -18,7 +19,7 @@ def test_every_objective_has_a_row():
 
 
 def test_the_comparison_measures_draws_and_writes(tmp_path):
-    options = ["--out", str(tmp_path), "--pictures", "2", "--seeds", "0,1"]
+    options = ["--base", speck().name, "--out", str(tmp_path), "--pictures", "2", "--seeds", "0,1"]
     assert main([*options, "--rows", "lcm", "--no-report", *SMALL]) == 0
     assert not (tmp_path / "report.json").exists()
     measured = tmp_path / "lcm-seed1" / "figures.json"

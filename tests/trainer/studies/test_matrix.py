@@ -3,6 +3,7 @@
 import json
 
 from phased_consistency.trainer.studies.matrix import main
+from support.runs import speck
 
 SMALL = ["data.count=4", "data.batch_size=4", "data.teacher_steps=2", "train.batch_size=2"]
 SMALL += ["train.steps=1", "train.trackers=[]", "train.report=false"]
@@ -11,7 +12,7 @@ SMALL += ["lora.rank=2", "validation.every=0"]
 
 def test_the_matrix_measures_draws_and_writes(tmp_path):
     cells = "smallcfg-4,normalcfg-4,normalcfg-1-adv"
-    options = ["--out", str(tmp_path), "--pictures", "2", "--cells", cells]
+    options = ["--base", speck().name, "--out", str(tmp_path), "--pictures", "2", "--cells", cells]
     assert main([*options, *SMALL, f"data.cache={tmp_path / 'cache'}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]

@@ -152,7 +152,7 @@ def test_where_a_run_may_disappoint_is_said():
 def test_it_trains_on_from_there(lora, cache, tmp_path):
     settings = {"objective__name": "lcf", "objective__points": 40, "objective__phases": 4, "train__steps": 1} | UNGUIDED
     settings |= {"data__cache": cache, "train__lr": 1e-12, "lora__dtype": "fp32"}
-    same = train(small_config(tmp_path / "run", lora__init=lora, **settings))
+    same = train(small_config(tmp_path / "run", base__path=TINY, lora__init=lora, **settings))
     given, made = load_file(lora), load_file(same)
     for name in (n for n in given if n.endswith("lora_up.weight")):
         torch.testing.assert_close(made[name], given[name].float(), atol=1e-5, rtol=0)

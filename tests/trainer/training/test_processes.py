@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,38 +19,47 @@ import torch
 from safetensors.torch import load_file
 
 from phased_consistency.trainer.reporting.log import read_log
-from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import Run, train
-from support.runs import Notes, settings, small_config
+from support.runs import TINY, Notes, settings, small_config
 
 # Relative: what two processes may differ by, in which gradients are summed in another order, and what another choice of
 # samples makes at least.
 SAME, OTHER = 1e-3, 1e-1
 ACROSS = {
-    "train__steps": 12,
+    "base__path": TINY,
+    "train__steps": 6,
     "train__batch_size": 4,
     "train__lr": 1e-3,
     "adversarial__weight": 0.1,
     "lora__dtype": "fp32",
 }
+PCM = "phased_consistency.trainer"
+TESTS = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
-def launch(*args, what: tuple = ("-m", "phased_consistency.trainer")) -> subprocess.Popen:
-    """`accelerate launch` of two CPU processes, of `pcm` unless told otherwise, in a group of their own."""
+TWO = ACROSS | {"train__batch_size": 2}
+NAMES = ("plain", "shared", "apart")
+SHARED = TWO | {
+    "train__shard": "true",
+    "train__gradient_checkpointing": "true",
+    "preview__every": 3,
+    "preview__steps": [2],
+    "validation__every": 3,
+    "validation__steps": [1],
+    "validation__teacher_steps": 2,
+}
+APART = ACROSS | {"train__steps": 2, "train__save_every": 1}
+
+
+def launch(module: str, *arguments) -> subprocess.Popen:
+    """`accelerate launch` of a module in two CPU processes, in a group of their own."""
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    how["preexec_fn"] = lambda: os.nice(5)  # two more at work, and the browser's tests beside them have time limits
-    return subprocess.Popen([*LAUNCH, *map(str, (*what, *args))], env=env, **how)
-
-
-def two_processes(output: Path, **changes) -> tuple[str, str]:
-    process = launch("train", *settings(output, **ACROSS | {"train__batch_size": 2} | changes))
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return out, errors
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["preexec_fn"] = lambda: os.nice(5)  # two more at work, and the browser's tests beside them have time limits
+    return subprocess.Popen([*LAUNCH, "-m", module, *map(str, arguments)], env=env, cwd=TESTS, **options)
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -71,35 +82,52 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[Path, str, str]:
-    """The run folder of two processes that take two samples each, and what they said."""
+def pair(tmp_path_factory) -> SimpleNamespace:
+    """What two processes do together, by the folders of their runs, and what each has said of which.
+
+    plain: two samples each. shared: each holds half of the frozen weights, recomputes blocks, measures, draws previews
+    and tests files together with the other. apart: one machine sees another run folder, its own, without the
+    checkpoint that the first has.
+    """
     folder = tmp_path_factory.mktemp("pair")
-    return folder, *two_processes(folder)
+    begun = train(small_config(folder / "begun", data__cache=folder / "cache", **APART)).parent
+    sorted((begun / "checkpoints").iterdir())[-1].unlink()  # one update is left to do
+    shutil.copytree(begun, folder / "apart-0")
+    apart = settings(folder / "apart-RANK", data__cache=folder / "cache", **APART | {"train__batch_size": 2})
+    commands = [settings(folder / "plain", **TWO), settings(folder / "shared", **SHARED), apart]
+    (folder / "commands.json").write_text(json.dumps([["train", *command] for command in commands]))
+    process = launch("support.in_turn", folder / "commands.json")
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    first, second = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
+    said = {name: SimpleNamespace(first=a, second=b) for name, a, b in zip(NAMES, first, second, strict=True)}
+    return SimpleNamespace(plain=folder / "plain", shared=folder / "shared", said=SimpleNamespace(**said))
 
 
 def test_two_processes_give_what_one_gives(alone, pair, tmp_path):
-    assert apart(learnt(alone), learnt(pair[0] / alone.name)) < SAME
+    assert apart(learnt(alone), learnt(pair.plain / alone.name)) < SAME
     seed = train(small_config(tmp_path, **ACROSS | {"train__seed": 1}))
     assert apart(learnt(alone), learnt(seed)) > OTHER, "other samples would be seen"
 
 
 def test_they_keep_in_step(alone, pair):
     """The discriminator and the optimizer's state, which no file shows, are those of one process too."""
-    (_, one, _), (_, two, _) = (load_latest_state(f / "checkpoints") for f in (alone.parent, pair[0]))
+    (_, one, _), (_, two, _) = (load_latest_state(f / "checkpoints") for f in (alone.parent, pair.plain))
     for group in ("adapter", "discriminator", "optimizer"):
         assert apart(one[group], two[group]) < SAME, group
 
 
 def test_only_the_first_process_writes_and_speaks(alone, pair):
-    folder, out, errors = pair
-    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (alone.parent, folder)]
+    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (alone.parent, pair.plain)]
     assert files[0] == files[1]
-    assert out.count("Done: ") == 1 and errors.count("LoRA of rank 4") == 1
+    said = pair.said.plain
+    assert said.first["out"].startswith("Done: ") and "LoRA of rank 4" in said.first["err"]
+    assert said.second == {"code": 0, "out": "", "err": ""}
 
 
 def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
     """One of two is killed after the first checkpoint: a sentence, and one process ends the run as if none had been."""
-    process = launch("train", *settings(tmp_path, **ACROSS | {"train__batch_size": 2}))
+    process = launch(PCM, "train", *settings(tmp_path, **TWO))
     try:
         deadline = time.monotonic() + 300
         while not list((tmp_path / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
@@ -118,18 +146,18 @@ def test_a_dead_process_stops_the_run_and_fewer_go_on(alone, tmp_path):
     step = load_latest_state(tmp_path / "checkpoints")[0]
     assert step < ACROSS["train__steps"]
     notes = Notes()
-    made = train(small_config(tmp_path, **ACROSS | {"train__batch_size": 2}), notes)
+    made = train(small_config(tmp_path, **TWO), notes)
     assert "The run takes 4 samples an update: 1 process, 2 passes of 2 each." in notes.said
-    assert f"Going on from update {step} of 12." in notes.said
+    assert f"Going on from update {step} of 6." in notes.said
     assert apart(learnt(alone), learnt(made)) < SAME
     again = Notes()
-    assert train(small_config(tmp_path, **ACROSS | {"train__batch_size": 2}), again) == made, "and once more"
-    assert "Going on from update 12 of 12." in again.said
+    assert train(small_config(tmp_path, **TWO), again) == made, "and once more"
+    assert "Going on from update 6 of 6." in again.said
 
 
 def test_ctrl_c_in_the_terminal_saves(tmp_path):
     """It comes to the launcher and to both processes, and to these from the launcher again."""
-    process = launch("train", *settings(tmp_path, train__steps=1000))
+    process = launch(PCM, "train", *settings(tmp_path, train__steps=1000))
     try:
         deadline = time.monotonic() + 200
         while not list(tmp_path.glob("checkpoints/*.safetensors")):
@@ -145,42 +173,21 @@ def test_ctrl_c_in_the_terminal_saves(tmp_path):
     assert end["how"] == "stopped" and load_latest_state(tmp_path / "checkpoints")[0] == end["step"]
 
 
-def test_processes_that_begin_apart_are_refused(tmp_path):
-    """One machine sees another run folder: its own, without the checkpoint."""
-    changes = ACROSS | {"train__steps": 2, "train__save_every": 1, "data__cache": tmp_path / "cache"}
-    train(small_config(tmp_path / "first", **changes))
-    sorted((tmp_path / "first" / "checkpoints").iterdir())[-1].unlink()  # one update is left to do
-    sets = settings(tmp_path / "RANK", **changes | {"train__batch_size": 2})
-    shutil.copytree(tmp_path / "first", tmp_path / "0")
-    script = tmp_path / "apart.py"
-    script.write_text(
-        "import os, sys\nfrom phased_consistency.trainer.cli.main import main\n"
-        "sys.argv = ['pcm', 'train', *(a.replace('RANK', os.environ['RANK']) for a in sys.argv[1:])]\nmain()\n"
-    )
-    process = launch(*sets, what=(script,))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0 and "The processes do not begin alike: this one at update" in errors, errors
-    assert "All machines must see one run folder" in errors
+def test_processes_that_begin_apart_are_refused(pair):
+    for said in vars(pair.said.apart).values():
+        assert said["code"] == 2, said
+        assert "The processes do not begin alike: this one at update" in said["err"]
+        assert "All machines must see one run folder" in said["err"]
 
 
-def test_sharing_the_frozen_weights_gives_the_same(alone, tmp_path):
-    """Each process holds half of them, recomputes blocks, measures, draws previews and tests files together with the
-    other."""
-    settings = {
-        "train__shard": "true",
-        "train__gradient_checkpointing": "true",
-        "preview__every": 6,
-        "preview__steps": [2],
-        "validation__every": 6,
-        "validation__steps": [1],
-        "validation__teacher_steps": 2,
-    }
-    _, errors = two_processes(tmp_path, **settings)
-    assert apart(learnt(alone), learnt(tmp_path / alone.name)) < SAME
-    held = float(re.search(r"([0-9.]+) GiB of the frozen weights are held here", errors)[1])
-    assert held * 2**30 == pytest.approx(4.76e6 * 4 / 2, rel=0.3)
-    assert "0 keys unmatched" in errors and (tmp_path / "previews" / "step-0000006.png").is_file()
-    measured = {line["step"]: line["figures"] for line in read_log(tmp_path) if line["kind"] == "validation"}
-    assert list(measured) == [0, 6, 12] and (tmp_path / "pcm-lora-best.safetensors").is_file()
-    run = Run(small_config(alone.parent, **ACROSS | settings | {"train__shard": "false"}), Reporter())
-    assert measured[12] == pytest.approx(run.validation(12).figures, rel=1e-3)
+def test_sharing_the_frozen_weights_gives_the_same(alone, pair):
+    folder, said = pair.shared, pair.said.shared.first["err"]
+    assert apart(learnt(alone), learnt(folder / alone.name)) < SAME
+    run = Run(small_config(alone.parent, **SHARED | {"train__shard": "false", "train__batch_size": 4}), Notes())
+    frozen = sum(weight.numel() for weight in run.base.network.parameters() if not weight.requires_grad)
+    held = float(re.search(r"([0-9.]+) GiB of the frozen weights are held here", said)[1])
+    assert held * 2**30 == pytest.approx(frozen * 4 / 2, rel=0.3)
+    assert "0 keys unmatched" in said and (folder / "previews" / "step-0000003.png").is_file()
+    measured = {line["step"]: line["figures"] for line in read_log(folder) if line["kind"] == "validation"}
+    assert list(measured) == [0, 3, 6] and (folder / "pcm-lora-best.safetensors").is_file()
+    assert measured[6] == pytest.approx(run.validation(6).figures, rel=1e-3)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..samplers import Recipe
 from ..samplers.recipe import is_whole
+from ..samplers.schedule import TICKS
 from .guidance import cfg_of, cfg_to_judge
 from .host import show
 from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, shift_of
@@ -130,10 +131,16 @@ def _level_misfit(recipe: Recipe, model: Any, ticks: list[float], empty: bool) -
         return []
     if (shift := shift_of(model)) != recipe.shift:
         return [f"Shift {shift:g} is not this LoRA's: remove the node that sets it."]
-    if not is_whole(ticks) and not empty:
+    simple_fits = _simple_fits(recipe, model)
+    if is_whole(ticks) or empty:
+        simple = "scheduler simple, or " if simple_fits else ""
+        return [f"This LoRA never saw these sigmas: take {simple}PCM Scheduler."]
+    if not simple_fits or recipe.steps == 1:
         return ["This LoRA never saw these sigmas: take the denoise of Sample PCM or PCM Scheduler."]
-    simple = "scheduler simple, or " if _simple_fits(recipe, model) else ""
-    return [f"This LoRA never saw these sigmas: take {simple}PCM Scheduler."]
+    # core's KSampler takes the last `steps` of steps / denoise levels: those of the LoRA, where that is its number
+    steps = min(max(1, round(recipe.steps * ticks[0] / TICKS)), recipe.steps - 1)
+    denoise = steps / recipe.steps
+    return [f"This LoRA never saw these sigmas: for denoise {denoise:g} set steps to {steps}, scheduler simple."]
 
 
 def _simple_fits(recipe: Recipe, model: Any) -> bool:

@@ -48,7 +48,7 @@ class PhaseGrid:
     The solver points are those of the teacher's DDIM or Euler steps, T / N ticks apart (PCM, Sec. 3.1). Edge
     s_m, m in 0..M, is point floor(m * N / M); with `from_noise` the rounding is counted from the noisy end
     instead, which is how LCM's and the published SD3 scheduler count. With 40 points the edges of 1, 2, 4 and
-    8 phases are exact.
+    8 phases are exact. distilled: whether the model lands on the edges; a plain one goes from level to level.
     Raises ValueError when the points do not divide T (the grid would miss the noisy
     end) or are fewer than the phases.
     """
@@ -57,6 +57,7 @@ class PhaseGrid:
     phases: int = 4
     from_noise: bool = False
     ticks: int = TICKS
+    distilled: bool = True
 
     def __post_init__(self):
         if self.points < 1 or self.ticks % self.points:
@@ -79,11 +80,13 @@ class PhaseGrid:
         """Ticks from one solver point to the next."""
         return self.ticks // self.points
 
-    def _cut(self, i: int, parts: int) -> int:
-        """Tick of cut i in 0..parts, where the grid is divided into parts as even as whole points allow."""
+    def _cut(self, i: int, parts: int, points: int | None = None) -> int:
+        """Tick of cut i in 0..parts, where the cleanest `points` points (default: all) are divided into parts as even
+        as whole points allow."""
+        points = self.points if points is None else points
         if self.from_noise:
-            return self._width * -(-i * self.points // parts)
-        return self._width * (i * self.points // parts)
+            return self._width * -(-i * points // parts)
+        return self._width * (i * points // parts)
 
     def start_ticks(self) -> Tensor:
         """(N,) ticks of the solver points 1..N, from clean to noisy: where training samples start."""
@@ -111,8 +114,9 @@ class PhaseGrid:
 
         As many steps as phases: the edges. More: each phase is divided evenly, the noisiest first where they
         do not divide. Fewer: neighbouring phases are merged, the cleanest first. `denoise` < 1 keeps this
-        grid and enters it at the nearest phase edge (one-phase models: the nearest level), so fewer steps are
-        run, all of them trained.
+        grid and enters it at the nearest phase edge (plain models: the nearest level), so fewer steps are run, all of
+        them trained. A one-phase model has been trained at all points: it starts at the nearest, and takes all its
+        steps from there on.
         Raises ValueError for steps < 1, more steps than points, or denoise outside (0, 1].
         """
         steps = self.phases if steps is None else steps
@@ -121,6 +125,8 @@ class PhaseGrid:
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise must be above 0 and at most 1; got {denoise}.")
 
+        if self.phases == 1 and self.distilled:
+            return self._one_phase(steps, denoise)
         levels = self._levels(steps)
         entries = levels[1:] if self.phases == 1 else [tick for tick in levels[1:] if tick in self.edges]
         start = min(entries, key=lambda tick: (abs(tick - denoise * self.ticks), -tick))
@@ -129,11 +135,23 @@ class PhaseGrid:
         strength = start / self.ticks
         if abs(strength - denoise) <= 1e-6:
             return LevelPlan(ticks, strength)
-        note = (
-            f"denoise {denoise:g} starts at the nearest {'level' if self.phases == 1 else 'phase edge'}, "
-            f"which is {strength:g}: {len(ticks) - 1} of {steps} steps."
-        )
-        return LevelPlan(ticks, strength, (note,))
+        kind = "level" if self.phases == 1 else "phase edge"
+        note = f"denoise {denoise:g} starts at the nearest {kind}, which is {strength:g}: "
+        return LevelPlan(ticks, strength, (f"{note}{len(ticks) - 1} of {steps} steps.",))
+
+    def _one_phase(self, steps: int, denoise: float) -> LevelPlan:
+        """`plan` with one phase: so many steps from the nearest point on, as in diffusers' LCMScheduler."""
+        points = max(1, int(denoise * self.points + 0.5))
+        taken = min(steps, points)
+        ticks = tuple(self._cut(i, taken, points) for i in reversed(range(taken + 1)))
+
+        strength = points / self.points
+        notes = []
+        if abs(strength - denoise) > 1e-6:
+            notes.append(f"denoise {denoise:g} starts at the nearest level, which is {strength:g}.")
+        if taken < steps:
+            notes.append(f"{count_steps(taken)} of {steps}: there are no more levels below denoise {strength:g}.")
+        return LevelPlan(ticks, strength, tuple(notes))
 
     def _levels(self, steps: int) -> list[int]:
         """Ticks of so many steps all the way, from the clean end 0 up to T."""

@@ -120,9 +120,9 @@ def test_a_large_picture_has_large_letters_and_image_to_image_says_its_steps(ser
     links["latent"] = out(graph.add("EmptyLatentImage", width=64, height=640, batch_size=1))
     node = compare(graph, links, step_counts="2", modes="from recipe", denoise=0.5)
     run, (grid,) = server.tensors(graph, out(node))
-    assert run.text(node).splitlines()[-1] == "1 of 2 steps, stochastic, CFG 1: 1 evaluation."
+    assert run.text(node).splitlines()[-1] == "2 steps, stochastic, CFG 1: 2 evaluations."
     page = (grid[0, :, : grid.shape[2] - 64 - 16, 0] - 0.1) / 0.9
-    assert len(places(page, written("1 evaluation", 32))) == 1
+    assert len(places(page, written("2 evaluations", 32))) == 1
 
 
 WRONG = {

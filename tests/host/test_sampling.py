@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from host.graphs import core_sampler, custom, loaded, pcm_sampler, sample, scheduler
+from host.graphs import core_sampler, custom, ksampler, loaded, pcm_sampler, sample, scheduler
 from host.reference import conditioning, ddim
 from host.server import Graph, out
 from host.tiny import RECIPE, make_unet, merge
@@ -88,6 +88,17 @@ def test_denoise_enters_the_grid_at_an_edge_and_says_so(server):
     run, latents = server.latents(graph, ours, euler)
     assert "denoise 0.4 starts at the nearest phase edge, which is 0.5: 2 of 4 steps." in run.text(ours)
     assert largest_difference(*latents) < 1e-4
+
+
+@pytest.mark.parametrize(("denoise", "steps"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_the_hosts_ksampler_is_the_same_at_steps_times_denoise(server, denoise, steps):
+    """With euler and simple, and nothing to say of it."""
+    graph, links = loaded()
+    links["latent"] = out(graph.add("TestLatent", seed=3, batch=1))
+    core = ksampler(graph, links, denoise=denoise, steps=steps)
+    run, latents = server.latents(graph, sample(graph, links, denoise=denoise), core)
+    assert largest_difference(*latents) < 1e-4
+    assert "never saw" not in run.text(links["model"][0])
 
 
 def test_wrong_steps_and_cfg_are_told_on_the_node(server):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
 from phased_consistency.samplers import PhaseGrid
 
@@ -127,11 +127,24 @@ def test_denoise_never_starts_inside_a_phase():
         assert grid.plan(steps, percent / 100).ticks[0] in grid.edges
 
 
-def test_one_phase_starts_at_any_level():
-    plan = PhaseGrid(50, 1, from_noise=True).plan(4, denoise=0.5)
-    assert plan.ticks == (500, 260, 0)
+def test_one_phase_takes_all_its_steps_below_its_start_as_in_diffusers():
+    """LCM's own scheduler, whose timesteps are our ticks - 1."""
+    grid, scheduler = PhaseGrid(50, 1, from_noise=True), LCMScheduler()
+    for points, steps in itertools.product(range(8, 51), (1, 2, 4, 8)):
+        strength = min(1.0, (points + 0.5) / 50)  # it rounds down
+        scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
+        plan = grid.plan(steps, points / 50)
+        assert [tick - 1 for tick in plan.ticks[:-1]] == scheduler.timesteps.tolist(), (points, steps)
+        assert plan.denoise == points / 50 and not plan.notes
+
+
+def test_one_phase_says_what_it_did():
+    plan = PhaseGrid(40, 1).plan(4, denoise=0.41)
+    assert plan.ticks == (400, 300, 200, 100, 0)
+    assert plan.notes == ("denoise 0.41 starts at the nearest level, which is 0.4.",)
+    few = PhaseGrid(40, 1).plan(4, denoise=0.05)
+    assert few.ticks == (50, 25, 0) and few.notes == ("2 steps of 4: there are no more levels below denoise 0.05.",)
     assert PhaseGrid(40, 1).plan(1).ticks == (1000, 0)
-    assert "nearest level, which is 0.5" in PhaseGrid(40, 1).plan(4, denoise=0.4).notes[0]
 
 
 @pytest.mark.parametrize("points", [0, -5, 48, 1001])

@@ -33,7 +33,7 @@ class Alone(NamedTuple):
 
     def grid(self) -> PhaseGrid:
         """Any number of steps, at levels as far from each other."""
-        return PhaseGrid(points=1000, phases=1, from_noise=True)
+        return PhaseGrid(points=1000, phases=1, from_noise=True, distilled=False)
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,11 @@ class Base(ABC):
         """Network module path -> what the LoRA file calls the module."""
 
     @abstractmethod
-    def load_lora(self, path: Path, name: str) -> None:
-        """Install a LoRA file in the network as adapter `name`, by diffusers' own loader."""
+    def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
+        """Install the tensors of a LoRA file for the network as adapter `name`, by diffusers' own loader.
+
+        metadata: PEFT's entries of the file's header, such as `unet.lora_alpha`.
+        """
 
 
 class _AllSeen(Exception):

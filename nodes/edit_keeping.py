@@ -13,6 +13,7 @@ from ..samplers.operators import Operator
 from . import inputs
 from .edit_kinds import COLORIZE, INPAINT, OUTPAINT, SUPER_RESOLUTION, Edit, EditKind, finished, remarks
 from .host import menu_of, show, speaking
+from .inpainting import with_picture
 from .lora_on_model import on_schedule_of
 from .sampling import advice, draw
 from .vae import HostVAE, check_family
@@ -87,8 +88,8 @@ def edited(
         recipe,
         plan,
         cfg,
-        positive,
-        negative,
+        with_picture(positive, model, operator, vae),
+        with_picture(negative, model, operator, vae),
         {"samples": samples},
         noise,
         seed,

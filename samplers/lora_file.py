@@ -1,9 +1,4 @@
-"""LoRA files by their safetensors header alone: names, shapes, family, key styles, alpha, but no weights.
-
-Every published key style is brought to one name per module, kohya's (lora_unet_*; for SD3
-lora_transformer_*). The host maps those whole; of the PEFT and diffusers styles it drops all attention
-projections for SD1.5 and SDXL.
-"""
+"""LoRA files by their safetensors header alone: modules by name, shapes, family, alpha, but no weights."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -22,29 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .lora_alphas import PEFT_KEY, peft_alphas
+from .lora_names import host_suffix, path_of, split_key
 from .recipe import FAMILIES, HEADER_KEY, Recipe
 from .texts import brief
 
-# suffix of a tensor's name -> the part of the module that the tensor is, most specific first
-PARTS = (
-    (".lora_down.weight", "down"),
-    (".lora_up.weight", "up"),
-    (".lora_A.weight", "down"),
-    (".lora_B.weight", "up"),
-    (".lora_A.default.weight", "down"),
-    (".lora_B.default.weight", "up"),
-    (".lora.down.weight", "down"),
-    (".lora.up.weight", "up"),
-    (".lora_linear_layer.down.weight", "down"),
-    (".lora_linear_layer.up.weight", "up"),
-    ("_lora.down.weight", "down"),
-    ("_lora.up.weight", "up"),
-    (".alpha", "alpha"),
-)
-KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
-TEXT_ENCODERS = (("text_encoder.", "lora_te_"), ("text_encoder_2.", "lora_te2_"), ("text_encoder_3.", "lora_te3_"))
-WRAPPERS = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
-SD3_ROOTS = ("transformer_blocks", "context_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out")
 ARCHITECTURES = (
     ("stable-diffusion-v1", "sd15"),
     ("stable-diffusion-v2", "sd2"),
@@ -56,10 +34,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FLOATS = frozenset(DTYPES)
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"BOOL": torch.bool}
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 SD3_WIDTHS = (1536, 2432)
-PEFT_KEY = "lora_adapter_metadata"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT writes
+LONGEST_CONFIG = 1_000_000  # characters
 LONGEST_NAME = 1000  # characters; published ones have up to 120
 SD3_PROJECTION = re.compile(
     r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$|joint_blocks_\d+_\w*attn_qkv$"
@@ -74,25 +54,76 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+# kind of a module -> its parts that hold weights: of each group, one of the alternatives
+KINDS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
+    "LoRA": ((("down",),), (("up",),)),
+    "LoHa": ((("hada_w1_a", "hada_w1_b"),), (("hada_w2_a", "hada_w2_b"),)),
+    "LoKr": ((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
+    "GLoRA": ((("a1_weight", "a2_weight"),), (("b1_weight", "b2_weight"),)),
+    "OFT": ((("oft_blocks",),),),
+    "IA3": ((("on_input",),), (("ia3",),)),
+    "weights": ((("diff",), ("diff_b",), ("set_weight",), ("w_norm",)),),
+}
+SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")  # kinds whose strength is alpha / rank
+PLAIN = {"down", "up", "alpha"}  # the parts of a plain LoRA's module
+SINGLE = ("alpha", "on_input")  # parts that are one number, and may be an integer
+
+
 @dataclass
 class LoraModule:
-    """One adapted module: its tensors' names by part ("down", "up", "alpha"), their shapes and their dtypes."""
+    """One adapted module: its tensors' names by part ("down", "up", "alpha", ...), their shapes and their dtypes.
 
+    path: the module's name as it is in the file.
+    """
+
+    path: str = ""
     keys: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str | None:
+        """One of `KINDS`, by any of its parts; None for a module of which there is but an alpha or the like."""
+        for kind, groups in KINDS.items():
+            if any(part in self.keys for group in groups for parts in group for part in parts):
+                return kind
+        return None
+
+    @property
+    def title(self) -> str:
+        """The kind as people call it: a LoRA with magnitudes is a DoRA, one with a middle a LoCon."""
+        if self.kind != "LoRA" or self.is_plain:
+            return self.kind or "other"
+        return "DoRA" if "dora_scale" in self.keys else "LoCon" if "mid" in self.keys else "LoRA with biases"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a pair of halves, with or without an alpha, and nothing else."""
+        return self.keys.keys() <= PLAIN
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether any of its weights is stored in another type than floating point."""
+        return any(dtype not in FLOATS for part, dtype in self.dtypes.items() if part not in SINGLE)
+
+    @property
+    def lacks(self) -> list[str]:
+        """The parts that it needs and has not."""
+        groups = KINDS.get(self.kind, ())
+        missing = [group[0] for group in groups if not any(set(parts) <= self.keys.keys() for parts in group)]
+        return [part for parts in missing for part in parts if part not in self.keys]
+
+    @property
     def rank(self) -> int | None:
-        """Rank by the `down` half, its first side; None where there is no such half, or it has no sides."""
-        return next(iter(self.shapes.get("down", ())), None)
+        """Rank by the half that has it as its first side; None where there is no such half, or it has no sides."""
+        half = next((p for p in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in self.shapes), None)
+        return next(iter(self.shapes.get(half, ())), None)
 
     @property
     def is_whole(self) -> bool:
         """Whether both halves are there, (rank, in, ...) and (out, rank, ...), of one rank, in floating point."""
         down, up = (self.shapes.get(part, ()) for part in ("down", "up"))
-        floating = all(self.dtypes.get(part) in FLOATS for part in ("down", "up"))
-        return floating and len(down) >= 2 and len(up) >= 2 and up[1] == down[0] > 0
+        return not self.is_integer and len(down) >= 2 and len(up) >= 2 and up[1] == down[0] > 0
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether the module is whole, and up @ down has the shape of this weight, (out, in, *kernel)."""
@@ -104,41 +135,57 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """A LoRA file as its header describes it."""
+    """A LoRA file as its header describes it.
+
+    config: the text of PEFT's adapter_config.json beside the file, where that is how its alphas are known.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    config: str | None = None
 
     @property
     def modules(self) -> dict[str, LoraModule]:
         """kohya module name -> module; raises ValueError when the file holds no LoRA, or a weight under two names."""
-        modules: dict[str, LoraModule] = {}
-        for name, info in self.tensors.items():
-            if (split := split_key(name)) is not None:
-                module, part = split
-                entry = modules.setdefault(module, LoraModule())
-                if part in entry.keys:
-                    twice = f"{entry.keys[part]} and {name}"
-                    raise ValueError(f"{self.path.name} has one weight under two names, {twice}. Get the file again.")
-                entry.keys[part] = name
-                entry.shapes[part] = info.shape
-                entry.dtypes[part] = info.dtype
-
-        # An alpha alone is of some other kind of adapter, such as LoHa, whose halves have other names.
-        modules = {k: m for k, m in modules.items() if "down" in m.keys or "up" in m.keys}
-        if not modules:
+        if not self._modules:
             examples = ", ".join(list(self.tensors)[:3]) or "no tensors at all"
             raise ValueError(
                 f"{self.path.name} holds no LoRA: none of its {len(self.tensors)} tensor names is a LoRA's (they are "
                 f"like {examples}). Use a LoRA file, not a checkpoint or an embedding."
             )
-        return modules
+        return self._modules
+
+    @cached_property
+    def _modules(self) -> dict[str, LoraModule]:
+        modules: dict[str, LoraModule] = {}
+        for name, (module, part) in self._parts.items():
+            entry = modules.setdefault(module, LoraModule(path_of(name, part)))
+            if part in entry.keys:
+                twice = f"{entry.keys[part]} and {name}"
+                raise ValueError(f"{self.path.name} has one weight under two names, {twice}. Get the file again.")
+            entry.keys[part] = name
+            entry.shapes[part] = self.tensors[name].shape
+            entry.dtypes[part] = self.tensors[name].dtype
+
+        # what is left of a module whose weights are of some kind that is not known here is no module
+        return {name: module for name, module in modules.items() if module.kind}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, str]]:
+        """Tensor name -> (kohya module name, part), for every tensor of a known style."""
+        split = {name: parts for name in self.tensors if (parts := split_key(name)) is not None}
+        # IA3's weights have names that any weight has: what tells is the flag beside them
+        for name in [name for name, (_, part) in split.items() if part == "on_input"]:
+            weight = f"{path_of(name, 'on_input')}.weight"
+            if weight in self.tensors:
+                split[weight] = (split[name][0], "ia3")
+        return split
 
     @property
     def unmatched(self) -> list[str]:
-        """Tensor names that belong to no LoRA style known here (LoHa, LoKr, biases, ...)."""
-        return [name for name in self.tensors if split_key(name) is None]
+        """Tensor names that belong to no module of a kind known here."""
+        return [name for name in self.tensors if self._parts.get(name, ("",))[0] not in self._modules]
 
     @property
     def family(self) -> str | None:
@@ -156,66 +203,61 @@ class LoraHeader:
 
         Raises ValueError for metadata of another form, and for an alpha that is not a finite number.
         """
-        text = self.metadata.get(PEFT_KEY)
+        text = self.metadata.get(PEFT_KEY) or self.config
         if not text:
             return {}
         try:
-            # The keys are "unet.lora_alpha" and the like; of several components the first counts.
-            config = {key.split(".")[-1]: value for key, value in reversed(json.loads(text).items())}
-            patterns = config.get("alpha_pattern") or {}
-            patterns = {key.replace(".", "_"): _number(value) for key, value in patterns.items()}
-            alpha = config.get("lora_alpha")
-            alpha = None if alpha is None else _number(alpha)
+            alphas = peft_alphas(text, self.modules)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            source = PEFT_KEY if self.metadata.get(PEFT_KEY) else PEFT_CONFIG
             raise ValueError(
-                f"{self.path.name}: its {PEFT_KEY} cannot be read ({brief(error)}). Get the file again."
+                f"{self.path.name}: its {source} cannot be read ({brief(error)}). Get the file again."
             ) from error
-        alphas = {}
-        for name, module in self.modules.items():
-            module_alpha = next((v for k, v in patterns.items() if name.endswith(k)), alpha)
-            if module_alpha is not None and "alpha" not in module.keys:
-                alphas[name] = module_alpha
-        return alphas
+        return {name: alpha for name, alpha in alphas.items() if "alpha" not in self.modules[name].keys}
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """module -> its parts that are one number: the alpha, from the file's tensors or the PEFT metadata.
+
+        Reads those few numbers and no other tensor. Raises ValueError for one that is not one number.
+        """
+        modules, in_metadata = self.modules, self.scale_alphas()
+        keys = {m.keys[part] for m in modules.values() for part in SINGLE if part in m.keys}
+        values = _read_numbers(self.path, keys)
+        numbers = {
+            name: {part: values[m.keys[part]] for part in SINGLE if part in m.keys} for name, m in modules.items()
+        }
+        for name, alpha in in_metadata.items():
+            numbers[name]["alpha"] = alpha
+        return numbers
 
     def alphas(self) -> dict[str, float]:
-        """module -> alpha, from the file's tensors or the PEFT metadata, for the modules that have one.
+        """module -> alpha, for the modules that have one; raises as `numbers`."""
+        return {name: parts["alpha"] for name, parts in self.numbers().items() if "alpha" in parts}
 
-        Reads those few numbers and no other tensor. Raises ValueError for an alpha that is not one number.
+    def lost_alphas(self) -> list[str]:
+        """The modules that take an alpha and have none, where others have one, or kohya's entries name one.
+
+        Loaders take such a module at alpha = rank, and diffusers at the others' alpha: whichever it was made for, one
+        of them is wrong.
         """
-        keys = {name: module.keys["alpha"] for name, module in self.modules.items() if "alpha" in module.keys}
-        numbers = _read_numbers(self.path, set(keys.values()))
-        return self.scale_alphas() | {name: numbers[key] for name, key in keys.items()}
+        numbers = self.numbers()
+        scaled = [name for name, module in self.modules.items() if module.kind in SCALED]
+        lost = [name for name in scaled if "alpha" not in numbers[name]]
+        try:
+            alpha, rank = (float(self.metadata[f"ss_network_{part}"]) for part in ("alpha", "dim"))
+        except (KeyError, ValueError):  # none, or "Dynamic" where they differ from module to module
+            alpha = rank = 1.0
+        return lost if len(lost) < len(scaled) or alpha != rank else []
 
     def kohya_names(self) -> dict[str, str]:
-        """Tensor name in the file -> kohya name, for every LoRA tensor."""
-        suffix = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
-        return {key: module + suffix[part] for module, m in self.modules.items() for part, key in m.keys.items()}
+        """Tensor name in the file -> kohya name, for every tensor of a module."""
+        return {key: f"{name}.{host_suffix(p)}" for name, m in self.modules.items() for p, key in m.keys.items()}
 
 
-def split_key(name: str) -> tuple[str, str] | None:
-    """Tensor name -> (kohya module name, part), for every published key style; None for other tensors.
-
-    unet.mid_block.attentions.0.proj_in.lora_A.weight -> (lora_unet_mid_block_attentions_0_proj_in, down).
-    """
-    for suffix, part in PARTS:
-        if name.endswith(suffix):
-            return _module_name(name[: -len(suffix)]), part
-    return None
-
-
-def _module_name(path: str) -> str:
-    """kohya's name of a module, from its path in any published style."""
-    if path.startswith(KOHYA_PREFIXES):
-        return path
-    for encoder, prefix in TEXT_ENCODERS:
-        if path.startswith(encoder):
-            return prefix + path.removeprefix(encoder).replace(".", "_")
-    path = path.removeprefix("lycoris_")
-    while path.startswith(WRAPPERS):
-        path = path.removeprefix(next(w for w in WRAPPERS if path.startswith(w)))
-    path = path.replace(".processor.", ".")
-    path = re.sub(r"\.to_out$", ".to_out.0", path)
-    return ("lora_transformer_" if path.startswith(SD3_ROOTS) else "lora_unet_") + path.replace(".", "_")
+def lora_file(path: str | Path) -> Path:
+    """The file of a LoRA: where PEFT has written a folder, the weights in it."""
+    path = Path(path)
+    return path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path
 
 
 def header_text(path: Path) -> bytes:
@@ -223,6 +265,7 @@ def header_text(path: Path) -> bytes:
 
     Raises FileNotFoundError, or ValueError for another format, or a file cut short within its header.
     """
+    path = lora_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
     size = path.stat().st_size
@@ -241,11 +284,11 @@ def header_text(path: Path) -> bytes:
 
 
 def read_header(path: str | Path) -> LoraHeader:
-    """Read a safetensors header and check that the file is whole.
+    """Read the safetensors header of a file, or of a folder as PEFT writes it, and check that the file is whole.
 
     Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that is cut short.
     """
-    path = Path(path)
+    path = lora_file(path)
     text = header_text(path)
     damaged = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError)
     try:
@@ -262,7 +305,21 @@ def read_header(path: str | Path) -> LoraHeader:
     if cut_short:
         size = path.stat().st_size
         raise ValueError(f"{path.name} is cut short: {size} bytes of the {end} that its header promises. Get it again.")
-    return LoraHeader(path, tensors, metadata)
+    config = path.with_name(PEFT_CONFIG)
+    return LoraHeader(path, tensors, metadata, _config_beside(config) if path.name == PEFT_WEIGHTS else None)
+
+
+def _config_beside(config: Path) -> str | None:
+    """The text of PEFT's settings beside its weights, None without any; ValueError for what is no text of theirs."""
+    if not config.is_file():
+        return None
+    try:
+        with config.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_CONFIG)
+        json.loads(text)
+        return text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} cannot be read ({brief(error)}). Get it again, or take it away.") from error
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -284,13 +341,6 @@ def _printable(name: str) -> str:
     if len(name) > LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a name of {len(name)} characters, {name[:30]!r}, which no tensor has")
     return name
-
-
-def _number(value: float) -> float:
-    """An alpha from JSON, which also has NaN, Infinity and numbers in quotes: ValueError for those."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"an alpha is {str(value)[:30]!r}, which is no number")
-    return float(value)
 
 
 def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:

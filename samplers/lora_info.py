@@ -50,7 +50,8 @@ def facts(header: LoraHeader) -> dict[str, Any]:
         "modules": len(modules),
         "tensors": len(header.tensors),
         "not_lora_tensors": header.unmatched,
-        "ranks": dict(Counter(m.rank for m in modules.values())),
+        "kinds": dict(Counter(m.title for m in modules.values())),
+        "ranks": dict(Counter("none" if m.rank is None else m.rank for m in modules.values())),
         "alphas": dict(Counter(f"{alphas[name]:g}" if name in alphas else NO_ALPHA for name in modules)),
         "dtypes": dict(Counter(t.dtype for t in header.tensors.values())),
         "metadata": header.metadata,
@@ -61,6 +62,8 @@ def sentences(values: dict[str, Any]) -> list[str]:
     """The values of `facts` as sentences, the most important first."""
     method = "" if values["method"] in (None, "LoRA") else f"{values['method']} "
     modules = f"{values['modules']} module{'s' * (values['modules'] != 1)}"
+    if set(values["kinds"]) != {"LoRA"}:
+        modules += f" ({', '.join(f'{n} {kind}' for kind, n in values['kinds'].items())})"
     lines = [f"{family_title(values['family'])} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
     if values["recipe"]:
         lines += [values["usage"], f"Recipe from {SOURCES[values['recipe']['source']]}."]

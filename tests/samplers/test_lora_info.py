@@ -75,8 +75,8 @@ def test_an_alpha_of_several_numbers_is_refused(tmp_path):
 
 
 def test_tensors_of_other_kinds_are_counted(tmp_path):
-    tensors = {f"{NAMES[0]}.lora_up.weight": torch.zeros(8, 4), "x.hada_w1_a": torch.zeros(1)}
-    for more, ending in (({}, "x.hada_w1_a."), ({"x.hada_w1_b": torch.zeros(1)}, "x.hada_w1_a and 1 more.")):
+    tensors = {f"{NAMES[0]}.lora_up.weight": torch.zeros(8, 4), "x.vera_w1_a": torch.zeros(1)}
+    for more, ending in (({}, "x.vera_w1_a."), ({"x.vera_w1_b": torch.zeros(1)}, "x.vera_w1_a and 1 more.")):
         save_file(tensors | more, tmp_path / "a.safetensors")
         values = facts(read_header(tmp_path / "a.safetensors"))
         assert sentences(values)[-1] == f"Tensors of no LoRA style known here: {ending}"

@@ -160,7 +160,7 @@ class Pixels(Base):
     def lora_key(module: str) -> str:
         raise ValueError("A network for small pictures is trained whole and takes no LoRA.")
 
-    def load_lora(self, path: Path, name: str) -> None:
+    def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         raise ValueError("a network for small pictures is trained whole and takes no LoRA")
 
 

@@ -269,8 +269,8 @@ class SD3(Base):
         """Transformer module path -> diffusers' module name."""
         return "transformer." + module
 
-    def load_lora(self, path: Path, name: str) -> None:
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(str(path), return_lora_metadata=True)
+    def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
+        state = StableDiffusion3Pipeline.lora_state_dict(state)
         # as the pipeline's load_lora_weights does: what comes after would pass over other tensors, alphas
         # above all
         strange = next((key for key in state if "lora" not in key), None)

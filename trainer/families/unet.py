@@ -192,10 +192,8 @@ class UNetBase(Base):
         """UNet module path -> kohya's module name."""
         return "lora_unet_" + module.replace(".", "_")
 
-    def load_lora(self, path: Path, name: str) -> None:
-        state, alphas, metadata = self.pipeline.lora_state_dict(
-            str(path), unet_config=self.network.config, return_lora_metadata=True
-        )
+    def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
+        state, alphas = self.pipeline.lora_state_dict(state, unet_config=self.network.config)
         # diffusers takes one of the two: kohya's files have alphas, PEFT's have metadata
         metadata = None if alphas else metadata
         self.pipeline.load_lora_into_unet(state, alphas, self.network, adapter_name=name, metadata=metadata)

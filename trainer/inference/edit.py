@@ -34,7 +34,7 @@ from ..families import Base, Condition
 from ..families.base import Alone
 from ..families.generate import draw, unit_noise
 from ..families.loading import load_part
-from ..lora.install import install_for_sample, mismatches, null_of
+from ..lora.install import install_for_sample, null_of
 
 STEPS_ALONE = 8
 
@@ -71,7 +71,7 @@ class Editor:
     usual: the LoRA's recipe, or how the base is sampled alone; guidance, gamma, steps: None is what it says.
     null: what guidance subtracts. every, residual: see `Projected`. projection: "picture" (through the VAE), "latent"
     (inpainting and outpainting alone) or "none" (only the result is projected, as a baseline). fast: a cheaper VAE for
-    the steps' projections; the start and the result go through the base's own.
+    the steps' projections; the start and the result go through the base's own. notes: sentences on the LoRA.
     """
 
     base: Base
@@ -84,6 +84,7 @@ class Editor:
     every: int = 1
     residual: bool = True
     fast: Codec | None = None
+    notes: tuple[str, ...] = ()
     codec: Codec = field(init=False)
 
     def __post_init__(self):
@@ -123,7 +124,7 @@ class Editor:
 
     def warnings(self, plan: LevelPlan) -> list[str]:
         """What is wrong with the settings, and how the levels differ from what was asked for: a sentence for each."""
-        warnings = mismatches(self.recipe, self.base)
+        warnings = [*self.notes]
         if self.recipe:
             warnings += self.recipe.warnings(self._steps, self.settings()["guidance"])
         return [*warnings, *plan.notes]
@@ -240,9 +241,9 @@ def open_editor(
 
     fast_vae: see `load_fast_vae`. options: of `Editor`.
     """
-    recipe, _ = install_for_sample(lora, base, strength)
+    recipe, _, notes = install_for_sample(lora, base, strength)
     fast = None if fast_vae is None else load_fast_vae(fast_vae, base)
-    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, **options)
+    return Editor(base, recipe or base.alone, null_of(base, negative), fast=fast, notes=notes, **options)
 
 
 def load_fast_vae(folder: Path, base: Base) -> BaseCodec:

@@ -9,7 +9,7 @@ from typing import Any
 from ...samplers.phases import count_steps
 from ..families import Base
 from ..families.generate import draw, unit_noise
-from ..lora.install import install_for_sample, mismatches, null_of
+from ..lora.install import install_for_sample, null_of
 from ..pictures import check_png, draw_grid, save_image
 
 
@@ -33,7 +33,7 @@ def sample_grid(
     `install_for_sample`.
     """
     check_png(out)
-    recipe, strength = install_for_sample(lora, base, strength)
+    recipe, strength, notes = install_for_sample(lora, base, strength)
     usual = recipe or base.alone
     guidance = usual.guidance if guidance is None else guidance
     gamma = usual.gamma if gamma is None else gamma
@@ -44,8 +44,7 @@ def sample_grid(
     condition = base.encode_prompts(prompts)
     null = null_of(base, negative)
 
-    rows, pictures = [], []
-    warnings = mismatches(recipe, base)
+    rows, pictures, warnings = [], [], [*notes]
     for n in steps:
         plan = usual.grid().plan(n)
         warnings += [*(recipe.warnings(n, guidance) if recipe else []), *plan.notes]

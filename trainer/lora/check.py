@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...samplers.lora_file import LoraHeader, split_key
+from ...samplers.lora_file import LoraHeader, LoraModule
+from ...samplers.lora_names import split_key
 from ..families import Base
 from ..families.generate import probe
 from .describe import broken_sentence, broken_tensors
-from .install import ADAPTER, header_of_family, install
+from .install import ADAPTER, check_plain, header_of_family, install, left_out
 
 # kohya's names of SDXL's and SD3's blocks in the original layout
 OTHER_LAYOUT = re.compile(
@@ -27,9 +28,10 @@ OF_OUTPUT, OF_EFFECT = 1e-3, 0.01
 
 @dataclass(frozen=True)
 class Names:
-    """A LoRA's modules by name: `layers` of the network that they are for, those `unmatched` by any, and those that
-    are named in the `other_layout`, which diffusers maps and we do not."""
+    """A LoRA's `modules` for the network by name, the `layers` that they are for, those `unmatched` by any, and those
+    that are named in the `other_layout`, which diffusers maps and we do not."""
 
+    modules: dict[str, LoraModule]
     layers: dict[str, nn.Module]
     unmatched: list[str]
     other_layout: list[str]
@@ -49,12 +51,15 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
+    check_plain(header)
     names = _names(header, base)
     facts: dict[str, Any] = {
-        "modules": len(header.modules),
+        "modules": len(names.modules),
         "unmatched": len(names.unmatched),
         "unmatched_names": names.unmatched[:20],
         "other_layout": len(names.other_layout),
+        "lost_alphas": [name for name in header.lost_alphas() if name in names.modules],
+        "left_out": left_out(header),
         "passed": False,
     }
 
@@ -65,7 +70,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     try:
         _, not_installed = install(file, base, ADAPTER)
     except ValueError as error:
-        return facts | {"not_loaded_by_diffusers": len(header.modules), "text": f"FAILED: {error}"}
+        return facts | {"not_loaded_by_diffusers": len(names.modules), "text": f"FAILED: {error}"}
     by_diffusers = base.denoise(x, tick, condition)
     base.network.delete_adapters(ADAPTER)
     facts["not_loaded_by_diffusers"] = not_installed
@@ -73,7 +78,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         text = f"FAILED: with {file.name} the output is not finite: its numbers are too large. Get it again."
         return facts | {"text": text}
 
-    whole = not names.unmatched and not not_installed
+    whole = not names.unmatched and not not_installed and not facts["lost_alphas"]
     if names.other_layout:
         return facts | _not_compared(whole, names, by_diffusers - bare, facts)
     _add_by_hand(file, header, names)
@@ -83,13 +88,14 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
 
 def _names(header: LoraHeader, base: Base) -> Names:
     layers = {_name_in_header(base, name): m for name, m in base.network.named_modules() if hasattr(m, "weight")}
-    other_layout = [name for name in header.modules if OTHER_LAYOUT.search(name)]
+    modules = {name: module for name, module in header.modules.items() if not name.startswith("lora_te")}
+    other_layout = [name for name in modules if OTHER_LAYOUT.search(name)]
     unmatched = sorted(
         name
-        for name, module in header.modules.items()
+        for name, module in modules.items()
         if name not in other_layout and not (name in layers and module.fits(tuple(layers[name].weight.shape)))
     )
-    return Names(layers, unmatched, other_layout)
+    return Names(modules, layers, unmatched, other_layout)
 
 
 def _name_in_header(base: Base, module: str) -> str:
@@ -99,8 +105,8 @@ def _name_in_header(base: Base, module: str) -> str:
 
 def _add_by_hand(file: Path, header: LoraHeader, names: Names) -> None:
     """Add the LoRA to the weights of the network's layers, but for the modules that match none."""
-    weights, alphas = load_file(file), header.alphas()
-    for name, module in header.modules.items():
+    weights, alphas = load_file(header.path), header.alphas()
+    for name, module in names.modules.items():
         if name in names.unmatched:
             continue
         up, down = (weights[module.keys[part]].float() for part in ("up", "down"))
@@ -123,7 +129,7 @@ def _compared(
         "passed": passed,
         "max_difference": difference,
         "max_effect": effect,
-        "text": f"{_verdict(passed, facts)}, {text}{_unmatched(names)}",
+        "text": f"{_verdict(passed, facts)}, {text}{_remarks(names, facts, difference / effect if effect else 0)}",
     }
 
 
@@ -137,7 +143,7 @@ def _not_compared(whole: bool, names: Names, added: Tensor, facts: dict[str, Any
         "passed": whole,
         "max_difference": None,
         "max_effect": effect,
-        "text": f"{_verdict(whole, facts)}; {text}{_unmatched(names)}",
+        "text": f"{_verdict(whole, facts)}; {text}{_remarks(names, facts)}",
     }
 
 
@@ -148,5 +154,10 @@ def _verdict(passed: bool, facts: dict[str, Any]) -> str:
     )
 
 
-def _unmatched(names: Names) -> str:
-    return f"; unmatched: {', '.join(names.unmatched[:5])}" if names.unmatched else ""
+def _remarks(names: Names, facts: dict[str, Any], off: float | None = None) -> str:
+    """What else there is to say; off: by which share of the LoRA's effect the two ways differ."""
+    remarks = [f"unmatched: {', '.join(names.unmatched[:5])}"] if names.unmatched else []
+    if lost := facts["lost_alphas"]:
+        share = "" if off is None else f", off by {off:.2g} of its effect"
+        remarks.append(f"{len(lost)} of {facts['modules']} modules have lost their alpha{share}: get the file again")
+    return "".join(f"; {remark}" for remark in [*remarks, *(line.rstrip(".") for line in facts["left_out"])])

@@ -18,9 +18,9 @@ def describe(file: Path) -> dict[str, Any]:
     Raises ValueError or FileNotFoundError for a bad file.
     """
     header = read_header(file)
-    true_hash, stored = tensor_hash(file), header.metadata.get("sshs_model_hash")
+    true_hash, stored = tensor_hash(header.path), header.metadata.get("sshs_model_hash")
     return facts(header) | {
-        "sha256": file_hash(file),
+        "sha256": file_hash(header.path),
         "autov3": true_hash[:12],
         "hash_matches_header": None if stored is None else stored == true_hash,
         "not_finite": broken_tensors(header),

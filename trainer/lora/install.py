@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from ...samplers import Recipe
-from ...samplers.lora_file import LoraHeader, family_title, read_header
+from ...samplers.lora_alphas import PEFT_KEY
+from ...samplers.lora_file import LoraHeader, LoraModule, family_title, read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
@@ -18,6 +24,7 @@ from ..families.base import DTYPES
 from .describe import broken_sentence, broken_tensors
 
 ADAPTER = "file"
+RAW = "base_model.model."  # before names as PEFT writes them by itself
 
 
 def load_for_sample(base: str, dtype: str, lora: Path | None, **options) -> Base:
@@ -71,18 +78,24 @@ def null_of(base: Base, negative: str | None) -> Condition:
     return base.null_condition(base.encode_prompts([""])) if negative is None else base.encode_prompts([negative])
 
 
-def install_for_sample(lora: Path | None, base: Base, strength: float | None) -> tuple[Recipe | None, float | None]:
-    """`install_whole` at this strength (None: what the recipe wants, else 1); returns the recipe and the strength.
+class Installed(NamedTuple):
+    """A LoRA as it was put into a base: its recipe and its strength, None without one, and sentences on it."""
 
-    Both are None where there is no LoRA.
-    """
+    recipe: Recipe | None = None
+    strength: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def install_for_sample(lora: Path | None, base: Base, strength: float | None) -> Installed:
+    """`install_whole` at this strength; None is what the recipe wants, else 1."""
     if lora is None:
-        return None, None
-    recipe = recipe_of(header_of_family(lora, base.name))
+        return Installed()
+    header = header_of_family(lora, base.name)
+    recipe = recipe_of(header)
     if strength is None:
         strength = recipe.strength if recipe else 1.0
     install_whole(lora, base, strength)
-    return recipe, strength
+    return Installed(recipe, strength, (*mismatches(recipe, base), *left_out(header)))
 
 
 def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | None:
@@ -127,17 +140,60 @@ def header_of_family(file: Path, family: str) -> LoraHeader:
 
 
 def install(path: Path, base: Base, name: str) -> tuple[int, int]:
-    """Load a LoRA file into the base's network through diffusers as adapter `name`.
+    """Load a LoRA into the base's network through diffusers as adapter `name`: its modules for the network, and no
+    others (see `left_out`).
 
-    Returns (modules in the file, modules that diffusers did not install). Raises ValueError when it takes none of it.
+    Returns (modules for the network, those of them that diffusers did not install). Raises ValueError for modules that
+    are more than a plain LoRA's, and when diffusers takes none of the file.
     """
+    header = read_header(path)
+    check_plain(header)
+    modules = [module for name, module in header.modules.items() if not name.startswith("lora_te")]
+    keys = {key for module in modules for key in module.keys.values()}
+    state = {key: tensor for key, tensor in load_file(header.path).items() if key in keys}
+    metadata = json.loads(header.metadata.get(PEFT_KEY) or header.config or "null")
+    if any(key.startswith(RAW) for key in keys):  # PEFT's own names, which diffusers reads under a component's alone
+        state = {key.replace(RAW, f"{base.component}.", 1): tensor for key, tensor in state.items()}
+        metadata = metadata and _as_diffusers_writes(metadata, modules, base.component)
     try:
         with warnings.catch_warnings():
-            # a second adapter is what the self-test wants
+            # a second adapter is what the self-test wants, and modules are counted below
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            base.load_lora(path, name)
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters")
+            base.load_lora(state, metadata, name)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # PEFT's, for its metadata
         raise ValueError(f"diffusers cannot load {path.name} into {Path(base.path).name}: {brief(error)}") from error
-    modules = len(read_header(path).modules)
     adapted = sum(name in layer.lora_A for layer in base.network.modules() if hasattr(layer, "lora_A"))
-    return modules, modules - adapted
+    return len(modules), len(modules) - adapted
+
+
+def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], component: str) -> dict[str, Any]:
+    """PEFT's settings of an adapter as diffusers writes them into a header: under the component's name, with the file's
+    own modules as targets, and none that are of training."""
+    ranks = {module.path.removeprefix(RAW): module.rank for module in modules}
+    settings = {key.split(".")[-1]: value for key, value in config.items()}
+    kept = {key: settings[key] for key in ("r", "lora_alpha", "alpha_pattern", "use_rslora") if key in settings}
+    kept |= {"target_modules": list(ranks), "rank_pattern": {rf"^{re.escape(path)}": r for path, r in ranks.items()}}
+    return {f"{component}.{key}": value for key, value in kept.items()}
+
+
+def check_plain(header: LoraHeader) -> None:
+    """Raise ValueError for modules of the network that are more than two halves and an alpha: diffusers would take
+    them in part, or as something else."""
+    other = {n: m for n, m in header.modules.items() if not m.is_plain and not n.startswith("lora_te")}
+    if other:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
+        raise ValueError(
+            f"{header.path.name} is no plain LoRA: of its {len(header.modules)} modules {kinds}, such as "
+            f"{next(iter(other))}. Use it in ComfyUI (Load PCM LoRA), or bring it to a plain LoRA first: merge it into "
+            "its base there, and then pcm extract."
+        )
+
+
+def left_out(header: LoraHeader) -> list[str]:
+    """What `install` leaves out of a LoRA, in sentences: other modules than the network's, and what is no LoRA."""
+    encoders = sum(name.startswith("lora_te") for name in header.modules)
+    lines = [f"{encoders} modules for text encoders are left out."] if encoders else []
+    if header.unmatched:
+        lines.append(f"{len(header.unmatched)} tensors that are no LoRA's are left out, such as {header.unmatched[0]}.")
+    return lines

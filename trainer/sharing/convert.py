@@ -47,5 +47,5 @@ def convert(
         "alpha_worked_in": worked_in,
         "recipe_from": lora.recipe and lora.recipe.source,
         "text": f"{out}: {lora.family.title}, {len(lora.pairs)} modules in the {to} style; alpha: {lora.alpha_source}"
-        f"{remark}",
+        f"{remark}{lora.remark()}",
     }

@@ -63,7 +63,7 @@ def merge(
         "modules": len(pairs),
         "merged": merged,
         **figures,
-        "text": text,
+        "text": text + "".join(lora.remark() for lora in loras),
     }
 
 

@@ -66,7 +66,8 @@ class Pair:
 class Lora:
     """A LoRA of one family: pairs by diffusers' module name ("unet.mid_block.attentions.0.proj_in").
 
-    alpha_source: where the alphas came from, for people. recipe: the header's, or a known file's.
+    alpha_source: where the alphas came from, for people. recipe: the header's, or a known file's. left_out: sentences
+    on what of the file is not here.
     """
 
     path: Path
@@ -75,6 +76,11 @@ class Lora:
     metadata: dict[str, str]
     alpha_source: str
     recipe: Recipe | None
+    left_out: tuple[str, ...] = ()
+
+    def remark(self) -> str:
+        """What was left out, after a sentence on what was written."""
+        return "".join(f"; {line}" for line in self.left_out)
 
 
 def usual_style(family: type[Base]) -> str:

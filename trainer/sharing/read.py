@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...samplers.lora_alphas import PEFT_KEY
 from ...samplers.lora_file import (
     CONTEXT_WIDTHS,
-    PEFT_KEY,
+    PEFT_CONFIG,
     UNET_CONTEXT,
     LoraHeader,
     TensorInfo,
     family_from_metadata,
     family_title,
     read_header,
-    split_key,
 )
 from ...samplers.lora_info import recipe_of
+from ...samplers.lora_names import split_key
 from ..families import FAMILIES, Base
 from ..families.detection import LORA_FAMILIES
 from ..lora.check import OTHER_LAYOUT
+from ..lora.install import check_plain
 from .names import dotted_name
 from .pairs import Lora, Pair
 
@@ -43,11 +45,10 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     """
     header = read_header(path)
     base_class = _family(header, family)
-    if header.unmatched:
-        some = f"{len(header.unmatched)} of {len(header.tensors)} tensors, such as {header.unmatched[0]}"
-        raise ValueError(f"{path.name} has tensors of no LoRA style known here: {some}. Use a plain LoRA.")
+    check_plain(header)
+    header, notes = _without_others(header, base_class)
 
-    tensors = _load(path)
+    tensors = {name: tensor for name, tensor in _load(header.path).items() if name in header.tensors}
     _check_modules(header, tensors)
     renamed = _in_diffusers_layout(header, tensors, base_class)
     alphas, alpha_source = _alphas(header, renamed, tensors, alpha)
@@ -60,7 +61,21 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
             raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
         down, up = (tensors[module.keys[part]] for part in ("down", "up"))
         pairs[dotted] = Pair(down, up, alphas.get(name, float(len(down))))
-    return Lora(path, base_class, dict(sorted(pairs.items())), header.metadata, alpha_source, recipe_of(header))
+    pairs = dict(sorted(pairs.items()))
+    return Lora(header.path, base_class, pairs, header.metadata, alpha_source, recipe_of(header), notes)
+
+
+def _without_others(header: LoraHeader, family: type[Base]) -> tuple[LoraHeader, tuple[str, ...]]:
+    """The header without what has no place in a LoRA of this family, and a line on each kind that is left out: tensors
+    that belong to no module, and modules of a text encoder that it has no LoRA for, as of SD3's T5."""
+    encoders = [name for name in header.modules if name.startswith("lora_te") and not dotted_name(name, family)]
+    strange = header.unmatched
+    lines = [f"{len(strange)} tensors that are no LoRA's left out, such as {strange[0]}"] if strange else []
+    if encoders:
+        lines.append(f"{len(encoders)} modules of text encoders left out, such as {encoders[0]}")
+    dropped = {*strange, *(key for name in encoders for key in header.modules[name].keys.values())}
+    kept = {name: info for name, info in header.tensors.items() if name not in dropped}
+    return replace(header, tensors=kept), tuple(lines)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -136,25 +151,22 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
     config = family.network_class.load_config(family.configs / family.component)
     layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})
     modules = header.modules
-    names = header.kohya_names()
+    names = {key: name for key, name in header.kohya_names().items() if not name.startswith("lora_te")}
     alphas = {
         id(tensors[module.keys["down"]]): tensors[module.keys["alpha"]]
         for module in modules.values()
         if "alpha" in module.keys
     }
-    state, _ = family.pipeline.lora_state_dict(
-        {names[key]: tensor for key, tensor in tensors.items()}, unet_config=layers
-    )
+    state, _ = family.pipeline.lora_state_dict({names[key]: tensors[key] for key in names}, unet_config=layers)
     # alphas are matched by the tensors they stand beside: diffusers names them in another way than the
     # weights
     state |= {
         f"{split_key(key)[0]}.alpha": alphas[id(tensor)] for key, tensor in list(state.items()) if id(tensor) in alphas
     }
+    state |= {key: tensor for key, tensor in tensors.items() if key not in names}  # text encoders, as they were
     tensors.clear()
     tensors.update(state)
-    return LoraHeader(
-        header.path, {name: TensorInfo("", tuple(tensor.shape)) for name, tensor in state.items()}, header.metadata
-    )
+    return replace(header, tensors={name: TensorInfo("", tuple(tensor.shape)) for name, tensor in state.items()})
 
 
 def _alphas(
@@ -168,11 +180,12 @@ def _alphas(
     """
     modules = renamed.modules
     beside = {name: tensors[module.keys["alpha"]].item() for name, module in modules.items() if "alpha" in module.keys}
-    alphas = _peft_alphas(renamed) | beside
+    alphas = renamed.scale_alphas() | beside
     if len(alphas) == len(modules):
         if chosen is not None:
             raise ValueError(f"{header.path.name} has its own alpha. Leave --alpha out.")
-        return alphas, "as in the file"
+        from_config = not beside and not header.metadata.get(PEFT_KEY)
+        return alphas, f"as in {PEFT_CONFIG}" if from_config else "as in the file"
     if alphas:
         lost = [name for name in modules if name not in alphas]
         raise ValueError(
@@ -183,42 +196,13 @@ def _alphas(
         return dict.fromkeys(modules, chosen), "as --alpha says"
     if not any("base_model.model." in name for name in header.tensors):
         return {}, "none in the file, which stands for the rank"
-    return _raw_alphas(header)
-
-
-def _raw_alphas(header: LoraHeader) -> tuple[dict[str, float], str]:
-    """The alphas of a file with PEFT's raw names: in an adapter_config.json beside it, or those of PCM's scripts."""
-    config = header.path.with_name("adapter_config.json")
-    if config.is_file():
-        try:
-            entries = {f"x.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{config} cannot be read ({error}). Get it again, or give --alpha.") from error
-        with_config = LoraHeader(header.path, header.tensors, {PEFT_KEY: json.dumps(entries)})
-        return _peft_alphas(with_config), f"as in {config.name}"
     recipe = recipe_of(header)
     if recipe is not None and recipe.objective == "pcm":
         return dict.fromkeys(header.modules, PCM_ALPHA), "that of PCM's scripts"
     raise ValueError(
         f"{header.path.name} has PEFT's raw names (base_model.model.*) and no alpha, without which its strength is "
-        f"unknown. Give --alpha ({PCM_ALPHA:g} for PCM's training scripts), or put its adapter_config.json beside it."
+        f"unknown. Give --alpha ({PCM_ALPHA:g} for PCM's training scripts), or put its {PEFT_CONFIG} beside it."
     )
-
-
-def _peft_alphas(header: LoraHeader) -> dict[str, float]:
-    """Module -> alpha by PEFT's entry in the header (`LoraHeader.scale_alphas`); {} without one.
-
-    rsLoRA's scale is alpha / sqrt(rank) (arXiv 2312.03732), so its alpha is multiplied by sqrt(rank), which
-    makes it alpha / rank as everywhere else. Raises ValueError for an entry that cannot be read.
-    """
-    try:
-        entries, modules = json.loads(header.metadata.get(PEFT_KEY) or "{}"), header.modules
-        by_root = any(value for key, value in entries.items() if key.split(".")[-1] == "use_rslora")
-        return {
-            name: alpha * (modules[name].rank ** 0.5 if by_root else 1) for name, alpha in header.scale_alphas().items()
-        }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{header.path.name}: its {PEFT_KEY} cannot be read ({error}). Get the file again.") from error
 
 
 def _dotted(name: str, family: type[Base], path: Path) -> str:

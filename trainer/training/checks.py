@@ -27,7 +27,7 @@ from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
-from ..lora.install import header_of_family
+from ..lora.install import check_plain, header_of_family
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
@@ -172,8 +172,10 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     the run's, and for one whose jumps end elsewhere.
     """
     header = header_of_family(Path(config.lora.init), base.family.name)
+    check_plain(header)
     recipe, file = recipe_of(header), header.path.name
-    rank = max((module.rank for module in header.modules.values()), default=0)
+    ranks = [module.rank or 0 for name, module in header.modules.items() if not name.startswith("lora_te")]
+    rank = max(ranks, default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
     if recipe is None:

@@ -11,7 +11,7 @@ from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import NAME, Adapter
 from ..lora.describe import broken_tensors
-from ..lora.install import install
+from ..lora.install import install, left_out
 from .checks import check_start
 
 
@@ -43,4 +43,5 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
     finally:
         base.network.set_adapters(NAME)
         base.network.delete_adapters("start")
-    return f"It starts as {file} at strength {strength:g}: {len(taken)} modules."
+    notes = "".join(f" {line}" for line in left_out(read_header(file)))
+    return f"It starts as {file} at strength {strength:g}: {len(taken)} modules.{notes}"

@@ -214,7 +214,7 @@ class PCMInterpolate(io.ComfyNode):
                     slerp(noise_a, noise_b, share),
                     seeds[round(share)],
                     lambda step, x0, x, n, i=i: show_step(i * n + step, x0, x, frames * n),
-                    noise_sampler=slerped(*(seeded_noise(on_device, s) for s in seeds), share),
+                    noise_sampler=slerped(*(seeded_noise(on_device, s, batch_index) for s in seeds), share),
                 )
             )
 

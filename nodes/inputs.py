@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from .host import RecipeType, supported
 
 MODES = ("from recipe", "deterministic", "stochastic", "gamma")
+NOISES = ("per picture", "per batch")  # how noise between steps is drawn
 FORMS = ("residual", "plain")
 PROJECTIONS = ("picture", "latent")
 LAST_DECODES = ("whole", "tiled")
@@ -119,6 +120,20 @@ def mode() -> list[io.Input]:
             tooltip="Used only in the mode 'gamma'. 0 is deterministic, 1 all noise fresh; TCD uses 0.3.",
         ),
     ]
+
+
+def noise_between() -> io.Input:
+    """How the fresh noise between steps is drawn; `sampling.sampler` reads it."""
+    return supported(
+        io.Combo.Input,
+        "noise",
+        optional=True,  # graphs of earlier versions have none, and get the default
+        options=list(NOISES),
+        default=NOISES[0],
+        advanced=True,
+        tooltip="Used where noise is fresh between steps. per picture: a picture is the same alone and in any batch. "
+        "per batch: one block for all, as core's samplers draw it.",
+    )
 
 
 def loop() -> list[io.Input]:

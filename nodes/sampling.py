@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
-from ..samplers.sampling import Projection, clamp_factor
+from ..samplers.sampling import Projection, block_noise, clamp_factor, seeded_noise
 from . import inputs
-from .graph import few_step_loras, has_negative_words, is_bare, model_path
-from .guidance import cfg_to_judge, schedule_in
+from .graph import has_negative_words, is_bare, model_path
+from .guidance import cfg_to_judge, guides_at_one, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking
 from .lora_on_model import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
+from .loras_in_graph import few_step_loras
 
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]
@@ -74,14 +75,17 @@ class PCMSampler(io.ComfyNode):
             description="The sampler for PCM and other few-step LoRAs, for core custom sampling: jumps from level to "
             "level, with as much fresh noise in between as the recipe says, or as you like.",
             search_aliases=["pcm", "phased consistency", "tcd", "gamma", "lcm", "lightning", "dmd2"],
-            inputs=inputs.mode(),
+            inputs=[*inputs.mode(), inputs.noise_between()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, mode: str, gamma: float, recipe: Recipe | None = None) -> io.NodeOutput:
+    def execute(
+        cls, mode: str, gamma: float, recipe: Recipe | None = None, noise: str = inputs.NOISES[0]
+    ) -> io.NodeOutput:
+        inputs.check("noise", noise, inputs.NOISES)
         gamma = gamma_of("PCM Sampler", mode, gamma, recipe)
-        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0))
+        return io.NodeOutput(sampler(gamma, recipe.min_alpha if recipe else 0.0, by_block=noise == inputs.NOISES[1]))
 
 
 class PCMSample(io.ComfyNode):
@@ -155,7 +159,7 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
             if ours
             else "No few-step LoRA on this model: connect that of Load PCM LoRA, unless one is merged in."
         )
-    unguided = cfg == 1 and schedule_in(model) is None
+    unguided = cfg == 1 and schedule_in(model) is None and not guides_at_one(model)
     if unguided and not recipe.negative_prompts and has_negative_words(graph, node_id):
         warnings.append("CFG 1 does not use the negative prompt: clear it, or take a LoRA made for CFG.")
     return warnings
@@ -194,7 +198,7 @@ def draw(
         model,
         noise,
         cfg,
-        sampler(recipe.gamma, recipe.min_alpha, judged=True, **hooks),
+        sampler(recipe.gamma, recipe.min_alpha, judged=True, indices=latent.get("batch_index"), **hooks),
         recipe.schedule().k_sigma(plan.ticks),
         positive,
         negative,
@@ -225,8 +229,9 @@ def sampler(gamma: float, min_alpha: float, **hooks: Any) -> comfy.samplers.KSAM
     """`sample_phased` as a host SAMPLER, on the schedule of whatever model runs it.
 
     hooks: project_for, a `ProjectionMaker`, in an edit; noise_sampler, where the noise between steps is not
-    to come from the seed; judged, where the node that samples says itself which settings do not fit, so that
-    the loader's `Watch` need not.
+    to come from the seed; indices, of the pictures in the batch that they are of; by_block, for noise that is drawn
+    as core draws it; judged, where the node that samples says itself which settings do not fit, so that the loader's
+    `Watch` need not.
     """
     return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha, **hooks})
 
@@ -243,6 +248,8 @@ def _sample(
     *,
     min_alpha: float,
     project_for: ProjectionMaker | None = None,
+    indices: list[int] | None = None,
+    by_block: bool = False,
     judged: bool = False,
     **options: Any,
 ) -> Tensor:
@@ -254,6 +261,8 @@ def _sample(
     guider = model.inner_model
     schedule = schedule_of(guider.inner_model.model_sampling)
     options["project"] = project_for(guider, x) if project_for else None
+    if options.get("noise_sampler") is None and (seed := options["extra_args"].get("seed")) is not None:
+        options["noise_sampler"] = block_noise(x, seed) if by_block else seeded_noise(x, seed, indices)
     if min_alpha and options["extra_args"].get("denoise_mask") is not None:
         model = _unclamped_rest(model, schedule, min_alpha)
     return sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)

@@ -10,7 +10,7 @@ The result is in fp32, and so is all algebra. When the last sigma is 0 the resul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,33 @@ from torch import Tensor
 
 from .schedule import Schedule, VPSchedule, eps_of, extrapolated, jump, renoise
 
+INDEX_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: no two indices of a batch have near seeds
 Denoiser = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], None]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]  # sigma from and to -> unit noise like x
 Projection = Callable[[Tensor, int], Tensor]  # x0, steps still to come -> the x0 that agrees with an edit
 
 
-def seeded_noise(x: Tensor, seed: int) -> NoiseSampler:
+def seeded_noise(x: Tensor, seed: int, indices: Sequence[int] | None = None) -> NoiseSampler:
     """A source of noise like x for each re-noising, drawn on the CPU: a seed is one picture on every device.
 
-    The generator starts at seed + 1, as the host's does: seed itself has usually drawn the starting noise.
+    Each picture has its own generator, by the seed and its index in the batch that it is of (`indices`, (B,); None:
+    its place in x): it comes out the same alone, and in any batch. The first one's starts at seed + 1, as the host's
+    does: seed itself has usually drawn the starting noise.
     """
+    indices = range(len(x)) if indices is None else indices
+    generators = [torch.Generator().manual_seed((seed + 1 + INDEX_STEP * index) % 2**64) for index in indices]
+    if len(generators) != len(x):
+        raise ValueError(f"{len(generators)} indices were given for a batch of {len(x)}; expected one for each.")
+
+    def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x.device)
+
+    return noise
+
+
+def block_noise(x: Tensor, seed: int) -> NoiseSampler:
+    """Noise as core's samplers draw it, one block for the whole batch: a picture is another one in another batch."""
     generator = torch.Generator().manual_seed((seed + 1) % 2**64)
     return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator).to(x.device)
 

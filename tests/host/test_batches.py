@@ -76,12 +76,22 @@ def test_every_place_of_a_batch_has_its_own_noise(server):
     assert min(largest_difference(three[i], three[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1
 
 
-def test_fresh_noise_is_drawn_for_the_whole_batch_as_the_hosts_lcm_draws_it(server):
+def test_one_seed_is_one_picture_where_noise_is_fresh(server):
+    """The second of a batch is what it is by itself; with core's way it is another."""
+    graph, links = loaded("stochastic.safetensors")
+    links = batch(graph, links)
+    one = {**links, "latent": out(graph.add("LatentFromBatch", samples=links["latent"], batch_index=1, length=1))}
+    three, alone = server.latents(graph, sample(graph, links), sample(graph, one))[1]
+    assert largest_difference(three[1:2], alone) < 1e-4 < largest_difference(three[:1], alone)
+
+
+def test_noise_per_batch_is_as_the_hosts_lcm_draws_it(server):
     """At the seed at which this host's lcm draws ours (0.3.64 does not add 1 to it)."""
     graph, links = loaded("stochastic.safetensors")
     links = batch(graph, links)
     sigmas = out(scheduler(graph, links))
-    ours = custom(graph, links, pcm_sampler(graph, "stochastic"), sigmas, noise_seed=7, add_noise=False)
+    by_batch = pcm_sampler(graph, "stochastic", noise="per batch")
+    ours = custom(graph, links, by_batch, sigmas, noise_seed=7, add_noise=False)
     lcm = core_sampler(graph, "lcm")
     theirs = [custom(graph, links, lcm, sigmas, noise_seed=seed, add_noise=False) for seed in (7, 8)]
     latents = server.latents(graph, ours, *theirs)[1]

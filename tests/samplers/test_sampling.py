@@ -20,6 +20,7 @@ from phased_consistency.samplers import (
     seeded_noise,
     x0_eps_from_output,
 )
+from phased_consistency.samplers.sampling import block_noise
 
 VP, FLOW = VPSchedule.from_betas(), FlowSchedule(3.0)
 SCHEDULES = pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
@@ -158,7 +159,7 @@ def test_gamma_is_diffusers_tcd(gamma, steps):
         eps = network(theirs, timestep)
         theirs = tcd.step(eps, timestep, theirs, eta=gamma, generator=generator).prev_sample
     theirs = (theirs - VP.sigma(1) * eps) / VP.alpha(1)
-    ours = sample_phased(eps_model(network), x, sigmas, schedule=VP, gamma=gamma, noise_sampler=seeded_noise(x, 4 - 1))
+    ours = sample_phased(eps_model(network), x, sigmas, schedule=VP, gamma=gamma, noise_sampler=block_noise(x, 4 - 1))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
@@ -175,7 +176,7 @@ def test_lcm_and_dmd2_files_are_diffusers_lcm(name):
     theirs = x * VP.k_scale(sigmas[0])
     for timestep in lcm.timesteps:
         theirs = lcm.step(network(theirs, timestep), timestep, theirs, generator=generator).prev_sample
-    options = {"gamma": recipe.gamma, "noise_sampler": seeded_noise(x, 4 - 1)}
+    options = {"gamma": recipe.gamma, "noise_sampler": block_noise(x, 4 - 1)}
     ours = sample_phased(eps_model(network), x, sigmas, schedule=VP, **options)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
@@ -314,6 +315,23 @@ def test_a_seed_gives_one_picture():
     assert not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(1, gamma=0), draw(2, gamma=0))
     draw(2**64 - 1)  # the host's largest seed
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch():
+    """Bit for bit, by the seed and its index in the batch that it is of; the first one's noise is the host's."""
+    x, sigmas = torch.randn(3, 4, 8, 8), levels(VP, PhaseGrid(40, 4))
+    options = {"schedule": VP, "gamma": 1.0, "extra_args": {"seed": 7}}
+
+    def draw(x, indices=None):
+        noise = seeded_noise(x, 7, indices) if indices else None
+        return sample_phased(lambda x, sigma, seed: x * 0.1, x, sigmas, noise_sampler=noise, **options)
+
+    three = draw(x)
+    assert all(torch.equal(draw(x[k : k + 1], [k]), three[k : k + 1]) for k in range(3))
+    assert torch.equal(draw(x[1:], [1, 2]), three[1:]) and not torch.equal(draw(x[1:]), three[1:])
+    assert torch.equal(seeded_noise(x[:1], 7)(None, None), block_noise(x[:1], 7)(None, None))
+    with pytest.raises(ValueError, match="2 indices were given for a batch of 3; expected one for each"):
+        seeded_noise(x, 7, [0, 1])
 
 
 def test_the_first_noise_is_not_the_starting_noise():

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
-
-from ..samplers import recipe_for_file
-from ..samplers.lora_file import read_header
 from .host import core
+from .loras_in_graph import few_step_loras
 
 Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> entry
 TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl")  # inputs of core's text encoding nodes
 
 
 def model_path(graph: Graph | None, node: str) -> list[dict[str, Any]]:
-    """Entries that a node's model has come through, the last first: as far back as each has an input `model`."""
+    """Entries that a node's model has come through, the last first: as far back as each has an input `model`.
+
+    Before each stand the stackers that hand it their LoRAs.
+    """
     path = []
     entry = (graph or {}).get(node)
     while entry and (entry := _before(graph, entry, "model")):
+        stacker = entry
+        while stacker := _before(graph, stacker, "lora_stack"):
+            path.append(stacker)
         path.append(entry)
     return path
 
@@ -50,28 +53,6 @@ def _is_known(entry: dict[str, Any]) -> bool:
 def _module_of(class_type: str) -> str:
     """The module that a node came with, "custom_nodes.<folder>" for a pack's."""
     return getattr(core.NODE_CLASS_MAPPINGS[class_type], "RELATIVE_PYTHON_MODULE", None) or ""
-
-
-def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
-    """The files that LoRA loaders on a `model_path` put on the model and that speed it up, the last first.
-
-    LoRA loaders: core's, and others with its names of inputs, at a strength
-    that is set on the node and not 0.
-    certain: as in `recipe_for_file`, not by a name that a style's LoRA may have, too.
-    """
-    settings = ((entry["inputs"].get("lora_name"), entry["inputs"].get("strength_model", 0)) for entry in path)
-    applied = [name for name, strength in settings if isinstance(strength, int | float) and strength]
-    return [name for name in applied if is_few_step(name, certain)]
-
-
-def is_few_step(lora: Any, certain: bool) -> bool:
-    """Whether a file of this name in models/loras has a recipe; certain: as in `recipe_for_file`."""
-    path = folder_paths.get_full_path("loras", lora) if isinstance(lora, str) else None
-    try:
-        header = read_header(path) if path else None
-        return header is not None and recipe_for_file(path, header.metadata, header.family, certain) is not None
-    except (ValueError, OSError):  # of another format, or damaged: the loader that it is on says so
-        return False
 
 
 def has_negative_words(graph: Graph | None, node: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from .host import menu_of, show, speaking
 from .lora_on_model import model_family, on_schedule_of, shift_of
 
 KEY = "pcm_cfg_schedule"
+TAMERS = ("nodes_apg", "nodes_cfg", "nodes_mahiro", "nodes_tcfg")  # core's nodes that hold a high CFG down
+CFG_FUNCTIONS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")  # lists in a model's options
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,26 @@ def cfg_to_judge(model: Any, recipe: Recipe, cfg: float | None) -> float:
     """The CFG that `Recipe.warnings` is to judge: that of the schedule in a host MODEL, if any, else `cfg`.
 
     Where neither is CFG as the recipe means it, the recipe's own, which earns no warning: where it is None
-    (`cfg_of`), and where the model tames a high CFG, as after core's RescaleCFG.
+    (`cfg_of`), and where the model tames a high CFG (`is_tamed`).
     """
     schedule = schedule_in(model)
     cfg = schedule.cfg if schedule else cfg
-    return recipe.guidance if cfg is None or "sampler_cfg_function" in model.model_options else cfg
+    return recipe.guidance if cfg is None or is_tamed(model) else cfg
+
+
+def is_tamed(model: Any) -> bool:
+    """Whether a node holds a high CFG down in a host MODEL, as core's RescaleCFG, APG, Mahiro, CFGNorm,
+    CFGZeroStar and TCFG do."""
+    options = model.model_options
+    functions = [function for kind in CFG_FUNCTIONS for function in options.get(kind, [])]
+    # the host names the module of a file by its path
+    modules = [re.split(r"[./\\]", getattr(function, "__module__", ""))[-1] for function in functions]
+    return "sampler_cfg_function" in options or any(module in TAMERS for module in modules)
+
+
+def guides_at_one(model: Any) -> bool:
+    """Whether the negative prompt is evaluated at CFG 1 too, as NAG, SAG and the like have it."""
+    return bool(model.model_options.get("disable_cfg1_optimization"))
 
 
 class PCMCFGSchedule(io.ComfyNode):
@@ -181,6 +199,8 @@ class PCMCFGSchedule(io.ComfyNode):
         elif schedule.guided < steps and recipe.guidance_min > 1:
             lines.append(f"The other steps are at CFG 1, below the LoRA's {recipe.guidance_min:g}.")
         lines.append(
-            f"{schedule.text}: {schedule.evaluations} evaluations; with CFG on all {2 * steps}, with none {steps}."
+            f"{schedule.text}: {2 * steps} evaluations, since another node wants the negative prompt at CFG 1 too."
+            if guides_at_one(model)
+            else f"{schedule.text}: {schedule.evaluations} evaluations; with CFG on all {2 * steps}, with none {steps}."
         )
         return io.NodeOutput(model, ui=show(cls, lines))

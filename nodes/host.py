@@ -33,10 +33,11 @@ def menu_of(core_node: str) -> str:
 def speaking(**keywords: Any) -> io.Schema:
     """The schema of a node that writes lines on itself (`show`).
 
-    The host gives it its id and the graph; newer hosts repeat the lines when the node's result is cached.
+    The host gives it its id and the graph; newer hosts repeat the lines when the node's result is cached. Two equal
+    nodes are two: else the host would run one of them, and the other would say nothing.
     """
     hidden = [io.Hidden.unique_id, io.Hidden.prompt]
-    return supported(io.Schema, hidden=hidden, has_intermediate_output=True, **keywords)
+    return supported(io.Schema, hidden=hidden, has_intermediate_output=True, not_idempotent=True, **keywords)
 
 
 def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:

@@ -12,7 +12,7 @@ from ..samplers.lora_file import LoraHeader, read_header
 from ..samplers.lora_info import facts, noted, recipe_of, sentences
 from ..samplers.recipe import HEADER_KEY
 from ..samplers.writing import path_within, stamp_recipe
-from . import inputs, lora_on_model
+from . import inputs, lora_on_model, lora_patches, lora_report
 from .host import menu_of, show, speaking
 
 
@@ -122,15 +122,14 @@ def copy_of(lora: str, name: str) -> Path:
 
 def fit(header: LoraHeader, model) -> list[str]:
     """The share of a LoRA that has a place in a host MODEL, or the reason why nothing has, in sentences."""
-    matched = lora_on_model.match(header, model)
+    matched = lora_patches.match(header, model)
     recipe = recipe_of(header)
     try:
-        lora_on_model.check(header, matched, model, header.family or (recipe.family if recipe else None))
+        lora_report.check(header, matched, model, header.family or (recipe.family if recipe else None))
     except ValueError as error:
         return [str(error)]
-    lines = [f"{len(matched.names)} of {matched.total} modules match this {lora_on_model.model_title(model)} model."]
-    if matched.misfits:
-        lines.append(f"The others have no place in it, such as {matched.misfits[0]}.")
+    lines = [f"{len(matched.places)} of {matched.total} modules match this {lora_on_model.model_title(model)} model."]
+    lines += matched.sentences()
     if matched.text_modules:
         lines.append(f"{matched.text_modules} more are a text encoder's.")
     return lines

@@ -8,9 +8,10 @@ from comfy_api.latest import io
 from ..samplers.lora_file import read_header
 from ..samplers.lora_info import recipe_of
 from ..samplers.recipe import MODES
-from . import inputs, lora_on_model
-from .graph import few_step_loras, model_path
+from . import inputs, lora_on_model, lora_patches, lora_report
+from .graph import model_path
 from .host import RecipeType, menu_of, show, speaking, supported
+from .loras_in_graph import few_step_loras
 from .watch import Watch
 
 LEVELS = ("even", "lcm")
@@ -75,8 +76,8 @@ class PCMLoadLora(io.ComfyNode):
         family = header.family or (recipe_in_file.family if recipe_in_file else None)
 
         # By the header alone: a file that does not fit is refused before any of its tensors is read.
-        matched = lora_on_model.match(header, model)
-        lora_on_model.check(header, matched, model, family)
+        matched = lora_patches.match(header, model)
+        lora_report.check(header, matched, model, family)
 
         used = recipe_in_file
         if used is None:
@@ -88,13 +89,14 @@ class PCMLoadLora(io.ComfyNode):
 
         # At 0 the very model goes on, with no attachment, shift or watch: the nodes after it see that the
         # LoRA is off.
-        patched = model
+        patched, refused = model, []
         if strength:
-            patched = lora_on_model.apply(header, matched, model, strength)
+            patched, refused = lora_patches.apply(header, matched, model, strength)
+            patched.set_attachments(lora_on_model.LOADED, header.path.name)
             lora_on_model.set_shift(patched, used.shift)
 
         other_loras = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
-        lines = lora_on_model.report(header, matched, used, strength, model, patched, other_loras)
+        lines = refused + lora_report.report(header, matched, used, strength, model, patched, other_loras)
         settled = recipe_in_file is not None or recipe != "auto"
         if not settled:
             lines.insert(0, "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets.")

@@ -14,6 +14,7 @@ from host.server import hosts, start
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The small files, made once: their folder, and the LoRAs in them as tensors by module."""
+    from host.lora_kinds import write_kinds
     from host.stand_ins import add_stand_ins
     from host.tiny import make_checkpoint, make_controlnet, make_loras
     from host.tiny_sd3 import make_sd3
@@ -32,6 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         sdxl_lora=make_sdxl(*places),
         sd3_loras=make_sd3(*places),
     )
+    write_kinds(folder / "loras", unet)
     add_stand_ins(folder)
     return models
 

@@ -119,6 +119,34 @@ class TestNoise:
         return Scaled(seed), torch.tensor([float(sigma) for sigma in sigmas.split()])
 
 
+class TestAlwaysGuided:
+    """The model, which evaluates the negative prompt at CFG 1 too, as nodes for NAG and SAG have it."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(lambda run: run["denoised"], disable_cfg1_optimization=True)
+        return (model,)
+
+
+class TestPassModel:
+    """The model as it is. Whatever else is linked or set stays in the graph alone, as the inputs of another pack's."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model, **_):
+        return (model,)
+
+
 class TestTensor:
     """Saves an IMAGE or a LATENT as it is, unrounded."""
 
@@ -395,7 +423,19 @@ def _since(begin):
     return [now - then for now, then in zip(_now(), begin, strict=True)]
 
 
-KINDS = (TestConditioning, TestEncoding, TestLatent, TestSigmas, TestPicture, TestImage, TestNoise, TestTensor, TestVAE)
+KINDS = (
+    TestConditioning,
+    TestEncoding,
+    TestLatent,
+    TestSigmas,
+    TestPicture,
+    TestImage,
+    TestNoise,
+    TestAlwaysGuided,
+    TestPassModel,
+    TestTensor,
+    TestVAE,
+)
 KINDS += (TestCount, TestAlive, TestOffload, TestUnload)
 KINDS += (TestClock, TestClockStop)
 KINDS += (TestOtherPack, TestGuider, TestNameless)

@@ -25,6 +25,7 @@ from phased_consistency.trainer.system.comfyui import python_of as python_of
 RUN_SECONDS = 240
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
+BESIDE = ("ComfyUI-GGUF",)  # packs that are tested beside ours, where the host has them
 
 
 def environment() -> dict[str, str]:
@@ -159,5 +160,8 @@ def start(folder: Path, base: Path, models: Path) -> Server:
     nodes.mkdir()
     (nodes / "phased-consistency").symlink_to(PACK, target_is_directory=True)
     shutil.copy(HERE / "helper_nodes.py", nodes)
+    for name in BESIDE:
+        if (folder / "custom_nodes" / name).is_dir():
+            (nodes / name).symlink_to(folder / "custom_nodes" / name, target_is_directory=True)
     (base / "models").symlink_to(models, target_is_directory=True)
     return Server(folder, base)

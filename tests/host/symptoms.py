@@ -207,8 +207,8 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
         ),
         Mistake(
             "KSampler with denoise 0.5, whose levels lie between the LoRA's",
-            f"{NEVER}the denoise of Sample PCM or PCM Scheduler.",
-            "Sample PCM",
+            "This LoRA never saw these sigmas: for denoise 0.5 set steps to 2, scheduler simple.",
+            "the steps said, or Sample PCM",
             by_ksampler(picture=True, denoise=0.5),
         ),
         Mistake(
@@ -255,14 +255,14 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
     "the LoRA does little or nothing": (
         Mistake(
             "a file of which a part has no place in the model",
-            "18 of 73 modules do not fit this model: take a LoRA made for it.",
+            "18 of 73 modules have no place in this model: take a LoRA made for it.",
             "a LoRA for this kind of model",
             by_loader("partly.safetensors"),
         ),
         Mistake(
             "a file that fits nothing",
-            "nowhere.safetensors fits nothing in this SD1.5 model: 0 of its 55 modules match by name and shape. Use a "
-            "LoRA made for SD1.5; its names here are like lora_unet_down_towers_0_attentions_0_proj_in.",
+            "nowhere.safetensors does nothing to this SD1.5 model: 55 of 55 modules have no place in this model: take "
+            "a LoRA made for it. Its names are like lora_unet_down_towers_0_attentions_0_proj_in.",
             "a LoRA for this kind of model",
             by_loader("nowhere.safetensors"),
         ),

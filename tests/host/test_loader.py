@@ -69,6 +69,42 @@ def test_a_second_few_step_lora_is_told(server):
     assert "is loaded too" not in run.text(links["model"][0])
 
 
+POWER = {"on": True, "lora": "kohya.safetensors", "strength": 1.0}
+MANAGED = {"name": "kohya", "strength": 1.0, "active": True}
+STACKED = {"lora_count": 1, "lora_name_1": "kohya.safetensors", "lora_wt_1": 1.0, "model_str_1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "is_seen"),
+    [
+        ({"lora_1": POWER}, True),
+        ({"lora_1": POWER | {"on": False}}, False),
+        ({"lora_1": POWER | {"strength": 0}}, False),
+        ({"loras": {"__value__": [MANAGED]}}, True),
+        ({"loras": {"__value__": [MANAGED | {"active": False}]}}, False),
+        (STACKED, True),
+        (STACKED | {"lora_count": 0}, False),
+        (STACKED | {"lora_wt_1": 0.0, "model_str_1": 0.0}, False),
+        ({"lora_name": "kohya.safetensors", "lora_model_strength": 1.0}, True),
+        ({"lora_name": "None", "lora_model_strength": 1.0}, False),
+        ({"text": "a fox <lora:kohya:0.8>"}, True),
+        ({"text": "a fox <lora:kohya:0>, <lora:style:1>"}, False),
+    ],
+)
+@pytest.mark.parametrize("by_stacker", [False, True])
+def test_a_few_step_lora_of_another_packs_loader_is_told(server, inputs, is_seen, by_stacker):
+    """By inputs as rgthree's, the Efficiency nodes', Lora-Manager's and prompts that name LoRAs have them."""
+    graph, links = loaded()
+    other = graph.add("TestPassModel", model=links["base"], **({} if by_stacker else inputs))
+    if by_stacker:
+        graph[other]["inputs"]["lora_stack"] = out(graph.add("TestPassModel", model=links["base"], **inputs))
+    loader = graph[links["model"][0]]["inputs"]
+    loader |= {"model": out(other), "lora": "stochastic.safetensors"}
+    run, _ = server.latents(graph, sample(graph, links, steps=1))
+    warning = "is loaded too, and both speed the model up: remove one."
+    assert (warning in run.text(links["model"][0]).splitlines()[0]) == is_seen
+
+
 def test_a_known_file_needs_no_header(server):
     text = report(server, "pcm_sd15_smallcfg_8step_converted.safetensors")
     assert "8 steps" in text and "Recipe from the table of known files" in text
@@ -89,8 +125,8 @@ def test_partial_matches_are_reported(server, models):
     text = report(server, "partly.safetensors")
     assert f"{len(models.lora) - lost} of {len(models.lora)} modules matched" in text
     lines = text.splitlines()
-    assert lines[0] == f"{lost} of {len(models.lora)} modules do not fit this model: take a LoRA made for it."
-    assert lines[-1].startswith("Without a place here: lora_unet_far_block") and lines[-1].endswith(" and others.")
+    assert lines[0] == f"{lost} of {len(models.lora)} modules have no place in this model: take a LoRA made for it."
+    assert re.match(r"Not taken: lora_unet_far_block\w+ and others\.", lines[-1])
 
 
 def test_another_family_is_refused_by_both_names(server):
@@ -101,7 +137,7 @@ def test_another_family_is_refused_by_both_names(server):
 
 def test_a_file_that_fits_nothing_is_refused(server):
     message = refusal(server, "nowhere.safetensors")
-    assert re.search(r"fits nothing in this SD1\.5 model: 0 of its \d+ modules match", message)
+    assert re.search(r"does nothing to this SD1\.5 model: (\d+) of \1 modules have no place in this model: ", message)
 
 
 def test_a_truncated_file_is_refused(server):

@@ -66,6 +66,18 @@ def test_a_mistake_is_told_on_the_node(server, mistake, seed):
             assert not any(mistake.said in text for other, text in seen.texts.items() if other != node)
 
 
+def test_each_of_two_equal_loaders_speaks_for_its_own_samplers(server):
+    """The host would run one of them, and hand its model to the other's sampler, too."""
+    graph, links = loaded()
+    again = graph.add("PCMLoadLora", **graph[links["model"][0]]["inputs"])
+    ksampler(graph, links, steps=4)
+    ksampler(graph, links | {"model": out(again)}, steps=20)
+    seen = watched(server, graph, 880)
+    first, second = seen.texts[links["model"][0]], seen.texts[again]
+    warning = "This LoRA was made for 4 steps, not 20: set steps to 4."
+    assert warning not in first and second.splitlines()[0] == warning
+
+
 def right_graphs() -> dict[str, tuple[Graph, str]]:
     """Other ways to sample a LoRA right, and their loaders."""
     graphs = {}

@@ -1,0 +1,71 @@
+"""LoRA files that nodes of a queued graph put on a model, by whatever loader: core's, stackers, and words in a text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import folder_paths
+
+from ..samplers import recipe_for_file
+from ..samplers.lora_file import read_header
+
+IN_TEXT = re.compile(r"<lora:([^:>]+):([-+.\d]+)")  # as A1111 has it, and nodes that read its prompts
+NUMBER = re.compile(r"_\d+$")  # of a slot of a stacker: lora_name_2, model_str_2
+STRENGTHS = ("strength_model", "lora_model_strength", "model_str{}", "lora_wt{}", "strength{}")
+COUNTS = ("lora_count", "num_loras")  # of the slots of a stacker that are in use
+
+
+def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
+    """The files that nodes on a `graph.model_path` put on the model and that speed it up, the last first.
+
+    certain: as in `recipe_for_file`, not by a name that a style's LoRA may have, too.
+    """
+    return [name for entry in path for name in applied(entry["inputs"]) if is_few_step(name, certain)]
+
+
+def applied(inputs: dict[str, Any]) -> Iterator[str]:
+    """Names that stand for LoRA files among a node's inputs, at a strength that is set there and not 0."""
+    for key, value in inputs.items():
+        if isinstance(value, dict):
+            yield from _of_entry(value)
+        elif isinstance(value, str):
+            if "lora" in key.lower() and _is_on(inputs, key):
+                yield value
+            yield from (name for name, strength in IN_TEXT.findall(value) if strength.strip("+-.0"))
+
+
+def _of_entry(value: Any) -> Iterator[str]:
+    """Names in a widget that holds entries: one of rgthree's Power Lora Loader, or the list of Lora-Manager's."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _of_entry(each)
+    elif isinstance(value, dict):
+        name = value.get("lora", value.get("name"))
+        if isinstance(name, str) and value.get("on", value.get("active", True)) and value.get("strength", 1):
+            yield name
+        yield from _of_entry(value.get("__value__"))
+
+
+def _is_on(inputs: dict[str, Any], key: str) -> bool:
+    """Whether the file of an input is used: its slot is counted, and a strength beside it is a number that is not 0."""
+    number = NUMBER.search(key)
+    slot = number[0] if number else ""
+    counts = [inputs[name] for name in COUNTS if isinstance(inputs.get(name), int)]
+    if slot and counts and int(slot[1:]) > counts[0]:
+        return False
+    names = [name.format(slot) for name in STRENGTHS]
+    strengths = [inputs[name] for name in names if name in inputs]
+    return not strengths or any(isinstance(strength, int | float) and strength for strength in strengths)
+
+
+def is_few_step(lora: str, certain: bool) -> bool:
+    """Whether a file of this name in models/loras, with or without its ending, has a recipe."""
+    paths = (folder_paths.get_full_path("loras", name) for name in (lora, f"{lora}.safetensors"))
+    path = next(filter(None, paths), None)
+    try:
+        header = read_header(path) if path else None
+        return header is not None and recipe_for_file(path, header.metadata, header.family, certain) is not None
+    except (ValueError, OSError):  # of another format, or damaged: the loader that it is on says so
+        return False

@@ -11,7 +11,7 @@ from ..samplers.recipe import MODES
 from . import inputs, lora_on_model, lora_patches, lora_report
 from .graph import model_path
 from .host import RecipeType, menu_of, show, speaking, supported
-from .loras_in_graph import few_step_loras
+from .loras_in_graph import doubled
 from .watch import Watch
 
 LEVELS = ("even", "lcm")
@@ -95,8 +95,8 @@ class PCMLoadLora(io.ComfyNode):
             patched.set_attachments(lora_on_model.LOADED, header.path.name)
             lora_on_model.set_shift(patched, used.shift)
 
-        other_loras = few_step_loras(model_path(cls.hidden.prompt, cls.hidden.unique_id))
-        lines = refused + lora_report.report(header, matched, used, strength, model, patched, other_loras)
+        fast_already = doubled(model_path(cls.hidden.prompt, cls.hidden.unique_id))
+        lines = refused + lora_report.report(header, matched, used, strength, model, patched, fast_already)
         settled = recipe_in_file is not None or recipe != "auto"
         if not settled:
             lines.insert(0, "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets.")

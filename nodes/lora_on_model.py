@@ -20,7 +20,6 @@ CONFIGS = {
     "sd3": comfy.supported_models.SD3,
 }
 LOADED = "pcm_lora"  # attachment of a patched model: the name of the few-step LoRA that it has
-TWICE = "{} is loaded too, and both speed the model up: remove one."
 MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 

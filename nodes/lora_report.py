@@ -9,8 +9,9 @@ from ..samplers import Recipe
 from ..samplers.lora_file import SCALED, LoraHeader
 from ..samplers.phases import count_steps
 from ..samplers.recipe import FAMILIES, SOURCES
-from .lora_on_model import LOADED, TWICE, model_family, model_title, prediction_of, shift_of
+from .lora_on_model import LOADED, model_family, model_title, prediction_of, shift_of
 from .lora_patches import LoraMatch
+from .loras_in_graph import TWICE
 
 OFF = "Strength 0: the LoRA is off, and the model is as it came."
 # Shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models.
@@ -44,16 +45,16 @@ def report(
     strength: float,
     model: Any,
     patched: Any,
-    other_loras: list[str],
+    fast_already: list[str],
 ) -> list[str]:
     """Lines for the loader's node.
 
-    model, patched: the host MODEL before and after. other_loras: files of few-step LoRAs that the graph shows
-    on the model already, beside one of this node's kind, which the model itself carries (`LOADED`).
+    model, patched: the host MODEL before and after. fast_already: sentences on what the graph shows of the
+    model's speed, beside a LoRA of this node's kind, which the model itself carries (`LOADED`).
     """
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines = [
-        *(_problems(header, matched, recipe, strength, model, other_loras) if strength else [OFF]),
+        *(_problems(header, matched, recipe, strength, model, fast_already) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
         f"{FAMILIES[recipe.family]} {recipe.method}, {len(matched.places)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
@@ -86,10 +87,11 @@ def _facts(header: LoraHeader, matched: LoraMatch, recipe: Recipe) -> list[str]:
 
 
 def _problems(
-    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, other_loras: list[str]
+    header: LoraHeader, matched: LoraMatch, recipe: Recipe, strength: float, model: Any, fast_already: list[str]
 ) -> list[str]:
     """Faults of a LoRA on this model at this strength, a sentence each that says what to do."""
-    lines = [TWICE.format(other) for other in [model.get_attachment(LOADED), *other_loras] if other][:1]
+    loaded = model.get_attachment(LOADED)
+    lines = [*([TWICE.format(loaded)] if loaded else []), *fast_already][:1]
     predicted = prediction_of(model.get_model_object("model_sampling"))
     if predicted != recipe.prediction:
         lines.append(OTHER_PREDICTION[recipe.prediction])

@@ -1,9 +1,10 @@
-"""LoRA files that nodes of a queued graph put on a model, by whatever loader: core's, stackers, and words in a text."""
+"""What a queued graph shows of a model's speed: few-step LoRAs, by whatever loader, and a few-step checkpoint."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import folder_paths
@@ -15,6 +16,19 @@ IN_TEXT = re.compile(r"<lora:([^:>]+):([-+.\d]+)")  # as A1111 has it, and nodes
 NUMBER = re.compile(r"_\d+$")  # of a slot of a stacker: lora_name_2, model_str_2
 STRENGTHS = ("strength_model", "lora_model_strength", "model_str{}", "lora_wt{}", "strength{}")
 COUNTS = ("lora_count", "num_loras")  # of the slots of a stacker that are in use
+CHECKPOINTS = ("ckpt_name", "unet_name", "base_model_name")  # inputs of loaders
+# Words of merged and distilled checkpoints, in names such as dreamshaperXL_lightningDPMSDE and DreamShaper_8_LCM. The
+# shorter ones are parts of other words, too.
+FEW_STEP_NAME = re.compile(r"lightning|turbo|dmd2|(?<![a-z])(?:lcm|tcd|hyper|flash)(?![a-z])", re.IGNORECASE)
+TWICE = "{} is loaded too, and both speed the model up: remove one."
+FAST_ALREADY = "{} is a few-step model by its name: take a plain one, or no LoRA."
+
+
+def doubled(path: list[dict[str, Any]]) -> list[str]:
+    """Sentences on what speeds the model of a `graph.model_path` up already."""
+    names = [entry["inputs"].get(key) for entry in path for key in CHECKPOINTS]
+    fast = [name for name in names if isinstance(name, str) and FEW_STEP_NAME.search(PurePath(name).stem)]
+    return [*(TWICE.format(name) for name in few_step_loras(path)), *(FAST_ALREADY.format(name) for name in fast)]
 
 
 def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:

@@ -19,8 +19,8 @@ from . import inputs
 from .graph import has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, guides_at_one, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking
-from .lora_on_model import LOADED, MOVED, TWICE, model_family, moves, on_schedule_of, shift_of
-from .loras_in_graph import few_step_loras
+from .lora_on_model import LOADED, MOVED, model_family, moves, on_schedule_of, shift_of
+from .loras_in_graph import TWICE, few_step_loras
 
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]

@@ -105,6 +105,27 @@ def test_a_few_step_lora_of_another_packs_loader_is_told(server, inputs, is_seen
     assert (warning in run.text(links["model"][0]).splitlines()[0]) == is_seen
 
 
+@pytest.mark.parametrize(
+    ("name", "is_fast"),
+    [
+        ("dreamshaperXL_lightningDPMSDE", True),
+        ("DreamShaper_8_LCM", True),
+        ("sd_xl_turbo_1.0_fp16", True),
+        ("epic-Hyper-v2", True),
+        ("hyperrealism_v3", False),
+        ("tiny", False),
+    ],
+)
+def test_a_few_step_checkpoint_is_told(server, models, name, is_fast):
+    path = models.folder / "checkpoints" / f"{name}.safetensors"
+    if not path.exists():
+        path.symlink_to(models.folder / "checkpoints" / "tiny.safetensors")
+    graph, links = loaded(checkpoint=path.name)
+    run, _ = server.latents(graph, sample(graph, links, steps=1))
+    warning = f"{name}.safetensors is a few-step model by its name: take a plain one, or no LoRA."
+    assert (warning in run.text(links["model"][0]).splitlines()) == is_fast
+
+
 def test_a_known_file_needs_no_header(server):
     text = report(server, "pcm_sd15_smallcfg_8step_converted.safetensors")
     assert "8 steps" in text and "Recipe from the table of known files" in text

@@ -17,7 +17,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..samplers.lora_file import DTYPES, LoraHeader, LoraModule, not_finite
+from ..samplers.lora_file import LoraHeader, not_finite
+from ..samplers.lora_modules import DTYPES, LoraModule
 from ..samplers.lora_names import host_suffix
 from .ia3 import IA3
 

@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 from ..samplers import Recipe
-from ..samplers.lora_file import SCALED, LoraHeader
+from ..samplers.lora_file import LoraHeader
+from ..samplers.lora_modules import SCALED
 from ..samplers.phases import count_steps
 from ..samplers.recipe import FAMILIES, SOURCES
 from .lora_on_model import LOADED, model_family, model_title, prediction_of, shift_of

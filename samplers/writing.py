@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .lora_file import DTYPES, family_title, header_text, read_header
+from .lora_file import family_title, header_text, read_header
+from .lora_modules import DTYPES
 from .recipe import HEADER_KEY, Recipe
 
 MOST_HEADER = 1 << 20  # bytes of a LoRA's header that ComfyUI's metadata view reads; safetensors itself reads 100 MB

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from phased_consistency.samplers.known_files import recipe_for_file
-from phased_consistency.samplers.lora_file import LoraModule, read_header
+from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.samplers.lora_modules import LoraModule
 from phased_consistency.samplers.recipe import Recipe
 from phased_consistency.samplers.writing import path_within
 from phased_consistency.trainer.families import load_base

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...samplers.lora_file import LoraHeader, LoraModule
+from ...samplers.lora_file import LoraHeader
+from ...samplers.lora_modules import LoraModule
 from ...samplers.lora_names import split_key
 from ..families import Base
 from ..families.generate import probe

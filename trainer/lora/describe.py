@@ -7,8 +7,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ...samplers.lora_file import FLOATS, LoraHeader, file_hash, not_finite, read_header, tensor_hash
+from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header, tensor_hash
 from ...samplers.lora_info import facts, sentences
+from ...samplers.lora_modules import FLOATS
 from ...samplers.texts import printable
 
 

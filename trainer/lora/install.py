@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from ...samplers import Recipe
 from ...samplers.lora_alphas import PEFT_KEY
-from ...samplers.lora_file import LoraHeader, LoraModule, family_title, read_header
+from ...samplers.lora_file import LoraHeader, family_title, read_header
 from ...samplers.lora_info import recipe_of
+from ...samplers.lora_modules import LoraModule
 from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .lora_alphas import PEFT_KEY
 from .lora_file import family_title, header_text, read_header
 from .lora_modules import DTYPES
 from .recipe import HEADER_KEY, Recipe
@@ -136,11 +137,14 @@ def copy_with_metadata(
     `MOST_HEADER`; KeyError for an entry to remove that is not there; OSError naming the target when it cannot
     be written, and then no part of the file is left.
     """
-    read_header(source)
+    lora = read_header(source)
+    source = lora.path
     _check_target(source, target)
     text = header_text(source)
     header = json.loads(text)
-    entries = (header.pop("__metadata__", None) or {}) | dict(metadata)
+    # PEFT's settings stay beside the source: a copy elsewhere would lose its alphas
+    beside = {PEFT_KEY: lora.config} if lora.config else {}
+    entries = beside | (header.pop("__metadata__", None) or {}) | dict(metadata)
     for key in remove:
         del entries[key]
     new_text = _header_bytes(source.name, {"__metadata__": entries, **header}, before=len(text))

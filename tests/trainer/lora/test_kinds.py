@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.samplers.writing import stamp_recipe
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.check import check_parity
 from phased_consistency.trainer.lora.install import ADAPTER, install, install_for_sample, load_for_check
 from phased_consistency.trainer.sharing.convert import convert
 from support.runs import TINY
-from support.sharing_files import MODULES, kohya_file
+from support.sharing_files import MODULES, RECIPE, kohya_file
 
 ENCODER = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 
@@ -100,6 +101,12 @@ def test_a_folder_of_pefts_is_a_lora_in_every_verb(lora, pcm, tmp_path):
         assert result.code == 0, (run, result.err)
     converted = tmp_path / "out.safetensors"
     assert read_header(converted).alphas() == read_header(lora).alphas()
+
+
+def test_a_copy_of_a_pefts_folder_keeps_its_alphas(lora, tmp_path):
+    folder = peft_folder(lora)
+    stamp_recipe(folder, copy := tmp_path / "copy.safetensors", RECIPE)
+    assert read_header(copy).alphas() == read_header(folder).alphas() != {}
 
 
 def test_patterns_of_alphas_are_pefts(lora):

@@ -21,6 +21,7 @@ from ..samplers.lora_file import LoraHeader, not_finite
 from ..samplers.lora_modules import DTYPES, LoraModule
 from ..samplers.lora_names import host_suffix
 from .ia3 import IA3
+from .lora_on_model import CONFIGS, model_family
 
 INPUT = "diffusion_model.input_blocks.0.0.weight"  # the convolution that takes the latent, and a picture or a mask
 PEFT_MAGNITUDE = "lora_magnitude_vector"  # in the name of a DoRA's magnitudes as PEFT writes them
@@ -83,7 +84,7 @@ class Weights:
     """The weights of a host MODEL, by the names that LoRAs have for them."""
 
     def __init__(self, model: Any):
-        self.model = model.model
+        self.model, self.family = model.model, model_family(model)
         self.targets: dict[str, Target] = comfy.lora.model_lora_keys_unet(model.model, {})
         self.stored = model.model.state_dict().keys()
 
@@ -118,8 +119,9 @@ class Weights:
         """The cause, a key of `CAUSES`, why modules have no place here."""
         if any(COMPILED in key for key in self.stored):
             return "compiled"
-        kinds = [kind.__name__ for kind in type(self.model.model_config).__mro__]
-        return "cut" if {"SDXL", "SD15"} & set(kinds[1:]) else "place"
+        # the host has a smaller cut of a family, such as SSD-1B, as a kind of it
+        is_cut = self.family is not None and type(self.model.model_config) is not CONFIGS[self.family]
+        return "cut" if is_cut else "place"
 
     def takes(self, target: Target, patch: Any) -> bool:
         """Whether the host can apply a patch to a weight: it is asked to, without numbers, on the device `meta`."""
@@ -147,14 +149,10 @@ def match(header: LoraHeader, model: Any) -> LoraMatch:
 
     Raises ValueError for a file that holds no LoRA, or an alpha that is not one number.
     """
-    weights, numbers = Weights(model), header.numbers()
+    weights, numbers = Weights(model), header.numbers
     places: dict[str, Place] = {}
     misfits: dict[str, str] = {}
-    text_modules = 0
-    for name, module in header.modules.items():
-        if name.startswith("lora_te"):
-            text_modules += 1
-            continue
+    for name, module in header.network.items():
         place = weights.place(name, module)
         if module.is_integer or module.lacks:
             misfits[name] = "integers" if module.is_integer else "half"
@@ -165,6 +163,7 @@ def match(header: LoraHeader, model: Any) -> LoraMatch:
         else:
             floating = weights.shown(key_of(place.target)).is_floating_point()
             misfits[name] = "shape" if floating else "packed"
+    text_modules = len(header.modules) - len(header.network)
     return LoraMatch(places, misfits, text_modules, _ignored(header, weights))
 
 
@@ -243,7 +242,7 @@ def apply(header: LoraHeader, matched: LoraMatch, model: Any, strength: float) -
             "picture would be black. Get the file again."
         )
 
-    numbers, modules = header.numbers(), header.modules
+    numbers, modules = header.numbers, header.modules
     patches: dict[Target, Any] = {}
     for name, place in matched.places.items():
         patches |= build(modules[name], place, tensors, numbers[name])

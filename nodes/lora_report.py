@@ -108,5 +108,5 @@ def _problems(
 
 def _without_alpha(header: LoraHeader, matched: LoraMatch) -> list[str]:
     """The matched modules that take an alpha and have none, neither as a tensor of the file nor in its header."""
-    modules, numbers = header.modules, header.numbers()
+    modules, numbers = header.modules, header.numbers
     return [name for name in matched.places if modules[name].kind in SCALED and "alpha" not in numbers[name]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .lora_alphas import PEFT_KEY, peft_alphas
 from .lora_modules import DTYPES, SCALED, SINGLE, LoraModule
-from .lora_names import host_suffix, path_of, split_key
+from .lora_names import host_suffix, is_encoders, path_of, split_key
 from .recipe import FAMILIES, HEADER_KEY, Recipe
 from .texts import brief
 
@@ -71,6 +71,11 @@ class LoraHeader:
                 f"like {examples}). Use a LoRA file, not a checkpoint or an embedding."
             )
         return self._modules
+
+    @property
+    def network(self) -> dict[str, LoraModule]:
+        """The modules of the network alone, without those of text encoders; raises as `modules`."""
+        return {name: module for name, module in self.modules.items() if not is_encoders(name)}
 
     @cached_property
     def _modules(self) -> dict[str, LoraModule]:
@@ -131,6 +136,7 @@ class LoraHeader:
             ) from error
         return {name: alpha for name, alpha in alphas.items() if "alpha" not in self.modules[name].keys}
 
+    @cached_property
     def numbers(self) -> dict[str, dict[str, float]]:
         """module -> its parts that are one number: the alpha, from the file's tensors or the PEFT metadata.
 
@@ -148,7 +154,7 @@ class LoraHeader:
 
     def alphas(self) -> dict[str, float]:
         """module -> alpha, for the modules that have one; raises as `numbers`."""
-        return {name: parts["alpha"] for name, parts in self.numbers().items() if "alpha" in parts}
+        return {name: parts["alpha"] for name, parts in self.numbers.items() if "alpha" in parts}
 
     def lost_alphas(self) -> list[str]:
         """The modules that take an alpha and have none, where others have one, or kohya's entries name one.
@@ -156,9 +162,8 @@ class LoraHeader:
         Loaders take such a module at alpha = rank, and diffusers at the others' alpha: whichever it was made for, one
         of them is wrong.
         """
-        numbers = self.numbers()
         scaled = [name for name, module in self.modules.items() if module.kind in SCALED]
-        lost = [name for name in scaled if "alpha" not in numbers[name]]
+        lost = [name for name in scaled if "alpha" not in self.numbers[name]]
         try:
             alpha, rank = (float(self.metadata[f"ss_network_{part}"]) for part in ("alpha", "dim"))
         except (KeyError, ValueError):  # none, or "Dynamic" where they differ from module to module

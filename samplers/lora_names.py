@@ -84,6 +84,11 @@ def module_name(path: str) -> str:
     return ("lora_transformer_" if path.startswith(SD3_ROOTS) else "lora_unet_") + path.replace(".", "_")
 
 
+def is_encoders(name: str) -> bool:
+    """Whether a kohya name is of a text encoder's module."""
+    return name.startswith("lora_te")
+
+
 def bare_path(path: str) -> str:
     """A module's path within its network, without what wrapped the network when the file was written."""
     path = path.removeprefix("lycoris_")

@@ -119,34 +119,6 @@ class TestNoise:
         return Scaled(seed), torch.tensor([float(sigma) for sigma in sigmas.split()])
 
 
-class TestAlwaysGuided:
-    """The model, which evaluates the negative prompt at CFG 1 too, as nodes for NAG and SAG have it."""
-
-    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
-
-    def patch(self, model):
-        model = model.clone()
-        model.set_model_sampler_post_cfg_function(lambda run: run["denoised"], disable_cfg1_optimization=True)
-        return (model,)
-
-
-class TestPassModel:
-    """The model as it is. Whatever else is linked or set stays in the graph alone, as the inputs of another pack's."""
-
-    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
-
-    def make(self, model, **_):
-        return (model,)
-
-
 class TestTensor:
     """Saves an IMAGE or a LATENT as it is, unrounded."""
 
@@ -327,15 +299,16 @@ class TestClockStop:
 
 
 class TestOtherPack:
-    """The MODEL as another pack would change it: a wrapper that calls by keywords, AnimateDiff's betas, or a LoRA."""
+    """The MODEL as another pack would change it: a wrapper that calls by keywords, AnimateDiff's betas, a LoRA, or the
+    negative prompt at CFG 1 too, as NAG and SAG have it. Other inputs stay in the graph alone."""
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "how": (["keywords", "betas", "lora"],)}}
+        return {"required": {"model": ("MODEL",), "how": (["keywords", "betas", "lora", "guided"],)}}
 
-    def make(self, model, how):
+    def make(self, model, how, **_):
         changed = model.clone()
         getattr(self, how)(changed)
         return (changed,)
@@ -362,6 +335,9 @@ class TestOtherPack:
 
     def lora(self, model):
         """What it puts on the model does not matter here."""
+
+    def guided(self, model):
+        model.set_model_sampler_post_cfg_function(lambda run: run["denoised"], disable_cfg1_optimization=True)
 
 
 class TestGuider:
@@ -431,8 +407,6 @@ KINDS = (
     TestPicture,
     TestImage,
     TestNoise,
-    TestAlwaysGuided,
-    TestPassModel,
     TestTensor,
     TestVAE,
 )

@@ -38,7 +38,7 @@ def test_a_negative_prompt_that_is_used_at_cfg_1_is_no_mistake(server):
     """As under NAG and SAG; PCM CFG schedule then counts what really runs."""
     graph, links = loaded()
     links["negative"] = out(graph.add("TestConditioning", seed=2, width=768, pooled=2048, text="blurry"))
-    always = out(graph.add("TestAlwaysGuided", model=links["model"]))
+    always = out(graph.add("TestOtherPack", model=links["model"], how="guided"))
     nodes = [sample(graph, links | {"model": model}, cfg=1.0) for model in (links["model"], always)]
     steps = {"recipe": links["recipe"], "cfg": 2.0, "steps": 4, "from_step": 1, "to_step": 1}
     schedules = [graph.add("PCMCFGSchedule", model=model, **steps) for model in (links["model"], always)]

@@ -95,9 +95,11 @@ STACKED = {"lora_count": 1, "lora_name_1": "kohya.safetensors", "lora_wt_1": 1.0
 def test_a_few_step_lora_of_another_packs_loader_is_told(server, inputs, is_seen, by_stacker):
     """By inputs as rgthree's, the Efficiency nodes', Lora-Manager's and prompts that name LoRAs have them."""
     graph, links = loaded()
-    other = graph.add("TestPassModel", model=links["base"], **({} if by_stacker else inputs))
+    other = graph.add("TestOtherPack", model=links["base"], how="lora", **({} if by_stacker else inputs))
     if by_stacker:
-        graph[other]["inputs"]["lora_stack"] = out(graph.add("TestPassModel", model=links["base"], **inputs))
+        graph[other]["inputs"]["lora_stack"] = out(
+            graph.add("TestOtherPack", model=links["base"], how="lora", **inputs)
+        )
     loader = graph[links["model"][0]]["inputs"]
     loader |= {"model": out(other), "lora": "stochastic.safetensors"}
     run, _ = server.latents(graph, sample(graph, links, steps=1))

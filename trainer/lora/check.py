@@ -52,7 +52,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
-    check_plain(header)
+    check_plain(header, header.network)
     names = _names(header, base)
     facts: dict[str, Any] = {
         "modules": len(names.modules),
@@ -89,7 +89,7 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
 
 def _names(header: LoraHeader, base: Base) -> Names:
     layers = {_name_in_header(base, name): m for name, m in base.network.named_modules() if hasattr(m, "weight")}
-    modules = {name: module for name, module in header.modules.items() if not name.startswith("lora_te")}
+    modules = header.network
     other_layout = [name for name in modules if OTHER_LAYOUT.search(name)]
     unmatched = sorted(
         name

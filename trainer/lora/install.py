@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +148,8 @@ def install(path: Path, base: Base, name: str) -> tuple[int, int]:
     are more than a plain LoRA's, and when diffusers takes none of the file.
     """
     header = read_header(path)
-    check_plain(header)
-    modules = [module for name, module in header.modules.items() if not name.startswith("lora_te")]
+    check_plain(header, header.network)
+    modules = list(header.network.values())
     keys = {key for module in modules for key in module.keys.values()}
     state = {key: tensor for key, tensor in load_file(header.path).items() if key in keys}
     metadata = json.loads(header.metadata.get(PEFT_KEY) or header.config or "null")
@@ -178,14 +178,14 @@ def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], comp
     return {f"{component}.{key}": value for key, value in kept.items()}
 
 
-def check_plain(header: LoraHeader) -> None:
-    """Raise ValueError for modules of the network that are more than two halves and an alpha: diffusers would take
-    them in part, or as something else."""
-    other = {n: m for n, m in header.modules.items() if not m.is_plain and not n.startswith("lora_te")}
+def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
+    """Raise ValueError for any of these modules of a file that is more than two halves and an alpha: diffusers would
+    take it in part, or as something else."""
+    other = {name: module for name, module in modules.items() if not module.is_plain}
     if other:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
         raise ValueError(
-            f"{header.path.name} is no plain LoRA: of its {len(header.modules)} modules {kinds}, such as "
+            f"{header.path.name} is no plain LoRA: of its {len(modules)} modules {kinds}, such as "
             f"{next(iter(other))}. Use it in ComfyUI (Load PCM LoRA), or bring it to a plain LoRA first: merge it into "
             "its base there, and then pcm extract."
         )
@@ -193,7 +193,7 @@ def check_plain(header: LoraHeader) -> None:
 
 def left_out(header: LoraHeader) -> list[str]:
     """What `install` leaves out of a LoRA, in sentences: other modules than the network's, and what is no LoRA."""
-    encoders = sum(name.startswith("lora_te") for name in header.modules)
+    encoders = len(header.modules) - len(header.network)
     lines = [f"{encoders} modules for text encoders are left out."] if encoders else []
     if header.unmatched:
         lines.append(f"{len(header.unmatched)} tensors that are no LoRA's are left out, such as {header.unmatched[0]}.")

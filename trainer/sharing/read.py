@@ -22,7 +22,7 @@ from ...samplers.lora_file import (
     read_header,
 )
 from ...samplers.lora_info import recipe_of
-from ...samplers.lora_names import split_key
+from ...samplers.lora_names import is_encoders, split_key
 from ..families import FAMILIES, Base
 from ..families.detection import LORA_FAMILIES
 from ..lora.check import OTHER_LAYOUT
@@ -45,8 +45,8 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     """
     header = read_header(path)
     base_class = _family(header, family)
-    check_plain(header)
     header, notes = _without_others(header, base_class)
+    check_plain(header, header.modules)
 
     tensors = {name: tensor for name, tensor in _load(header.path).items() if name in header.tensors}
     _check_modules(header, tensors)
@@ -68,7 +68,7 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
 def _without_others(header: LoraHeader, family: type[Base]) -> tuple[LoraHeader, tuple[str, ...]]:
     """The header without what has no place in a LoRA of this family, and a line on each kind that is left out: tensors
     that belong to no module, and modules of a text encoder that it has no LoRA for, as of SD3's T5."""
-    encoders = [name for name in header.modules if name.startswith("lora_te") and not dotted_name(name, family)]
+    encoders = [name for name in header.modules if is_encoders(name) and not dotted_name(name, family)]
     strange = header.unmatched
     lines = [f"{len(strange)} tensors that are no LoRA's left out, such as {strange[0]}"] if strange else []
     if encoders:
@@ -141,7 +141,7 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
     `tensors` get the same names, in place. Raises ValueError for SD3's original layout, which has q, k and v
     in one, and for a file in two layouts.
     """
-    networks = [name for name in header.modules if not name.startswith("lora_te")]
+    networks = header.network
     others = [name for name in networks if OTHER_LAYOUT.search(name)]
     if not others:
         return header
@@ -151,7 +151,7 @@ def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family:
     config = family.network_class.load_config(family.configs / family.component)
     layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})
     modules = header.modules
-    names = {key: name for key, name in header.kohya_names().items() if not name.startswith("lora_te")}
+    names = {key: name for key, name in header.kohya_names().items() if not is_encoders(name)}
     alphas = {
         id(tensors[module.keys["down"]]): tensors[module.keys["alpha"]]
         for module in modules.values()

@@ -172,10 +172,9 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     the run's, and for one whose jumps end elsewhere.
     """
     header = header_of_family(Path(config.lora.init), base.family.name)
-    check_plain(header)
+    check_plain(header, header.network)
     recipe, file = recipe_of(header), header.path.name
-    ranks = [module.rank or 0 for name, module in header.modules.items() if not name.startswith("lora_te")]
-    rank = max(ranks, default=0)
+    rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
     if recipe is None:

@@ -85,6 +85,13 @@ def test_what_diffusers_would_take_in_part_is_refused_by_name(lora, part, pcm, t
         assert name in result.err
 
 
+def test_a_text_encoders_dora_is_not_written_without_its_magnitudes(lora, fails, tmp_path):
+    parts = {"lora_down__weight": (4, 64), "lora_up__weight": (256, 4), "dora_scale": (256, 1)}
+    more = with_tensors(lora, **{f"{ENCODER}__{part}": torch.ones(shape) for part, shape in parts.items()})
+    said = fails(2, "convert", more, tmp_path / "out.safetensors", "--to", "diffusers")
+    assert f"modules 1 DoRA, such as {ENCODER}" in said and not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_folder_of_pefts_is_a_lora_in_every_verb(lora, pcm, tmp_path):
     folder = peft_folder(lora)
     want, have = added(lora), added(folder)

@@ -8,26 +8,60 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy.comfy_types import IO
+
 from .host import core
 from .loras_in_graph import few_step_loras
 
 Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> entry
-TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl")  # inputs of core's text encoding nodes
+# inputs of core's text encoding nodes, and of loaders that encode prompts themselves
+TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "negative")
+OTHERS = [kind.value for kind in IO if kind not in (IO.MODEL, IO.ANY)]  # types of the host that bring no model
+STACK = "lora_stack"  # in the name of an input: LoRAs that a node puts on its model
 
 
 def model_path(graph: Graph | None, node: str) -> list[dict[str, Any]]:
-    """Entries that a node's model has come through, the last first: as far back as each has an input `model`.
+    """Entries that a node's model has come through, the last first: as far back as the links tell which they are.
 
     Before each stand the stackers that hand it their LoRAs.
     """
-    path = []
-    entry = (graph or {}).get(node)
-    while entry and (entry := _before(graph, entry, "model")):
-        stacker = entry
-        while stacker := _before(graph, stacker, "lora_stack"):
-            path.append(stacker)
+    graph, path = graph or {}, []
+    entry = graph.get(node)
+    while entry and (entry := _model_source(graph, entry)):
+        stackers = _stackers(graph, entry)
+        while stackers:
+            path += stackers
+            stackers = [before for each in stackers for before in _stackers(graph, each)]
         path.append(entry)
     return path
+
+
+def _model_source(graph: Graph, entry: dict[str, Any]) -> dict[str, Any] | None:
+    """The entry that a node has its model from: by its input `model`, else by a link that a model may come by.
+
+    That is a link of any type but the host's others: packs have types of their own for a model and its prompts in
+    one. Which of several counts is not known, unless nothing else is set on a pack's node: then it is a switch, and
+    takes the first.
+    """
+    links = _links(graph, entry)
+    if "model" in links:
+        return links["model"][0]
+    carriers = [before for name, (before, slot) in links.items() if STACK not in name and _may_give(before, slot)]
+    if len(carriers) > 1 and (len(links) < len(entry["inputs"]) or _is_known(entry)):
+        return None
+    return carriers[0] if carriers else None
+
+
+def _may_give(entry: dict[str, Any], slot: int) -> bool:
+    """Whether a node may give a model by an output, alone or with other things: by the type that it declares."""
+    kinds = getattr(core.NODE_CLASS_MAPPINGS.get(entry["class_type"]), "RETURN_TYPES", ())
+    kind = kinds[slot] if slot < len(kinds) else None
+    return isinstance(kind, str) and f"{kind}" not in OTHERS  # a pack's string may say that it equals any other
+
+
+def _stackers(graph: Graph, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries that hand a node their LoRAs."""
+    return [before for name, (before, _) in _links(graph, entry).items() if STACK in name]
 
 
 def has_links(entry: dict[str, Any]) -> bool:
@@ -70,5 +104,11 @@ def has_negative_words(graph: Graph | None, node: str) -> bool:
 
 def _before(graph: Graph, entry: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The entry that an input is linked to; None where it is not linked."""
-    link = entry["inputs"].get(name)
-    return graph.get(str(link[0])) if isinstance(link, list) and len(link) == 2 else None
+    return _links(graph, entry).get(name, (None, 0))[0]
+
+
+def _links(graph: Graph, entry: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+    """The inputs of a node that are linked, by name: the entry and the output that each is linked to."""
+    pairs = {name: value for name, value in entry["inputs"].items() if isinstance(value, list) and len(value) == 2}
+    links = {name: (graph.get(str(node)), slot) for name, (node, slot) in pairs.items() if isinstance(slot, int)}
+    return {name: link for name, link in links.items() if link[0]}

@@ -12,9 +12,10 @@ import folder_paths
 from ..samplers import recipe_for_file
 from ..samplers.lora_file import read_header
 
-IN_TEXT = re.compile(r"<lora:([^:>]+):([-+.\d]+)")  # as A1111 has it, and nodes that read its prompts
+IN_TEXT = re.compile(r"<lora:([^:>]+)(?::([-+.\d]*))?")  # as A1111 has it, and nodes that read its prompts
 NUMBER = re.compile(r"_\d+$")  # of a slot of a stacker: lora_name_2, model_str_2
 STRENGTHS = ("strength_model", "lora_model_strength", "model_str{}", "lora_wt{}", "strength{}")
+UNREAD = {"simple": "model_str{}", "advanced": "lora_wt{}"}  # strengths that a stacker has besides, by its input_mode
 COUNTS = ("lora_count", "num_loras")  # of the slots of a stacker that are in use
 CHECKPOINTS = ("ckpt_name", "unet_name", "base_model_name")  # inputs of loaders
 # Words of merged and distilled checkpoints, in names such as dreamshaperXL_lightningDPMSDE and DreamShaper_8_LCM. The
@@ -28,7 +29,8 @@ def doubled(path: list[dict[str, Any]]) -> list[str]:
     """Sentences on what speeds the model of a `graph.model_path` up already."""
     names = [entry["inputs"].get(key) for entry in path for key in CHECKPOINTS]
     fast = [name for name in names if isinstance(name, str) and FEW_STEP_NAME.search(PurePath(name).stem)]
-    return [*(TWICE.format(name) for name in few_step_loras(path)), *(FAST_ALREADY.format(name) for name in fast)]
+    loras = dict.fromkeys(few_step_loras(path))  # a node may have one in its prompt and in what came of its wildcards
+    return [*(TWICE.format(name) for name in loras), *(FAST_ALREADY.format(name) for name in fast)]
 
 
 def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
@@ -47,7 +49,7 @@ def applied(inputs: dict[str, Any]) -> Iterator[str]:
         elif isinstance(value, str):
             if "lora" in key.lower() and _is_on(inputs, key):
                 yield value
-            yield from (name for name, strength in IN_TEXT.findall(value) if strength.strip("+-.0"))
+            yield from (name for name, strength in IN_TEXT.findall(value) if not strength or strength.strip("+-.0"))
 
 
 def _of_entry(value: Any) -> Iterator[str]:
@@ -69,7 +71,8 @@ def _is_on(inputs: dict[str, Any], key: str) -> bool:
     counts = [inputs[name] for name in COUNTS if isinstance(inputs.get(name), int)]
     if slot and counts and int(slot[1:]) > counts[0]:
         return False
-    names = [name.format(slot) for name in STRENGTHS]
+    unread = UNREAD.get(str(inputs.get("input_mode")))
+    names = [name.format(slot) for name in STRENGTHS if name != unread]
     strengths = [inputs[name] for name in names if name in inputs]
     return not strengths or any(isinstance(strength, int | float) and strength for strength in strengths)
 

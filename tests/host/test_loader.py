@@ -85,9 +85,12 @@ STACKED = {"lora_count": 1, "lora_name_1": "kohya.safetensors", "lora_wt_1": 1.0
         (STACKED, True),
         (STACKED | {"lora_count": 0}, False),
         (STACKED | {"lora_wt_1": 0.0, "model_str_1": 0.0}, False),
+        (STACKED | {"input_mode": "simple", "lora_wt_1": 0.0}, False),
+        (STACKED | {"input_mode": "advanced", "lora_wt_1": 0.0}, True),
         ({"lora_name": "kohya.safetensors", "lora_model_strength": 1.0}, True),
         ({"lora_name": "None", "lora_model_strength": 1.0}, False),
         ({"text": "a fox <lora:kohya:0.8>"}, True),
+        ({"text": "a fox <lora:kohya>"}, True),
         ({"text": "a fox <lora:kohya:0>, <lora:style:1>"}, False),
     ],
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from host.fixtures import beside as beside
+from host.fixtures import crowded as crowded
 from host.server import hosts
 
 HERE = Path(__file__).parent

@@ -54,3 +54,28 @@ def picture(server) -> None:
     pixels[16:40, 24:48, 3] = 0
     (server.base / "input").mkdir(exist_ok=True)
     Image.fromarray(pixels).save(server.base / "input" / "example.png")
+
+
+@pytest.fixture(scope="session")
+def crowded(server, tmp_path_factory: pytest.TempPathFactory, models: SimpleNamespace):
+    """A host with the well-known packs beside ours; not that of the other tests, since these packs patch the host."""
+    from host.packs import PACKS, add_files
+
+    add_files(models.folder)
+    running = start(server.folder, tmp_path_factory.mktemp("crowded"), models.folder, PACKS)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def beside(request: pytest.FixtureRequest, server):
+    """A function of a pack's folder: the crowded host, started for the first test whose pack is there."""
+    from host.packs import need_folder, need_nodes
+
+    def crowded_with(pack: str):
+        need_folder(server.folder, pack)
+        running = request.getfixturevalue("crowded")
+        need_nodes(running, pack)
+        return running
+
+    return crowded_with

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,13 +155,16 @@ class Server(host.Host):
         return run, [load_file(self.base / "output" / f"{name}.safetensors")["value"] for name in names]
 
 
-def start(folder: Path, base: Path, models: Path) -> Server:
-    """Start a host on an empty base folder, with this pack, the tests' own nodes, and a folder of models."""
+def start(folder: Path, base: Path, models: Path, beside: Iterable[str] = BESIDE) -> Server:
+    """Start a host on an empty base folder, with this pack, the tests' own nodes, and a folder of models.
+
+    beside: other packs, where the host has them.
+    """
     nodes = base / "custom_nodes"
     nodes.mkdir()
     (nodes / "phased-consistency").symlink_to(PACK, target_is_directory=True)
     shutil.copy(HERE / "helper_nodes.py", nodes)
-    for name in BESIDE:
+    for name in beside:
         if (folder / "custom_nodes" / name).is_dir():
             (nodes / name).symlink_to(folder / "custom_nodes" / name, target_is_directory=True)
     (base / "models").symlink_to(models, target_is_directory=True)

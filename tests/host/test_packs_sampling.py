@@ -53,18 +53,15 @@ def by_pipe(graph: Graph, links: Links, **settings: Any) -> list:
 
 
 def by_provider(graph: Graph, links: Links, **settings: Any) -> list:
-    """The latent of Impact-Pack's KSamplerProvider, in its node that samples outside a mask, of which nothing is left,
-    and then inside."""
+    """The latent of Impact-Pack's KSamplerProvider, by its node that samples outside a mask, then inside: here all is
+    inside."""
     node = by_pipe(graph, links, **settings)[0]
     latent = graph[node]["inputs"].pop("latent_image")
     copy = out(graph.add("RepeatLatentBatch", samples=latent, amount=1))  # it writes into the latent that it gets
     graph[node]["class_type"] = "KSamplerProvider"
-    both = {"base_sampler": out(node), "mask_sampler": out(node), "mask": mask(graph, 1.0)}
+    everywhere = out(graph.add("SolidMask", value=1.0, width=64, height=64))
+    both = {"base_sampler": out(node), "mask_sampler": out(node), "mask": everywhere}
     return out(graph.add("TwoSamplersForMask", latent_image=copy, **both))
-
-
-def mask(graph: Graph, value: float) -> list:
-    return out(graph.add("SolidMask", value=value, width=64, height=64))
 
 
 WAYS = {by_efficient: EFFICIENCY, by_efficient_advanced: EFFICIENCY, by_pipe: IMPACT, by_provider: IMPACT}
@@ -119,7 +116,7 @@ def test_impacts_regions(beside):
 def by_detailer(graph: Graph, links: Links, **settings: Any) -> list:
     """The picture of Impact-Pack's DetailerForEach, with its defaults but for sizes, on the middle of a picture.
 
-    What it puts on the model itself is there already: its version of 2024 calls that node as newer hosts have it not.
+    It would put DifferentialDiffusion on the model itself, which its versions of 2024 cannot do on newer hosts.
     """
     part = picture(graph, 64, 64)
     widgets = {"combined": False, "crop_factor": 1.5, "bbox_fill": False, "drop_size": 1, "contour_fill": False}

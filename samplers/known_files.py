@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from .recipe import DISTILLED_POINTS, HEADER_KEY, NORMALCFG, Recipe
+from .recipe import DISTILLED_POINTS, FAMILIES, HEADER_KEY, NORMALCFG, Recipe
 
 # Patterns of the family in a file's name. SSD-1B is a small SDXL; PCM's SD3 files tell their shift instead.
 FAMILY_MARKS = (
@@ -31,6 +31,33 @@ OWN = (
     r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
     r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?)"
 )
+
+# A method, as people choose it -> names of its files: the first that `KNOWN_FILES` has for the family and the steps.
+METHOD_FILES = {
+    "PCM": ("pcm smallcfg {}step", "pcm deterministic {}step shift3"),
+    "PCM with CFG": ("pcm normalcfg {}step",),
+    "PCM stochastic": ("pcm lcmlike", "pcm stochastic shift3"),
+    "LCM": ("lcm lora",),
+    "TCD": ("tcd lora",),
+    "Hyper-SD": ("hyper sd {}step",),
+    "Hyper-SD with CFG": ("hyper sd cfg {}step",),
+    "Lightning": ("lightning {}step",),
+    "DMD2": ("dmd2",),
+    "Flash Diffusion": ("flash sd",),
+    "Turbo": ("sdxl turbo",),
+}
+MOST_STEPS = 16  # that a file of these is made for
+# Methods by the words of merged and distilled checkpoints, such as dreamshaperXL_lightningDPMSDE and DreamShaper_8_LCM.
+# The shorter words are parts of other words, too.
+METHOD_WORDS = {
+    "Lightning": r"lightning",
+    "Turbo": r"turbo",
+    "DMD2": r"dmd ?2",
+    "LCM": r"(?<![a-z])lcm(?![a-z])",
+    "TCD": r"(?<![a-z])tcd(?![a-z])",
+    "Hyper-SD": r"(?<![a-z])hyper(?: ?sd)?(?![a-z])",
+    "Flash Diffusion": r"(?<![a-z])flash(?: ?sd)?(?![a-z])",
+}
 
 # Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), 999 759 499 259 (LCM, TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
@@ -122,7 +149,9 @@ KNOWN_FILES = (
         "tcd",
         DISTILLED | STOCHASTIC | {"gamma": 0.3},
     ),
-    KnownFiles(r"\bhyper ?sd.*\b1 ?steps?\b", ("sd15", "sdxl"), "hyper", DISTILLED | STOCHASTIC | {"steps": 1}),
+    KnownFiles(
+        r"^(?!.*\bcfg).*\bhyper ?sd.*\b1 ?steps?\b", ("sd15", "sdxl"), "hyper", DISTILLED | STOCHASTIC | {"steps": 1}
+    ),
     KnownFiles(r"^(?!.*\bcfg).*\bhyper ?sd.*\b(?P<steps>2|4|8) ?steps?\b", ("sd15", "sdxl"), "hyper", TRAILING),
     KnownFiles(
         r"^(?=.*\bcfg).*\bhyper ?sd.*\b(?P<steps>8|12) ?steps?\b", ("sd15", "sdxl"), "hyper", TRAILING, HYPER_CFG
@@ -177,11 +206,70 @@ def _recipe_for_words(words: str, family: str | None, certain: bool) -> Recipe |
     named = next((mark for mark, pattern in FAMILY_MARKS if re.search(pattern, words)), None)
     if family and named and family != named:
         return None
-    family = family or named
+    return _recipe_in_table(words, family or named)
+
+
+def _recipe_in_table(words: str, family: str | None) -> Recipe | None:
+    """The recipe of the first of `KNOWN_FILES` that there is for this family and that these words match."""
     for kind in KNOWN_FILES:
         if family in kind.families and (match := re.search(kind.words, words)):
             return kind.recipe(family, match)
     return None
+
+
+def recipe_for_method(method: str, family: str, steps: int) -> Recipe:
+    """The recipe of a method's files, a key of `METHOD_FILES`, for models of this family in so many steps.
+
+    Raises ValueError where there are none, with those that there are.
+    """
+    recipe = _of_method(method, family, steps)
+    if recipe is not None:
+        return recipe
+    counts = [str(n) for n in range(1, MOST_STEPS + 1) if _of_method(method, family, n)]
+    if counts:
+        raise ValueError(
+            f"{method} for {FAMILIES[family]} is known in {', '.join(counts)} steps, not {steps}: take one of these, "
+            "or set the recipe by hand."
+        )
+    methods = [name for name in METHOD_FILES if any(_of_method(name, family, n) for n in range(1, MOST_STEPS + 1))]
+    raise ValueError(
+        f"{method} is not known for {FAMILIES[family]}; known: {', '.join(methods) or 'none'}. Take one of these, or "
+        "set the recipe by hand."
+    )
+
+
+def _of_method(method: str, family: str, steps: int) -> Recipe | None:
+    """As `recipe_for_method`; None where there is none."""
+    for name in METHOD_FILES[method]:
+        if recipe := _recipe_in_table(name.format(steps), family):
+            # A method whose files are for any number of steps is recommended the one that was asked for.
+            return replace(recipe, steps=recipe.steps if "{}" in name else steps, source="method")
+    return None
+
+
+def recipe_for_checkpoint(name: str, metadata: dict[str, str], family: str) -> Recipe | None:
+    """The recipe of a whole model that a few-step LoRA is merged into, or that was distilled, by header or name.
+
+    family: of the model. A name may have words of its own beside the method, as merges have; where it tells no number
+    of steps, the recipe is for 4, else for the next that there is.
+    Raises ValueError for an unreadable header.
+    """
+    if recipe := recipe_for_file(name, metadata, family):
+        return recipe
+    words = _words(name)
+    method = next((method for method, pattern in METHOD_WORDS.items() if re.search(pattern, words)), None)
+    if method is None:
+        return None
+    number = re.search(r"\b(\d+) ?steps?\b", words)
+    wanted = int(number[1]) if number else 4
+    counts = sorted(range(1, MOST_STEPS + 1), key=lambda n: (abs(n - wanted), n))
+    recipe = next(filter(None, (_of_method(method, family, n) for n in counts)), None)
+    return recipe and replace(recipe, source="method in a name")
+
+
+def is_few_step_name(name: str) -> bool:
+    """Whether a checkpoint's name tells that it is made for few steps."""
+    return any(re.search(pattern, _words(name)) for pattern in METHOD_WORDS.values())
 
 
 def _words(name: str) -> str:

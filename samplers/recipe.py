@@ -31,6 +31,8 @@ SOURCES = {
     "header": "the file's header",
     "known file": "the table of known files",
     "known title": "the table of known files, by the title in its header",
+    "method": "the method that was chosen",
+    "method in a name": "the method in the file's name",
     "settings": "the widgets",
 }
 # (is any noise fresh, is it flow) -> sampler and scheduler in ComfyUI, scheduler in diffusers

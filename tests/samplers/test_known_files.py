@@ -1,10 +1,17 @@
 """Published files, by their names: what their authors sample them with."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from phased_consistency.samplers import Recipe, recipe_for_file
+from phased_consistency.samplers.known_files import (
+    METHOD_FILES,
+    is_few_step_name,
+    recipe_for_checkpoint,
+    recipe_for_method,
+)
 from phased_consistency.samplers.recipe import HEADER_KEY
 
 TRAILING = {
@@ -286,3 +293,67 @@ def test_the_header_wins_over_the_name():
     own = Recipe(family="sdxl", phases=2)
     got = recipe_for_file("pcm_sd15_smallcfg_4step_converted.safetensors", {HEADER_KEY: own.to_header()})
     assert got == replace(own, source="header")
+
+
+METHODS = {  # (method, family) -> the steps that its files are made for
+    ("PCM", "sd15"): [2, 4, 8, 16],
+    ("PCM", "sd3"): [2, 4],
+    ("PCM with CFG", "sdxl"): [4, 8, 16],
+    ("Hyper-SD", "sdxl"): [1, 2, 4, 8],
+    ("Hyper-SD with CFG", "sd15"): [8, 12],
+    ("Hyper-SD with CFG", "sd3"): [4, 8, 16],
+    ("Lightning", "sdxl"): [2, 4, 8],
+}
+
+
+@pytest.mark.parametrize(("method", "family"), METHODS)
+def test_a_methods_recipe_is_that_of_its_files(method, family):
+    counts = []
+    for steps in range(1, 17):
+        with suppress(ValueError):
+            counts.append((steps, recipe_for_method(method, family, steps).steps))
+    assert counts == [(steps, steps) for steps in METHODS[method, family]]
+
+
+def test_a_method_of_any_number_of_steps_takes_the_one_that_is_wanted():
+    assert recipe_for_method("LCM", "sd15", 6) == replace(known("lcm-lora-sdv1-5"), steps=6, source="method")
+    assert recipe_for_method("Lightning", "sdxl", 8) == replace(known("sdxl_lightning_8step_lora"), source="method")
+    assert {recipe_for_method(m, "sdxl", 8).method for m in METHOD_FILES} >= {"Turbo", "DMD2", "TCD", "Hyper-SD"}
+
+
+def test_a_method_that_there_is_not_names_those_that_there_are():
+    with pytest.raises(ValueError, match=r"Lightning for SDXL is known in 2, 4, 8 steps, not 3: take one of these"):
+        recipe_for_method("Lightning", "sdxl", 3)
+    with pytest.raises(ValueError, match=r"LCM is not known for SD3; known: PCM, PCM stochastic, Hyper-SD, "):
+        recipe_for_method("LCM", "sd3", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "objective", "steps"),
+    [
+        ("dreamshaperXL_lightningDPMSDE.safetensors", "sdxl", "lightning", 4),
+        ("RealVisXL_V4.0_Lightning_5step.safetensors", "sdxl", "lightning", 4),
+        ("juggernaut_lightning_8Steps.safetensors", "sdxl", "lightning", 8),
+        ("sd_xl_turbo_1.0_fp16.safetensors", "sdxl", "turbo", 4),
+        ("turbovisionxlSuperFastXLBasedOnNew_tvxlV431Bakedvae.safetensors", "sdxl", "turbo", 4),
+        ("dmd2_sdxl_4step_unet_fp16.safetensors", "sdxl", "dmd2", 4),
+        ("DreamShaper_8_LCM.safetensors", "sd15", "lcm", 4),
+        ("Hyper-SDXL-1step-Unet.safetensors", "sdxl", "hyper", 1),
+        ("SDXL_Flash.safetensors", "sdxl", "flash", 4),
+    ],
+)
+def test_a_merged_or_distilled_checkpoint_is_known_by_its_name(name, family, objective, steps):
+    recipe = recipe_for_checkpoint(name, {}, family)
+    assert (recipe.objective, recipe.steps, recipe.family) == (objective, steps, family)
+    assert is_few_step_name(name)
+
+
+@pytest.mark.parametrize("name", ["hyperrealism_v3", "dreamshaper_8", "flashback_v1", "v1-5-pruned-emaonly", "tcdiff"])
+def test_a_plain_checkpoint_is_not_taken_for_one(name):
+    assert recipe_for_checkpoint(f"{name}.safetensors", {}, "sd15") is None and not is_few_step_name(f"{name}.ckpt")
+
+
+def test_a_checkpoints_header_wins_over_its_name():
+    recipe = Recipe(family="sdxl", phases=2)
+    header = {HEADER_KEY: recipe.to_header()}
+    assert recipe_for_checkpoint("x_lightning_4step.safetensors", header, "sdxl") == replace(recipe, source="header")

@@ -17,11 +17,13 @@ from .edit_parts import (
 from .guidance import PCMCFGSchedule
 from .info import PCMLoraInfo, PCMStampRecipe
 from .loader import PCMLoadLora
+from .model_recipe import PCMRecipe
 from .sampling import PCMSample, PCMSampler, PCMScheduler
 
 NODES: list[type[io.ComfyNode]] = [
     # loading and sampling
     PCMLoadLora,
+    PCMRecipe,
     PCMScheduler,
     PCMSampler,
     PCMSample,

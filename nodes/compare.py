@@ -21,7 +21,7 @@ from . import inputs
 from .edit_kinds import image_of
 from .guidance import schedule_in
 from .host import fit_to_model, menu_of, show, speaking
-from .lora_on_model import on_schedule_of
+from .lora_on_model import recipe_for
 from .sampling import advice, draw
 from .vae import check_family, decode_last
 
@@ -77,7 +77,6 @@ class PCMCompare(io.ComfyNode):
     def execute(
         cls,
         model,
-        recipe: Recipe,
         vae,
         latent_image: dict[str, Any],
         positive: list,
@@ -88,9 +87,10 @@ class PCMCompare(io.ComfyNode):
         cfg: float,
         denoise: float,
         last_decode: str = inputs.LAST_DECODES[0],
+        recipe: Recipe | None = None,
     ) -> io.NodeOutput:
         check_family(vae, model)
-        recipe = on_schedule_of(model, recipe)
+        recipe = recipe_for(model, recipe)
         cfg = cfg or recipe.guidance
         rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
 

@@ -19,7 +19,7 @@ from . import inputs
 from .edit_keeping import edit_schema, edited
 from .edit_kinds import image_input, image_of, picture, remarks
 from .host import fit_to_model, menu_of, show, speaking
-from .lora_on_model import on_schedule_of
+from .lora_on_model import recipe_for
 from .sampling import advice, draw
 from .vae import HostVAE, ModelVAE, check_family, decode_last
 
@@ -53,10 +53,17 @@ class PCMStroke(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, recipe: Recipe, image: Tensor, steps: int, cfg: float, strength: float, **shared: Any
+        cls,
+        model,
+        image: Tensor,
+        steps: int,
+        cfg: float,
+        strength: float,
+        recipe: Recipe | None = None,
+        **shared: Any,
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
-        recipe = on_schedule_of(model, recipe)
+        recipe = recipe_for(model, recipe)
         cfg = cfg or recipe.guidance
 
         # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
@@ -96,12 +103,21 @@ class PCMDenoise(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, recipe: Recipe, vae, image: Tensor, seed: int, steps: int, cfg: float, noise: float, **shared: Any
+        cls,
+        model,
+        vae,
+        image: Tensor,
+        seed: int,
+        steps: int,
+        cfg: float,
+        noise: float,
+        recipe: Recipe | None = None,
+        **shared: Any,
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
         std = noise / LEVELS or estimated_noise(operator.start)
         estimate = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
-        recipe = on_schedule_of(model, recipe)
+        recipe = recipe_for(model, recipe)
         cfg = cfg or recipe.guidance
 
         codec = ModelVAE(vae, model.model)
@@ -165,7 +181,6 @@ class PCMInterpolate(io.ComfyNode):
     def execute(
         cls,
         model,
-        recipe: Recipe,
         vae,
         latent_image: dict[str, Any],
         positive: list,
@@ -178,9 +193,10 @@ class PCMInterpolate(io.ComfyNode):
         frames: int,
         denoise: float,
         last_decode: str = inputs.LAST_DECODES[0],
+        recipe: Recipe | None = None,
     ) -> io.NodeOutput:
         check_family(vae, model)
-        recipe = on_schedule_of(model, recipe)
+        recipe = recipe_for(model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)

@@ -12,9 +12,9 @@ from ..samplers.editing import begin
 from ..samplers.operators import Operator
 from . import inputs
 from .edit_kinds import COLORIZE, INPAINT, OUTPAINT, SUPER_RESOLUTION, Edit, EditKind, finished, remarks
-from .host import menu_of, show, speaking
-from .inpainting import with_picture
-from .lora_on_model import on_schedule_of
+from .host import menu_of, show, speaking, warned
+from .inpainting import mask_faults, with_picture
+from .lora_on_model import recipe_for
 from .sampling import advice, draw
 from .vae import HostVAE, check_family
 
@@ -126,7 +126,6 @@ class EditNode(io.ComfyNode):
     def execute(
         cls,
         model,
-        recipe: Recipe,
         vae,
         positive: list,
         negative: list,
@@ -139,10 +138,11 @@ class EditNode(io.ComfyNode):
         step_vae=None,
         projection: str = inputs.PROJECTIONS[0],
         last_decode: str = inputs.LAST_DECODES[0],
+        recipe: Recipe | None = None,
         **kind_inputs: Any,
     ) -> io.NodeOutput:
         operator = cls.KIND.make(**kind_inputs)
-        recipe = on_schedule_of(model, recipe)
+        recipe = recipe_for(model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
@@ -154,7 +154,7 @@ class EditNode(io.ComfyNode):
             cls,
             operator,
             plan,
-            [*remarks(operator), *advice(cls, model, recipe, steps, cfg, plan)],
+            [*remarks(operator), *warned(mask_faults(model)), *advice(cls, model, recipe, steps, cfg, plan)],
             model=model,
             recipe=recipe,
             vae=vae,

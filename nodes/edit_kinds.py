@@ -16,6 +16,7 @@ from ..samplers.editing import Projected, ProjectedLatent, begin, canvas, check_
 from ..samplers.operators import Colorize, Inpaint, Operator, SuperResolution, outpaint, size_text
 from ..samplers.sampling import Projection
 from . import inputs
+from .host import warned
 from .vae import ModelVAE, beside_model, check_family, decode_last, whole
 
 NO_MASK = 64  # sides of the empty mask that core's Load Image gives for a picture without transparency
@@ -200,9 +201,9 @@ def remarks(operator: Operator) -> list[str]:
     lines = []
     if isinstance(operator, Inpaint):
         if not operator.hole.any():
-            lines.append("The mask is empty: nothing is drawn.")
+            lines += warned(["The mask is empty: nothing is drawn."])
         elif operator.hole.all():
-            lines.append("The mask covers everything: nothing is kept.")
+            lines += warned(["The mask covers everything: nothing is kept."])
     height, width = canvas(operator.size)
     if (height, width) != operator.size:
         lines.append(f"{size_text(operator.start)} is worked on as {width}x{height}, then cut.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy.comfy_types import IO
+from server import PromptServer
 
 from .host import core
 from .loras_in_graph import few_step_loras
@@ -16,7 +17,8 @@ from .loras_in_graph import few_step_loras
 Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> entry
 # inputs of core's text encoding nodes, and of loaders that encode prompts themselves
 TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "negative")
-OTHERS = [kind.value for kind in IO if kind not in (IO.MODEL, IO.ANY)]  # types of the host that bring no model
+# types of the host that bring no model; a guider has one
+OTHERS = [kind.value for kind in IO if kind not in (IO.MODEL, IO.GUIDER, IO.ANY)]
 STACK = "lora_stack"  # in the name of an input: LoRAs that a node puts on its model
 
 
@@ -34,6 +36,12 @@ def model_path(graph: Graph | None, node: str) -> list[dict[str, Any]]:
             stackers = [before for each in stackers for before in _stackers(graph, each)]
         path.append(entry)
     return path
+
+
+def running_graph(prompt_id: str) -> Graph | None:
+    """The graph that the host is at, if it is the one of this id; a loader may have been executed in an earlier one."""
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    return next((graph for _, key, graph, *_ in running if key == prompt_id), None)
 
 
 def _model_source(graph: Graph, entry: dict[str, Any]) -> dict[str, Any] | None:

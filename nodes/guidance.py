@@ -15,8 +15,8 @@ from torch import Tensor
 from ..samplers import Recipe
 from ..samplers.recipe import SLACK
 from . import inputs
-from .host import menu_of, show, speaking
-from .lora_on_model import model_family, on_schedule_of, shift_of
+from .host import menu_of, show, speaking, warned
+from .lora_on_model import model_family, recipe_for, shift_of
 
 KEY = "pcm_cfg_schedule"
 TAMERS = ("nodes_apg", "nodes_cfg", "nodes_mahiro", "nodes_tcfg")  # core's nodes that hold a high CFG down
@@ -181,8 +181,10 @@ class PCMCFGSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, recipe: Recipe, cfg: float, steps: int, from_step: int, to_step: int) -> io.NodeOutput:
-        recipe = on_schedule_of(model, recipe)
+    def execute(
+        cls, model, cfg: float, steps: int, from_step: int, to_step: int, recipe: Recipe | None = None
+    ) -> io.NodeOutput:
+        recipe = recipe_for(model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
@@ -193,10 +195,11 @@ class PCMCFGSchedule(io.ComfyNode):
         model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, schedule)
 
-        lines = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
+        warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
         if cfg == 1:
-            lines.insert(0, "CFG 1 guides nothing: set cfg above 1.")
-        elif schedule.guided < steps and recipe.guidance_min > 1:
+            warnings.insert(0, "CFG 1 guides nothing: set cfg above 1.")
+        lines = warned(warnings)
+        if cfg != 1 and schedule.guided < steps and recipe.guidance_min > 1:
             lines.append(f"The other steps are at CFG 1, below the LoRA's {recipe.guidance_min:g}.")
         lines.append(
             f"{schedule.text}: {2 * steps} evaluations, since another node wants the negative prompt at CFG 1 too."

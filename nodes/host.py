@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import comfy.model_sampling
 import comfy.sample
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from server import PromptServer
 
 import nodes as core  # the host's nodes: packs are imported by path, so this name is not this folder's
@@ -17,6 +17,7 @@ from ..samplers import FlowSchedule, Schedule, VPSchedule
 
 T = TypeVar("T")
 RecipeType = io.Custom("PCM_RECIPE")
+WARNING = "⚠ "  # before a line that says what is wrong
 
 
 def supported(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
@@ -40,15 +41,25 @@ def speaking(**keywords: Any) -> io.Schema:
     return supported(io.Schema, hidden=hidden, has_intermediate_output=True, not_idempotent=True, **keywords)
 
 
-def show(node: type[io.ComfyNode], lines: list[str]) -> ui.PreviewText:
-    """Write lines on a node as it stands in the graph; the result, as its `ui`, puts them into the history.
+def warned(sentences: Iterable[str]) -> list[str]:
+    """Lines for `show` that say what is wrong."""
+    return [WARNING + sentence for sentence in sentences]
 
-    The most important line first and short: a node of ordinary size shows two lines of about 40 characters.
-    Every line is a sentence, since some frontends run them together.
+
+def show(node: type[io.ComfyNode], lines: list[str], later: dict[str, list[str]] | None = None) -> dict[str, tuple]:
+    """Write lines on a node as it stands in the graph, those of `warned` first; the result is for the node's `ui`.
+
+    A node of ordinary size shows two lines of about 40 characters: the most important first, and short. Every line is a
+    sentence, since some frontends run them together.
+
+    later: the id of a prompt -> warnings that are known only when its samplers run, after the node has been executed.
+    The host keeps this very dictionary in its cache and its history, so what is put in later is there too.
     """
-    text = "\n".join(lines)
-    PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-    return ui.PreviewText(text)
+    text = "\n".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
+    # To the browser that has queued the graph alone: in another one this id may be another node's.
+    if client := PromptServer.instance.client_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id, client)
+    return {"text": (text,)} | ({} if later is None else {"warnings": (later,)})
 
 
 def schedule_of(model_sampling: Any) -> Schedule:

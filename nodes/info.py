@@ -72,7 +72,7 @@ class PCMStampRecipe(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 inputs.lora("The file to copy. It stays as it is."),
-                inputs.recipe("From Load PCM LoRA with the same file, its widgets set as the LoRA wants them."),
+                inputs.recipe("From Load PCM LoRA with the same file, its widgets set as the LoRA wants them.", False),
                 io.String.Input(
                     "name",
                     default="",

@@ -13,6 +13,12 @@ from ..samplers.operators import Inpaint, Operator
 from .vae import HostVAE
 
 GREY = 0.5  # of what the mask covers, as in training (https://huggingface.co/runwayml/stable-diffusion-inpainting)
+GRADED = "DifferentialDiffusion does nothing here: use Sample PCM with Set Latent Noise Mask."
+
+
+def mask_faults(model: Any) -> list[str]:
+    """Sentences on nodes that change the mask of a host MODEL, which an edit has no part of: it masks by itself."""
+    return [GRADED] if model.model_options.get("denoise_mask_function") else []
 
 
 def takes_picture(model: Any) -> bool:

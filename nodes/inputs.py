@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..samplers.recipe import MODES as RECIPE_MODES
 from .host import RecipeType, supported
 
 MODES = ("from recipe", "deterministic", "stochastic", "gamma")
+LEVELS = ("even", "lcm")  # of a recipe by hand
 NOISES = ("per picture", "per batch")  # how noise between steps is drawn
 FORMS = ("residual", "plain")
 PROJECTIONS = ("picture", "latent")
@@ -42,8 +44,84 @@ def model() -> io.Input:
     return io.Model.Input("model", tooltip="From Load PCM LoRA, with other LoRAs or patches after it if you like.")
 
 
-def recipe(tooltip: str = "From Load PCM LoRA.", **keywords: Any) -> io.Input:
-    return RecipeType.Input("recipe", tooltip=tooltip, **keywords)
+def recipe(
+    tooltip: str = "From Load PCM LoRA or PCM Recipe; without it, the one that the model carries.",
+    optional: bool = True,
+) -> io.Input:
+    # Where Load PCM LoRA is bypassed nothing comes: a node then says what to do (`lora_on_model.recipe_for`), instead
+    # of the host, which only says that an input is missing.
+    return RecipeType.Input("recipe", tooltip=tooltip, optional=optional)
+
+
+def recipe_widgets(auto: str, methods: Iterable[str] = ()) -> list[io.Input]:
+    """Where a recipe comes from, and the widgets of one that no file tells, as `lora_on_model.recipe_from_settings`
+    reads them.
+
+    auto: what that choice takes. methods: further choices, keys of `METHOD_FILES`, whose steps are `phases`.
+    """
+    by_widgets = "Read only where the recipe comes from the widgets."
+    by_phases = "Read for a method, and where the recipe comes from the widgets." if methods else by_widgets
+    chosen = " A method: as its own files are sampled, in as many steps as phases says." if methods else ""
+    return [
+        supported(
+            io.Combo.Input,
+            "recipe",
+            options=["auto", *methods, "widgets"],
+            default="auto",
+            advanced=not methods,
+            tooltip=f"auto: {auto}.{chosen} widgets: always from the widgets below.",
+        ),
+        supported(
+            io.Int.Input,
+            "phases",
+            default=4,
+            min=1,
+            max=40,
+            advanced=not methods,
+            tooltip=f"Steps that the LoRA was made for. {by_phases}",
+        ),
+        supported(
+            io.Combo.Input,
+            "mode",
+            options=list(RECIPE_MODES),
+            default=RECIPE_MODES[0],
+            advanced=True,
+            tooltip="deterministic for PCM, Hyper-SD and Lightning LoRAs, stochastic for LCM, TCD and DMD2. "
+            f"{by_widgets}",
+        ),
+        supported(
+            io.Float.Input,
+            "cfg",
+            default=1.0,
+            min=1.0,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+            tooltip=f"CFG that the LoRA was made for; 1 is no guidance. {by_widgets}",
+        ),
+        supported(
+            io.Float.Input,
+            "gamma",
+            optional=True,  # as are the widgets after it: graphs of earlier versions have none
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
+            tooltip="How much of the noise between steps is fresh, in the mode stochastic: 1 for LCM and DMD2, 0.3 for "
+            f"TCD. {by_widgets}",
+        ),
+        supported(
+            io.Combo.Input,
+            "levels",
+            optional=True,
+            options=list(LEVELS),
+            default=LEVELS[0],
+            advanced=True,
+            tooltip="even: timesteps 999, 749, 499, 249 for 4 steps, as PCM, Hyper-SD, Lightning and DMD2. "
+            f"lcm: 999, 759, 499, 259, as LCM and TCD. {by_widgets}",
+        ),
+    ]
 
 
 def vae(tooltip: str = "The VAE of the checkpoint, or another of its family.") -> io.Input:
@@ -101,9 +179,7 @@ def denoise(default: float = 1.0, start: str = "the given latent") -> io.Input:
 def mode() -> list[io.Input]:
     """The share of fresh noise between steps, by recipe or by hand; `sampling.gamma_of` reads these."""
     return [
-        recipe(
-            "From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any.", optional=True
-        ),
+        recipe("From Load PCM LoRA. Needed for the mode 'from recipe', and by some one-step LoRAs in any."),
         io.Combo.Input(
             "mode",
             options=list(MODES),

@@ -20,6 +20,18 @@ CONFIGS = {
     "sd3": comfy.supported_models.SD3,
 }
 LOADED = "pcm_lora"  # attachment of a patched model: the name of the few-step LoRA that it has
+CARRIED = "pcm_recipe"  # attachment: how it is to be sampled
+OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence where the model has another
+    "epsilon": "Made for models that predict noise, not this kind: load another checkpoint.",
+    "v_prediction": "Made for v-prediction: load such a model, or put ModelSamplingDiscrete before.",
+    "flow": "Made for flow models, not this kind: load another checkpoint.",
+}
+NO_RECIPE = (
+    "No recipe is connected, and the model carries none: connect the recipe of Load PCM LoRA, which may be bypassed. "
+    "For a model with a few-step LoRA merged in, put PCM Recipe after its loader."
+)
+EDM_BASE = "An EDM model (CosXL, Playground 2.5): no LoRA here knows its noise levels. Take another."
+EDM = (comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.ModelSamplingDiscreteEDM)
 MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 
@@ -88,19 +100,59 @@ def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
-def is_on_base_schedule(model: Any, recipe: Recipe) -> bool:
-    """Whether the model's noisiest level is that of the recipe's base; with AnimateDiff's betas it is another."""
-    last = float(model.get_model_object("model_sampling").sigma_max)
-    return abs(last / float(recipe.schedule().k_sigma(TICKS)) - 1) < 0.01
+def recipe_for(model: Any, recipe: Recipe | None) -> Recipe:
+    """The recipe that a node samples a host MODEL by: the one that is connected, else the one that the model carries,
+    on the model's own schedule (`on_schedule_of`).
+
+    Raises ValueError where there is neither, as behind a Load PCM LoRA that is bypassed.
+    """
+    recipe = recipe or model.get_attachment(CARRIED)
+    if recipe is None:
+        raise ValueError(NO_RECIPE)
+    return on_schedule_of(model, recipe)
 
 
-def awaits_schedule(model: Any, recipe: Recipe) -> bool:
-    """Whether the recipe wants a zero terminal SNR that this model, of another prediction, may get later.
+def carrying(model: Any, recipe: Recipe, name: str) -> Any:
+    """A host MODEL, already a clone, with a recipe to be sampled by and its shift. name: of the file that it is of."""
+    model.set_attachments(LOADED, name)
+    model.set_attachments(CARRIED, recipe)
+    set_shift(model, recipe.shift)
+    return model
+
+
+def sampling_fault(model: Any, recipe: Recipe) -> str | None:
+    """The sentence for a model whose prediction or noise levels are of another kind than the recipe's, or None.
+
+    Where a node has set them, such as core's ModelSamplingDiscrete, it is named.
+    """
+    sampling = model.get_model_object("model_sampling")
+    is_edm = isinstance(sampling, EDM)
+    predicts_x0 = isinstance(sampling, comfy.model_sampling.X0)  # which is a kind of EPS in the host
+    if prediction_of(sampling) == recipe.prediction and not is_edm and not predicts_x0:
+        return None
+    if "model_sampling" not in model.object_patches:
+        return EDM_BASE if is_edm else OTHER_PREDICTION[recipe.prediction]
+    # Core's nodes make a class of their own, whose base is called as the node is.
+    names = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == comfy.model_sampling.__name__]
+    node = next((name for name in names if name.startswith("ModelSampling")), "A node").removesuffix("Distilled")
+    return f"{node} changes {'the noise levels' if is_edm else 'what the model predicts'}: remove that node."
+
+
+def on_schedule_if_set(model: Any, recipe: Recipe) -> Recipe:
+    """`on_schedule_of`, unless the recipe wants a zero terminal SNR that this model may get later, by a node.
 
     The host takes a v-prediction checkpoint that carries no mark for one of epsilon, until a
     ModelSamplingDiscrete after the loader says otherwise.
     """
-    return recipe.zero_terminal_snr and prediction_of(model.get_model_object("model_sampling")) != recipe.prediction
+    prediction = prediction_of(model.get_model_object("model_sampling"))
+    awaits = recipe.zero_terminal_snr and prediction != recipe.prediction
+    return recipe if awaits else on_schedule_of(model, recipe)
+
+
+def is_on_base_schedule(model: Any, recipe: Recipe) -> bool:
+    """Whether the model's noisiest level is that of the recipe's base; with AnimateDiff's betas it is another."""
+    last = float(model.get_model_object("model_sampling").sigma_max)
+    return abs(last / float(recipe.schedule().k_sigma(TICKS)) - 1) < 0.01
 
 
 def moves(model: Any, ticks: tuple[int, ...]) -> bool:

@@ -10,18 +10,14 @@ from ..samplers.lora_file import LoraHeader
 from ..samplers.lora_modules import SCALED
 from ..samplers.phases import count_steps
 from ..samplers.recipe import FAMILIES, SOURCES
-from .lora_on_model import LOADED, model_family, model_title, prediction_of, shift_of
+from .host import warned
+from .lora_on_model import LOADED, model_family, model_title, sampling_fault, shift_of
 from .lora_patches import LoraMatch
 from .loras_in_graph import TWICE
 
 OFF = "Strength 0: the LoRA is off, and the model is as it came."
 # Shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models.
 USUAL = (0.7, 1.1)
-OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence where the model has another
-    "epsilon": "Made for models that predict noise, not this kind: load another checkpoint.",
-    "v_prediction": "Made for v-prediction: load such a model, or put ModelSamplingDiscrete before.",
-    "flow": "Made for flow models, not this kind: load another checkpoint.",
-}
 
 
 def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None) -> None:
@@ -55,7 +51,7 @@ def report(
     """
     cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines = [
-        *(_problems(header, matched, recipe, strength, model, fast_already) if strength else [OFF]),
+        *warned(_problems(header, matched, recipe, strength, model, fast_already) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
         f"{FAMILIES[recipe.family]} {recipe.method}, {len(matched.places)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
@@ -93,9 +89,7 @@ def _problems(
     """Faults of a LoRA on this model at this strength, a sentence each that says what to do."""
     loaded = model.get_attachment(LOADED)
     lines = [*([TWICE.format(loaded)] if loaded else []), *fast_already][:1]
-    predicted = prediction_of(model.get_model_object("model_sampling"))
-    if predicted != recipe.prediction:
-        lines.append(OTHER_PREDICTION[recipe.prediction])
+    lines += filter(None, [sampling_fault(model, recipe)])
     share = strength / recipe.strength
     if recipe.source != "settings" and not USUAL[0] <= share <= USUAL[1]:
         lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
 import folder_paths
 
-from ..samplers import recipe_for_file
+from ..samplers import Recipe, recipe_for_file
+from ..samplers.known_files import is_few_step_name, recipe_for_checkpoint
 from ..samplers.lora_file import read_header
 
 IN_TEXT = re.compile(r"<lora:([^:>]+)(?::([-+.\d]*))?")  # as A1111 has it, and nodes that read its prompts
@@ -18,19 +18,45 @@ STRENGTHS = ("strength_model", "lora_model_strength", "model_str{}", "lora_wt{}"
 UNREAD = {"simple": "model_str{}", "advanced": "lora_wt{}"}  # strengths that a stacker has besides, by its input_mode
 COUNTS = ("lora_count", "num_loras")  # of the slots of a stacker that are in use
 CHECKPOINTS = ("ckpt_name", "unet_name", "base_model_name")  # inputs of loaders
-# Words of merged and distilled checkpoints, in names such as dreamshaperXL_lightningDPMSDE and DreamShaper_8_LCM. The
-# shorter ones are parts of other words, too.
-FEW_STEP_NAME = re.compile(r"lightning|turbo|dmd2|(?<![a-z])(?:lcm|tcd|hyper|flash)(?![a-z])", re.IGNORECASE)
+CHECKPOINT_FOLDERS = ("checkpoints", "diffusion_models")
 TWICE = "{} is loaded too, and both speed the model up: remove one."
 FAST_ALREADY = "{} is a few-step model by its name: take a plain one, or no LoRA."
 
 
 def doubled(path: list[dict[str, Any]]) -> list[str]:
     """Sentences on what speeds the model of a `graph.model_path` up already."""
-    names = [entry["inputs"].get(key) for entry in path for key in CHECKPOINTS]
-    fast = [name for name in names if isinstance(name, str) and FEW_STEP_NAME.search(PurePath(name).stem)]
     loras = dict.fromkeys(few_step_loras(path))  # a node may have one in its prompt and in what came of its wildcards
+    fast = filter(is_few_step_name, checkpoints(path))
     return [*(TWICE.format(name) for name in loras), *(FAST_ALREADY.format(name) for name in fast)]
+
+
+def checkpoints(path: list[dict[str, Any]]) -> list[str]:
+    """The names of the model files on a `graph.model_path`, the last first."""
+    names = (entry["inputs"].get(key) for entry in path for key in CHECKPOINTS)
+    return [name for name in names if isinstance(name, str)]
+
+
+def shown_recipe(path: list[dict[str, Any]], family: str) -> tuple[str, Recipe] | None:
+    """What a `graph.model_path` shows of how a model of this family is sampled: a file and its recipe.
+
+    That of the few-step LoRA that another pack's loader puts on the model, else that of the checkpoint.
+    """
+    for lora in few_step_loras(path):
+        if recipe := recipe_of_lora(lora, certain=True):
+            return lora, recipe
+    for name in checkpoints(path):
+        if recipe := recipe_for_checkpoint(name, _metadata(name), family):
+            return name, recipe
+    return None
+
+
+def _metadata(checkpoint: str) -> dict[str, str]:
+    """The header's entries of a model file; none for a file of another format."""
+    paths = filter(None, (folder_paths.get_full_path(folder, checkpoint) for folder in CHECKPOINT_FOLDERS))
+    try:
+        return read_header(next(paths)).metadata
+    except (StopIteration, ValueError, OSError):
+        return {}
 
 
 def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str]:
@@ -38,7 +64,7 @@ def few_step_loras(path: list[dict[str, Any]], certain: bool = True) -> list[str
 
     certain: as in `recipe_for_file`, not by a name that a style's LoRA may have, too.
     """
-    return [name for entry in path for name in applied(entry["inputs"]) if is_few_step(name, certain)]
+    return [name for entry in path for name in applied(entry["inputs"]) if recipe_of_lora(name, certain)]
 
 
 def applied(inputs: dict[str, Any]) -> Iterator[str]:
@@ -77,12 +103,12 @@ def _is_on(inputs: dict[str, Any], key: str) -> bool:
     return not strengths or any(isinstance(strength, int | float) and strength for strength in strengths)
 
 
-def is_few_step(lora: str, certain: bool) -> bool:
-    """Whether a file of this name in models/loras, with or without its ending, has a recipe."""
+def recipe_of_lora(lora: str, certain: bool) -> Recipe | None:
+    """The recipe of a file of this name in models/loras, with or without its ending; certain: see `few_step_loras`."""
     paths = (folder_paths.get_full_path("loras", name) for name in (lora, f"{lora}.safetensors"))
     path = next(filter(None, paths), None)
     try:
         header = read_header(path) if path else None
-        return header is not None and recipe_for_file(path, header.metadata, header.family, certain) is not None
+        return header and recipe_for_file(path, header.metadata, header.family, certain)
     except (ValueError, OSError):  # of another format, or damaged: the loader that it is on says so
-        return False
+        return None

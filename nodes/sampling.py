@@ -18,8 +18,8 @@ from ..samplers.sampling import Projection, block_noise, clamp_factor, seeded_no
 from . import inputs
 from .graph import has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, guides_at_one, schedule_in
-from .host import fit_to_model, menu_of, schedule_of, show, speaking
-from .lora_on_model import LOADED, MOVED, model_family, moves, on_schedule_of, shift_of
+from .host import fit_to_model, menu_of, schedule_of, show, speaking, warned
+from .lora_on_model import LOADED, MOVED, NO_RECIPE, model_family, moves, recipe_for, sampling_fault, shift_of
 from .loras_in_graph import TWICE, few_step_loras
 
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
@@ -38,7 +38,7 @@ class PCMScheduler(io.ComfyNode):
             description="Noise levels for a PCM or other few-step LoRA, exactly its own, for core custom sampling.",
             search_aliases=["pcm", "phased consistency", "trailing", "few-step sigmas", "lcm", "tcd", "sgm uniform"],
             inputs=[
-                inputs.recipe(),
+                inputs.recipe("From Load PCM LoRA or PCM Recipe."),
                 inputs.steps(),
                 inputs.denoise(),
                 io.Combo.Input(
@@ -53,13 +53,15 @@ class PCMScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, recipe: Recipe, steps: int, denoise: float, edges: str) -> io.NodeOutput:
+    def execute(cls, steps: int, denoise: float, edges: str, recipe: Recipe | None = None) -> io.NodeOutput:
+        if recipe is None:
+            raise ValueError(NO_RECIPE)
         steps = steps or recipe.steps
         plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
         # The recipe's own schedule, since no model is linked here: nothing on a model can move these levels.
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
-        lines = [*recipe.step_warnings(steps), *plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
+        lines = [*warned(recipe.step_warnings(steps)), *plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
         return io.NodeOutput(sigmas, ui=show(cls, lines))
 
 
@@ -117,9 +119,18 @@ class PCMSample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, recipe: Recipe, seed: int, steps: int, cfg: float, positive, negative, latent_image, denoise: float
+        cls,
+        model,
+        seed: int,
+        steps: int,
+        cfg: float,
+        positive,
+        negative,
+        latent_image,
+        denoise: float,
+        recipe: Recipe | None = None,
     ) -> io.NodeOutput:
-        recipe = on_schedule_of(model, recipe)  # a ModelSamplingDiscrete may have come after Load PCM LoRA
+        recipe = recipe_for(model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
@@ -128,7 +139,7 @@ class PCMSample(io.ComfyNode):
         # The node says what is wrong before it samples, so that one can stop it.
         lines = advice(cls, model, recipe, steps, cfg, plan)
         if denoise < 1 and is_empty(latent["samples"]):
-            lines.insert(0, "The latent is empty: set denoise to 1, or connect a picture by VAE Encode.")
+            lines += warned(["The latent is empty: set denoise to 1, or connect a picture by VAE Encode."])
         text = show(cls, lines)
 
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
@@ -147,10 +158,11 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     node_id = node.hidden.unique_id
     path = model_path(graph, node_id)
     loaded = model.get_attachment(LOADED)
-    ours = [i for i, entry in enumerate(path) if entry["class_type"] == "PCMLoadLora"]
+    ours = [i for i, entry in enumerate(path) if entry["class_type"] in ("PCMLoadLora", "PCMRecipe")]
 
     warnings = []
-    # The path has the last node first: LoRAs before Load PCM LoRA are behind it here, and it says so itself.
+    # The path has the last node first: LoRAs before Load PCM LoRA are behind it here, and it says so itself. What
+    # PCM Recipe finds there, it goes by.
     if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
         warnings.append(TWICE.format(others[0]))
     if not loaded and is_bare(path):
@@ -168,13 +180,15 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
 def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
     """The sentences of a node that samples: faults of its links and settings, notes of the plan, settings."""
     warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
-    if moves(model, plan.ticks):
+    if fault := sampling_fault(model, recipe):
+        warnings.insert(0, fault)
+    elif moves(model, plan.ticks):
         warnings.append(MOVED)
 
     schedule = schedule_in(model)
     cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
     settings = f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."
-    return [*wiring(node, model, recipe, cfg), *warnings, *plan.notes, settings]
+    return [*warned([*wiring(node, model, recipe, cfg), *warnings]), *plan.notes, settings]
 
 
 def draw(

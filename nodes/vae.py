@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..samplers.sampling import Projection
 from . import inputs
+from .host import warned
 
 # Latent cells, as the host's own fallback takes them.
 TILE = 64
@@ -111,7 +112,7 @@ def decode_last(vae: Any, last_decode: str, decode: Callable[[HostVAE], Tensor])
     try:
         return decode(HostVAE(whole(vae))), []
     except Tiled:
-        notes = ["Memory ran out: the last decode is tiled."]
+        notes = warned(["Memory ran out: the last decode is tiled."])
     # Outside of the except, where the exception would keep the failed decode's tensors alive.
     return decode(TiledVAE(vae)), notes
 

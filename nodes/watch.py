@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import comfy.samplers
@@ -15,30 +16,33 @@ from torch import Tensor
 from ..samplers import Recipe
 from ..samplers.recipe import is_whole
 from ..samplers.schedule import TICKS
+from .graph import model_path, running_graph
 from .guidance import cfg_of, cfg_to_judge
-from .host import show
-from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, shift_of
+from .host import show, warned
+from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, sampling_fault, shift_of
+from .loras_in_graph import TWICE, few_step_loras
 from .sampling import is_empty, options_of
 
 KEY = "pcm_watch"
+MOST_PROMPTS = 50  # whose misfits are kept
 SUITED = {0.0: ("euler",), 1.0: ("lcm", "euler_ancestral")}  # gamma -> core's samplers that do so, or nearly
 
 
 class Watch:
     """Looks at each run of a model, and has the loader say what does not fit the LoRA. It changes nothing.
 
-    It speaks of runs alone: a sampler whose result is cached is not looked at again, nor is its warning
-    repeated by the loader.
+    It speaks of runs alone: a sampler whose result is cached is not looked at again, and what was said of its last run
+    stands.
 
     node: the loader, as it was executed. recipe: its LoRA's. report: lines that the loader has in any case.
+    misfits: what it has said, by the id of the prompt: the `later` of `host.show`.
     """
 
     def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
         self.node = node
         self.recipe = recipe
         self.report = report
-        self._prompt_id = ""
-        self._misfits: list[str] = []
+        self.misfits: dict[str, list[str]] = {}
 
     def put_on(self, model: Any) -> None:
         """Watch a clone of a host MODEL, in place of another watch that may be on it.
@@ -63,19 +67,43 @@ class Watch:
         try:
             self._look(executor.class_obj, latent_image, sampler, sigmas)
         except Exception:  # of a guider, sampler or schedule of another pack: the run must be able to go on
-            logging.warning("Load PCM LoRA cannot tell whether this run suits its LoRA.", exc_info=True)
+            logging.warning("A PCM node cannot tell whether this run suits its recipe.", exc_info=True)
         return executor(noise, latent_image, sampler, sigmas, *rest, **more)
 
     def _look(self, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> None:
         """Judge a run, and write what does not fit it on the loader."""
-        # One queued graph may run the model several times, and a later run must not take back what was said
-        # of an earlier one. The next graph starts anew.
         context = get_executing_context()
-        if context is None or context.prompt_id != self._prompt_id:
-            self._prompt_id = context.prompt_id if context else ""
-            self._misfits = []
-        self._misfits += misfits(self.recipe, guider, latent, sampler, sigmas)
-        show(self.node, [*dict.fromkeys(self._misfits), *self.report])
+        prompt_id, sampler_id = (context.prompt_id, context.node_id) if context else ("", "")
+        said = self._of_prompt(prompt_id)
+        faults = misfits(self.recipe, guider, latent, sampler, sigmas)
+        if not is_judged(sampler):
+            faults = [*self._later_lora(prompt_id, sampler_id), *faults]
+        said += [line for line in faults if line not in said]
+        show(self.node, list(dict.fromkeys([*warned(said), *self.report])))
+
+    def _later_lora(self, prompt_id: str, sampler_id: str) -> list[str]:
+        """The sentence on another few-step LoRA that the graph has put on the model after this node, if any."""
+        graph = running_graph(prompt_id)
+        path = model_path(graph, sampler_id)
+        entry = (graph or {}).get(self.node.hidden.unique_id)
+        later = list(takewhile(lambda each: each is not entry, path))
+        return [TWICE.format(name) for name in few_step_loras(later)[:1]] if len(later) < len(path) else []
+
+    def _of_prompt(self, prompt_id: str) -> list[str]:
+        """The misfits of one queued graph, which may run the model several times: a later run must not take back what
+        was said of an earlier one, and the next graph begins anew."""
+        if prompt_id not in self.misfits:
+            # Of earlier graphs only those with misfits are kept, for the history, and not without end.
+            with_misfits = [key for key, lines in self.misfits.items() if lines][-MOST_PROMPTS:]
+            for key in self.misfits.keys() - set(with_misfits):
+                del self.misfits[key]
+            self.misfits[prompt_id] = []
+        return self.misfits[prompt_id]
+
+
+def is_judged(sampler: Any) -> bool:
+    """Whether a SAMPLER is of one of our nodes that say themselves what does not fit."""
+    return bool((options_of(sampler) or {}).get("judged"))
 
 
 def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> list[str]:
@@ -86,17 +114,19 @@ def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: T
     """
     options = options_of(sampler)
     model = guider.model_patcher
-    if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or (options and options.get("judged")):
+    if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or is_judged(sampler):
         return []
 
     recipe = on_schedule_of(model, recipe)
     ticks = recipe.schedule().tick(sigmas.cpu()).tolist()
     steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
     cfg = cfg_to_judge(model, recipe, cfg_of(guider))
+    fault = sampling_fault(model, recipe)
     return [
+        *([fault] if fault else []),
         *recipe.warnings(steps, cfg, model_family(model)),
         *_sampler_misfit(recipe, sampler, options),
-        *_level_misfit(recipe, model, ticks, is_empty(latent)),
+        *([] if fault else _level_misfit(recipe, model, ticks, is_empty(latent))),
     ]
 
 

@@ -24,6 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for kind in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (folder / kind).mkdir()
     unet = make_checkpoint(folder / "checkpoints" / "tiny.safetensors")
+    (folder / "checkpoints" / "tiny_LCM.safetensors").symlink_to("tiny.safetensors")
     (folder / "diffusion_models" / "tiny.safetensors").symlink_to(folder / "checkpoints" / "tiny.safetensors")
     make_controlnet(folder / "controlnet" / "tiny.safetensors", unet)
     places = folder / "checkpoints", folder / "loras"

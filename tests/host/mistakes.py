@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from host.graphs import custom, ksampler, loaded, pcm_sampler, sample, scheduler
+from host.graphs import custom, edit, ksampler, loaded, pcm_sampler, picture, sample, scheduler
 from host.server import Graph, out
 
 TITLES = {
     "PCMLoadLora": "Load PCM LoRA",
+    "PCMRecipe": "PCM Recipe",
+    "PCMInpaint": "PCM Inpaint",
     "PCMSample": "Sample PCM",
     "PCMScheduler": "PCM Scheduler",
     "PCMSampler": "PCM Sampler",
@@ -25,7 +27,8 @@ class Mistake:
     """One mistake. cause: what was done. said: the first line on the node, or the refusal's first line; or what a
     tooltip of a node ends with. do: what to take instead.
 
-    make: the graph. tooltip: of which input, (node, input), where no node can see the mistake.
+    make: the graph. tooltip: of which input, (node, input), where no node can see the mistake. is_fact: whether the
+    node tells it without the mark of a warning.
     """
 
     cause: str
@@ -33,6 +36,7 @@ class Mistake:
     do: str
     make: Callable[[], Made] | None = None
     tooltip: tuple[str, str] | None = None
+    is_fact: bool = False
 
     @property
     def speaker(self) -> str:
@@ -133,6 +137,57 @@ def discrete(graph: Graph, model: list) -> list:
     return out(graph.add("ModelSamplingDiscrete", model=model, sampling="lcm", zsnr=False))
 
 
+def other_sampling(kind: str, node: str, **widgets: Any) -> Callable[[], Made]:
+    """One of core's ModelSampling nodes after our loader, with Sample PCM or core's KSampler."""
+
+    def make() -> Made:
+        graph, links = loaded()
+        links["model"], loader = out(graph.add(kind, model=links["model"], **widgets)), links["model"][0]
+        if node == "PCMSample":
+            return graph, sample(graph, links)
+        ksampler(graph, links)
+        return graph, loader
+
+    return make
+
+
+def edm_model() -> Made:
+    """A checkpoint with CosXL's mark."""
+    graph, links = loaded("sdxl_kohya.safetensors", "cosxl.safetensors", 2048, 1280)
+    sample(graph, links, steps=1)
+    return graph, links["model"][0]
+
+
+def graded_mask() -> Made:
+    graph, links = loaded()
+    links["model"] = out(graph.add("DifferentialDiffusion", model=links["model"]))
+    node = edit(graph, links, "Inpaint", **picture(graph))
+    graph.add("SaveImage", images=out(node), filename_prefix="test")
+    return graph, node
+
+
+def bypassed() -> Made:
+    """Load PCM LoRA bypassed, as the frontend queues it."""
+    graph, links = loaded()
+    node = sample(graph, links | {"model": links["base"]})
+    del graph[node]["inputs"]["recipe"]
+    return graph, node
+
+
+def fast_checkpoint() -> Made:
+    graph, links = loaded(checkpoint="tiny_LCM.safetensors")
+    sample(graph, links, steps=1)
+    return graph, links["model"][0]
+
+
+def unknown_checkpoint() -> Made:
+    graph, links = loaded()
+    widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    node = graph.add("PCMRecipe", model=links["base"], **widgets)
+    sample(graph, links | {"model": out(node), "recipe": out(node, 1)}, steps=1)
+    return graph, node
+
+
 def bare_model() -> Made:
     graph, links = loaded()
     return graph, sample(graph, {**links, "model": links["base"]})
@@ -156,8 +211,8 @@ def two_of_ours() -> Made:
     return graph, second
 
 
-def core_loader(place: str) -> Made:
-    """Another few-step LoRA by core's loader, before ours or after it."""
+def core_loader(place: str, by_core: bool = False) -> Made:
+    """Another few-step LoRA by core's loader, before ours or after it, for Sample PCM or core's KSampler."""
     graph, links = loaded()
     ours = links["model"][0]
     core = graph.add("LoraLoaderModelOnly", model=links["base"], lora_name=LCM, strength_model=1.0)
@@ -166,6 +221,9 @@ def core_loader(place: str) -> Made:
         sample(graph, links, steps=1)
         return graph, ours
     graph[core]["inputs"]["model"] = links["model"]
+    if by_core:
+        ksampler(graph, {**links, "model": out(core)})
+        return graph, ours
     return graph, sample(graph, {**links, "model": out(core)})
 
 

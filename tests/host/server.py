@@ -24,6 +24,7 @@ from phased_consistency.trainer.system.comfyui import hosts as hosts
 from phased_consistency.trainer.system.comfyui import python_of as python_of
 
 RUN_SECONDS = 240
+WARNING = "⚠ "  # before a line on a node that says what is wrong
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
 BESIDE = ("ComfyUI-GGUF",)  # packs that are tested beside ours, where the host has them
@@ -58,15 +59,31 @@ class Run:
     error: dict[str, Any] | None
 
     def text(self, node: str) -> str:
-        """What a node wrote on itself."""
-        return self.outputs[node]["text"][0]
+        """What a node wrote on itself, without the marks of warnings."""
+        return unmarked(self.outputs[node]["text"][0])
+
+    def warnings(self, node: str) -> list[str]:
+        """The lines of it that are marked as warnings."""
+        return warnings_in(self.outputs[node]["text"][0])
+
+
+def unmarked(text: str) -> str:
+    return "\n".join(line.removeprefix(WARNING) for line in text.splitlines())
+
+
+def warnings_in(text: str) -> list[str]:
+    return [line.removeprefix(WARNING) for line in text.splitlines() if line.startswith(WARNING)]
 
 
 @dataclass
 class Watched:
-    """What a browser is told: text by node, preview pictures, how far each node is, and the error if there was one."""
+    """What a browser is told: text by node, preview pictures, how far each node is, and the error if there was one.
+
+    texts: without the marks of warnings. warnings: by node, the lines that are marked.
+    """
 
     texts: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     previews: int = 0
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -78,16 +95,22 @@ class Watched:
             self.previews += kind == 1
             if kind == 3:
                 end = 8 + int.from_bytes(message[4:8], "big")
-                self.texts[message[8:end].decode()] = message[end:].decode()
+                self.hear(message[8:end].decode(), message[end:].decode())
             return
         event = json.loads(message)
         if event["type"] == "progress":
             self.progress[event["data"]["node"]] = (event["data"]["value"], event["data"]["max"])
-        if event["type"] == "executed" and "text" in (event["data"]["output"] or {}):  # all that a cached node sends
-            self.texts.setdefault(event["data"]["node"], event["data"]["output"]["text"][0])
+        if event["type"] == "executed" and event["data"]["node"] not in self.texts:  # all that a cached node sends
+            for text in (event["data"]["output"] or {}).get("text", ()):
+                self.hear(event["data"]["node"], text)
         self.finished = event["type"] in ("execution_success", "execution_error")
         if event["type"] == "execution_error":
             self.error = event["data"]
+
+    def hear(self, node: str, text: str) -> None:
+        """What a node says, in place of what it has said before."""
+        self.texts[node] = unmarked(text)
+        self.warnings[node] = warnings_in(text)
 
 
 class Server(host.Host):
@@ -111,6 +134,10 @@ class Server(host.Host):
                 return answer.read()
         except urllib.error.HTTPError as refusal:
             raise ValueError(refusal.read().decode()) from refusal
+
+    def history(self, prompt: str) -> dict[str, dict[str, Any]]:
+        """The outputs of a finished graph, by node, as API clients read them."""
+        return self.get(f"/history/{prompt}")[prompt]["outputs"]
 
     def run(self, graph: dict[str, Any]) -> Run:
         """Queue a graph and wait for it."""
@@ -163,7 +190,8 @@ def start(folder: Path, base: Path, models: Path, beside: Iterable[str] = BESIDE
     nodes = base / "custom_nodes"
     nodes.mkdir()
     (nodes / "phased-consistency").symlink_to(PACK, target_is_directory=True)
-    shutil.copy(HERE / "helper_nodes.py", nodes)
+    for helpers in ("helper_nodes.py", "helper_packs.py"):
+        shutil.copy(HERE / helpers, nodes)
     for name in beside:
         if (folder / "custom_nodes" / name).is_dir():
             (nodes / name).symlink_to(folder / "custom_nodes" / name, target_is_directory=True)

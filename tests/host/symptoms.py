@@ -23,12 +23,18 @@ from host.mistakes import (
     by_loader,
     by_parts,
     by_sample,
+    bypassed,
     core_loader,
+    edm_model,
     eight_steps,
+    fast_checkpoint,
+    graded_mask,
     moved_timesteps,
+    other_sampling,
     shifted,
     strength_0,
     two_of_ours,
+    unknown_checkpoint,
     with_words,
 )
 
@@ -39,6 +45,19 @@ EULER, PCM = "sampler `euler`, scheduler `simple`; or Sample PCM", "PCM Sampler 
 SIMPLE = f"{NEVER}scheduler simple, or PCM Scheduler."
 MODE = "PCM Sampler's mode is not this LoRA's: set it to 'from recipe'."
 MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
+OTHER_SAMPLING = (  # core's nodes, with the default of their widgets but for what is predicted
+    ("ModelSamplingContinuousEDM", "the noise levels", {"sampling": "eps", "sigma_max": 120.0, "sigma_min": 0.002}),
+    (
+        "ModelSamplingContinuousV",
+        "the noise levels",
+        {"sampling": "v_prediction", "sigma_max": 500.0, "sigma_min": 0.03},
+    ),
+    ("ModelSamplingDiscrete", "what the model predicts", {"sampling": "v_prediction", "zsnr": False}),
+)
+NO_RECIPE = (
+    "No recipe is connected, and the model carries none: connect the recipe of Load PCM LoRA, which may be bypassed. "
+    "For a model with a few-step LoRA merged in, put PCM Recipe after its loader."
+)
 SUITS = "Sampler {} does not suit this LoRA: take {}PCM Sampler."
 
 MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
@@ -93,6 +112,22 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "no such node",
             lambda: moved_timesteps("KSampler"),
         ),
+        *(
+            Mistake(
+                f"{node} after Load PCM LoRA, in {title}",
+                f"{node} changes {changes}: remove that node.",
+                "no such node",
+                other_sampling(node, kind, **widgets),
+            )
+            for kind, title in (("PCMSample", "Sample PCM"), ("KSampler", "KSampler"))
+            for node, changes, widgets in OTHER_SAMPLING
+        ),
+        Mistake(
+            "an EDM checkpoint, such as CosXL or Playground 2.5",
+            "An EDM model (CosXL, Playground 2.5): no LoRA here knows its noise levels. Take another.",
+            "an ordinary SDXL checkpoint",
+            edm_model,
+        ),
         Mistake(
             "a LoRA of another family",
             "sdxl.safetensors is a LoRA for SDXL, but the model is SD1.5. Load an SDXL checkpoint, or a LoRA made for "
@@ -105,6 +140,18 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "Made for models that predict noise, not this kind: load another checkpoint.",
             "another checkpoint",
             another_prediction,
+        ),
+        Mistake(
+            "Load PCM LoRA bypassed (Ctrl+B)",
+            NO_RECIPE,
+            "its strength 0 for the bare model; PCM Recipe for a checkpoint that has such a LoRA merged in",
+            bypassed,
+        ),
+        Mistake(
+            "a merged checkpoint of which nothing is known",
+            "Nothing is known of this model: choose its method in recipe, or widgets for your own.",
+            "the method, in PCM Recipe",
+            unknown_checkpoint,
         ),
         Mistake(
             "the recipe connected, but the model from the checkpoint",
@@ -156,6 +203,23 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
         Mistake(
             "another one by core's LoRA loader, after", TWICE.format(LCM), "one of them", lambda: core_loader("after")
         ),
+        Mistake(
+            "another one by core's LoRA loader, after, in KSampler",
+            TWICE.format(LCM),
+            "one of them",
+            lambda: core_loader("after", by_core=True),
+        ),
+        Shown(
+            "another one by rgthree's, Efficiency's or Lora-Manager's loaders, by a stacker, or in a prompt's words",
+            "one of them: Load PCM LoRA and Sample PCM say which",
+            "test_loader.py::test_a_few_step_lora_of_another_packs_loader_is_told",
+        ),
+        Mistake(
+            "a few-step LoRA on a checkpoint that is made for few steps",
+            "tiny_LCM.safetensors is a few-step model by its name: take a plain one, or no LoRA.",
+            "a plain checkpoint; or PCM Recipe and no LoRA",
+            fast_checkpoint,
+        ),
     ),
     "negative prompt ignored": (
         Mistake(
@@ -169,6 +233,23 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "CFG 1 is below 5 and leaves the negative prompt unused: set CFG to 5.",
             "the CFG said",
             lambda: with_words(KEPT),
+        ),
+    ),
+    "a warning that is none": (
+        Shown(
+            "CFG 7 under RescaleCFG, APG, Mahiro, CFGNorm, CFGZeroStar or TCFG, which hold it down",
+            "nothing: it is no mistake",
+            "test_guidance.py::test_a_tamed_cfg_is_no_mistake",
+        ),
+        Shown(
+            "a negative prompt at CFG 1 under NAG, SAG and the like, which use it",
+            "nothing: it is no mistake",
+            "test_guidance.py::test_a_negative_prompt_that_is_used_at_cfg_1_is_no_mistake",
+        ),
+        Shown(
+            "an inpainting checkpoint, whose first convolution has nine inputs",
+            "nothing: the LoRA is taken whole, and PCM Inpaint gives the model its picture and mask",
+            "test_inpainting.py::test_a_lora_of_the_plain_model_is_taken_whole",
         ),
     ),
     "not what diffusers draws": (
@@ -204,12 +285,19 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "denoise 0.4 starts at the nearest phase edge, which is 0.5: 2 of 4 steps.",
             "0.25, 0.5 or 0.75 for a 4-step LoRA",
             by_sample(picture=True, denoise=0.4),
+            is_fact=True,
         ),
         Mistake(
             "KSampler with denoise 0.5, whose levels lie between the LoRA's",
             "This LoRA never saw these sigmas: for denoise 0.5 set steps to 2, scheduler simple.",
             "the steps said, or Sample PCM",
             by_ksampler(picture=True, denoise=0.5),
+        ),
+        Mistake(
+            "DifferentialDiffusion with PCM Inpaint",
+            "DifferentialDiffusion does nothing here: use Sample PCM with Set Latent Noise Mask.",
+            "Sample PCM, whose mask may be grey",
+            graded_mask,
         ),
         Mistake(
             "denoise below 1 with an empty latent",
@@ -273,6 +361,16 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             by_loader(strength=0.0),
         ),
         Shown(
+            "LoHa, LoKr, DoRA and other kinds, or a base in fp8, int8, NVFP4 or GGUF",
+            "Load PCM LoRA, which hands the host all of a module: what core makes of it, to the bit",
+            "test_lora_kinds.py::test_every_kind_is_what_core_makes_of_it",
+        ),
+        Shown(
+            "a model that is compiled already, of which core's loader takes nothing without a word",
+            "Load PCM LoRA before the node that compiles, as it says",
+            "test_lora_kinds.py::test_a_model_that_takes_nothing_is_the_cause",
+        ),
+        Shown(
             "core's LoRA loader, which drops what it cannot name: all attention of a PEFT file",
             "Load PCM LoRA, which names them all and counts them",
             "test_loader.py::test_the_host_alone_drops_half_of_a_peft_file",
@@ -298,6 +396,11 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
         ),
     ),
     "other pictures on another machine": (
+        Shown(
+            "another picture in a batch than alone, in stochastic modes",
+            "nothing: noise between steps is each picture's own",
+            "test_batches.py::test_one_seed_is_one_picture_where_noise_is_fresh",
+        ),
         Mistake(
             "noise from the device, or from what ran before",
             "One seed is one picture, on every device.",

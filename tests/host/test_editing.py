@@ -153,7 +153,7 @@ def test_the_nodes_say_how_they_worked(both):
     made_for = "This LoRA was made for 4 steps, not 2: set steps to 4."
     node, operator = both[1]["Inpaint"]
     assert operator == "70x50 is worked on as 72x64, then cut."
-    assert node.splitlines() == [operator, made_for, "2 steps at CFG 1, deterministic."]
+    assert node.splitlines() == [made_for, operator, "2 steps at CFG 1, deterministic."]
     assert both[1]["SuperResolution"][0].splitlines()[-1] == "1 step at CFG 1, deterministic."
 
 

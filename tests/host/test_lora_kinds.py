@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from host import lora_table
+from host.graphs import loaded
 from host.lora_kinds import NAMES
 from host.quantized import FORMATS, GGUF
+from host.server import out
 from host.test_loader import refusal, report
 from host.tiny import RECIPE
 from phased_consistency.samplers.recipe import HEADER_KEY
@@ -71,6 +73,29 @@ def test_another_shape_is_the_cause(server, models):
     assert (
         said[0] == f"1 of {len(models.lora)} modules are of another shape than this model's: take a LoRA made for it."
     )
+
+
+CHANGED_MODELS = {  # how another node has changed the model -> what is said
+    "compiled": "{n} of {n} modules do not reach a compiled model: compile it after this node.",
+    "packed": "{n} of {n} modules meet weights packed in an unknown way: load another format of the checkpoint.",
+}
+
+
+@pytest.mark.parametrize("how", CHANGED_MODELS)
+def test_a_model_that_takes_nothing_is_the_cause(server, models, how):
+    """With a compiled one, core's loader drops all of a LoRA without a word."""
+    graph, links = loaded()
+    lora = changed(models, "attention", attention_alone)
+    changing = graph.add("TestOtherPack", model=links["base"], how=how)
+    info = graph.add("PCMLoraInfo", lora=lora, model=out(changing))
+    n = len(attention_alone(load_file(models.folder / "loras" / "unnamed.safetensors"))) // 3
+    run = server.run(graph)
+    assert run.error is None, run.error["exception_message"]
+    assert CHANGED_MODELS[how].format(n=n) in run.text(info)
+
+
+def attention_alone(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in lora.items() if "attn" in name}
 
 
 def test_what_nobody_knows_is_not_said_to_be_used(server, models):

@@ -61,6 +61,7 @@ def test_a_mistake_is_told_on_the_node(server, mistake, seed):
         assert (seen.error["node_id"], seen.error["exception_message"].strip()) == (node, mistake.said)
     else:
         assert seen.texts[node].splitlines()[0] == mistake.said
+        assert mistake.is_fact or seen.warnings[node][0] == mistake.said
         assert len(mistake.said) <= LINE
         if graph[node]["class_type"] == "PCMSample":
             assert not any(mistake.said in text for other, text in seen.texts.items() if other != node)
@@ -168,7 +169,7 @@ def test_what_another_pack_breaks_does_not_stop_the_run(server):
     custom(graph, links, euler, out(scheduler(graph, links)))
     seen = watched(server, graph, 602)
     assert seen.error is None and seen.texts[links["model"][0]].startswith("4 steps, CFG 1")
-    assert "Load PCM LoRA cannot tell whether this run suits its LoRA." in server.log
+    assert "A PCM node cannot tell whether this run suits its recipe." in server.log
 
 
 def test_what_was_wrong_with_one_of_two_samplers_stays(server):

@@ -47,6 +47,11 @@ def make_sdxl(checkpoints: Path, loras: Path) -> Lora:
     markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(load_file(checkpoints / "sdxl.safetensors") | markers, checkpoints / "sdxl_v.safetensors")
 
+    edm = {
+        name: torch.tensor(sigma) for name, sigma in (("edm_vpred.sigma_max", 120.0), ("edm_vpred.sigma_min", 0.002))
+    }
+    save_file(load_file(checkpoints / "sdxl.safetensors") | edm, checkpoints / "cosxl.safetensors")
+
     lora = make_lora(unet)
     write(loras / "sdxl_kohya.safetensors", kohya(lora), RECIPE)
     write(loras / "sdxl_peft.safetensors", peft(lora, "unet"), RECIPE, {"unet.lora_alpha": ALPHA, "unet.r": RANK})

@@ -28,6 +28,7 @@ COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
 MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
+TABS = ".workflow-tabs"
 TEXTS = ".dom-widget, .lg-node-widget"  # texts on nodes, and those in Nodes 2.0
 OURS = re.compile("PCM|phased-consistency")
 IN_A_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md$")  # a help page is looked for in the artist's language first
@@ -118,10 +119,33 @@ class Frontend:
         except TimeoutError:
             return 0
 
-    def load(self, graph: dict[str, Any]) -> None:
-        """Put a graph into the page, without the template browser."""
-        self.page.evaluate("graph => app.loadGraphData(graph)", graph)
+    def load(self, graph: dict[str, Any], name: str | None = None) -> None:
+        """Put a graph into the page, without the template browser, in a tab of this name."""
+        self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
         self.page.wait_for_timeout(COMPLAINING)
+
+    def load_prompt(self, graph: dict[str, Any]) -> None:
+        """Put a graph into the page that is in the form that the server takes."""
+        self.page.evaluate("graph => app.loadApiJson(graph, 'graph.json')", graph)
+        self.page.wait_for_timeout(COMPLAINING)
+
+    def tab(self) -> str:
+        """The name of the tab that is open."""
+        return self.page.evaluate("app.extensionManager.workflow.activeWorkflow.filename")
+
+    def open_tab(self, name: str) -> None:
+        """Go back to a graph that is open, by its tab."""
+        self.page.evaluate("tests.leave()")
+        self.page.locator(TABS).get_by_text(name, exact=True).first.click()
+        self.page.mouse.move(
+            SIZE["width"] / 2, SIZE["height"] / 2
+        )  # away from the picture of the tab, which is a dialog
+        self.page.wait_for_function("tests.arrived()")
+        self.page.wait_for_timeout(COMPLAINING)
+
+    def texts(self) -> dict[str, str]:
+        """What is written on the nodes that are shown, by their ids."""
+        return self.page.evaluate("tests.texts()")
 
     def complaints(self) -> list[str]:
         """What the page says of missing nodes, missing files and refused graphs."""
@@ -139,10 +163,16 @@ class Frontend:
         is_set = "([kind, name, value]) => tests.widget(kind, name).value === value"
         self.page.wait_for_function(is_set, arg=[kind, widget, value])
 
-    def run(self) -> PageRun:
-        """Press Run, and wait until the graph has ended or the page complains."""
+    def run(self, then: Callable[[], None] | None = None) -> PageRun:
+        """Press Run, and wait until the graph has ended or the page complains. then: what is done once it is queued."""
         self.page.evaluate("() => { tests.moments.length = 0; }")
-        self.page.get_by_test_id("queue-button").click()
+        button = self.page.get_by_test_id("queue-button")
+        if then is None:
+            button.click()
+        else:
+            with self.page.expect_response(re.compile("/prompt$")):
+                button.click()
+            then()
         self.page.wait_for_function(f"tests.ended() || document.querySelector('{COMPLAINTS}')")
         moments = self.page.evaluate("tests.moments")
         ended = next((moment for moment in moments if moment["kind"].startswith("execution")), {})

@@ -6,6 +6,11 @@ window.tests = {
   widget: (kind, name) => tests.node(kind).widgets.find((widget) => widget.name === name),
   unknown: () => app.graph.nodes.map((node) => node.type).filter((kind) => !(kind in LiteGraph.registered_node_types)),
 
+  texts() {
+    const nodes = app.canvas.graph.nodes.map((node) => [node.id, node.widgets?.find((w) => w.name === "$$node-text-preview")]);
+    return Object.fromEntries(nodes.filter(([, widget]) => widget?.value).map(([id, widget]) => [id, widget.value]));
+  },
+
   // The width of a template's picture in the template browser.
   thumbnail: (name) => document.querySelector(`[data-testid="template-workflow-${name}"] img`)?.naturalWidth,
 

@@ -55,13 +55,16 @@ def test_the_demo_draws_pictures_that_can_be_watched(demo, server):
 def test_a_wrong_setting_is_a_sentence_on_the_node(demo):
     demo.set("PCMSample", "cfg", 5)
     assert demo.run().error is None
-    burns = "CFG 5 is above 2 and burns the image: set CFG to 1."
+    burns = "⚠ CFG 5 is above 2 and burns the image: set CFG to 1."
     assert demo.said("PCMSample") == f"{burns}\n4 steps at CFG 5, deterministic."
     demo.look_at("PCMSample", "SaveImage")
     demo.screenshot("warning", crop=("PCMSample", "SaveImage"))
     demo.set("PCMSample", "steps", 9)
     assert demo.run().error is None
-    assert demo.said("PCMSample").splitlines()[:2] == ["This LoRA was made for 4 steps, not 9: set steps to 4.", burns]
+    assert demo.said("PCMSample").splitlines()[:2] == [
+        "⚠ This LoRA was made for 4 steps, not 9: set steps to 4.",
+        burns,
+    ]
 
 
 def test_the_help_page_is_ours(demo):

@@ -63,7 +63,7 @@ def _load_pack(host: Path, folder: Path) -> SimpleNamespace:
     from server import PromptServer
 
     folder_paths.add_model_folder_path("loras", str(folder / "loras"), is_default=True)
-    PromptServer.instance = SimpleNamespace(send_progress_text=lambda *_: None)
+    PromptServer.instance = SimpleNamespace(send_progress_text=lambda *_: None, client_id="fuzz")
     found = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules["pack"] = importlib.util.module_from_spec(found)
     found.loader.exec_module(sys.modules["pack"])
@@ -76,7 +76,7 @@ def _load_pack(host: Path, folder: Path) -> SimpleNamespace:
 
 def _told(output: Any) -> list[str]:
     """What a node says, but for the file's size."""
-    return [re.sub(r", [\d.]+ MB", "", str(value)) for value in output.ui.as_dict()["text"]]
+    return [re.sub(r", [\d.]+ MB", "", str(value)) for value in output.ui["text"]]
 
 
 def _loaded(loader: Any, model: Any) -> Any:

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 
 WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
+# What is smaller in the least network of each family than in the bundled one.
+LEVEL = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+SPECKS = {
+    "sd15": LEVEL,
+    "sdxl": LEVEL | {"transformer_layers_per_block": (2,)},
+    "sd3": {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 32, "caption_projection_dim": 32},
+}
 
 
-def make_speck(path: Path) -> None:
-    """Write the smallest SD1.5 that has one of each kind of layer: the bundled one, with a random network of one level
-    in place of its own, which has a fifth of the modules and trains four times as fast."""
-    shutil.copytree(bundled_folder("tiny-sd15"), path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+def make_speck(path: Path, family: str = "sd15") -> None:
+    """Write the smallest base of a family that has one of each kind of layer: the bundled one, with a random network in
+    place of its own, which has a fifth of the modules (half, for SD3) and trains four times as fast."""
+    bundled, network = bundled_folder(f"tiny-{family}"), "transformer" if family == "sd3" else "unet"
+    shutil.copytree(bundled, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(network))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(32,),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            cross_attention_dim=96,
-            attention_head_dim=4,
-            norm_num_groups=16,
+        config = json.loads((bundled / network / "config.json").read_text())
+        speck = (SD3Transformer2DModel if family == "sd3" else UNet2DConditionModel).from_config(
+            config | SPECKS[family]
         )
         with torch.no_grad():
-            for weight in unet.parameters():
+            for weight in speck.parameters():
                 weight.add_(0.05 * torch.randn(weight.shape))
-    unet.save_pretrained(path / "unet")
+    speck.save_pretrained(path / network)
 
 
 def make_sdxl_parts(words: CLIPTokenizer) -> SimpleNamespace:

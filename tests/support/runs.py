@@ -6,8 +6,12 @@ import hashlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from accelerate.state import AcceleratorState
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config.config import Config
@@ -38,10 +42,10 @@ SMALL = {
 
 
 @cache
-def speck() -> tempfile.TemporaryDirectory:
+def speck(family: str = "sd15") -> tempfile.TemporaryDirectory:
     """The folder of the base that small runs learn from, as long as this process lives (support/bases.py)."""
     folder = tempfile.TemporaryDirectory(prefix="speck-")
-    make_speck(Path(folder.name))
+    make_speck(Path(folder.name), family)
     return folder
 
 
@@ -70,6 +74,16 @@ class Notes(Reporter):
 
     def update(self, status):
         self.steps.append(status.step)
+
+
+@contextmanager
+def other_precision() -> Iterator[None]:
+    """accelerate has one precision for each process: forgotten before and after a run in another than the rest."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_pcm(*args, cwd: Path | None = None) -> subprocess.Popen:

@@ -16,7 +16,7 @@ from phased_consistency.samplers import recipe_for_file
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.config.presets import PRESETS
 from phased_consistency.trainer.training.loop import train
-from support.runs import metadata, settings
+from support.runs import metadata, settings, speck
 
 # What a preset itself decides, or the discriminator of an adversarial one needs, in place of a small run's settings.
 SIZE = {
@@ -70,9 +70,7 @@ def test_every_preset_is_among_them():
 def check_preset(preset, cache, folder):
     """Train one on a small base of its family, and read what it has made."""
     family, kind = family_of(preset), preset.replace(f"{family_of(preset)}-", "")
-    changes = SIZE | {"data__cache": cache}
-    if family != "sd15":  # of which small runs have one that is smaller still
-        changes["base__path"] = f"tiny-{family}"
+    changes = SIZE | {"data__cache": cache, "base__path": speck(family).name}
     if kind.endswith("adv"):
         changes["adversarial__width"] = 16
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)

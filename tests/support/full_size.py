@@ -1,13 +1,50 @@
-"""Runs of full size, planned without a weight; measuring what they hold takes seconds."""
+"""What is of full size: plans, made without a weight but in seconds, and a checkpoint of random weights."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
 from phased_consistency.trainer.config.load import load_config
+from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.training.plan import plan
+from support.ldm_checkpoint import save_single_file
 
 
 def planned(preset: str) -> dict[str, Any]:
     """The plan of a preset as it is shipped."""
     return plan(load_config(preset=preset))
+
+
+def full_size_sd15(path: Path) -> Path:
+    """Write a whole SD1.5 as one file in fp16, 2 GB. Returns the path."""
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    return save_single_file(path, **{part: _random(kind, part) for part, kind in kinds.items()})
+
+
+def _random(kind: type[nn.Module], part: str) -> nn.Module:
+    """One of SD1.5's networks in fp16 with cheap random weights; the norms stay what they are."""
+    config = json.loads((SD15.configs / part / "config.json").read_text())
+    make = (
+        partial(CLIPTextModel, CLIPTextConfig(**config)) if kind is CLIPTextModel else partial(kind.from_config, config)
+    )
+    with torch.device("meta"):
+        module = make()
+    module.half().to_empty(device="cpu")
+    noise = (0.02 * torch.randn(2**20)).half()
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim == 1:
+                tensor.fill_(name.endswith("weight"))
+            else:
+                tensor.copy_(noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor))
+    return module

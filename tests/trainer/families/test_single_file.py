@@ -7,16 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from host.tiny import make_unet
+from phased_consistency.trainer.data import cache
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sd15 import SD15
 from support.bases import clip_config, make_vae, save_without
+from support.full_size import full_size_sd15
 from support.ldm_checkpoint import save_single_file
-from support.runs import TINY, settings, start_pcm
+from support.runs import TINY, other_precision, settings
 
 
 @pytest.fixture(scope="module")
@@ -249,34 +251,17 @@ def test_a_file_cut_short_is_refused(checkpoint, configs, tmp_path):
         load(tmp_path / "cut.safetensors", configs)
 
 
-def full_size(kind, part: str):
-    """One of SD1.5's networks in fp16 with cheap random weights; the norms stay what they are."""
-    config = json.loads((SD15.configs / part / "config.json").read_text())
-    with torch.device("meta"):
-        module = CLIPTextModel(CLIPTextConfig(**config)) if kind is CLIPTextModel else kind.from_config(config)
-    module.half().to_empty(device="cpu")
-    noise = 0.02 * torch.randn(2**20)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                fill = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
-                tensor.copy_(torch.full_like(fill, name.endswith("weight")) if tensor.ndim == 1 else fill)
-    return module
-
-
 @pytest.fixture
 def full_checkpoint(tmp_path):
     """A whole SD1.5 in one fp16 file, 2 GB; deleted afterwards."""
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    modules = {part: full_size(kind, part) for part, kind in kinds.items()}
-    path = save_single_file(tmp_path / "full.safetensors", **modules)
-    del modules
+    path = full_size_sd15(tmp_path / "full.safetensors")
     yield path
     path.unlink()
 
 
-def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_base, tmp_path, pcm):
+def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_base, tmp_path, pcm, monkeypatch):
     """An update on 64-pixel latents in bf16; then all of PCM's 278 modules match."""
+    monkeypatch.setattr(cache, "TRIAL_STEPS", 1)  # of what it predicts, of which random weights tell nothing
     tokenizer = tmp_path / "words"
     tiny_base.tokenizers[0].save_pretrained(tokenizer)
     shutil.copytree(SD15.configs, tmp_path / "configs")
@@ -290,10 +275,10 @@ def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_bas
         "train__batch_size": 1,
         "train__steps": 1,
     }
-    run = start_pcm("train", *settings(tmp_path / "run", **base, **size, base__dtype="bf16"))
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "on 278 modules" in errors and "0 keys unmatched of 278 modules" in errors
+    with other_precision():
+        run = pcm("train", *settings(tmp_path / "run", **base, **size, base__dtype="bf16"))
+    assert run.code == 0, run.err
+    assert "on 278 modules" in run.err and "0 keys unmatched of 278 modules" in run.err
 
     lora = tmp_path / "run" / "pcm-lora.safetensors"
     options = ("--base", full_checkpoint, "--tokenizer", tokenizer, "--config", tmp_path / "configs")

@@ -13,7 +13,7 @@ from phased_consistency.trainer.lora.adapter import Adapter
 from phased_consistency.trainer.objectives.discriminator import Discriminator
 from phased_consistency.trainer.training.adversary import Adversary, Judged
 from phased_consistency.trainer.training.loop import RunFailed, train
-from support.runs import metadata, settings, sha256, small_config, start_pcm
+from support.runs import metadata, other_precision, sha256, small_config
 
 ADVERSARIAL = {"adversarial__weight": 0.5, "adversarial__lr": 1e-3, "adversarial__width": 32}
 EDGE, TOP = torch.tensor([0, 250]), torch.tensor([200, 500])
@@ -169,11 +169,9 @@ def test_a_checkpoint_without_its_heads_is_refused(tmp_path):
 
 
 def test_a_run_in_bf16_ends_with_a_good_file(tmp_path):
-    """In a process of its own: accelerate has one precision for each."""
     changes = {"base__dtype": "bf16", "train__gradient_checkpointing": "true", "train__steps": 2, **ADVERSARIAL}
-    process = start_pcm("train", *settings(tmp_path / "run", **changes))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    with other_precision():
+        train(small_config(tmp_path / "run", **changes))
     assert metadata(tmp_path / "run" / "pcm-lora.safetensors")["ss_mixed_precision"] == "bf16"
 
 

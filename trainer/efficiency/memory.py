@@ -135,15 +135,18 @@ def _frozen_bytes(config: Config, sizes: Footprint) -> int:
 def recomputed(config: Config, family: type[Base]) -> list[str]:
     """The blocks that a run computes again for its backward pass: none, all, or for "auto" as few as it takes to fit.
 
-    Raises ValueError for "auto" where nobody says how much memory there is.
+    Raises ValueError for "auto" where nobody says how much memory there is, and for a resolution that the network
+    cannot take.
     """
-    sizes = _footprint(config, family)
     wanted = config.train.gradient_checkpointing
+    if not (config.train.offload or wanted):  # measuring a network of full size takes seconds
+        folder = family.config_folder(config.base.path, config.base.config)
+        _inputs(family, folder, config.base.dtype, config.data.resolution)
+        return []
+    sizes = _footprint(config, family)
     blocks = sizes.activations.by_saving()
     if config.train.offload or wanted is True:
         return blocks
-    if not wanted:
-        return []
 
     limit, chosen = limit_bytes(config), []
     while len(chosen) < len(blocks) and sum(_bytes(config, family, sizes, chosen).values()) * MARGIN > limit:
@@ -227,12 +230,17 @@ def _network_config(family: type[Base], folder: Path) -> Any:
         return family.network_class.from_config(_read(folder / family.component)).config
 
 
+def _inputs(family: type[Base], folder: Path, dtype: str, resolution: int) -> dict[str, Any]:
+    """What the network is called with, without memory. Raises ValueError for a resolution that it cannot take."""
+    return family.dummy_inputs(_network_config(family, folder), resolution, _maker(DTYPES[dtype]))
+
+
 @lru_cache(maxsize=8)
 def _measure(
     family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, heads_width: int
 ) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
-    inputs = family.dummy_inputs(_network_config(family, folder), resolution, _maker(DTYPES[dtype]))
+    inputs = _inputs(family, folder, dtype, resolution)
     with torch.device("meta"):
         network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
 

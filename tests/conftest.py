@@ -10,9 +10,12 @@ With `-n`, support/spread.py gives each worker whole groups, the longest first: 
 browser, and those of a file that share a fixture; every other test is a group of its own.
 """
 
+import gc
+import importlib.metadata
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,8 @@ from support.guard import Tiers
 from support.spread import Spread
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Libraries ask again and again what is installed, a tenth of a small run's time; it does not change while tests run.
+importlib.metadata.version = cache(importlib.metadata.version)
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {"web": "Chromium and a ComfyUI (set CHROMIUM, COMFYUI_PATH)", "host": "a ComfyUI (set COMFYUI_PATH)"}
@@ -36,6 +41,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tiers(judging="not slow" in config.option.markexpr), "tiers")
     config.pluginmanager.register(Spread(), "spread")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the garbage collector need not go through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

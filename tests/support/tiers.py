@@ -237,7 +237,12 @@ def traits_of_test(item: pytest.Function) -> Traits:
 
 def _full_name(function: Callable) -> str:
     """A function's name with its module's; a file of tests/ is a module by its path from there."""
-    path = Path(function.__code__.co_filename)
+    return f"{_module_of(function.__code__.co_filename) or function.__module__}.{function.__name__}"
+
+
+@cache
+def _module_of(file: str) -> str:
+    """The module that a file of tests/ is; empty for others."""
+    path = Path(file)
     known = ROOT / "tests" in path.parents
-    module = ".".join(path.relative_to(ROOT / "tests").with_suffix("").parts) if known else function.__module__
-    return f"{module}.{function.__name__}"
+    return ".".join(path.relative_to(ROOT / "tests").with_suffix("").parts) if known else ""

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def run(arguments: list[str]) -> dict[str, str | int]:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # between commands: one that stops a run may come once more after it
     commands, rank = Path(sys.argv[1]), os.environ["RANK"]
     said = [run([part.replace("RANK", rank) for part in command]) for command in json.loads(commands.read_text())]
     commands.with_name(f"said-{rank}.json").write_text(json.dumps(said))

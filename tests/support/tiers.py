@@ -42,7 +42,8 @@ COSTLY = {
     f"{PACKAGE}.trainer.efficiency.blocks.compile_blocks": "compiles",
     f"{PACKAGE}.trainer.efficiency.blocks.check_compiler": "compiles",
     "_pytest.pytester.pytester": "runs tests of its own",
-    "support.full_size": "is of full size",
+    "support.full_size.planned": "plans a run of full size",
+    "support.full_size.full_size_sd15": "trains a base of full size",
     f"{PACKAGE}.trainer.studies.editing.Gallery": "draws a study",
 }
 MEASURING = "validation__every"  # the setting by which a run evaluates itself, again and again, beside its training

@@ -14,13 +14,14 @@ const graphs = new WeakMap(); // workflow -> its graph's name here
 const workflows = new Map(); // prompt -> the workflow that it was queued from
 let running = null; // the prompt that the host is at
 
+const root = () => app.rootGraph ?? app.graph; // older frontends have the latter
 const open = () => app.extensionManager?.workflow?.activeWorkflow ?? app;
 
 // The graph of a workflow that is or was open, by where it is kept and its id: two tabs may hold one graph, and the name
 // of an unsaved one is given again. Where it has been saved under another name since, its texts go with it.
 function graphOf(workflow) {
   if (workflow !== open()) return graphs.get(workflow);
-  const graph = [workflow.path, app.rootGraph?.id].join();
+  const graph = [workflow.path, root()?.id].join();
   const before = graphs.get(workflow);
   if (before !== undefined && before !== graph)
     for (const [key, text] of [...texts])
@@ -34,7 +35,7 @@ function graphOf(workflow) {
 
 // "5:3" is node 3 in the subgraph that is node 5
 const nodeAt = (id) =>
-  `${id}`.split(":").reduce((at, number) => (at?.subgraph ?? at)?.getNodeById?.(number), app.rootGraph ?? app.graph);
+  `${id}`.split(":").reduce((at, number) => (at?.subgraph ?? at)?.getNodeById?.(number), root());
 const isOurs = (node) => node?.type?.startsWith("PCM");
 
 // Write on a node as the frontend itself does. `again` tells it from what the host sends.
@@ -51,7 +52,10 @@ function writeAll() {
   const graph = graphOf(open());
   for (const [key, text] of [...texts]) {
     const id = key.slice(graph.length + 1);
-    if (key.startsWith(`${graph} `) && isOurs(nodeAt(id))) write(id, text);
+    if (!key.startsWith(`${graph} `)) continue;
+    const node = nodeAt(id);
+    // Of the graph that is shown, which may be a subgraph; older frontends cannot write there.
+    if (isOurs(node) && node.graph === app.canvas.graph && (app.rootGraph || !id.includes(":"))) write(id, text);
   }
 }
 

@@ -56,7 +56,7 @@ class Frontend:
         self.page: Page = browser.new_page(viewport=SIZE, reduced_motion="reduce")
         self.page.set_default_timeout(SECONDS * 1000)
         self.page.add_init_script(path=Path(__file__).with_name("page.js"))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
         self.page.on("console", self._note)
         # beyond this machine is nothing to wait for, and the core templates' moving pictures take all the time there is
         self.page.route(lambda at: not at.startswith((url, "blob:", "data:")), lambda route: route.abort())

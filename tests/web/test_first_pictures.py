@@ -26,13 +26,6 @@ def demo(frontend):
     return frontend
 
 
-@pytest.fixture
-def newer(server) -> None:
-    """Skips on a ComfyUI as old as 0.3.64."""
-    if "has_intermediate_output" not in server.get("/object_info/PCMSample")["PCMSample"]:
-        pytest.skip("this ComfyUI does not send again what cached nodes said, nor shows it in Nodes 2.0: newer ones do")
-
-
 def test_the_demo_draws_pictures_that_can_be_watched(demo, server):
     assert demo.run().error is None
     assert demo.said("PCMLoadLora").startswith(LOADED)

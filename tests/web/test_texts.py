@@ -51,15 +51,27 @@ def test_it_stands_on_another_tab_and_after_a_reload(burnt):
     assert burnt.said("PCMSample") == f"{BURNS}\n{SETTINGS}" and burnt.said("PCMLoadLora").startswith(RIGHT)
     burnt.open()
     burnt.page.wait_for_function("tests.node('PCMSample')")
+    burnt.errors[:] = [
+        error for error in burnt.errors if "phased-consistency" in error
+    ]  # 0.3.64 has one on loading again
     assert burnt.said("PCMSample") == f"{BURNS}\n{SETTINGS}" and burnt.said("PCMLoadLora").startswith(RIGHT)
 
 
-def test_equal_loaders_speak_for_themselves_and_a_cached_run_repeats_it(frontend):
+def test_equal_loaders_speak_for_themselves(frontend):
     graph, (right, wrong) = by_ksampler("euler", "heun")
     frontend.load_prompt(graph)
     assert frontend.run().error is None
     texts = frontend.texts()
     assert texts[right].startswith(f"{TWO}\n{RIGHT}") and texts[wrong].startswith(f"{TWO}\n{HEUN}\n{RIGHT}")
+
+
+def test_a_cached_run_repeats_the_last_warnings(newer, frontend):
+    """In a page that has not seen them."""
+    graph, loaders = by_ksampler("euler", "heun")
+    frontend.load_prompt(graph)
+    assert frontend.run().error is None
+    texts = frontend.texts()
+    assert all(texts[loader].startswith(TWO) for loader in loaders)
     frontend.page.evaluate("() => sessionStorage.clear()")
     frontend.load_prompt(graph)
     assert frontend.texts() == {}
@@ -78,7 +90,7 @@ def test_a_tab_that_is_not_open_hears_its_own_nodes(burnt):
     assert burnt.said("PCMSample").startswith(NOT_20)
 
 
-def test_it_stands_in_a_subgraph(frontend):
+def test_it_stands_in_a_subgraph(newer, frontend):
     frontend.load(json.loads(DEMO.read_text(encoding="utf-8")), "inside")
     frontend.set("PCMSample", "cfg", 5)
     frontend.page.evaluate("() => app.graph.convertToSubgraph(new Set([tests.node('PCMSample')]))")

@@ -129,6 +129,7 @@ def pair(tmp_path_factory) -> SimpleNamespace:
     assert all((folder / f"said-{rank}.json").is_file() for rank in (0, 1)), errors
     first, second = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
     said = {name: SimpleNamespace(first=a, second=b) for name, a, b in zip(NAMES, first, second, strict=True)}
+    assert all(each["code"] == 0 for name in NAMES[:2] for each in vars(said[name]).values()), errors
     return SimpleNamespace(**{name: folder / name for name in NAMES}, said=SimpleNamespace(**said))
 
 

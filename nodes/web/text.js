@@ -129,6 +129,7 @@ app.registerExtension({
     const queuePrompt = api.queuePrompt;
     api.queuePrompt = async function (...given) {
       const workflow = open();
+      graphOf(workflow); // its name, which is not known any more once another tab is open
       const answer = await queuePrompt.apply(this, given);
       if (answer?.prompt_id) workflows.set(answer.prompt_id, workflow);
       return answer;

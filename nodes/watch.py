@@ -11,6 +11,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 from ..samplers import Recipe
@@ -95,9 +96,11 @@ class Watch:
         if prompt_id not in self.misfits:
             # Of earlier graphs only those with misfits are kept, for the history, and not without end.
             with_misfits = [key for key, lines in self.misfits.items() if lines][-MOST_PROMPTS:]
-            for key in self.misfits.keys() - set(with_misfits):
-                del self.misfits[key]
-            self.misfits[prompt_id] = []
+            # Under the lock by which the host copies its history, in another thread: a dictionary must not change then.
+            with PromptServer.instance.prompt_queue.mutex:
+                for key in self.misfits.keys() - set(with_misfits):
+                    del self.misfits[key]
+                self.misfits[prompt_id] = []
         return self.misfits[prompt_id]
 
 

@@ -10,9 +10,9 @@ from comfy_api.latest import io
 
 from ..samplers.recipe import MODES as RECIPE_MODES
 from .host import RecipeType, supported
+from .lora_on_model import LEVELS
 
 MODES = ("from recipe", "deterministic", "stochastic", "gamma")
-LEVELS = ("even", "lcm")  # of a recipe by hand
 NOISES = ("per picture", "per batch")  # how noise between steps is drawn
 FORMS = ("residual", "plain")
 PROJECTIONS = ("picture", "latent")
@@ -54,7 +54,7 @@ def recipe(
 
 
 def recipe_widgets(auto: str, methods: Iterable[str] = ()) -> list[io.Input]:
-    """Where a recipe comes from, and the widgets of one that no file tells, as `lora_on_model.recipe_from_settings`
+    """Where a recipe comes from, and the widgets of one that no file tells, as `lora_on_model.recipe_from_widgets`
     reads them.
 
     auto: what that choice takes. methods: further choices, keys of `METHOD_FILES`, whose steps are `phases`.

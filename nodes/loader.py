@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -58,18 +60,7 @@ class PCMLoadLora(io.ComfyNode):
         return inputs.lora_state(lora)
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        lora: str,
-        strength: float,
-        recipe: str,
-        phases: int,
-        mode: str,
-        cfg: float,
-        gamma: float = 1.0,
-        levels: str = inputs.LEVELS[0],
-    ) -> io.NodeOutput:
+    def execute(cls, model, lora: str, strength: float, recipe: str, **widgets: Any) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
         recipe_in_file = recipe_of(header) if recipe == "auto" else None
         family = header.family or (recipe_in_file.family if recipe_in_file else None)
@@ -80,9 +71,7 @@ class PCMLoadLora(io.ComfyNode):
 
         used = recipe_in_file
         if used is None:
-            used = lora_on_model.recipe_from_settings(
-                model, phases, mode, cfg, gamma, distilled=levels == inputs.LEVELS[1]
-            )
+            used = lora_on_model.recipe_from_widgets(model, **widgets)
         used = lora_on_model.on_schedule_if_set(model, used)
 
         # At 0 the very model goes on, with no attachment, shift or watch: the nodes after it see that the

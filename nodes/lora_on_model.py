@@ -19,6 +19,7 @@ CONFIGS = {
     "sdxl": comfy.supported_models.SDXL,
     "sd3": comfy.supported_models.SD3,
 }
+LEVELS = ("even", "lcm")  # of a recipe by hand: evenly spaced, or those of LCM and TCD
 LOADED = "pcm_lora"  # attachment of a patched model: the name of the few-step LoRA that it has
 CARRIED = "pcm_recipe"  # attachment: how it is to be sampled
 OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence where the model has another
@@ -55,23 +56,29 @@ def prediction_of(model_sampling: Any) -> str:
     return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
 
 
-def recipe_from_settings(
-    model: Any, phases: int, mode: str, cfg: float, gamma: float = 1.0, distilled: bool = False
-) -> Recipe:
-    """A recipe for a file that carries none, on the schedule of the model it is used with.
-
-    gamma: for the mode "stochastic". distilled: whether to sample on the grid of LCM and TCD.
-    Raises ValueError when the model is of no family known here, or phases is out of range.
-    """
+def known_family(model: Any) -> str:
+    """`model_family`. Raises ValueError for a model of no family known here."""
     family = model_family(model)
     if family is None:
         raise ValueError(
             f"No recipe can be made for a {model_title(model)} model; known: {', '.join(FAMILIES.values())}."
         )
+    return family
+
+
+def recipe_from_widgets(
+    model: Any, phases: int, mode: str, cfg: float, gamma: float = 1.0, levels: str = LEVELS[0]
+) -> Recipe:
+    """A recipe for a file that carries none, on the schedule of the model it is used with.
+
+    The widgets are those of `inputs.recipe_widgets`; gamma: for the mode "stochastic".
+    Raises ValueError when the model is of no family known here, or phases is out of range.
+    """
+    distilled = levels == LEVELS[1]
     sampling = model.get_model_object("model_sampling")
     prediction = prediction_of(sampling)
     recipe = Recipe(
-        family=family,
+        family=known_family(model),
         objective="unknown",
         mode=mode,
         points=100 if prediction == "flow" else 40,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -16,11 +17,11 @@ from .host import RecipeType, menu_of, show, speaking, warned
 from .lora_on_model import (
     LOADED,
     carrying,
-    model_family,
+    known_family,
     model_title,
     on_schedule_if_set,
     prediction_of,
-    recipe_from_settings,
+    recipe_from_widgets,
     sampling_fault,
     shift_of,
 )
@@ -61,24 +62,17 @@ class PCMRecipe(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        recipe: str,
-        phases: int,
-        mode: str,
-        cfg: float,
-        gamma: float = 1.0,
-        levels: str = inputs.LEVELS[0],
-    ) -> io.NodeOutput:
+    def execute(cls, model, recipe: str, **widgets: Any) -> io.NodeOutput:
         inputs.check("recipe", recipe, ("auto", *METHOD_FILES, "widgets"))
-        family = model_family(model)
-        by_hand = recipe_from_settings(model, phases, mode, cfg, gamma, distilled=levels == inputs.LEVELS[1])
+        family = known_family(model)
         path = model_path(cls.hidden.prompt, cls.hidden.unique_id)
         shown = shown_recipe(path, family) if recipe == "auto" else None
-        name, used = shown or (model_title(model), by_hand)
-        if recipe in METHOD_FILES:
-            used = recipe_for_method(recipe, family, phases)
+        if shown:
+            name, used = shown
+        elif recipe in METHOD_FILES:
+            name, used = model_title(model), recipe_for_method(recipe, family, widgets["phases"])
+        else:
+            name, used = model_title(model), recipe_from_widgets(model, **widgets)
         used = on_schedule_if_set(model, as_predicted(used, model))
 
         patched = carrying(model.clone(), used, name)
@@ -92,13 +86,13 @@ class PCMRecipe(io.ComfyNode):
         return io.NodeOutput(patched, used, ui=show(cls, lines, watch.misfits))
 
 
-def as_predicted(recipe: Recipe, model) -> Recipe:
+def as_predicted(recipe: Recipe, model: Any) -> Recipe:
     """The recipe for what a host MODEL predicts, noise or v: a checkpoint's own prediction is no mistake."""
     prediction = prediction_of(model.get_model_object("model_sampling"))
     return recipe if "flow" in (prediction, recipe.prediction) else replace(recipe, prediction=prediction)
 
 
-def report(recipe: Recipe, name: str, model, patched, fast: list[str]) -> list[str]:
+def report(recipe: Recipe, name: str, model: Any, patched: Any, fast: list[str]) -> list[str]:
     """Lines for the node: faults, then how to sample the model, and where the recipe comes from.
 
     name: of the file that the recipe is of. model, patched: the host MODEL before and after. fast: a sentence for each

@@ -83,7 +83,7 @@ def _loaded(loader: Any, model: Any) -> Any:
     """What the node says, and a few of the weights with the LoRA on them."""
     import comfy.lora
 
-    output = loader.execute(model, LORA, 1.0, "auto", 4, "deterministic", 1.0)
+    output = loader.execute(model, LORA, strength=1.0, recipe="auto", phases=4, mode="deterministic", cfg=1.0)
     patched, recipe = output.args
     weights = patched.model.state_dict()
     keys = sorted(patched.patches)

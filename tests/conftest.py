@@ -81,10 +81,14 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def pcm(monkeypatch, capsys):
-    """Run `pcm ...` in this process; returns its exit code, stdout and stderr."""
+def pcm(monkeypatch, capsys, tmp_path):
+    """Run `pcm ...` in this process and the test's own folder; returns its exit code, stdout and stderr.
+
+    In the checkout there may be runs that somebody has made, and a preset's run folder is relative.
+    """
     from phased_consistency.trainer.cli import main as cli
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*args):

@@ -156,7 +156,7 @@ def evaluate(
     prompts: Annotated[
         str, typer.Option(help="File, one a line; default: the list that ships, or a tiny base's held-out ones.")
     ] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures in each set.")] = 64,
+    pictures: Annotated[int, typer.Option(help="Pictures from each of two noises, a prompt each.")] = 64,
     seed: int = 0,
     guidance: Annotated[
         float, typer.Option(help="The teacher's CFG; default: what the LoRA was distilled under, or 7.5.")
@@ -169,10 +169,10 @@ def evaluate(
     resolution: Resolution = None,
     as_json: Json = False,
 ) -> None:
-    """Compare LoRAs with the teacher at as many evaluations, from the same prompts and noise; write a report.
+    """Compare LoRAs with the teacher and the untrained base at as many evaluations; write a report.
 
-    report.json, report.md, plots and a grid: paired error and distances to the teacher at 40 steps, consistency across
-    step counts, seed diversity, CFG sweep, negative prompts; the teacher with DDIM, Euler and DPM-Solver++ beside.
+    report.json, report.md, plots and a grid: paired error, distances to the teacher at 40 steps, precision and recall,
+    diversity, consistency across step counts, CFG sweep, negative prompts, each with its confidence interval.
 
     Example: pcm evaluate --base tiny-sd15 --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
     """

@@ -1,5 +1,7 @@
-"""The worth of a LoRA: its few-step pictures beside the teacher's many-step ones, from the same prompts and noise.
+"""The worth of a LoRA: its few-step pictures beside the teacher's many-step ones, of the same prompts.
 
-contestants.py finds the LoRAs, their settings and the prompts; trial.py makes the pictures; metrics.py and
-guidance.py measure them, features.py says in what space; report.py, markdown.py and plots.py write it down.
+contestants.py finds the LoRAs, their settings and the prompts; trial.py makes the pictures, judge.py looks at them,
+features.py says in what space. gauge.py measures a setting: picture by picture (metrics.py) and as sets (distances.py),
+each figure with its interval (intervals.py); guidance.py what CFG does. contest.py has all settings of a report, and
+report.py, markdown.py and plots.py write it down.
 """

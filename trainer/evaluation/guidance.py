@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...samplers import Recipe
 from ..families import Base
-from .metrics import agreement, paired_error
+from .intervals import Figure, mean_of
+from .metrics import agreements, paired_errors
 from .setting import Setting
 from .trial import Trial
 
@@ -36,14 +37,15 @@ class GuidanceTrial:
         """CFG -> latents made with this setting but at that CFG, for each of the scales."""
         return {g: self.trial.latents(replace(setting, guidance=g), self.base, recipe) for g in scales}
 
-    def errors(self, swept: dict[float, Tensor]) -> dict[str, float]:
+    def errors(self, swept: dict[float, Tensor]) -> dict[str, Figure]:
         """CFG -> paired error of the latents made at it against the reference of the same CFG."""
-        return {f"{g:g}": paired_error(latents, self.reference(g)) for g, latents in swept.items()}
+        return {f"{g:g}": mean_of(paired_errors(latents, self.reference(g))) for g, latents in swept.items()}
 
-    def response(self, guidance: float, without: Tensor, avoided: Tensor) -> dict[str, float]:
+    def response(self, guidance: float, without: Tensor, avoided: Tensor) -> dict[str, Figure]:
         """The effect of negative prompts at this CFG, from latents without and with them.
 
         change: |avoided - without| / |without|; agreement: the cosine between that change and the reference's.
         """
         expected = self.reference(guidance, avoiding=True) - self.reference(guidance)
-        return {"change": paired_error(avoided, without), "agreement": agreement(avoided - without, expected)}
+        changes, cosines = paired_errors(avoided, without), agreements(avoided - without, expected)
+        return {"change": mean_of(changes), "agreement": mean_of(cosines)}

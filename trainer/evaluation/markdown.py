@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...samplers.phases import count_steps
+from .distances import SCALE
+from .intervals import Figure
 
-# Figures that not every report has: key in a row, head of the column, format.
-FACTS = (("clip_score", "CLIP score", ".2f"), ("prompt_followed", "prompt followed", ".0%"))
+RowFacts = dict[str, Any]  # one of a report's rows
+# Figures of a space, and those that not every report has: key in a row, head of the column, format, factor.
+SPACE = (
+    ("kernel", f"kernel x {SCALE}", ".3g", SCALE),
+    ("frechet", "Frechet", ".4g", 1),
+    ("precision", "precision", ".2f", 1),
+    ("recall", "recall", ".2f", 1),
+    ("diversity_share", "diversity", ".0%", 1),
+)
+FACTS = (("prompt_followed", "prompt followed", ".0%", 1), ("clip_score", "CLIP score", ".2f", 1))
 PICTURES = {
     "quality.png": "Every figure over the evaluations of the network that a picture costs",
     "consistency.png": "How far pictures with fewer steps are from those with more",
@@ -19,7 +29,7 @@ PICTURES = {
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown."""
-    parts = [_head(report), *_results(report), *_diversity(report), *_consistency(report), *_guidance(report)]
+    parts = [_head(report), *_results(report), *_learnt(report), *_consistency(report), *_guidance(report)]
     parts += _listed("Left out", report["left_out"])
     return "\n\n".join(parts) + "\n"
 
@@ -28,37 +38,45 @@ def _head(report: dict[str, Any]) -> str:
     """The title, how the pictures were made, and what the reader must know."""
     reference, prompts = report["reference"], report["prompts"]
     facts = [
-        f"{report['pictures']} pictures of {report['resolution']} x {report['resolution']}, seed {report['seed']}, "
-        f"from {prompts['different']} prompts: {prompts['source']}.",
-        f"Reference: the teacher with DDIM, {count_steps(reference['steps'])}, CFG {reference['guidance']:g}, from the "
-        f"same noise.",
+        f"{report['pictures']} pictures of {report['resolution']} x {report['resolution']} from each of "
+        f"{report['noises']} noises, seed {report['seed']}, from {prompts['different']} prompts: {prompts['source']}.",
+        f"Reference: the teacher with DDIM, {count_steps(reference['steps'])}, CFG {reference['guidance']:g}.",
+        "In brackets the 95 % confidence interval: what other prompts and other noise would have given.",
         *(f"{lora['name']}: {lora['use'] or 'no recipe'}" for lora in report["loras"]),
     ]
-    notes = "\n\n".join(_listed("", report["warnings"]))
+    notes = [*report["warnings"], *report["too_few"]]
     head = f"# {', '.join(lora['name'] for lora in report['loras'])} on {report['base']}\n\n" + _bullets(facts)
-    return f"{head}\n\n**Note**\n\n{notes}" if report["warnings"] else head
+    return f"{head}\n\n**Note**\n\n{_bullets(notes)}" if notes else head
 
 
 def _results(report: dict[str, Any]) -> Iterable[str]:
-    """Every setting against the reference, which comes first."""
-    spaces, rows = report["features"], sorted(report["rows"], key=lambda r: (r != report["rows"][0], r["evaluations"]))
+    """Every setting against the reference, which comes first; the figures of each space in a table."""
+    rows = sorted(report["rows"], key=lambda r: (r != report["rows"][0], r["evaluations"]))
     facts = [fact for fact in FACTS if fact[0] in rows[0]]
-    heads = ["", "steps", "CFG", "evaluations", "paired error"]
-    heads += [f"{name}: {kind}" for name in spaces for kind in ("sliced W.", "Frechet")] + [h for _, h, _ in facts]
-
-    lines = [
-        [row["who"], row["steps"], f"{row['guidance']:g}", row["evaluations"], f"{row['paired_error']:.3f}"]
-        + _distances(row["distances"])
-        + [format(row[key], form) for key, _, form in facts]
-        for row in rows
-    ]
-    lines.append(["*teacher, other noise*", *("",) * 4, *_distances(report["other_noise"]), *("",) * len(facts)])
 
     yield "## Against the reference, at the same cost"
-    yield _table(heads, lines)
+    yield _rows_table(rows, [("paired_error", "paired error", ".3f", 1), *facts], lambda row: row)
+    for name in report["features"]:
+        yield f"### Distribution, {name}"
+        yield _rows_table(rows, SPACE, lambda row, name=name: row["spaces"][name])
     yield _picture("quality.png")
     yield _picture("grid.png")
-    yield _bullets(_explained(spaces, report["pictures"]))
+    yield _bullets(_explained(report["features"], report["pictures"] * report["noises"]))
+
+
+def _rows_table(rows: list[RowFacts], columns: Iterable[tuple], figures: Callable[[RowFacts], RowFacts]) -> str:
+    """A line for each row, with these of its figures; the reference is the first."""
+    lines = []
+    for row in rows:
+        who = f"*{row['who']}: the reference*" if row is rows[0] else row["who"]
+        cells = [_cell(figures(row).get(key), form, factor) for key, _, form, factor in columns]
+        lines.append([who, row["steps"], f"{row['guidance']:g}", row["evaluations"], *cells])
+    return _table(["", "steps", "CFG", "evaluations", *(head for _, head, *_ in columns)], lines)
+
+
+def _cell(figure: dict[str, float] | None, form: str, factor: float = 1) -> str:
+    """A figure with its interval; nothing where there is none."""
+    return "" if figure is None else format(Figure(**figure) * factor, form)
 
 
 def _explained(spaces: dict[str, int], pictures: int) -> list[str]:
@@ -66,43 +84,46 @@ def _explained(spaces: dict[str, int], pictures: int) -> list[str]:
     sizes = ", ".join(f"{name} {size}" for name, size in spaces.items())
     notes = [
         "*evaluations*: of the network, for one picture. CFG other than 1 costs two a step, each solver takes one.",
-        "*paired error*: |made - reference| / |reference| over a whole latent, averaged; 0 is the same picture.",
-        "*sliced W.*: sliced 2-Wasserstein distance of the two sets. *Frechet*: of their Gaussians, squared, which on "
-        f"Inception's features is FID. Dimensions: {sizes}.",
-        "*teacher, other noise*: the reference against itself with another seed, which is what two sets of this size "
-        "and equal quality differ by. Settings that follow the reference picture by picture come below it.",
+        "*paired error*: |made - reference| / |reference| over a whole latent, from the same noise, averaged; 0 is the "
+        "same picture. All other figures are against the reference's pictures from other noise, so *the reference* "
+        "itself, measured like the others, is the floor: no sampler can be expected to do better.",
+        "*untrained*: the base drawn as this LoRA draws, with its adapter off: what a LoRA that had learnt nothing "
+        "would give.",
+        f"*kernel*: squared kernel distance (KID's: cubic kernel, unbiased), times {SCALE}. Its floor is 0 on average, "
+        "so it may come below 0, and nothing is to be subtracted.",
+        "*Frechet*: Frechet distance of the sets' Gaussians, squared, which on Inception's features is FID. It is "
+        "biased: two equal sets of this size get the reference's value. Compare it at one number of pictures only.",
+        "*precision*: the share of the pictures that lie among the reference's; *recall*: the share of the reference's "
+        "that lie among these (by nearest neighbours). Compare with the reference's own. Low recall: something is no "
+        "longer drawn.",
+        "*diversity*: how much two pictures of one prompt differ (root mean square), as a share of the reference's. "
+        "Low shares mean that one picture is drawn whatever the noise.",
+        f"Dimensions: {sizes}.",
         "DDIM and DPM-Solver++(2M) step over trailing levels. DDIM and Euler are the same map, so Euler steps over the "
         "levels that it is used with, spaced evenly from the noisiest to the first.",
     ]
     if larger := [name for name, size in spaces.items() if size >= pictures]:
         notes.append(
-            f"{', '.join(larger)}: as many dimensions as pictures or more, so the covariances are singular. The "
-            "Frechet distance is exact for these sets, but larger sets would give less: compare it at one number only."
+            f"{', '.join(larger)}: as many dimensions as pictures or more, so the covariances are singular, and most "
+            "of a small Frechet distance is bias."
         )
-    return notes
+    return notes if spaces else notes[:3]
 
 
-def _distances(distances: dict[str, dict[str, float]]) -> list[str]:
-    """The cells of both distances in each space."""
-    values = [d[kind] for d in distances.values() for kind in ("sliced_wasserstein", "frechet")]
-    return [f"{value:.4g}" if value > 1e-9 else "0" for value in values]
-
-
-def _diversity(report: dict[str, Any]) -> Iterable[str]:
-    """How much the pictures of one prompt differ, for the settings that were made twice."""
-    rows, spaces = [row for row in report["rows"] if "diversity" in row], report["features"]
-    teacher = rows[0]["diversity"]
-    yield "## Seed diversity"
+def _learnt(report: dict[str, Any]) -> Iterable[str]:
+    """By how much each LoRA is nearer than the base without it."""
+    if not report["learnt"]:
+        return
+    yield "## What was learnt"
     yield (
-        "Root mean square difference of two pictures of the same prompt from different noise, and its share of the "
-        "reference's. Low shares mean that the LoRA draws one picture whatever the seed."
+        f"By how much the kernel distance (x {SCALE}) is below that of the untrained base at as many evaluations. "
+        "Noise that both share is not in this interval, so it is the one to tell them apart by."
     )
-    heads = ["", "steps", *(f"{name}{kind}" for name in spaces for kind in ("", ": share"))]
-    lines = [[row["who"], row["steps"]] for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        for name, value in row["diversity"].items():
-            line += [f"{value:.4g}", f"{value / teacher[name]:.0%}" if teacher[name] else ""]
-    yield _table(heads, lines)
+    lines = [
+        [entry["who"], entry["steps"], entry["space"], entry["untrained"], _cell(entry["gain"], ".3g", SCALE)]
+        for entry in report["learnt"]
+    ]
+    yield _table(["", "steps", "features", "against", "nearer by"], lines)
 
 
 def _consistency(report: dict[str, Any]) -> Iterable[str]:
@@ -113,7 +134,7 @@ def _consistency(report: dict[str, Any]) -> Iterable[str]:
     yield "Paired error of the pictures with fewer steps against those with more, from the same noise."
     for who, errors in report["consistency"].items():
         more = list(dict.fromkeys(m for row in errors.values() for m in row))
-        lines = [[n, *(f"{row[m]:.3f}" if m in row else "" for m in more)] for n, row in errors.items()]
+        lines = [[n, *(_cell(row.get(m), ".3f") for m in more)] for n, row in errors.items()]
         yield _table([who, *(f"to {count_steps(int(m))}" for m in more)], lines)
     yield _picture("consistency.png")
 
@@ -124,14 +145,16 @@ def _guidance(report: dict[str, Any]) -> Iterable[str]:
     yield "## CFG and negative prompts"
     yield (
         f"The first {number} pictures, at each LoRA's own number of steps. Paired error against the reference at the "
-        f"same CFG, and in brackets against the reference at CFG {report['reference']['guidance']:g}."
+        f"same CFG, and against the reference at CFG {report['reference']['guidance']:g}."
     )
     scales = sorted({point["guidance"] for row in rows for point in row["sweep"]})
     lines = []
     for row in rows:
-        errors = {p["guidance"]: f"{p['error_same_cfg']:.3f} ({p['error']:.3f})" for p in row["sweep"]}
-        lines.append([row["name"], row["steps"], *(errors.get(g, "") for g in scales)])
-    yield _table(["", "steps", *(f"CFG {g:g}" for g in scales)], lines)
+        points = {point["guidance"]: point for point in row["sweep"]}
+        for key, against in (("error_same_cfg", "the same CFG"), ("error", f"CFG {report['reference']['guidance']:g}")):
+            errors = [_cell(points.get(g, {}).get(key), ".3f") for g in scales]
+            lines.append([row["name"], row["steps"], against, *errors])
+    yield _table(["", "steps", "against", *(f"CFG {g:g}" for g in scales)], lines)
     if negatives := [(row["name"], row["negative_prompt"]) for row in rows if "negative_prompt" in row]:
         yield (
             "With the next picture's prompt as the negative: how far that moves a picture (*change*, as a paired "
@@ -139,7 +162,8 @@ def _guidance(report: dict[str, Any]) -> Iterable[str]:
         )
         heads = ["", "CFG", "change", "teacher's change", "agreement"]
         keys = ("change", "change_of_teacher", "agreement")
-        yield _table(heads, [[name, f"{n['guidance']:g}", *(f"{n[k]:.3f}" for k in keys)] for name, n in negatives])
+        lines = [[name, f"{n['guidance']:g}", *(_cell(n[key], ".3f") for key in keys)] for name, n in negatives]
+        yield _table(heads, lines)
     yield _picture("guidance.png")
 
 

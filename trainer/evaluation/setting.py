@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -20,10 +21,12 @@ TRAILING = PhaseGrid(points=1000, phases=1, from_noise=True)
 class Setting:
     """A way to make pictures: the teacher (every adapter off) by one of its solvers, or the installed LoRA.
 
-    name: "teacher", or what the LoRA is to be called. guidance: CFG scale, 1 for none. gamma: how much of
+    name: "teacher", or what the LoRA is to be called. untrained: draw as this LoRA does, with its adapter off, which
+    is what one that had learnt nothing would give. guidance: CFG scale, 1 for none. gamma: how much of
     each step's noise is fresh, 0 (deterministic) to 1 (stochastic); None: the recipe's, and the teacher's is
     0. solver: a key of `SOLVERS`, of the teacher alone: a LoRA's step is its phase jump. Raises ValueError
-    for an unknown solver, for a LoRA with another than the default, and for a solver with a gamma.
+    for an unknown solver, for a LoRA with another than the default, for a solver with a gamma, and for a teacher that
+    is untrained.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Setting:
     guidance: float
     gamma: float | None = None
     solver: str = "ddim"
+    untrained: bool = False
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -40,6 +44,8 @@ class Setting:
                 f"solver {self.solver!r} is the teacher's, without a gamma; got {self.name!r} with gamma {self.gamma}. "
                 "Leave the solver out."
             )
+        if self.untrained and self.name == TEACHER:
+            raise ValueError("The teacher learns nothing; untrained is for a LoRA's setting. Leave it out.")
 
     @property
     def evaluations(self) -> int:
@@ -51,7 +57,8 @@ class Setting:
         """Who makes the pictures: "teacher, Euler", or the LoRA's name and the gamma that is not its recipe's."""
         if self.name == TEACHER:
             return f"{self.name}, {SOLVERS[self.solver]}"
-        return self.name if self.gamma is None else f"{self.name}, gamma {self.gamma:g}"
+        name = f"untrained, as {self.name}" if self.untrained else self.name
+        return name if self.gamma is None else f"{name}, gamma {self.gamma:g}"
 
     @property
     def label(self) -> str:
@@ -70,3 +77,13 @@ class Setting:
         if self.solver == "euler":
             return (*torch.linspace(TICKS, 1, self.steps).round().int().tolist(), 0)
         return TRAILING.plan(self.steps).ticks
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with who makes the pictures and what one costs."""
+        return {"who": self.who} | asdict(self) | {"evaluations": self.evaluations}
+
+    def way(self, recipe: Recipe | None) -> tuple:
+        """All that decides the pictures beside the weights: two untrained settings of one way draw the same."""
+        gamma, min_alpha = (0.0, 0.0) if self.name == TEACHER else (recipe.gamma, recipe.min_alpha)
+        gamma = gamma if self.gamma is None else self.gamma
+        return self.solver, self.ticks(recipe), self.guidance, gamma, min_alpha

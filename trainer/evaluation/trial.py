@@ -14,7 +14,8 @@ from ..data.order import seed_of
 from ..families import Base, Condition
 from ..families.generate import draw, generate, unit_noise
 from ..lora.adapter import bare
-from .metrics import paired_error, sliced_wasserstein
+from .distances import sliced_wasserstein
+from .metrics import paired_error
 from .setting import TEACHER, Setting
 
 # How many latent places (h * w) are sampled at once: 64 pictures of the tiny bases, 4 of SD1.5, 1 of SDXL.
@@ -25,7 +26,8 @@ FRESH = -2
 
 @dataclass(frozen=True)
 class Row:
-    """One setting's figures against the reference: its `paired_error`, and as distance `sliced_wasserstein`."""
+    """One setting's figures against the reference from the same noise: `paired_error`, and as distance
+    `sliced_wasserstein`. `Gauge` measures the distribution."""
 
     name: str
     steps: int
@@ -82,7 +84,8 @@ class Trial:
         return replace(self, noise=unit_noise(self.noise.shape, seed), seed=seed)
 
     def latents(self, setting: Setting, base: Base, recipe: Recipe | None = None) -> Tensor:
-        """Latents (N, C, h, w) made with this setting. A LoRA must be installed in the base, and needs its recipe."""
+        """Latents (N, C, h, w) made with this setting. A LoRA must be installed in the base, and needs its recipe; an
+        untrained setting needs the recipe alone."""
         teacher = setting.name == TEACHER
         if teacher:
             sample = partial(generate, base, solver=setting.solver, gamma=setting.gamma or 0.0)
@@ -91,7 +94,7 @@ class Trial:
 
         latents = []
         size = max(1, PLACES // self.noise[0, 0].numel())
-        with bare(base.network) if teacher else nullcontext():
+        with bare(base.network) if teacher or setting.untrained else nullcontext():
             for start in range(0, len(self.noise), size):
                 part = slice(start, start + size)
                 latents.append(
@@ -107,19 +110,11 @@ class Trial:
         return torch.cat(latents)
 
 
-def figures(setting: Setting, latents: Tensor, reference: Tensor) -> Row:
-    """One setting's row: its latents (N, C, h, w) against the reference's."""
-    return Row(
-        name=setting.name,
-        steps=setting.steps,
-        guidance=setting.guidance,
-        evaluations=setting.evaluations,
-        paired_error=paired_error(latents, reference),
-        distance=sliced_wasserstein(latents, reference),
-    )
-
-
 def compare(settings: list[Setting], base: Base, recipe: Recipe, trial: Trial) -> tuple[list[Row], list[Tensor]]:
     """Each setting's row of figures, and its latents. The first setting is the reference."""
     latents = [trial.latents(setting, base, recipe) for setting in settings]
-    return [figures(s, x, latents[0]) for s, x in zip(settings, latents, strict=True)], latents
+    rows = [
+        Row(s.name, s.steps, s.guidance, s.evaluations, paired_error(x, latents[0]), sliced_wasserstein(x, latents[0]))
+        for s, x in zip(settings, latents, strict=True)
+    ]
+    return rows, latents

@@ -19,22 +19,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
 from torch import Tensor
 
 from ...samplers import Recipe
 from ...samplers.phases import count_steps
 from ..config.config import Config
 from ..config.load import load_config
-from ..evaluation.contestants import unseen_scenes
+from ..evaluation.distances import SCALE
+from ..evaluation.gauge import Gauge
+from ..evaluation.intervals import Figure
+from ..evaluation.plots import plain, with_bars
 from ..evaluation.setting import TEACHER, Setting
-from ..evaluation.trial import Trial, figures
 from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image
 from ..reporting.progress import ProgressBar
 from ..system.files import write_text
-from ..tiny.scenes import follows_prompt
 from ..training.loop import train
 from .matrix import lora_file
 
@@ -68,6 +70,15 @@ ROWS: dict[str, tuple[str, ...]] = {
     "ufogen": ("objective.name=ufogen", "adversarial.weight=0.1"),
 }
 GAMMAS = (0.0, 0.3, 1.0)  # deterministic, TCD's, stochastic
+FLOOR = f"{TEACHER}, the floor"  # the reference itself, measured like the others
+# The tables: title, key of the figure, format, factor.
+FIGURES = (
+    (f"Kernel distance x {SCALE} (of latents, to the reference's pictures from other noise)", "kernel", ".3g", SCALE),
+    ("Recall (nearest neighbours among latents)", "recall", ".2f", 1),
+    ("Diversity within a prompt, as a share of the reference's", "diversity_share", ".2f", 1),
+    ("Paired error (to the reference from the same noise)", "paired_error", ".3f", 1),
+    ("Share of the pictures that show what the prompt says", "prompt_followed", ".2f", 1),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +126,7 @@ def _config(row: str, seed: int, args: argparse.Namespace) -> Config:
 
 def _figures_file(config: Config) -> Path:
     """Where a run's figures are kept once they are measured."""
-    return config.run_folder / "figures.json"
+    return config.run_folder / "measurements.json"
 
 
 class Comparison:
@@ -123,44 +134,44 @@ class Comparison:
 
     def __init__(self, path: str, pictures: int):
         self.base = load_base(path)
-        self.scenes = unseen_scenes(path, pictures)
-        self.prompts = [s.caption for s in self.scenes]
-        self.trial = Trial.of(self.base, self.prompts, NOISE)
-        self.reference = self.trial.latents(Setting(TEACHER, 40, GUIDANCE), self.base)
+        self.gauge = Gauge.on_held_out(self.base, pictures, NOISE, Setting(TEACHER, 40, GUIDANCE))
+        self.prompts = self.gauge.judge.prompts.texts
+        self._untrained: dict[tuple, dict[str, Any]] = {}  # many LoRAs are drawn alike
 
     def of_teacher(self) -> list[dict[str, Any]]:
-        """Rows of figures: the reference from other noise, which is the least distance that sets without
-        shared noise have, and the teacher by each solver, guided and not."""
-        other = self.trial.with_noise(NOISE + 1).latents(Setting(TEACHER, 40, GUIDANCE), self.base)
-        rows = [self._row(Setting(f"{TEACHER}, other noise", 40, GUIDANCE), other)]
+        """Rows of figures: the reference itself, which is the floor, and the teacher by each solver, guided and not."""
         settings = [Setting(TEACHER, n, GUIDANCE, solver=s) for s in ("ddim", "euler", "dpm++") for n in STEPS[:-1]]
         settings += [Setting(TEACHER, n, 1.0) for n in STEPS]
-        return rows + [self._row(setting, self.trial.latents(setting, self.base)) for setting in settings]
+        floor = self.gauge.row(self.gauge.reference) | {"name": FLOOR}
+        return [floor, *(self.gauge.row(setting) for setting in settings)]
 
     def of_lora(self, row: str, config: Config) -> list[dict[str, Any]]:
-        """Rows of figures of one run's LoRA: every gamma at every number of steps."""
+        """Rows of figures of one run's LoRA, and of the base without it: every gamma at every number of steps."""
         gammas = GAMMAS if row in ("tcd", "ctm") else (0.0, 1.0)
         settings = [Setting(row, n, 1.0, gamma=gamma) for gamma in gammas for n in STEPS]
-        with installed(lora_file(config), self.base) as recipe:
-            latents = [self.trial.latents(setting, self.base, _finer(recipe)) for setting in settings]
-        seed = {"seed": config.train.seed}
-        return [self._row(setting, x) | seed for setting, x in zip(settings, latents, strict=True)]
+        with installed(lora_file(config), self.base) as trained:
+            recipe = _finer(trained)
+            rows = [self.gauge.row(setting, recipe) for setting in settings]
+        rows += [self._of_untrained(replace(setting, untrained=True), recipe) for setting in settings]
+        return [row | {"seed": config.train.seed} for row in rows]
+
+    def _of_untrained(self, setting: Setting, recipe: Recipe) -> dict[str, Any]:
+        """The row of figures of the base without a LoRA, named by what decides how it is drawn."""
+        way = setting.way(recipe)
+        if way not in self._untrained:
+            phases = f"{recipe.phases} phase{'s' * (recipe.phases > 1)}"
+            self._untrained[way] = self.gauge.row(setting, recipe) | {"name": f"untrained, {phases}"}
+        return self._untrained[way]
 
     def pictures(self, row: str, config: Config) -> list[tuple[str, Tensor]]:
         """Rows of the grid: one run's LoRA at four steps, deterministic and stochastic."""
-        few = self.trial.first(SHOWN)
+        few = self.gauge.trials[0].first(SHOWN)
         rows = []
         with installed(lora_file(config), self.base) as recipe:
             for gamma in (0.0, 1.0):
                 latents = few.latents(Setting(row, 4, 1.0, gamma=gamma), self.base, _finer(recipe))
                 rows.append((f"{row}, 4 steps\n{_mode(gamma)}", self.base.decode(latents)))
         return rows
-
-    def _row(self, setting: Setting, latents: Tensor) -> dict[str, Any]:
-        """One setting's figures, and the share of its pictures that show what their prompts say."""
-        followed = [follows_prompt(s, p) for s, p in zip(self.scenes, self.base.decode(latents), strict=True)]
-        facts = {"gamma": setting.gamma, "solver": setting.solver, "followed": mean(followed)}
-        return figures(setting, latents, self.reference).as_dict() | facts
 
 
 def _finer(recipe: Recipe) -> Recipe:
@@ -171,7 +182,7 @@ def _finer(recipe: Recipe) -> Recipe:
 def write_comparison(out: Path, comparison: Comparison, runs: list[tuple[str, Config]]) -> None:
     """Gather the figures of all runs, and write report.json, table.md, plot.png and grid.png."""
     rows = comparison.of_teacher()
-    pictures = [(f"{TEACHER}\n40 steps, CFG {GUIDANCE:g}", comparison.base.decode(comparison.reference[:SHOWN]))]
+    pictures = [(f"{TEACHER}\n40 steps, CFG {GUIDANCE:g}", comparison.gauge.floor.examples[:SHOWN])]
     for row, config in runs:
         rows += json.loads(_figures_file(config).read_text())
         if config.train.seed == runs[0][1].train.seed:
@@ -190,72 +201,67 @@ def _mode(gamma: float) -> str:
     return {0.0: "deterministic", 1.0: "stochastic"}.get(gamma, f"gamma {gamma:g}")
 
 
-def grouped(rows: list[dict[str, Any]], figure: str) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """(name, mode) -> steps -> the figure of every seed. The mode is a gamma's, or the teacher's solver and CFG."""
-    groups: dict[tuple[str, str], dict[int, list[float]]] = {}
+def grouped(rows: list[dict[str, Any]], key: str) -> dict[tuple[str, str], dict[int, list[Figure]]]:
+    """(name, mode) -> steps -> the figure of every seed, where rows have it. The mode is a gamma's, or the teacher's
+    solver and CFG."""
+    groups: dict[tuple[str, str], dict[int, list[Figure]]] = {}
     for row in rows:
         mode = f"{row['solver']}, CFG {row['guidance']:g}" if row["gamma"] is None else _mode(row["gamma"])
-        groups.setdefault((row["name"], mode), {}).setdefault(row["steps"], []).append(row[figure])
+        figures = row | row["spaces"]["latents"]
+        if key in figures:
+            groups.setdefault((row["name"], mode), {}).setdefault(row["steps"], []).append(Figure(**figures[key]))
     return groups
 
 
+def over_seeds(figures: list[Figure]) -> Figure:
+    """The mean of a figure over the seeds of training, from the lowest end of their intervals to the highest."""
+    return Figure(mean(f.value for f in figures), min(f.low for f in figures), max(f.high for f in figures))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Three tables as Markdown: the mean over the seeds, and in brackets half of their range."""
+    """A table for each figure as Markdown: the mean over the seeds, and in brackets their 95 % intervals together."""
     parts = []
-    for title, figure in (
-        ("Distance (sliced 2-Wasserstein to the reference)", "distance"),
-        ("Paired error (to the reference from the same noise)", "paired_error"),
-        ("Share of the pictures that show what the prompt says", "followed"),
-    ):
-        groups = grouped(rows, figure)
+    for title, key, form, factor in FIGURES:
+        if not (groups := grouped(rows, key)):
+            continue
         steps = sorted({n for by_steps in groups.values() for n in by_steps})
         lines = [f"**{title}**", "", f"| | how | {' | '.join(map(count_steps, steps))} |"]
         lines.append("|---" * (2 + len(steps)) + "|")
         for (name, mode), by_steps in groups.items():
-            cells = " | ".join(_cell(by_steps[n]) if n in by_steps else "" for n in steps)
-            lines.append(f"| {name} | {mode} | {cells} |")
+            cells = (format(over_seeds(by_steps[n]) * factor, form) if n in by_steps else "" for n in steps)
+            lines.append(f"| {name} | {mode} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(values: list[float]) -> str:
-    spread = f" ({(max(values) - min(values)) / 2:.3f})" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
-
-
-def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Distance over steps, deterministic and stochastic; bars from the lowest seed to the highest."""
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
-    groups = grouped(rows, "distance")
-    names = list(dict.fromkeys(name for name, mode in groups if mode == "deterministic"))
-    panels = [figure.add_subplot(1, 2, i + 1) for i in (0, 1)]
+def plot(rows: list[dict[str, Any]]) -> Drawing:
+    """Kernel distance over steps, deterministic and stochastic; bars as in `over_seeds`, the floor as a band."""
+    drawing = Drawing(figsize=(12.5, 5), layout="constrained")
+    groups = grouped(rows, "kernel")
+    ((floor,),) = (by_steps.values() for (name, _), by_steps in groups.items() if name == FLOOR)
+    floor = floor[0] * SCALE
+    panels = [drawing.add_subplot(1, 2, i + 1) for i in (0, 1)]
     for panel, mode in zip(panels, ("deterministic", "stochastic"), strict=True):
-        for i, name in enumerate(names):
-            by_steps = groups[name, mode]
-            middle = [mean(v) for v in by_steps.values()]
-            below = [m - min(v) for m, v in zip(middle, by_steps.values(), strict=True)]
-            above = [max(v) - m for m, v in zip(middle, by_steps.values(), strict=True)]
-            panel.errorbar(
-                list(by_steps),
-                middle,
-                yerr=[below, above],
-                label=name,
-                capsize=2,
-                color=f"C{i % 10}",
-                linestyle="-" if i < 10 else "--",
-                marker="o",
-                markersize=4,
-            )
-        for teacher, dashes in ((f"ddim, CFG {GUIDANCE:g}", "--"), ("ddim, CFG 1", ":")):
-            by_steps = groups[TEACHER, teacher]
-            middle = [mean(v) for v in by_steps.values()]
-            panel.plot(list(by_steps), middle, color="0.5", linestyle=dashes, label=f"teacher, {teacher}")
-        panel.set(title=mode, xlabel="steps", ylabel="distance to the teacher's 40 steps", xscale="log", yscale="log")
+        lines = {name: by_steps for (name, way), by_steps in groups.items() if way == mode}
+        for i, (name, by_steps) in enumerate(lines.items()):
+            bare = name.startswith("untrained")
+            style = {"color": "0.6", "linestyle": "-."} if bare else {"color": f"C{i % 10}", "marker": "o"}
+            _line(panel, name, by_steps, **style)
+        for way, dashes in ((f"ddim, CFG {GUIDANCE:g}", "--"), ("ddim, CFG 1", ":")):
+            _line(panel, f"{TEACHER}, {way}", groups[TEACHER, way], color="0.4", linestyle=dashes)
+        panel.axhspan(floor.low, floor.high, color="black", alpha=0.08, linewidth=0, label="the floor")
+        panel.set(title=mode, xlabel="steps", ylabel=f"kernel distance x {SCALE}", xscale="log")
+        panel.set_yscale("symlog", linthresh=max(floor.half_width, 1e-9))
         panel.set_xticks(STEPS, [str(n) for n in STEPS])
         panel.minorticks_off()
-        panel.grid(alpha=0.25)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    return figure
+        plain(panel)
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    return drawing
+
+
+def _line(panel: Axes, label: str, by_steps: dict[int, list[Figure]], **style) -> None:
+    """A line over steps, with bars."""
+    with_bars(panel, [(n, over_seeds(f) * SCALE) for n, f in by_steps.items()], label=label, markersize=4, **style)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..config.config import Config
 from ..config.load import load_config
-from ..evaluation.contestants import unseen_scenes
+from ..evaluation.distances import SCALE
+from ..evaluation.gauge import Gauge
 from ..evaluation.guidance import GuidanceTrial
-from ..evaluation.setting import Setting
-from ..evaluation.trial import Row, Trial, figures
+from ..evaluation.intervals import Figure
+from ..evaluation.setting import TEACHER, Setting
+from ..evaluation.trial import Trial
 from ..families import Base, load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image
@@ -37,6 +40,14 @@ GUIDANCE = 4.0  # of the teacher, in the reference and in the small-CFG solver s
 ADVERSARIAL = ("adversarial.weight=0.1", "adversarial.lr=1e-4")
 SWEEP = (1.0, 2.0, 4.0, 6.0, 8.0)
 SEED, SHOWN = 1234, 6  # the seed of the noise, and columns of the grids
+# Columns of the table: key, head, format, factor.
+FIGURES = (
+    ("paired_error", "paired error", ".3f", 1),
+    ("kernel", f"kernel distance x {SCALE}", ".3g", SCALE),
+    ("recall", "recall", ".2f", 1),
+    ("diversity_share", "diversity", ".2f", 1),
+    ("prompt_followed", "prompt followed", ".2f", 1),
+)
 FEWER = 32  # prompts of the negative-prompt figures, whose references cost the most
 
 
@@ -103,20 +114,25 @@ def main(argv: list[str] | None = None) -> int:
 def write_matrix(out: Path, path: str, configs: dict[Cell, Config], number: int) -> None:
     """Measure every cell and the teacher, and write report.json, table.md, grid.png and negative.png."""
     base = load_base(path)
-    prompts = [scene.caption for scene in unseen_scenes(path, number)]
-    trial = Trial.of(base, prompts, SEED)
-    teacher = [Setting("teacher", steps, GUIDANCE) for steps in (40, *PHASES[::-1])]
-    teacher += [Setting("teacher", steps, 1.0) for steps in PHASES[::-1]]
-    latents = [(setting, trial.latents(setting, base)) for setting in teacher]  # the first is the reference
+    reference = Setting(TEACHER, 40, GUIDANCE)
+    gauge = Gauge.on_held_out(base, number, SEED, reference)
+    prompts = gauge.judge.prompts.texts
+    samples, ways = {reference: gauge.floor}, set()  # the adversarial LoRA of a cell is drawn as the plain one
+    for setting in (Setting(TEACHER, steps, guidance) for guidance in (GUIDANCE, 1.0) for steps in PHASES[::-1]):
+        samples[setting] = gauge.sample(setting)
     for cell, config in configs.items():
         with installed(lora_file(config), base) as recipe:
-            latents.append((cell.setting, trial.latents(cell.setting, base, recipe)))
+            samples[cell.setting] = gauge.sample(cell.setting, recipe)
+        bare = replace(cell.setting, untrained=True)
+        if bare.way(recipe) not in ways:
+            ways.add(bare.way(recipe))
+            samples[bare] = gauge.sample(bare, recipe)
 
-    rows = [figures(setting, x, latents[0][1]) for setting, x in latents]
-    pictures = [(f"{s.name}\n{s.steps} steps, CFG {s.guidance:g}", base.decode(x[:SHOWN])) for s, x in latents]
+    rows = [setting.as_dict() | gauge.figures(sample) for setting, sample in samples.items()]
+    pictures = [(setting.label, sample.examples) for setting, sample in samples.items()]
     save_image(draw_grid(pictures, prompts[:SHOWN]), out / "grid.png")
     responses = negative_prompts(out, base, prompts[:FEWER], configs)
-    report = {"rows": [r.as_dict() for r in rows], "guidance": responses, "pictures": number, "base": path}
+    report = {"rows": rows, "guidance": responses, "pictures": number, "base": path}
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(out / "table.md", table(rows, responses))
     print((out / "table.md").read_text())
@@ -137,12 +153,14 @@ def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Ce
     cells = [(c, configs[c]) for c in (Cell(mode, 4) for mode in MODES) if c in configs]
     if not cells:
         return []
-    guided = GuidanceTrial(Trial.of(base, prompts, SEED), base, prompts, Setting("teacher", 40, GUIDANCE))
+    guided = GuidanceTrial(Trial.of(base, prompts, SEED), base, prompts, Setting(TEACHER, 40, GUIDANCE))
     responses, pictures = [], []
 
     def add(setting: Setting, swept: dict[float, Tensor], avoided: Tensor) -> None:
-        facts = {"name": setting.name, "steps": setting.steps, "sweep": guided.errors(swept)}
-        responses.append(facts | guided.response(GUIDANCE, swept[GUIDANCE], avoided))
+        sweep = {g: error.as_dict() for g, error in guided.errors(swept).items()}
+        response = guided.response(GUIDANCE, swept[GUIDANCE], avoided)
+        facts = {"name": setting.name, "steps": setting.steps, "sweep": sweep}
+        responses.append(facts | {key: figure.as_dict() for key, figure in response.items()})
         name = f"{setting.name}, {setting.steps}"
         pictures.extend([(name, swept[GUIDANCE]), ("with negative", avoided)])
 
@@ -158,20 +176,26 @@ def negative_prompts(out: Path, base: Base, prompts: list[str], configs: dict[Ce
     return responses
 
 
-def table(rows: list[Row], responses: list[dict]) -> str:
-    """The report as Markdown."""
-    lines = ["| | steps | CFG | evaluations | paired error | distance |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {r.name} | {r.steps} | {r.guidance:g} | {r.evaluations} | {r.paired_error:.3f} | {r.distance:.4f} |"
-        for r in rows
-    ]
+def table(rows: list[dict[str, Any]], responses: list[dict[str, Any]]) -> str:
+    """The report as Markdown; every figure with its 95 % confidence interval."""
+    columns = [column for column in FIGURES if column[0] in rows[0] | rows[0]["spaces"]["latents"]]
+    lines = [f"| | steps | CFG | evaluations | {' | '.join(head for _, head, *_ in columns)} |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
+    for r in rows:
+        figures = r | r["spaces"]["latents"]
+        cells = " | ".join(_cell(figures[key], form, factor) for key, _, form, factor in columns)
+        lines.append(f"| {r['who']} | {r['steps']} | {r['guidance']:g} | {r['evaluations']} | {cells} |")
     heads = " | ".join(f"error at CFG {g:g}" for g in SWEEP)
     lines += ["", f"| | steps | a negative prompt's change | agreement with the teacher's | {heads} |"]
     lines.append("|---" * (4 + len(SWEEP)) + "|")
     for r in responses:
-        swept = " | ".join(f"{v:.3f}" for v in r["sweep"].values())
-        lines.append(f"| {r['name']} | {r['steps']} | {r['change']:.3f} | {r['agreement']:.3f} | {swept} |")
+        cells = " | ".join(_cell(figure, ".3f") for figure in (r["change"], r["agreement"], *r["sweep"].values()))
+        lines.append(f"| {r['name']} | {r['steps']} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(figure: dict[str, float], form: str, factor: float = 1) -> str:
+    return format(Figure(**figure) * factor, form)
 
 
 if __name__ == "__main__":

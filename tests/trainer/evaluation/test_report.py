@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.evaluation import contest
 from phased_consistency.trainer.evaluation import report as reporting
 from phased_consistency.trainer.evaluation.contestants import (
     choose_prompts,
@@ -32,7 +33,7 @@ from phased_consistency.trainer.tiny.bundled import bundled_folder, own_prompts
 from support.runs import TINY
 
 CPU = torch.device("cpu")
-SMALL = ("--steps", "1", "--pictures", "2", "--resolution", "32")
+SMALL = ("--steps", "1", "--pictures", "4", "--resolution", "32")
 LINES = "a red star on a blue background\na green ring on a white background\na pink moon on a black background\n"
 
 
@@ -40,7 +41,7 @@ LINES = "a red star on a blue background\na green ring on a white background\na 
 def short(monkeypatch):
     """A reference of 4 steps and a sweep of two scales, which take seconds."""
     monkeypatch.setattr(reporting, "REFERENCE_STEPS", 4)
-    monkeypatch.setattr(reporting, "SWEEP", (1.0, 3.0))
+    monkeypatch.setattr(contest, "SWEEP", (1.0, 3.0))
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def clip(tmp_path_factory):
 def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--features", clip, "--clip", clip, "--out", out)
-    small = ("--steps", "4,1", "--pictures", "3", "--resolution", "32", "--json")
+    small = ("--steps", "4,1", "--pictures", "5", "--resolution", "32", "--json")
     run = pcm("evaluate", "--base", TINY, "--lora", lora, *small, *options)
     assert run.code == 0, run.err
     report = json.loads(run.out)
@@ -87,26 +88,35 @@ def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
         (f"teacher, {solver}", 2, 3.5) for solver in solvers
     }, "the teacher's CFG is the middle of what the LoRA was distilled under, and costs two a step"
     assert report["reference"]["guidance"] == 3.5 and report["reference"]["evaluations"] == 8
-    assert report["rows"][0]["paired_error"] == 0 < ours[4, 1.0]["paired_error"]
+    reference = report["rows"][0]
+    assert reference["paired_error"]["value"] == 0 < ours[4, 1.0]["paired_error"]["low"]
     assert report["features"] == {"latents": 4 * 4 * 4, "tiny-clip": 8} and report["resolution"] == 32
-    assert all(d["frechet"] > 0 and d["sliced_wasserstein"] > 0 for d in ours[4, 1.0]["distances"].values())
-    assert all(0 <= row["clip_score"] <= 100 for row in report["rows"])
+    assert all(0 <= row["clip_score"]["value"] <= 100 for row in report["rows"])
+    figures = [f for row in report["rows"] for f in (row["paired_error"], *every_figure(row))]
+    assert len(figures) == len(report["rows"]) * (1 + 2 * 6)
+    assert all(f["low"] <= f["value"] <= f["high"] for f in figures)
+    assert all(space["diversity_share"]["value"] == 1 for space in reference["spaces"].values())
     assert report["prompts"]["different"] == 3 and report["prompts"]["source"] == "prompts.txt"
-    assert set(report["consistency"][lora.stem]["1"]) == {"4"}
+    assert report["consistency"][lora.stem]["1"]["4"]["low"] > 0
     assert report["left_out"] == []
     assert [point["guidance"] for point in report["guidance"][0]["sweep"]] == [1.0, 2.0, 3.0]
-    assert report["guidance"][0]["negative_prompt"]["change"] > 0
+    assert report["guidance"][0]["negative_prompt"]["change"]["low"] > 0
     text = (out / "report.md").read_text()
-    assert f"| {lora.stem} | 4 | 1 | 4 |" in text and "seed 0, from 3 prompts: prompts.txt" in text
+    assert text.count(f"| {lora.stem} | 4 | 1 | 4 |") == text.count(f"| untrained, as {lora.stem} | 4 | 1 | 4 |") == 3
+    assert "seed 0, from 3 prompts: prompts.txt" in text
     for name in ("quality.png", "consistency.png", "guidance.png", "grid.png"):
         assert f"]({name})" in text
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
+def every_figure(row):
+    return [figure for space in row["spaces"].values() for figure in space.values()]
+
+
 def test_the_same_again_is_the_same(pcm, lora, prompts, tmp_path, without_plots):
     def report(name, seed=0):
-        options = ("--steps", "1", "--pictures", "2", "--resolution", "32", "--prompts", prompts, "--seed", seed)
+        options = (*SMALL, "--prompts", prompts, "--seed", seed)
         assert pcm("evaluate", "--base", TINY, "--lora", lora, *options, "--out", tmp_path / name).code == 0
         return (tmp_path / name / "report.json").read_bytes()
 
@@ -126,7 +136,7 @@ def test_a_report_whose_settings_all_cost_as_much_as_its_reference(pcm, lora, tm
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert {row["evaluations"] for row in report["rows"]} == {4} == {report["reference"]["evaluations"]}
     panel = reporting.plots._quality(report, {lora.stem: "C0"}).axes[0]
-    assert {line.get_label() for line in panel.lines} == {
+    assert {bars.get_label() for bars in panel.containers} == {
         row["who"] + ", CFG 1" * (row["name"] == "teacher") for row in report["rows"][1:]
     }
 
@@ -139,7 +149,7 @@ def test_metrics_that_are_absent_are_named_and_the_rest_is_made(pcm, lora, tmp_p
     run = pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL, *options)
     assert run.code == 0, run.err
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert list(report["features"]) == ["latents"] and report["rows"][1]["distances"]["latents"]["frechet"] > 0
+    assert list(report["features"]) == ["latents"] and report["rows"][1]["spaces"]["latents"]["frechet"]["low"] > 0
     gone, inception, score = report["left_out"]
     assert gone == (
         f"Features {tmp_path / 'gone'}: no folder at {tmp_path / 'gone'}. "
@@ -155,7 +165,7 @@ def test_every_asked_space_absent_still_makes_the_rest(pcm, lora, tmp_path):
     options = ("--features", tmp_path / "gone", "--out", tmp_path / "r")
     assert pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL, *options).code == 0
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert report["features"] == {} and report["rows"][1]["paired_error"] > 0 and report["left_out"]
+    assert report["features"] == {} and report["rows"][1]["paired_error"]["low"] > 0 and report["left_out"]
 
 
 def test_spaces_of_one_name_are_told_apart(clip, tmp_path):
@@ -220,7 +230,7 @@ def test_prompt_files_that_hold_none(fails, lora, tmp_path, nothing_is_loaded, c
         ("prompts", "gone.txt", "No prompt file at gone.txt"),
         ("steps", "two", "--steps is 'two'; write numbers with commas"),
         ("steps", "1,41", "steps must be between 1 and 40"),
-        ("pictures", "1", "--pictures is 1; a report compares sets, so make it at least 2"),
+        ("pictures", "3", "--pictures is 3; a report compares sets, so make it at least 4"),
         ("guidance", "0.5", "--guidance is 0.5; the teacher's CFG scale is 1 (none) or more"),
         ("features", "lattents", "--features is 'lattents'; available: latents, pixels, inception, or the folder"),
         ("lora", "gone.safetensors", "No file at gone.safetensors"),
@@ -269,7 +279,7 @@ def test_a_known_file_says_epsilon_by_default_alone(lora, tmp_path, monkeypatch)
     loaded = []
     monkeypatch.setattr(reporting, "load_for_sample", lambda base, dtype, lora, **_: loaded.append(lora) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        reporting.evaluate(TINY, [plain, known, v], tmp_path / "r", steps=[4], pictures=2, features=["latents"])
+        reporting.evaluate(TINY, [plain, known, v], tmp_path / "r", steps=[4], pictures=4, features=["latents"])
     assert loaded == [v]
 
 
@@ -297,10 +307,12 @@ def test_a_lora_without_a_recipe_and_one_with_cfg(pcm, lora, tmp_path, without_p
     assert "mine (2) is sampled at its own CFG 3, the reference at 4" in run.err
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     rows = [(r["who"], r["guidance"], r["evaluations"]) for r in report["rows"] if r["name"] != "teacher"]
-    assert rows == [("mine", 1.0, 1), ("mine (2)", 3.0, 2)]
+    bare = [("untrained, as mine", 1.0, 1), ("untrained, as mine (2)", 3.0, 2)]
+    assert rows == [("mine", 1.0, 1), bare[0], ("mine (2)", 3.0, 2), bare[1]]
     assert [g["negative_prompt"]["guidance"] for g in report["guidance"]] == [2.0, 3.0]
     panel = reporting.plots._quality(report, {"mine": "C0", "mine (2)": "C1"}).axes[0]
-    colours = {line.get_label(): line.get_color() for line in panel.lines}
+    colours = {bars.get_label(): bars[0].get_color() for bars in panel.containers}
+    assert colours["untrained, as mine (2)"] == "C1"
     assert (colours["mine"], colours["mine (2)"]) == ("C0", "C1") and colours["teacher, Euler"].startswith("0.")
     assert teacher_guidance(find_contestants([plain, normal], "sd15", [2]), TINY) == 3.0
     assert teacher_guidance(find_contestants([plain], "sd15", [2]), TINY) == 4.0

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from phased_consistency.trainer.evaluation.intervals import Figure
 from phased_consistency.trainer.objectives import OBJECTIVES
 from phased_consistency.trainer.studies.family import ROWS, grouped, main, table
 from support.runs import speck
@@ -22,24 +23,29 @@ def test_the_comparison_measures_draws_and_writes(tmp_path):
     options = ["--base", speck().name, "--out", str(tmp_path), "--pictures", "2", "--seeds", "0,1"]
     assert main([*options, "--rows", "lcm", "--no-report", *SMALL]) == 0
     assert not (tmp_path / "report.json").exists()
-    measured = tmp_path / "lcm-seed1" / "figures.json"
+    measured = tmp_path / "lcm-seed1" / "measurements.json"
     before = measured.stat().st_mtime_ns
     assert main([*options, "--rows", "pcm-4,lcm", *SMALL]) == 0
     assert measured.stat().st_mtime_ns == before, "what is measured is not measured again"
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    of = grouped(rows, "distance")
+    of = grouped(rows, "kernel")
     assert set(of) >= {("pcm-4", "deterministic"), ("lcm", "stochastic"), ("teacher", "dpm++, CFG 4")}
+    assert set(of) >= {("untrained, 4 phases", "deterministic"), ("untrained, 1 phase", "stochastic")}
+    assert len(set(of["untrained, 1 phase", "deterministic"][4])) == 1, "the base is the same for every seed"
     assert {n: len(v) for n, v in of["lcm", "stochastic"].items()} == dict.fromkeys((1, 2, 4, 8, 16), 2)
     assert of["lcm", "stochastic"][1] == of["lcm", "deterministic"][1], "one step has no noise to add"
     text = (tmp_path / "table.md").read_text()
-    assert text == table(rows) and text.count("| pcm-4 | deterministic |") == 3
+    assert text == table(rows) and text.count("| pcm-4 | deterministic |") == 4 == text.count("| teacher, the floor |")
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("grid.png", "plot.png"))
 
 
-def test_a_cell_is_the_mean_and_half_the_range():
-    row = {"name": "lcm", "gamma": 1.0, "solver": "ddim", "guidance": 1.0, "steps": 2, "paired_error": 0, "followed": 1}
-    text = table([row | {"distance": d} for d in (0.1, 0.2, 0.6)])
-    assert "| lcm | stochastic | 0.300 (0.250) |" in text
+def test_a_cell_is_the_mean_within_all_the_intervals():
+    row = {"name": "lcm", "gamma": 1.0, "solver": "ddim", "guidance": 1.0, "steps": 2}
+    figures = [Figure(d, d - 0.05, d + 0.1).as_dict() for d in (0.1, 0.2, 0.6)]
+    text = table([row | {"paired_error": figure, "spaces": {"latents": {"kernel": figure}}} for figure in figures])
+    assert "| lcm | stochastic | 0.300 [0.050, 0.700] |" in text, "the paired error"
+    assert "| lcm | stochastic | 300 [50, 700] |" in text, "the kernel distance, times 1000"
+    assert "what the prompt says" not in text, "of a base whose language nobody knows"
 
 
 def test_unknown_rows_are_refused(capsys):

@@ -15,11 +15,14 @@ def test_the_matrix_measures_draws_and_writes(tmp_path):
     options = ["--base", speck().name, "--out", str(tmp_path), "--pictures", "2", "--cells", cells]
     assert main([*options, *SMALL, f"data.cache={tmp_path / 'cache'}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    names = [row["name"] for row in report["rows"]]
-    assert names == ["teacher"] * 9 + ["smallcfg-4", "normalcfg-1-adv", "normalcfg-4"]
-    assert report["rows"][0]["paired_error"] == 0 < report["rows"][-1]["paired_error"]
+    whose = [row["who"] for row in report["rows"][9:]]
+    cells = ["smallcfg-4", "normalcfg-1-adv", "normalcfg-4"]
+    assert whose == [who for cell in cells for who in (cell, f"untrained, as {cell}")]
+    assert {row["name"] for row in report["rows"][:9]} == {"teacher"}
+    assert report["rows"][0]["paired_error"]["value"] == 0 < report["rows"][-1]["paired_error"]["value"]
     assert [r["name"] for r in report["guidance"]] == ["teacher", "smallcfg-4", "normalcfg-4"]
     teacher = report["guidance"][0]
-    assert teacher["agreement"] > 0.999 and teacher["change"] > 0 and not any(teacher["sweep"].values())
+    assert teacher["agreement"]["value"] > 0.999 and teacher["change"]["value"] > 0
+    assert not any(error["high"] for error in teacher["sweep"].values())
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("grid.png", "negative.png"))
     assert "| normalcfg-4 | 4 | 4 | 8 |" in (tmp_path / "table.md").read_text()

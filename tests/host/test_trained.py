@@ -29,7 +29,7 @@ from phased_consistency.samplers.operators import Colorize
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import generate
 from phased_consistency.trainer.inference.edit import Editor
-from phased_consistency.trainer.lora.install import install
+from phased_consistency.trainer.lora.install import install_by_diffusers
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.studies.edit_baselines import cells_of, latent_mask
 from phased_consistency.trainer.tiny.making import SD15
@@ -87,7 +87,7 @@ def trained(request, models, tmp_path_factory) -> SimpleNamespace:
     config = small_config(folder / "run", name=f"trained_{kind}", **changes)
     lora = train(config)
     base = load_base(str(folder / "base"))
-    install(lora, base, "trained")
+    install_by_diffusers(lora, base, "trained")
     (models.folder / "loras" / lora.name).write_bytes(lora.read_bytes())
     encodings = {f"{i} {k}": v for i, p in enumerate(PROMPTS) for k, v in base.encode_prompts([p]).items()}
     save_file(encodings, folder / "encodings.safetensors")

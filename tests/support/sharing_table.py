@@ -23,7 +23,7 @@ from host.server import HERE, environment, hosts, python_of
 from host.test_trained import pipeline
 from phased_consistency.samplers import Recipe
 from phased_consistency.trainer.families import Base
-from phased_consistency.trainer.lora.install import ADAPTER, install, load_for_check
+from phased_consistency.trainer.lora.install import ADAPTER, install_by_diffusers, load_for_check
 from phased_consistency.trainer.sharing.convert import convert
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.merge import merge
@@ -132,7 +132,7 @@ def tune(pipe: DiffusionPipeline, base: Base, folder: Path) -> Deltas:
 
 def by_diffusers(base: Base, made: Made) -> tuple[int, float]:
     """(modules that it did not load, the relative error of what it adds)."""
-    _, unmatched = install(made.file, base, ADAPTER)
+    _, unmatched = install_by_diffusers(made.file, base, ADAPTER)
     wrong = 0.0
     for name, delta in made.meant.items():
         layer = base.network.get_submodule(name.split(".", 1)[1])

@@ -19,7 +19,7 @@ import torch
 
 from ...samplers.lora_file import file_hash, read_header
 from ..families import Base, family_of
-from ..lora.install import installed, left_out, load_for_sample, mismatches
+from ..lora.install import installed, load_for_sample, mismatches, remarks
 from ..pictures import draw_grid, save_image
 from ..system.files import write_text
 from ..system.machine import package_version
@@ -132,7 +132,7 @@ def _clip_score(folder: Path | None, device: torch.device, left_out: list[str]) 
 def _fits(contestant: Contestant, base: Base, guidance: float) -> list[str]:
     """Try the LoRA in the base before any sampling. Returns sentences that the report's reader must know."""
     with installed(contestant.file, base) as recipe:
-        warnings = mismatches(recipe, base) + left_out(read_header(contestant.file))
+        warnings = mismatches(recipe, base) + remarks(read_header(contestant.file))
     if recipe is None:
         warnings.append(
             f"{contestant.name} has no recipe in its header, and is no known file: sampled with DDIM's steps on "

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader
-from ...samplers.lora_modules import LoraModule
-from ...samplers.lora_names import split_key
 from ..families import Base
 from ..families.generate import probe
 from .describe import broken_sentence, broken_tensors
-from .install import ADAPTER, check_plain, header_of_family, install, left_out
+from .install import ADAPTER, check_plain, header_of_family, install, install_by_diffusers, left_out
+from .layers import Targets, targets_of
 
-# kohya's names of SDXL's and SD3's blocks in the original layout
-OTHER_LAYOUT = re.compile(
-    r"^lora_(unet|transformer)_(input_blocks|middle_block|output_blocks|joint_blocks|time_embed|label_emb|out)_\d"
-)
 # Both ways round: a difference is one where it is beyond this share of the output and of the LoRA's own effect.
 OF_OUTPUT, OF_EFFECT = 1e-3, 0.01
-
-
-@dataclass(frozen=True)
-class Names:
-    """A LoRA's `modules` for the network by name, the `layers` that they are for, those `unmatched` by any, and those
-    that are named in the `other_layout`, which diffusers maps and we do not."""
-
-    modules: dict[str, LoraModule]
-    layers: dict[str, nn.Module]
-    unmatched: list[str]
-    other_layout: list[str]
 
 
 @torch.no_grad()
@@ -43,9 +25,9 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
     A file with numbers that are not finite fails without being loaded. By hand: W + alpha / rank * up @ down for each
-    module that is, by its name, one of the network's. A file that names blocks in the original layout, which diffusers
-    and ComfyUI both map, is loaded by diffusers and not compared. The base is changed by what is added by hand.
-    Returns JSON-ready facts, with `passed`, and `text` for people.
+    module that is, by its name, one of the network's. Where diffusers does not know the file's names and all of them
+    are known here, the LoRA is compared as `install` puts it in, and that is said. The base is changed by what is
+    added by hand. Returns JSON-ready facts, with `passed`, and `text` for people.
     """
     header = header_of_family(file, base.name)
     if broken := broken_tensors(header):
@@ -53,13 +35,12 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
     check_plain(header, header.network)
-    names = _names(header, base)
+    targets = targets_of(header, base)
     facts: dict[str, Any] = {
-        "modules": len(names.modules),
-        "unmatched": len(names.unmatched),
-        "unmatched_names": names.unmatched[:20],
-        "other_layout": len(names.other_layout),
-        "lost_alphas": [name for name in header.lost_alphas() if name in names.modules],
+        "modules": len(targets.modules),
+        "unmatched": len(targets.unmatched),
+        "unmatched_names": targets.unmatched[:20],
+        "lost_alphas": [name for name in header.lost_alphas() if name in targets.modules],
         "left_out": left_out(header),
         "passed": False,
     }
@@ -68,83 +49,65 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     x, tick = probe(base)
     condition = base.encode_prompts([""])
     bare = base.denoise(x, tick, condition)
-    try:
-        _, not_installed = install(file, base, ADAPTER)
-    except ValueError as error:
-        return facts | {"not_loaded_by_diffusers": len(names.modules), "text": f"FAILED: {error}"}
-    by_diffusers = base.denoise(x, tick, condition)
+    missing, refusal = _load_by_diffusers(header, base, targets)
+    facts |= {"not_loaded_by_diffusers": missing, "compared_as_sampled": False}
+    if missing and not targets.unmatched and not _in_diffusers_style(targets, base):
+        if ADAPTER in getattr(base.network, "peft_config", {}):
+            base.network.delete_adapters(ADAPTER)
+        install(header, base, ADAPTER)
+        facts["compared_as_sampled"] = True
+    elif missing == len(targets.modules):
+        return facts | {"text": (f"FAILED: {refusal}" if refusal else _verdict(False, facts)) + _remarks(facts)}
+    loaded = base.denoise(x, tick, condition)
     base.network.delete_adapters(ADAPTER)
-    facts["not_loaded_by_diffusers"] = not_installed
-    if not by_diffusers.isfinite().all():
+    if not loaded.isfinite().all():
         text = f"FAILED: with {file.name} the output is not finite: its numbers are too large. Get it again."
         return facts | {"text": text}
 
-    whole = not names.unmatched and not not_installed and not facts["lost_alphas"]
-    if names.other_layout:
-        return facts | _not_compared(whole, names, by_diffusers - bare, facts)
-    _add_by_hand(file, header, names)
+    _add_by_hand(header, targets)
     by_hand = base.denoise(x, tick, condition)
-    return facts | _compared(whole, names, by_diffusers, by_hand, bare, facts)
+    return facts | _compared(loaded, by_hand, bare, facts)
 
 
-def _names(header: LoraHeader, base: Base) -> Names:
-    layers = {_name_in_header(base, name): m for name, m in base.network.named_modules() if hasattr(m, "weight")}
-    modules = header.network
-    other_layout = [name for name in modules if OTHER_LAYOUT.search(name)]
-    unmatched = sorted(
-        name
-        for name, module in modules.items()
-        if name not in other_layout and not (name in layers and module.fits(tuple(layers[name].weight.shape)))
+def _load_by_diffusers(header: LoraHeader, base: Base, targets: Targets) -> tuple[int, str | None]:
+    """How many modules diffusers does not load of the file as it is, and what it says where it loads none."""
+    try:
+        return install_by_diffusers(header.path, base, ADAPTER)[1], None
+    except ValueError as error:
+        return len(targets.modules), str(error)
+
+
+def _in_diffusers_style(targets: Targets, base: Base) -> bool:
+    """Whether all modules have names that diffusers knows: its own, or those that the trainer writes."""
+    return all(
+        targets.modules[name].path in (f"{base.component}.{layer.path}", base.lora_key(layer.path))
+        and targets.modules[name].keys["down"].endswith((".lora_A.weight", ".lora_down.weight"))
+        for name, layer in targets.layers.items()
     )
-    return Names(modules, layers, unmatched, other_layout)
 
 
-def _name_in_header(base: Base, module: str) -> str:
-    """What `LoraHeader.modules` calls one of the network's modules, whatever key style the file has."""
-    return split_key(base.lora_key(module) + ".alpha")[0]
-
-
-def _add_by_hand(file: Path, header: LoraHeader, names: Names) -> None:
-    """Add the LoRA to the weights of the network's layers, but for the modules that match none."""
+def _add_by_hand(header: LoraHeader, targets: Targets) -> None:
+    """Add the LoRA to the weights of the layers that it is for."""
     weights, alphas = load_file(header.path), header.alphas()
-    for name, module in names.modules.items():
-        if name in names.unmatched:
-            continue
+    for name, (_, layer) in targets.layers.items():
+        module = targets.modules[name]
         up, down = (weights[module.keys[part]].float() for part in ("up", "down"))
-        alpha = alphas.get(name, module.rank)
-        layer = names.layers[name]
-        if hasattr(layer, "get_base_layer"):  # PEFT leaves its wrapper when an adapter is deleted
-            layer = layer.get_base_layer()
-        delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) * (alpha / module.rank)
+        delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) * (alphas.get(name, module.rank) / module.rank)
         layer.weight += delta.to(layer.weight)
 
 
-def _compared(
-    whole: bool, names: Names, by_diffusers: Tensor, by_hand: Tensor, bare: Tensor, facts: dict[str, Any]
-) -> dict[str, Any]:
-    difference = (by_diffusers - by_hand).abs().max().item()
+def _compared(loaded: Tensor, by_hand: Tensor, bare: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
+    difference = (loaded - by_hand).abs().max().item()
     effect = (by_hand - bare).abs().max().item()
+    taken = facts["compared_as_sampled"] or not facts["not_loaded_by_diffusers"]
+    whole = taken and not facts["unmatched"] and not facts["lost_alphas"]
     passed = whole and difference <= OF_OUTPUT * by_hand.abs().max().item() + OF_EFFECT * effect
     text = f"max output difference {difference:.2g} (the LoRA's effect is {effect:.2g})"
     return {
         "passed": passed,
         "max_difference": difference,
         "max_effect": effect,
-        "text": f"{_verdict(passed, facts)}, {text}{_remarks(names, facts, difference / effect if effect else 0)}",
-    }
-
-
-def _not_compared(whole: bool, names: Names, added: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
-    effect = added.abs().max().item()
-    text = (
-        f"{len(names.other_layout)} names of another layout, loaded by diffusers, not compared by hand "
-        f"(the LoRA's effect is {effect:.2g})"
-    )
-    return {
-        "passed": whole,
-        "max_difference": None,
-        "max_effect": effect,
-        "text": f"{_verdict(whole, facts)}; {text}{_remarks(names, facts)}",
+        "text": f"{_verdict(passed, facts)}, {text}{_remarks(facts, difference / effect if effect else 0)}",
     }
 
 
@@ -155,9 +118,11 @@ def _verdict(passed: bool, facts: dict[str, Any]) -> str:
     )
 
 
-def _remarks(names: Names, facts: dict[str, Any], off: float | None = None) -> str:
+def _remarks(facts: dict[str, Any], off: float | None = None) -> str:
     """What else there is to say; off: by which share of the LoRA's effect the two ways differ."""
-    remarks = [f"unmatched: {', '.join(names.unmatched[:5])}"] if names.unmatched else []
+    remarks = [f"unmatched: {', '.join(facts['unmatched_names'][:5])}"] if facts["unmatched"] else []
+    if facts["compared_as_sampled"]:
+        remarks.append("compared as pcm sample loads it; for diffusers, write it with pcm convert")
     if lost := facts["lost_alphas"]:
         share = "" if off is None else f", off by {off:.2g} of its effect"
         remarks.append(f"{len(lost)} of {facts['modules']} modules have lost their alpha{share}: get the file again")

@@ -1,4 +1,4 @@
-"""A LoRA file put into a base's network, by diffusers: for sampling, for comparing, and to go on training from."""
+"""A LoRA file put into a base's network: for sampling and to go on training from, and by diffusers for comparing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ...samplers import Recipe
@@ -23,6 +24,7 @@ from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES
 from .describe import broken_sentence, broken_tensors
+from .layers import Targets, targets_of
 
 ADAPTER = "file"
 RAW = "base_model.model."  # before names as PEFT writes them by itself
@@ -96,24 +98,18 @@ def install_for_sample(lora: Path | None, base: Base, strength: float | None) ->
     if strength is None:
         strength = recipe.strength if recipe else 1.0
     install_whole(lora, base, strength)
-    return Installed(recipe, strength, (*mismatches(recipe, base), *left_out(header)))
+    return Installed(recipe, strength, (*mismatches(recipe, base), *remarks(header)))
 
 
 def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | None:
     """Put a LoRA into the base, as `ADAPTER`; returns the recipe of its header or of a known file of its name.
 
-    Raises ValueError for a LoRA of another family, with modules that the base has not, or with numbers that are not
-    finite.
+    Raises ValueError for a LoRA of another family, with numbers that are not finite, and as `install`.
     """
     header = header_of_family(lora, base.name)
     if broken := broken_tensors(header):
         raise ValueError(f"{lora.name}: {broken_sentence(broken)} Get it again.")
-    modules, missing = install(lora, base, ADAPTER)
-    if missing:
-        raise ValueError(
-            f"{lora.name}: {missing} of {modules} modules do not fit {Path(base.path).name}. "
-            "It was made for another model."
-        )
+    install(header, base, ADAPTER)
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_of(header)
 
@@ -140,9 +136,51 @@ def header_of_family(file: Path, family: str) -> LoraHeader:
     return header
 
 
-def install(path: Path, base: Base, name: str) -> tuple[int, int]:
-    """Load a LoRA into the base's network through diffusers as adapter `name`: its modules for the network, and no
-    others (see `left_out`).
+@torch.no_grad()
+def install(header: LoraHeader, base: Base, name: str) -> int:
+    """Put a LoRA's modules for the network, and no others (see `left_out`), into it as adapter `name`, whatever the
+    file calls them; returns how many there are.
+
+    A module without an alpha counts as alpha = rank, as every loader takes it. Raises as `check_fit`.
+    """
+    targets, alphas = check_fit(header, base), header.alphas()
+    ranks = {layer.path: targets.modules[name].rank for name, layer in targets.layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=rank,
+        target_modules="|".join(map(re.escape, ranks)),
+        rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter, as is meant
+        base.network.add_adapter(config, name)
+
+    tensors = load_file(header.path)
+    for module_name, (path, _) in targets.layers.items():
+        module, layer = targets.modules[module_name], base.network.get_submodule(path)
+        for part, key in ((layer.lora_A, "down"), (layer.lora_B, "up")):
+            weight = part[name].weight
+            weight.copy_(tensors[module.keys[key]].view_as(weight))
+        layer.lora_alpha[name] = alpha = alphas.get(module_name, module.rank)
+        layer.scaling[name] = alpha / module.rank
+    return len(targets.modules)
+
+
+def check_fit(header: LoraHeader, base: Base) -> Targets:
+    """The layers that a LoRA's modules are for; ValueError as `check_plain` and `targets_of`, and where a module has
+    no layer of its name and shape."""
+    check_plain(header, header.network)
+    targets = targets_of(header, base)
+    if missing := targets.unmatched:
+        raise ValueError(
+            f"{header.path.name}: {len(missing)} of {len(targets.modules)} modules do not fit {Path(base.path).name}, "
+            f"such as {missing[0]}. It was made for another model."
+        )
+    return targets
+
+
+def install_by_diffusers(path: Path, base: Base, name: str) -> tuple[int, int]:
+    """Load a LoRA into the base's network as diffusers reads the file, as adapter `name`: its modules for the network.
 
     Returns (modules for the network, those of them that diffusers did not install). Raises ValueError for modules that
     are more than a plain LoRA's, and when diffusers takes none of the file.
@@ -179,16 +217,44 @@ def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], comp
 
 
 def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
-    """Raise ValueError for any of these modules of a file that is more than two halves and an alpha: diffusers would
-    take it in part, or as something else."""
-    other = {name: module for name, module in modules.items() if not module.is_plain}
-    if other:
+    """Raise ValueError for any of these modules of a file that is not two halves that fit, in floating point, and
+    perhaps an alpha: diffusers would take it in part, or as something else."""
+    file = header.path.name
+    if other := {name: module for name, module in modules.items() if not module.is_plain}:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
         raise ValueError(
-            f"{header.path.name} is no plain LoRA: of its {len(modules)} modules {kinds}, such as "
-            f"{next(iter(other))}. Use it in ComfyUI (Load PCM LoRA), or bring it to a plain LoRA first: merge it into "
-            "its base there, and then pcm extract."
+            f"{file} is no plain LoRA: of its {len(modules)} modules {kinds}, such as {next(iter(other))}. Use it in "
+            "ComfyUI (Load PCM LoRA), or bring it to a plain LoRA first: merge it into its base there, and then pcm "
+            "extract."
         )
+    if integers := {name: module for name, module in modules.items() if module.is_integer}:
+        name, module = next(iter(integers.items()))
+        raise ValueError(
+            f"{file} stores {len(integers)} of its {len(modules)} modules as integers, such as {name} "
+            f"({', '.join(sorted(set(module.dtypes.values())))}), without the scales that would make weights of them. "
+            "Get the file in 16 bits."
+        )
+    for name, module in modules.items():
+        if module.lacks:
+            half = next(iter(module.keys.values()))
+            raise ValueError(f"{file} has {half} and no {module.lacks[0]} half of it. Get the file again.")
+        if not module.is_whole:
+            shapes = " and ".join(str(module.shapes[part]) for part in ("down", "up"))
+            raise ValueError(
+                f"{file}: the halves of {name} are of shapes {shapes}; expected (rank, in, ...) and (out, rank, ...). "
+                "Get the file again."
+            )
+
+
+def remarks(header: LoraHeader) -> list[str]:
+    """What `install` leaves out of a LoRA, and what it takes another way than the file was made, in sentences."""
+    lines = left_out(header)
+    if lost := [name for name in header.lost_alphas() if name in header.network]:
+        lines.append(
+            f"{len(lost)} of {len(header.network)} modules have lost their alpha, such as {lost[0]}, and count as "
+            "alpha = rank: get the file again."
+        )
+    return lines
 
 
 def left_out(header: LoraHeader) -> list[str]:

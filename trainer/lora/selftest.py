@@ -12,7 +12,7 @@ from torch import Tensor
 from ..families import Base
 from ..families.generate import probe
 from .adapter import NAME, Adapter
-from .install import install
+from .install import install_by_diffusers
 
 RELOADED = "selftest"  # what the file is called in the network while it is tried
 
@@ -59,7 +59,7 @@ def self_test(path: Path, base: Base, adapter: Adapter, condition: dict[str, Ten
     with adapter.off():
         bare = base.denoise(x, tick, condition)
 
-    modules, unmatched = install(path, base, RELOADED)
+    modules, unmatched = install_by_diffusers(path, base, RELOADED)
     try:
         base.network.set_adapters(RELOADED)
         reloaded = base.denoise(x, tick, condition)

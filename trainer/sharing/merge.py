@@ -54,7 +54,7 @@ def merge(
     figures = errors(terms, pairs)
     text = (
         f"{out}: {first.family.title}, {len(pairs)} modules, ranks up to {max(p.rank for p in pairs.values())}; "
-        f"{error_text(figures)}. {note}"
+        f"{error_text(figures)}{''.join(lora.remark() for lora in loras)}. {note}"
     )
     merged = [{"file": str(lora.path), "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
     return {
@@ -63,7 +63,7 @@ def merge(
         "modules": len(pairs),
         "merged": merged,
         **figures,
-        "text": text + "".join(lora.remark() for lora in loras),
+        "text": text,
     }
 
 

@@ -16,17 +16,16 @@ from ...samplers.lora_file import (
     PEFT_CONFIG,
     UNET_CONTEXT,
     LoraHeader,
-    TensorInfo,
     family_from_metadata,
     family_title,
     read_header,
 )
 from ...samplers.lora_info import recipe_of
-from ...samplers.lora_names import is_encoders, split_key
+from ...samplers.lora_names import is_encoders
 from ..families import FAMILIES, Base
 from ..families.detection import LORA_FAMILIES
-from ..lora.check import OTHER_LAYOUT
 from ..lora.install import check_plain
+from ..lora.layers import diffusers_names
 from .names import dotted_name
 from .pairs import Lora, Pair
 
@@ -40,8 +39,8 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     they count as alpha = rank, as every loader takes them, but for PEFT's raw files, whose alpha is in an
     adapter_config.json beside them, or PCM's 8.
     Raises FileNotFoundError, or ValueError for a damaged file, one of another or of two families, tensors
-    that are no LoRA's, a module that the family has not or that lacks a half, weights that are not finite,
-    and unknown alphas.
+    that are no LoRA's, a module that the family has not, one that is no plain LoRA's, weights that are not
+    finite, and unknown alphas.
     """
     header = read_header(path)
     base_class = _family(header, family)
@@ -49,15 +48,14 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     check_plain(header, header.modules)
 
     tensors = {name: tensor for name, tensor in _load(header.path).items() if name in header.tensors}
-    _check_modules(header, tensors)
-    renamed = _in_diffusers_layout(header, tensors, base_class)
-    alphas, alpha_source = _alphas(header, renamed, tensors, alpha)
+    names = _layout_names(header, base_class)
+    alphas, alpha_source = _alphas(header, alpha)
     if broken := next((name for name, value in alphas.items() if not value or not math.isfinite(value)), None):
         raise ValueError(f"{path.name}: the alpha of {broken} is {alphas[broken]:g}; expected a number other than 0.")
 
     pairs: dict[str, Pair] = {}
-    for name, module in renamed.modules.items():
-        if (dotted := _dotted(name, base_class, path)) in pairs:
+    for name, module in header.modules.items():
+        if (dotted := _dotted(names.get(name, name), base_class, path)) in pairs:
             raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
         down, up = (tensors[module.keys[part]] for part in ("down", "up"))
         pairs[dotted] = Pair(down, up, alphas.get(name, float(len(down))))
@@ -89,23 +87,6 @@ def _load(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_modules(header: LoraHeader, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for a module that is not two halves that fit, with at most one alpha of one number."""
-    for name, module in header.modules.items():
-        if missing := {"down", "up"} - module.keys.keys():
-            half = next(iter(module.keys.values()))
-            raise ValueError(f"{header.path.name} has {half} and no {missing.pop()} half of it. Get the file again.")
-        down, up = (tensors[module.keys[part]] for part in ("down", "up"))
-        fits = down.ndim >= 2 and up.ndim >= 2 and up.shape[1] == len(down) > 0
-        if not fits or not (down.is_floating_point() and up.is_floating_point()):
-            raise ValueError(
-                f"{header.path.name}: the halves of {name} are {down.dtype} of shape {tuple(down.shape)} and "
-                f"{up.dtype} of {tuple(up.shape)}; expected floating-point (rank, in, ...) and (out, rank, ...)."
-            )
-        if "alpha" in module.keys and tensors[module.keys["alpha"]].numel() != 1:
-            raise ValueError(f"{header.path.name}: {module.keys['alpha']} is not one number. Get the file again.")
-
-
 def _family(header: LoraHeader, chosen: str | None) -> type[Base]:
     """The class of the LoRA's family, by its tensors, else by its header, else as chosen by the user.
 
@@ -135,55 +116,23 @@ def _family(header: LoraHeader, chosen: str | None) -> type[Base]:
     return FAMILIES[family]
 
 
-def _in_diffusers_layout(header: LoraHeader, tensors: dict[str, Tensor], family: type[Base]) -> LoraHeader:
-    """The header with names of SDXL's original layout (input_blocks, ...) turned into diffusers', by diffusers.
-
-    `tensors` get the same names, in place. Raises ValueError for SD3's original layout, which has q, k and v
-    in one, and for a file in two layouts.
-    """
-    networks = header.network
-    others = [name for name in networks if OTHER_LAYOUT.search(name)]
-    if not others:
-        return header
-    if family.fuses_qkv or len(others) < len(networks):
-        problem = "q, k and v in one" if family.fuses_qkv else "two layouts"
-        raise ValueError(f"{header.path.name} has {problem}, such as {others[0]}. Get it with diffusers' names.")
+def _layout_names(header: LoraHeader, family: type[Base]) -> dict[str, str]:
+    """`diffusers_names` for a network of the family's own size."""
     config = family.network_class.load_config(family.configs / family.component)
-    layers = type("Config", (), {"layers_per_block": config["layers_per_block"]})
-    modules = header.modules
-    names = {key: name for key, name in header.kohya_names().items() if not is_encoders(name)}
-    alphas = {
-        id(tensors[module.keys["down"]]): tensors[module.keys["alpha"]]
-        for module in modules.values()
-        if "alpha" in module.keys
-    }
-    state, _ = family.pipeline.lora_state_dict({names[key]: tensors[key] for key in names}, unet_config=layers)
-    # alphas are matched by the tensors they stand beside: diffusers names them in another way than the
-    # weights
-    state |= {
-        f"{split_key(key)[0]}.alpha": alphas[id(tensor)] for key, tensor in list(state.items()) if id(tensor) in alphas
-    }
-    state |= {key: tensor for key, tensor in tensors.items() if key not in names}  # text encoders, as they were
-    tensors.clear()
-    tensors.update(state)
-    return replace(header, tensors={name: TensorInfo("", tuple(tensor.shape)) for name, tensor in state.items()})
+    return diffusers_names(header, family, config.get("layers_per_block"))
 
 
-def _alphas(
-    header: LoraHeader, renamed: LoraHeader, tensors: dict[str, Tensor], chosen: float | None
-) -> tuple[dict[str, float], str]:
+def _alphas(header: LoraHeader, chosen: float | None) -> tuple[dict[str, float], str]:
     """Find each module's alpha: in the tensors or PEFT's entry of the header, else as chosen, else beside the file.
 
-    renamed: the header with its names in diffusers' layout. Returns (module -> alpha, where they came from);
-    a module without one stands for alpha = rank. Raises ValueError for a file that has lost some, and for an
-    unknown alpha.
+    Returns (module -> alpha, where they came from); a module without one stands for alpha = rank. Raises ValueError
+    for a file that has lost some, and for an unknown alpha.
     """
-    modules = renamed.modules
-    beside = {name: tensors[module.keys["alpha"]].item() for name, module in modules.items() if "alpha" in module.keys}
-    alphas = renamed.scale_alphas() | beside
+    modules, alphas = header.modules, header.alphas()
     if len(alphas) == len(modules):
         if chosen is not None:
             raise ValueError(f"{header.path.name} has its own alpha. Leave --alpha out.")
+        beside = any("alpha" in module.keys for module in modules.values())
         from_config = not beside and not header.metadata.get(PEFT_KEY)
         return alphas, f"as in {PEFT_CONFIG}" if from_config else "as in the file"
     if alphas:

@@ -57,7 +57,6 @@ def resize(
         f"{out}: {len(smaller)} modules, ranks up to {max(before)} to ranks up to {max(after)}, {sum(before)} to "
         f"{sum(after)} in all; {error_text(figures)}"
     )
-    text += lora.remark()
     sizes = {"rank_before": max(before), "rank": max(after), "ranks_before": sum(before), "ranks": sum(after)}
     return {
         "out": str(out),

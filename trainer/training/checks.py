@@ -16,6 +16,7 @@ import torch
 from packaging import version
 
 from ...samplers import Recipe
+from ...samplers.lora_file import read_header
 from ...samplers.lora_info import recipe_of
 from ..config.config import MAY_CHANGE, Config
 from ..data.buckets import buckets_for
@@ -27,7 +28,7 @@ from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
-from ..lora.install import check_plain, header_of_family
+from ..lora.install import check_fit, check_plain, header_of_family
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
@@ -86,12 +87,14 @@ def check_run(config: Config, device: torch.device, processes: int, accept_chang
 
 
 def check_loaded(config: Config, base: Base) -> None:
-    """Once the base is here: what `check_run` could only assume of one on the hub. Raises ValueError."""
+    """Once the base is here: what `check_run` could only assume of one on the hub, and whether the network has the
+    layers of `lora.init`. Raises ValueError."""
     base.latent_shape(config.data.resolution)
     if not base.whole:
         recipe_for(config, base.facts)
     if config.lora.init:
         check_start(config, base.facts)
+        check_fit(read_header(Path(config.lora.init)), base)
 
 
 def split_of(config: Config, processes: int, facts: dict[str, Any] | None, changed: bool) -> Split:

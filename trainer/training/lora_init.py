@@ -11,7 +11,7 @@ from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import NAME, Adapter
 from ..lora.describe import broken_tensors
-from ..lora.install import install, left_out
+from ..lora.install import install, remarks
 from .checks import check_start
 
 
@@ -21,17 +21,18 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
 
     Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit.
     """
-    file, recipe = Path(config.lora.init), check_start(config, base.facts)
-    if broken := broken_tensors(read_header(file)):
+    recipe, header = check_start(config, base.facts), read_header(Path(config.lora.init))
+    file = header.path
+    if broken := broken_tensors(header):
         raise ValueError(
             f"{file.name}: {len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]}. "
             "Get the file again, or start from another."
         )
     strength = recipe.strength if recipe else 1.0
-    modules, unmatched = install(file, base, "start")
+    modules = install(header, base, "start")
     try:
         taken = [layer for layer in adapter.layers.values() if "start" in layer.lora_A]
-        if unmatched or len(taken) < modules:
+        if len(taken) < modules:
             raise ValueError(
                 f"{file.name}: only {len(taken)} of its {modules} modules are among those that are trained here. "
                 "Use a LoRA that was made for this kind of base."
@@ -43,5 +44,5 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
     finally:
         base.network.set_adapters(NAME)
         base.network.delete_adapters("start")
-    notes = "".join(f" {line}" for line in left_out(read_header(file)))
-    return f"It starts as {file} at strength {strength:g}: {len(taken)} modules.{notes}"
+    notes = "".join(f" {line}" for line in remarks(header))
+    return f"It starts as {config.lora.init} at strength {strength:g}: {len(taken)} modules.{notes}"

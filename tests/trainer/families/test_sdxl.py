@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from phased_consistency.samplers import recipe_for_file
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sdxl import SDXL
-from phased_consistency.trainer.lora.install import install
+from phased_consistency.trainer.lora.install import install_by_diffusers
 from phased_consistency.trainer.training.loop import train
 from support.bases import make_sdxl_folder, make_sdxl_pipeline, save_without
 from support.full_size import planned
@@ -226,6 +226,6 @@ def test_a_small_sdxl_is_trained_and_its_lora_fits(made, tiny_base, tmp_path):
     assert metadata(path)["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     base = load_base(str(folder))
     before = base.denoise(torch.ones(1, 4, 8, 8), torch.tensor([700]), base.encode_prompts([""]))
-    install(path, base, "mine")
+    install_by_diffusers(path, base, "mine")
     after = base.denoise(torch.ones(1, 4, 8, 8), torch.tensor([700]), base.encode_prompts([""]))
     assert not torch.equal(before, after)

@@ -15,7 +15,7 @@ from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.samplers.writing import stamp_recipe
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.check import check_parity
-from phased_consistency.trainer.lora.install import ADAPTER, install, install_for_sample, load_for_check
+from phased_consistency.trainer.lora.install import ADAPTER, install_by_diffusers, install_for_sample, load_for_check
 from phased_consistency.trainer.sharing.convert import convert
 from support.runs import TINY
 from support.sharing_files import MODULES, RECIPE, kohya_file
@@ -50,7 +50,7 @@ def peft_folder(lora: Path, **config) -> Path:
 def added(lora: Path) -> dict[str, torch.Tensor]:
     """What diffusers adds to each weight of the tiny base for a LoRA."""
     base = load_base(TINY)
-    install(lora, base, ADAPTER)
+    install_by_diffusers(lora, base, ADAPTER)
     layers = {n: m for n, m in base.network.named_modules() if ADAPTER in getattr(m, "lora_A", ())}
     return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in layers.items()}
 
@@ -136,6 +136,10 @@ def test_a_lost_alpha_fails(lora):
     result = check_parity(path, load_for_check(TINY))
     assert not result["passed"] and result["lost_alphas"] == [name]
     assert "1 of 6 modules have lost their alpha, off by 0." in result["text"]
+    (note,) = install_for_sample(path, load_base(TINY), None).notes
+    assert (
+        note == f"1 of 6 modules have lost their alpha, such as {name}, and count as alpha = rank: get the file again."
+    )
 
 
 def test_a_broken_config_beside_is_said(lora):

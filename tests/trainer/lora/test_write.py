@@ -16,7 +16,7 @@ from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.sd3 import SD3
 from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.lora.adapter import Adapter
-from phased_consistency.trainer.lora.install import install
+from phased_consistency.trainer.lora.install import install, install_by_diffusers
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.lora.selftest import self_test
 from phased_consistency.trainer.lora.write import export, lora_tensors
@@ -194,7 +194,9 @@ def test_a_file_of_wrong_shapes_is_refused_whole(strong, tmp_path):
     wide = {n: torch.cat([w, w]) if n.endswith("lora_B") else w for n, w in adapter.state().items()}
     export(path, wide, small_config(tmp_path), base, 1, 1)
     with pytest.raises(ValueError, match=f"diffusers cannot load wide.safetensors into {TINY}: .*size mismatch"):
-        install(path, base, "wide")
+        install_by_diffusers(path, base, "wide")
+    with pytest.raises(ValueError, match=rf"129 of 129 modules do not fit {TINY}, such as lora_unet_down_blocks_0"):
+        install(read_header(path), base, "wide")
     assert list(base.network.peft_config) == ["default"]
 
 
@@ -249,14 +251,20 @@ def test_an_sd3_file_is_named_as_diffusers_names_it_and_says_its_alpha(strong_sd
     assert (recipe.prediction, recipe.shift, recipe.points) == ("flow", 3.0, 100)
 
 
-def test_an_sd3_file_with_alpha_tensors_is_refused_as_diffusers_does(strong_sd3, tmp_path):
+def test_an_sd3_file_with_alpha_tensors_is_read_here_and_refused_by_diffusers(strong_sd3, tmp_path):
     base, _, path, pipeline = strong_sd3
     module = "transformer.transformer_blocks.0.attn.to_q"
     save_file(load_file(path) | {f"{module}.alpha": torch.tensor(1.0)}, tmp_path / "alpha.safetensors")
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         pipeline.load_lora_weights(str(tmp_path), weight_name="alpha.safetensors")
     with pytest.raises(ValueError, match=rf"diffusers refuses SD3 LoRAs with tensors such as {module}.alpha"):
-        install(tmp_path / "alpha.safetensors", base, "other")
+        install_by_diffusers(tmp_path / "alpha.safetensors", base, "other")
+    install(read_header(tmp_path / "alpha.safetensors"), base, "other")
+    layer, halved = base.network.get_submodule(module.partition(".")[2]), load_file(path)
+    want = halved[f"{module}.lora_B.weight"] @ halved[f"{module}.lora_A.weight"] / 4
+    torch.testing.assert_close(layer.get_delta_weight("other"), want)
+    base.network.delete_adapters("other")
+    base.network.set_adapters("default")
 
 
 def test_a_recipe_for_every_kind_of_run(tiny_base, tmp_path):

@@ -11,7 +11,7 @@ from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.lora.check import check_parity
-from phased_consistency.trainer.lora.install import install, installed, load_for_check
+from phased_consistency.trainer.lora.install import install_by_diffusers, installed, load_for_check
 from phased_consistency.trainer.sharing.factors import approximated, concatenated, energy, errors, rank_for_error
 from phased_consistency.trainer.sharing.merge import merge
 from phased_consistency.trainer.sharing.pairs import MUST, Pair
@@ -65,7 +65,7 @@ def test_the_base_does_the_same_with_the_merged_one(two, tmp_path):
     base = load_for_check(TINY)
     bare = output(base)
     for name, file in (("a", first), ("b", second)):
-        install(file, base, name)
+        install_by_diffusers(file, base, name)
     base.network.set_adapters(["a", "b"], weights=[0.7, 1.0])
     both = output(base)
     base.network.delete_adapters(["a", "b"])

@@ -10,7 +10,7 @@ from phased_consistency.samplers import Recipe
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import generate
 from phased_consistency.trainer.lora.adapter import Adapter
-from phased_consistency.trainer.lora.install import install
+from phased_consistency.trainer.lora.install import install_by_diffusers
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.objectives import CTM, OBJECTIVES, tells_target_time
 from phased_consistency.trainer.reporting.progress import Reporter
@@ -95,7 +95,7 @@ def test_a_run_starts_as_the_lora_it_is_given(lora):
     adapter = Adapter(base.network, base.lora_targets, 8, 1.0, seed=3)
     told = start_from(starting(lora, lora__rank=8), base, adapter)
     assert told.endswith(f"at strength 1: {len(adapter.layers)} modules.")
-    install(lora, base, "file")
+    install_by_diffusers(lora, base, "file")
     meant, found = delta(base, "file"), delta(base, "default")
     assert meant.keys() == found.keys()
     for name, weight in meant.items():
@@ -116,7 +116,7 @@ def test_it_starts_at_the_strength_that_the_recipe_names(lora, tmp_path):
     weak = rewritten(lora, tmp_path / "weak.safetensors", strength=0.125)
     adapter = Adapter(base.network, base.lora_targets, 4, 2.0, seed=3)
     assert "at strength 0.125" in start_from(starting(weak), base, adapter)
-    install(lora, base, "file")
+    install_by_diffusers(lora, base, "file")
     meant, found = delta(base, "file"), delta(base, "default")
     for name, weight in meant.items():
         torch.testing.assert_close(found[name], 0.125 * weight, atol=1e-6, rtol=1e-4)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .file_kinds import kind_of
 from .lora_alphas import PEFT_KEY, peft_alphas
 from .lora_modules import DTYPES, SCALED, SINGLE, LoraModule
 from .lora_names import host_suffix, is_encoders, path_of, split_key
@@ -196,9 +197,7 @@ def header_text(path: Path) -> bytes:
         text = file.read(min(length, size)) if 2 <= length <= 100_000_000 else b""
         # a header's length may begin with the same two bytes as a zip or a pickle, but then "{" follows
         if not text or (head[:2] in (b"PK", b"\x80\x02") and text[:1] != b"{"):
-            raise ValueError(
-                f"{path.name} is not a .safetensors file, the only kind read (no .ckpt, .pt, .bin): convert it."
-            )
+            raise ValueError(f"{path.name} {kind_of(path)}")
     if len(text) < length:
         raise ValueError(f"{path.name} is cut short: {size} bytes, less than its header of {length}. Get it again.")
     return text

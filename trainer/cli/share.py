@@ -156,7 +156,7 @@ def panels(
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
     path, colon, number = text.rpartition(":")
-    if not colon or number.lower().endswith(".safetensors"):
+    if not colon or number.lower().endswith((".safetensors", ".sft")):
         return Path(text), None
     try:
         return Path(path), float(number)

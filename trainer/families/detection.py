@@ -8,7 +8,7 @@ from pathlib import Path
 from ...samplers.lora_file import CONTEXT_WIDTHS, TensorInfo, family_title
 from ..tiny.bundled import bundled_folder
 from ..tiny.digits import NAME as DIGITS
-from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, read_config
+from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, is_single_file, read_config
 
 # Width of the text conditioning -> kind of UNet: the families' own, and SDXL's refiner.
 UNETS = CONTEXT_WIDTHS | {1280: "sdxl-refiner"}
@@ -35,7 +35,7 @@ def family_of(path: str, chosen: str | None = None) -> str:
         family = PIXELS
     elif bundled_folder(path) is not None:
         family = path.removeprefix("tiny-")
-    elif path.endswith(".safetensors"):
+    elif is_single_file(path):
         family = checkpoint_family(checkpoint_header(Path(path)).tensors)
         name = Path(path).name
     else:

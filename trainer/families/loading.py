@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -18,21 +19,46 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from packaging.version import Version
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ...samplers.file_kinds import kind_of
 from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header
+from ...samplers.lora_modules import FLOATS
 from ...samplers.texts import brief
+from ..system.comfyui import hosts
 from ..tiny.bundled import bundled_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"
+COMFYUI_CLIP = "comfy/sd1_tokenizer"  # CLIP's words in a ComfyUI
 NETWORK_PREFIX = "model.diffusion_model."
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.clip_l.", "text_encoders.clip_g.")
-# Ends of the names of scales beside quantised weights: read without its scale, such a tensor is not the
-# weight.
-SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
+SINGLE_FILES = (".safetensors", ".sft")
+# Ends of the names of what stands beside quantised weights -> how these are quantised. Read without it, such a tensor
+# is not the weight.
+QUANTISED = {
+    "scale_weight": "scaled fp8",
+    "weight_scale": "scaled fp8",
+    "scaled_fp8": "scaled fp8",
+    "comfy_quant": "scaled fp8 or otherwise quantised",
+    "SCB": "bitsandbytes int8",
+    "weight_format": "bitsandbytes int8",
+    "bitsandbytes__nf4": "bitsandbytes NF4",
+    "bitsandbytes__fp4": "bitsandbytes FP4",
+    "absmax": "bitsandbytes 4 bits",
+    "quant_map": "bitsandbytes 4 bits",
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+}
+TAKE_PLAIN = (
+    "Give the checkpoint in fp16, bf16 or plain fp8; base.quantize makes the frozen base small when it is loaded."
+)
+VARIANT = re.compile(r"[^.]+\.(?P<variant>\w+?)(?:-\d+-of-\d+)?\.safetensors")  # model.fp16-00001-of-00002.safetensors
+LOW = ("fp16", "bf16")
+VARIANTS = ("fp32", *LOW)  # in the order in which they are taken where there are no plain weights
 # Transformers before 4.56 called the argument dtype torch_dtype.
 OLD_TRANSFORMERS = Version(transformers.__version__) < Version("4.56")
 GET_IT = "Get the file again, or set base.config to a folder with this model's component configs."
@@ -70,6 +96,11 @@ def check_finite(path: str, modules: Iterable[nn.Module]) -> None:
             )
 
 
+def is_single_file(path: str) -> bool:
+    """Whether a base path is that of a single file, by its name."""
+    return Path(path).suffix.lower() in SINGLE_FILES
+
+
 def is_hub_id(path: str) -> bool:
     """Whether a base path reads as owner/name on the hub and as nothing here."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).parent.is_dir()
@@ -85,10 +116,7 @@ def diffusers_folder(path: str, components: Iterable[str], title: str, optional:
     components = tuple(components)
     folder = Path(path)
     if folder.is_file():
-        raise ValueError(
-            f"{path} is a file of a kind that is not read. Convert it to a .safetensors checkpoint (ComfyUI's and "
-            "kohya's tools do that for .ckpt), and set base.path to that."
-        )
+        raise ValueError(f"{path} {kind_of(folder)} Set base.path to a .safetensors checkpoint or a diffusers folder.")
     if not folder.is_dir():
         folder = _from_hub(path, components, tuple(optional))
 
@@ -109,7 +137,7 @@ def _config_name(component: str) -> str:
 def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...]) -> Path:
     """Fetch these components of a hub id; returns their cached folder.
 
-    Weights in fp16 are fetched only for components that have no others. Raises FileNotFoundError.
+    Weights in fp16, then in bf16, are fetched only for components that have no others. Raises FileNotFoundError.
     """
     if not is_hub_id(path):
         raise FileNotFoundError(
@@ -120,11 +148,13 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
     patterns = ["model_index.json", "*/config.json"]
     patterns += [f"{c}/*.{kind}" for c in wanted for kind in ("json", "txt", "model", "safetensors")]
     try:
-        folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*non_ema*"]))
-        without_weights = [c for c in wanted if (folder / c / "config.json").is_file() and not weight_files(folder / c)]
-        if without_weights:
-            patterns = [f"{c}/*.fp16{rest}" for c in without_weights for rest in ("*.safetensors", "*.json")]
-            folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
+        others = [*(f"*.{variant}*" for variant in LOW), "*non_ema*"]
+        folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=others))
+        for variant in LOW:
+            bare = [c for c in wanted if (folder / c / "config.json").is_file() and not weight_files(folder / c)]
+            if bare:
+                patterns = [f"{c}/*.{variant}{rest}" for c in bare for rest in ("*.safetensors", "*.json")]
+                folder = Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
         return folder
     except GatedRepoError as error:
         raise FileNotFoundError(
@@ -171,7 +201,7 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
     files = weight_files(root / part)
     of_diffusers = issubclass(kind, ModelMixin)
     argument = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
-    variant = "fp16" if _is_fp16(files[0]) else None
+    variant = _variant(files[0])
     with naming(root, f"Get its {part} again."):
         model = kind.from_pretrained(
             root / part, use_safetensors=True, local_files_only=True, variant=variant, **{argument: dtype}
@@ -182,8 +212,13 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
 
 
 def check_weights(root: Path, parts: Iterable[str]) -> None:
-    """Raise ValueError for a component of a diffusers folder without weights of the kind that is read."""
+    """Raise ValueError for a component of a diffusers folder without weights of the kind that is read, or with
+    quantised ones."""
     for part in parts:
+        if "quantization_config" in (config := read_config(root / part / "config.json")):
+            settings = config["quantization_config"]
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            raise ValueError(f"{root / part} holds quantised weights ({method}), which are not read. {TAKE_PLAIN}")
         if not weight_files(root / part):
             raise ValueError(
                 f"{root / part} holds no weights in .safetensors, the only kind that is read. "
@@ -192,13 +227,17 @@ def check_weights(root: Path, parts: Iterable[str]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a component's weights: the plain ones, or where there are none those in fp16."""
-    files = [f for f in sorted(folder.glob("*.safetensors")) if "non_ema" not in f.name]
-    return [f for f in files if not _is_fp16(f)] or files
+    """The files with a component's weights: the plain ones, or where there are none those of one variant."""
+    files = [f for f in sorted(folder.glob("*.safetensors")) if _variant(f) != "non_ema"]
+    kinds = {_variant(file) for file in files}
+    chosen = next((kind for kind in (None, *VARIANTS, *sorted(kinds - {None})) if kind in kinds), None)
+    return [file for file in files if _variant(file) == chosen]
 
 
-def _is_fp16(file: Path) -> bool:
-    return ".fp16" in file.name
+def _variant(file: Path) -> str | None:
+    """The variant that a file of weights is by its name: "fp16" of model.fp16.safetensors; None for a plain one."""
+    name = VARIANT.fullmatch(file.name)
+    return name and name["variant"]
 
 
 def load_vae(root: Path) -> AutoencoderKL | AutoencoderTiny:
@@ -221,8 +260,8 @@ def folder_hash(root: Path, parts: Iterable[str]) -> str:
 def checkpoint_header(path: Path) -> LoraHeader:
     """The header of a single-file checkpoint.
 
-    Raises ValueError for a file that holds no network, or weights in scaled fp8. A T5 in scaled fp8 is let
-    through: SD3 can do without it.
+    Raises ValueError for a file that holds no network, or quantised weights. A quantised T5 is let through: SD3 can
+    do without it.
     """
     header = read_header(path)
     if not any(n.startswith(NETWORK_PREFIX) for n in header.tensors):
@@ -232,11 +271,14 @@ def checkpoint_header(path: Path) -> LoraHeader:
             "Give a full checkpoint file or a diffusers folder."
         )
     needed = (NETWORK_PREFIX, *VAE_PREFIXES, *CLIP_PREFIXES)
-    scale = next((n for n in header.tensors if n.startswith(needed) and n.endswith(SCALES)), None)
-    if scale:
+    if beside := next((n for n in header.tensors if n.startswith(needed) and n.endswith(tuple(QUANTISED))), None):
+        method = next(title for end, title in QUANTISED.items() if beside.endswith(end))
+        raise ValueError(f"{path.name} holds {method} weights (it has {beside}), which are not read. {TAKE_PLAIN}")
+    weights = ((n, info) for n, info in header.tensors.items() if n.startswith(NETWORK_PREFIX) and len(info.shape) > 1)
+    if integer := next((n for n, info in weights if info.dtype not in FLOATS), None):
+        kind = header.tensors[integer].dtype
         raise ValueError(
-            f"{path.name} holds scaled fp8 or other quantised weights (it has {scale}), which are not read. "
-            "Give the checkpoint in fp16, bf16 or plain fp8."
+            f"{path.name} holds integers for weights ({kind}: {integer}), which are not read. {TAKE_PLAIN}"
         )
     return header
 
@@ -253,8 +295,9 @@ def convert_part(path: Path, config: Path, part: str, kind: type[nn.Module], dty
     config: folder of component configs. Raises ValueError for one that is not whole or of other shapes.
     """
     try:
+        # the tensors, not the path: diffusers takes a file whose name ends otherwise than .safetensors for a pickle
         model = kind.from_single_file(
-            str(path), config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
+            load_file(path), config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
         )
     except SingleFileComponentError as error:
         raise ValueError(
@@ -313,7 +356,7 @@ def has_clip_words(folder: Path) -> bool:
 
 
 def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
-    """CLIP's tokenizer from the folder, where it holds one, else from the hub or its cache.
+    """CLIP's tokenizer from the folder, where it holds one, else from a ComfyUI on this machine, the hub or its cache.
 
     base: path of the base, for errors. Raises FileNotFoundError where there is none, ValueError for a broken
     one.
@@ -322,12 +365,15 @@ def load_clip_tokenizer(folder: str | Path, base: str) -> CLIPTokenizer:
     if has_clip_words(folder):
         with naming(f"The tokenizer in {folder}", "Get it again, or set base.tokenizer to a folder with a whole one."):
             return CLIPTokenizer.from_pretrained(folder)
+    if words := next((words for host in hosts() if has_clip_words(words := host / COMFYUI_CLIP)), None):
+        return CLIPTokenizer.from_pretrained(words)
     try:
         words = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         return CLIPTokenizer.from_pretrained(snapshot_download(TOKENIZER_REPO, allow_patterns=words))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"{Path(base).name} brings no CLIP tokenizer, and {TOKENIZER_REPO} is neither cached nor reachable. "
-            "Put its vocab.json and merges.txt (from the tokenizer folder of any SD1.5 diffusers model) in a folder "
+            f"{Path(base).name} brings no CLIP tokenizer, and {TOKENIZER_REPO} is neither cached nor reachable, "
+            "nor is there a ComfyUI (COMFYUI_PATH) that has one. Put its vocab.json and merges.txt (from the "
+            "tokenizer folder of any SD1.5 diffusers model) in a folder "
             "and set base.tokenizer to that folder."
         ) from error

@@ -17,7 +17,7 @@ from ...samplers import jump, output_from_x0_eps
 from ...samplers.lora_file import LoraHeader, read_header
 from ...samplers.schedule import TICKS
 from ..tiny.bundled import bundled_folder
-from .loading import is_hub_id, read_config
+from .loading import is_hub_id, is_single_file, read_config
 
 # The two kinds as diffusers, ModelSpec, ComfyUI and kohya write them -> as they are called here.
 NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -92,7 +92,7 @@ def found_in_scheduler(path: Path) -> tuple[dict, Finding]:
             "another base, or mend the file."
         )
     finding = Finding(NAMES[prediction], bool(config.get("rescale_betas_zero_snr", False)), str(path))
-    return {"beta_start": first, "beta_end": last, "kind": kind, "ticks": ticks}, finding
+    return {"beta_start": first, "beta_end": last, "kind": kind, "ticks": TICKS}, finding  # 1000.0 is 1000
 
 
 def _edm(mark: str) -> str:
@@ -177,14 +177,14 @@ def _remedy(path: str, right: str) -> str:
     mark = _named_by(path) if right == "epsilon" else None
     if mark is None or mark.prediction != "v_prediction":
         return f"Set base.prediction={right}."
-    if path.endswith(".safetensors"):
+    if is_single_file(path):
         return f"{mark.where} says otherwise: remove that mark from the file, then set base.prediction={right}."
     return f"{mark.where} says otherwise: set its prediction_type to {right}, in a copy of the base if it is the hub's."
 
 
 def _named_by(path: str) -> Finding | None:
     """The kind that a base's file names, from the hub's cache if it is the hub's; None where nothing can be read."""
-    if path.endswith(".safetensors"):
+    if is_single_file(path):
         return found_in_header(read_header(path))
     name = "scheduler/scheduler_config.json"
     config = try_to_load_from_cache(path, name) if is_hub_id(path) else (bundled_folder(path) or Path(path)) / name

@@ -133,7 +133,7 @@ class SD3(Base):
         """
         check_flow(prediction, zero_terminal_snr)
         t5_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        if path.endswith(".safetensors"):
+        if loading.is_single_file(path):
             contents = single_file_parts(Path(path), config, parts, tokenizer, t5, dtype, t5_dtype)
         else:
             contents = folder_parts(path, tokenizer, t5, dtype, t5_dtype)
@@ -172,7 +172,7 @@ class SD3(Base):
         t5_length: int | None = None,
     ) -> BaseFacts:
         check_flow(prediction, zero_terminal_snr)
-        if path.endswith(".safetensors"):
+        if loading.is_single_file(path):
             places = find_in_file(Path(path), config, parts, t5, download=False)
             if places.other or not parts:  # else its tokenizers come from the hub, with the rest of `parts`
                 tokenizers_from(tokenizer, [places.other, places.configs], path, places.t5)
@@ -260,7 +260,7 @@ class SD3(Base):
 
     @classmethod
     def config_folder(cls, path: str, config: str | None) -> Path:
-        if config is None and path.endswith(".safetensors"):
+        if config is None and loading.is_single_file(path):
             return loading.CONFIGS / variant(loading.checkpoint_header(Path(path)).tensors)
         return super().config_folder(path, config)
 

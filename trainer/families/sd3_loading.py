@@ -12,10 +12,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from ...samplers.lora_file import TensorInfo, file_hash
+from ..system.comfyui import hosts
 from ..tiny.bundled import bundled_folder
 from . import loading
 from .clip import clip_tokenizers
 
+COMFYUI_T5 = "comfy/text_encoders/t5_tokenizer"  # T5's words in a ComfyUI
 T5, T5_LENGTH, T5_REPO = "text_encoder_3", 77, "google/t5-v1_1-xxl"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # component -> how the names of its weights begin in single files, and its name for people
@@ -213,10 +215,10 @@ def _file_encoder(path: Path, names: dict, part: str, configs: Path, t5_dtype: t
 
 def _file_t5(path: Path, weights: dict, config: Path, dtype: torch.dtype) -> T5EncoderModel:
     """T5 with these weights of a single file. Raises ValueError for scaled fp8, and as `loading.fill`."""
-    if any(name.endswith(loading.SCALES) for name in weights):
+    if any(name.endswith(tuple(loading.QUANTISED)) for name in weights):
         raise ValueError(
-            f"{path.name} holds T5-XXL in scaled fp8, which is not read. Give a file with fp16 or plain fp8 weights, "
-            f"{WITHOUT_T5}."
+            f"{path.name} holds T5-XXL in scaled fp8 or otherwise quantised, which is not read. Give a file with "
+            f"fp16 or plain fp8 weights, {WITHOUT_T5}."
         )
     with torch.device("meta"):  # drawing 5 billion numbers to overwrite would take minutes
         encoder = T5EncoderModel(T5Config.from_pretrained(config))
@@ -237,8 +239,10 @@ def tokenizers_from(chosen: str | None, defaults: list[Path | None], base: str, 
 
 
 def _t5_tokenizer(folders: list[Path], base: str) -> T5TokenizerFast:
-    """T5's tokenizer from the first of these folders that has one in tokenizer_3/, else from the hub or its cache."""
+    """T5's tokenizer from the first of these folders that has one in tokenizer_3/, else from a ComfyUI on this machine,
+    the hub or its cache."""
     folder = next((f / "tokenizer_3" for f in folders if (f / "tokenizer_3").is_dir()), None)
+    folder = folder or next((words for host in hosts() if (words := host / COMFYUI_T5).is_dir()), None)
     try:
         if folder:
             return T5TokenizerFast.from_pretrained(folder)

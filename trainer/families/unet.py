@@ -16,7 +16,7 @@ from ...samplers import VPSchedule
 from . import prediction as predictions
 from .base import Base, BaseFacts, Condition, side_multiple
 from .clip import clip_tokenizers
-from .loading import check_weights, is_hub_id
+from .loading import check_weights, is_hub_id, is_single_file
 from .unet_loading import TextEncoder, find_folder, find_in_file, folder_parts, single_file_parts, weights_of
 
 # PCM's published targets (the set of LCM-LoRA): 278 modules on SD1.5, 788 on SDXL.
@@ -78,7 +78,7 @@ class UNetBase(Base):
         in_turn: network and text encoders are on the device in turn, and wait on the CPU.
         Raises FileNotFoundError or ValueError, naming what was looked for and what to do.
         """
-        if path.endswith(".safetensors"):
+        if is_single_file(path):
             contents = single_file_parts(cls, Path(path), config, parts, tokenizer, dtype)
         else:
             contents = folder_parts(cls, path, tokenizer, dtype)
@@ -117,7 +117,7 @@ class UNetBase(Base):
         null: str | None = None,
     ) -> BaseFacts:
         mark = None
-        if path.endswith(".safetensors"):
+        if is_single_file(path):
             places = find_in_file(cls, Path(path), config, parts, download=False)
             if places.other or not parts:  # else its tokenizers come from the hub, with the rest of `parts`
                 clip_tokenizers(tokenizer, [places.other, places.configs], path)

@@ -147,6 +147,8 @@ def _file_encoder(path: Path, names: dict, encoder: TextEncoder, configs: Path) 
         model = encoder.kind(CLIPTextConfig.from_pretrained(configs / encoder.component))
     weights = loading.read_tensors(path, names, encoder.prefix)
     if encoder.open_clip:
+        if (projection := weights.pop("text_projection.weight", None)) is not None:  # as a linear layer has it
+            weights["text_projection"] = projection.T
         with loading.naming(path.name, loading.GET_IT):
             weights = convert_open_clip_checkpoint(model, weights, prefix="")
     return loading.fill(model, weights, path, encoder.title)

@@ -7,10 +7,11 @@ import platform
 import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from .comfyui import hosts
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate"),
@@ -38,7 +39,7 @@ def examine() -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / GIB, 1),
             "bf16": torch.cuda.is_bf16_supported(),
         }
-    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    host = next(iter(hosts()), None)
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("phased-consistency", *REQUIRED)},
@@ -46,7 +47,7 @@ def examine() -> dict[str, Any]:
         "device": device,
         "free_disk_gib": round(shutil.disk_usage(".").free / GIB, 1),
         "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on",
-        "comfyui": str(host) if (host / "main.py").is_file() else None,
+        "comfyui": str(host) if host else None,
         "missing": [name for name in REQUIRED if _version(name) is None],
     }
 

@@ -10,7 +10,9 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError
 from transformers import CLIPTextModelWithProjection
 
-from phased_consistency.trainer.families import load_base, loading
+from phased_consistency.samplers import VPSchedule
+from phased_consistency.trainer.families import load_base, loading, look_at_base
+from phased_consistency.trainer.families.prediction import found_in_scheduler
 from support.bases import make_sdxl_folder
 from support.runs import TINY
 
@@ -29,11 +31,11 @@ def folder(made, tmp_path):
     return shutil.copytree(made.folder, tmp_path / "folder")
 
 
-def in_fp16(folder):
-    """Rename every component's weights to their fp16 variant, as fp16-only bases have them."""
+def in_variant(folder, variant):
+    """Rename every component's weights to a variant of theirs, as fp16-only bases have them."""
     for part in WEIGHED:
         (file,) = (folder / part).glob("*.safetensors")
-        file.rename(file.with_suffix(".fp16.safetensors"))
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
     return folder
 
 
@@ -76,8 +78,9 @@ def test_weights_are_loaded_in_the_wanted_precision(made, monkeypatch, part, kin
     assert torch.bfloat16 in keywords.values(), "not in fp32 first, which takes twice the memory"
 
 
-def test_weights_in_fp16_alone_are_read(made, folder):
-    base, expected = load_base(str(in_fp16(folder))), load_base(str(made.folder))
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_weights_in_one_variant_alone_are_read(made, folder, variant):
+    base, expected = load_base(str(in_variant(folder, variant))), load_base(str(made.folder))
     modules = zip(
         (base.network, base.vae, *base.text_encoders),
         (expected.network, expected.vae, *expected.text_encoders),
@@ -96,14 +99,48 @@ def test_variants_beside_the_plain_weights_are_not_part_of_the_base(made, folder
     assert loading.folder_hash(folder, WEIGHED) == before
 
 
-@pytest.mark.parametrize("only_fp16", [False, True])
-def test_the_hub_is_asked_for_fp16_where_there_is_no_other(folder, tmp_path, hub, only_fp16):
-    if only_fp16:
-        in_fp16(folder)
+@pytest.mark.parametrize(("variant", "number"), [(None, 1), ("fp16", 2), ("bf16", 3)])
+def test_the_hub_is_asked_for_a_variant_where_there_is_no_other(folder, tmp_path, hub, variant, number):
+    if variant:
+        in_variant(folder, variant)
     requests = hub(folder, tmp_path / "cache")
     root = loading.diffusers_folder("owner/name", (*WEIGHED, "scheduler"), "SDXL")
-    assert len(requests) == 1 + only_fp16
+    assert len(requests) == number
     assert all(loading.weight_files(root / part) for part in WEIGHED)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("a.fp16.safetensors", "a.bf16.safetensors"), ["a.fp16.safetensors"]),
+        (("a.fp16-00001-of-00002.safetensors", "a.fp16-00002-of-00002.safetensors", "a.bf16.safetensors"), None),
+        (("a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "a.fp32.safetensors"), None),
+        (("a.other.safetensors", "a.non_ema.safetensors"), ["a.other.safetensors"]),
+    ],
+)
+def test_weights_of_one_variant_are_taken_together(tmp_path, names, chosen):
+    for name in names:
+        (tmp_path / name).touch()
+    assert [file.name for file in loading.weight_files(tmp_path)] == (chosen or list(names[:2]))
+
+
+def test_a_quantised_folder_is_refused_before_it_is_loaded(folder):
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    path.write_text(json.dumps(config))
+    for read in (load_base, look_at_base):
+        with pytest.raises(
+            ValueError, match=r"unet holds quantised weights \(bitsandbytes\), .*Give the checkpoint in"
+        ):
+            read(str(folder))
+
+
+def test_whole_numbers_of_a_scheduler_may_be_floats(tmp_path):
+    path = tmp_path / "scheduler_config.json"
+    config = json.loads((loading.CONFIGS / "sdxl" / "scheduler" / path.name).read_text())
+    path.write_text(json.dumps(config | {"num_train_timesteps": 1000.0}))
+    betas, _ = found_in_scheduler(path)
+    assert VPSchedule.from_betas(**betas).network_time(torch.tensor([1000])) == 999
 
 
 def test_a_gated_repository_says_how_to_get_in(monkeypatch):
@@ -135,8 +172,8 @@ def test_weights_of_another_kind_are_named(folder):
 
 
 def test_a_file_of_another_kind_is_named(tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="model.ckpt is a file of a kind that is not read. Convert it to a .safetens"):
+    (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"model.ckpt is a zip archive or .*Set base.path to a .safe"):
         load_base(str(tmp_path / "model.ckpt"))
 
 

@@ -187,6 +187,7 @@ def test_the_large_variant_is_known_by_its_norms(shared, tmp_path):
 
 def test_a_missing_t5_tokenizer_says_where_to_find_one(shared, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     path, parts, configs = shared
     bare = tmp_path / "configs"

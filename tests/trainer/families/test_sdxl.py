@@ -170,6 +170,15 @@ def test_scaled_weights_are_refused(made, checkpoint, tmp_path, scale):
         load(tmp_path / "scaled.safetensors", made)
 
 
+def test_the_projection_may_be_a_linear_layers(made, checkpoint, base, tmp_path):
+    """`text_projection.weight`, (out, in), in place of OpenCLIP's transposed `text_projection`."""
+    tensors, name = load_file(checkpoint), "conditioner.embedders.1.model.text_projection"
+    tensors[f"{name}.weight"] = tensors.pop(name).T.contiguous()
+    save_file(tensors, tmp_path / "linear.safetensors")
+    linear = load(tmp_path / "linear.safetensors", made)
+    assert torch.equal(linear.encode_prompts(PROMPTS)["pooled"], base.encode_prompts(PROMPTS)["pooled"])
+
+
 def test_parts_supply_what_a_file_lacks(made, without, base):
     partly = load(without("conditioner."), made, parts=str(made.folder), tokenizer=None)
     assert torch.equal(partly.encode_prompts(PROMPTS)["hidden"], base.encode_prompts(PROMPTS)["hidden"])

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 from host.tiny import make_unet
 from phased_consistency.trainer.data import cache
 from phased_consistency.trainer.families import load_base
+from phased_consistency.trainer.families.detection import family_of
 from phased_consistency.trainer.families.sd15 import SD15
 from support.bases import clip_config, make_vae, save_without
 from support.full_size import full_size_sd15
@@ -118,6 +119,7 @@ def test_parts_that_cannot_supply_it_are_refused(without, configs, tmp_path):
 
 def test_a_missing_tokenizer_says_where_to_put_one(configs, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="small.safetensors brings no CLIP tokenizer") as raised:
         load(checkpoint, configs, tokenizer=None)
@@ -231,6 +233,63 @@ def test_scaled_weights_are_refused(checkpoint, configs, tmp_path, scale):
         ValueError, match=f"scaled.safetensors holds scaled fp8 .*it has {scale}.*Give the checkpoint in"
     ):
         load(tmp_path / "scaled.safetensors", configs)
+
+
+@pytest.mark.parametrize(
+    ("end", "method"),
+    [
+        ("SCB", "bitsandbytes int8"),
+        ("quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
+        ("absmax", "bitsandbytes 4 bits"),
+        ("qweight", "GPTQ or AWQ"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(checkpoint, configs, tmp_path, end, method):
+    beside = f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight.{end}"
+    save_file(load_file(checkpoint) | {beside: torch.ones(1)}, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=rf"holds {method} weights \(it has {beside}\).*Give the checkpoint in fp16"):
+        load(tmp_path / "small.safetensors", configs)
+
+
+def test_integers_without_scales_are_refused(checkpoint, configs, tmp_path):
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    tensors = load_file(checkpoint)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=rf"holds integers for weights \(I8: {name}\)"):
+        load(tmp_path / "small.safetensors", configs)
+
+
+@pytest.mark.parametrize("name", ["small.sft", "SMALL.SAFETENSORS", "small.SFT"])
+def test_other_ends_of_names_are_the_same_file(parts, configs, checkpoint, tmp_path, name):
+    path = shutil.copy(checkpoint, tmp_path / name)
+    assert family_of(str(path)) == "sd15"
+    base = load(path, configs)
+    assert torch.equal(base.network.conv_in.weight, parts.unet.conv_in.weight)
+    assert torch.equal(base.vae.encoder.conv_in.weight, parts.vae.encoder.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("base.gguf", b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised"),
+        ("base.ckpt", b"PK\x03\x04....", "is a zip archive or a file of torch.save"),
+        ("base.safetensors", b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
+        ("base.SFT", b"<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+def test_what_is_no_base_is_called_what_it_is(tmp_path, fails, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    options = ("--prompt", "x", "--out", tmp_path / "x.png")
+    assert f"{name} {message}" in fails(2, "sample", "--base", tmp_path / name, *options)
+
+
+def test_words_come_from_a_comfyui_on_this_machine(checkpoint, configs, tmp_path, monkeypatch):
+    host = tmp_path / "ComfyUI"
+    shutil.copytree(configs / "words", host / "comfy" / "sd1_tokenizer")
+    (host / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(host))
+    base = load(checkpoint, configs, tokenizer=None)
+    assert base.tokenizers[0].get_vocab() == load(checkpoint, configs).tokenizers[0].get_vocab()
 
 
 def test_a_vae_under_the_other_prefix_is_found(checkpoint, configs, parts, tmp_path):

@@ -141,6 +141,7 @@ def test_what_once_passed_the_dry_run_alone(preset, switches, sentence, files, t
 def test_a_single_file_without_a_tokenizer(tmp_path, monkeypatch):
     """Seen in its header, before gigabytes of it are read."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     block = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
     tensors = {block: torch.zeros(8, 768), "first_stage_model.one": torch.zeros(1)}
     tensors["cond_stage_model.transformer.one"] = torch.zeros(1)

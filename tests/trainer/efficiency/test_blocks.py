@@ -7,12 +7,13 @@ from phased_consistency.trainer.efficiency import blocks
 from phased_consistency.trainer.efficiency.blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.adapter import Adapter, Whole
+from support.runs import speck
 
 TICKS = torch.tensor([400, 900])
 
 
-def adapted(path="tiny-sd15"):
-    base = load_base(path)
+def adapted(family="sd15"):
+    base = load_base(speck(family).name)
     adapter = Adapter(base.network, base.lora_targets, rank=2, alpha=1.0, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -40,9 +41,9 @@ def step(base, adapter):
     return [teacher, student.detach(), *(p.grad.clone() for p in adapter.parameters())]
 
 
-@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
-def test_nothing_changes_to_the_bit(path):
-    base, adapter = adapted(path)
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_nothing_changes_to_the_bit(family):
+    base, adapter = adapted(family)
     plain = step(base, adapter)
     offload = Offload(base.network, base.device)
     recompute(adapter)
@@ -50,9 +51,9 @@ def test_nothing_changes_to_the_bit(path):
     assert offload.copies > 0
 
 
-@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sd3"])
-def test_some_blocks_computed_again_change_no_bit(path):
-    base, adapter = adapted(path)
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_some_blocks_computed_again_change_no_bit(family):
+    base, adapter = adapted(family)
     plain = step(base, adapter)
     recompute(adapter, list(blocks_of(base.network))[::2])
     assert all(a.equal(b) for a, b in zip(plain, step(base, adapter), strict=True))
@@ -136,11 +137,11 @@ def test_a_network_that_is_trained_whole_is_computed_again_too():
     assert all(a.equal(b) for a, b in zip(plain, gradients(), strict=True))
 
 
-@pytest.mark.parametrize(("path", "offloaded"), [("tiny-sd15", False), ("tiny-sd3", True)])
-def test_steps_after_the_first_compile_nothing(path, offloaded):
+@pytest.mark.parametrize(("family", "offloaded"), [("sd15", False), ("sd3", True)])
+def test_steps_after_the_first_compile_nothing(family, offloaded):
     """With the adapter on and off, with and without gradients."""
     torch._dynamo.reset()
-    base, adapter = adapted(path)
+    base, adapter = adapted(family)
     plain = step(base, adapter)
     adapter.switch_by_number()
     assert compile_blocks(base.network, backend="eager") == len(blocks_of(base.network))
@@ -154,11 +155,11 @@ def test_steps_after_the_first_compile_nothing(path, offloaded):
         step(base, adapter)
 
 
-@pytest.mark.parametrize("path", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 @torch.no_grad()
-def test_a_number_that_is_zero_leaves_the_bare_base(path):
+def test_a_number_that_is_zero_leaves_the_bare_base(family):
     """To the bit, at a size that leaves no map of one pixel, whose strides are anyone's guess."""
-    base, adapter = adapted(path)
+    base, adapter = adapted(family)
     points = inputs(base, side=64)
     with adapter.off():
         bare = base.denoise(*points)

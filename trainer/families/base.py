@@ -131,6 +131,11 @@ class Base(ABC):
         return self.turns or self.network.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in, by its first weight: its own `dtype` goes through all of its modules."""
+        return next(self.network.parameters()).dtype
+
+    @property
     def untrained(self) -> bool:
         """Whether its weights are random."""
         return False

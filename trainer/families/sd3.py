@@ -217,7 +217,7 @@ class SD3(Base):
         return encoder(ids.to(encoder.device))[0].float()
 
     def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
-        dtype = self.network.dtype
+        dtype = self.dtype
         return self.network(
             x.to(dtype),
             condition["hidden"].to(dtype),

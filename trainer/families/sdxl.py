@@ -58,7 +58,7 @@ class SDXL(UNetBase):
             height, width = (8 * side for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device).expand(len(x), -1)
         # sizes stay in fp32: above 256 bf16 knows even numbers only
-        return {"text_embeds": condition["pooled"].to(self.network.dtype), "time_ids": sizes.float()}
+        return {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": sizes.float()}
 
     @staticmethod
     def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict:

@@ -144,7 +144,7 @@ class UNetBase(Base):
         predictions.check(self, x0, condition)
 
     def _denoise(self, x: Tensor, tick: Tensor, condition: Condition) -> Tensor:
-        dtype = self.network.dtype
+        dtype = self.dtype
         target_time = condition.get("target_time")
         return self.network(
             x.to(dtype),

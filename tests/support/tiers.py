@@ -43,7 +43,7 @@ COSTLY = {
     f"{PACKAGE}.trainer.efficiency.blocks.check_compiler": "compiles",
     "_pytest.pytester.pytester": "runs tests of its own",
     "support.full_size.planned": "plans a run of full size",
-    "support.full_size.full_size_sd15": "trains a base of full size",
+    "support.full_size.whole_sd15": "trains a base with as many layers as SD1.5",
     f"{PACKAGE}.trainer.studies.editing.Gallery": "draws a study",
 }
 MEASURING = "validation__every"  # the setting by which a run evaluates itself, again and again, beside its training

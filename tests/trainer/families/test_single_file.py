@@ -1,4 +1,4 @@
-"""Checkpoints as shared on Civitai, in one file under the original names: small models, and a whole SD1.5."""
+"""Checkpoints as shared on Civitai, in one file under the original names: small models, and every layer of SD1.5."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from host.tiny import make_unet
 from phased_consistency.trainer.data import cache
@@ -17,7 +17,7 @@ from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.detection import family_of
 from phased_consistency.trainer.families.sd15 import SD15
 from support.bases import clip_config, make_vae, save_without
-from support.full_size import full_size_sd15
+from support.full_size import whole_sd15
 from support.ldm_checkpoint import save_single_file
 from support.runs import TINY, other_precision, settings
 
@@ -310,23 +310,26 @@ def test_a_file_cut_short_is_refused(checkpoint, configs, tmp_path):
         load(tmp_path / "cut.safetensors", configs)
 
 
-@pytest.fixture
-def full_checkpoint(tmp_path):
-    """A whole SD1.5 in one fp16 file, 2 GB; deleted afterwards."""
-    path = full_size_sd15(tmp_path / "full.safetensors")
-    yield path
-    path.unlink()
+def test_the_shipped_configs_are_the_real_sd15():
+    """Parameters of its networks."""
+    read = lambda part: json.loads((SD15.configs / part / "config.json").read_text())  # noqa: E731
+    with torch.device("meta"):
+        modules = {
+            "unet": UNet2DConditionModel.from_config(read("unet")),
+            "vae": AutoencoderKL.from_config(read("vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**read("text_encoder"))),
+        }
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in modules.items()}
+    assert counts == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 
 
-def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_base, tmp_path, pcm, monkeypatch):
+def test_a_whole_sd15_is_trained_and_its_lora_fits(tiny_base, tmp_path, pcm, monkeypatch):
     """An update on 64-pixel latents in bf16; then all of PCM's 278 modules match."""
     monkeypatch.setattr(cache, "TRIAL_STEPS", 1)  # of what it predicts, of which random weights tell nothing
-    tokenizer = tmp_path / "words"
+    tokenizer, configs = tmp_path / "words", tmp_path / "configs"
     tiny_base.tokenizers[0].save_pretrained(tokenizer)
-    shutil.copytree(SD15.configs, tmp_path / "configs")
-    unet = tmp_path / "configs" / "unet" / "config.json"
-    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": 8}))  # what self-test and check look at
-    base = {"base__path": full_checkpoint, "base__tokenizer": tokenizer, "base__config": tmp_path / "configs"}
+    checkpoint = whole_sd15(tmp_path / "whole.safetensors", configs)
+    base = {"base__path": checkpoint, "base__tokenizer": tokenizer, "base__config": configs}
     size = {
         "data__resolution": 64,
         "data__count": 1,
@@ -340,7 +343,7 @@ def test_a_full_size_sd15_is_trained_and_its_lora_fits(full_checkpoint, tiny_bas
     assert "on 278 modules" in run.err and "0 keys unmatched of 278 modules" in run.err
 
     lora = tmp_path / "run" / "pcm-lora.safetensors"
-    options = ("--base", full_checkpoint, "--tokenizer", tokenizer, "--config", tmp_path / "configs")
+    options = ("--base", checkpoint, "--tokenizer", tokenizer, "--config", configs)
     check = pcm("check", lora, *options)
     assert check.code == 0, check.err
     assert check.out.startswith("OK: 0 keys unmatched of 278 modules, 0 not loaded by diffusers")

@@ -215,8 +215,21 @@ def test_a_damaged_lora_is_named_and_left_out(folder):
     assert "mine-best.safetensors is left out: " in words and "mine.safetensors 4 " in words
 
 
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The curves of the same lines are drawn once: they are most of what a page takes."""
+    drawn = {}
+
+    def once(*lines):
+        if (key := repr(lines)) not in drawn:
+            drawn[key] = curves(*lines)
+        return drawn[key]
+
+    monkeypatch.setattr("phased_consistency.trainer.reporting.page.curves", once)
+
+
 @pytest.mark.parametrize("part", range(3))
-def test_a_log_of_another_version_or_damaged_gets_a_sentence(part, folder):
+def test_a_log_of_another_version_or_damaged_gets_a_sentence(part, folder, drawn_once):
     """Whatever is missing or of another type: a page or a sentence, and no file but the folder's own is read."""
     lines, refused = [json.loads(text) for text in (folder / LOG).read_text().splitlines()], 0
     one_of_each = {line["kind"]: at for at, line in enumerate(lines)}

@@ -241,16 +241,8 @@ def _measure(
 ) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
     inputs = _inputs(family, folder, dtype, resolution)
-    with torch.device("meta"):
-        network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
-
-    # the frozen network is counted before the adapter is in it
-    network.requires_grad_(False)
-    parameters = sum(p.numel() for p in network.parameters())
-    blocks = _frozen_blocks(network)
-    with torch.device("meta"):
-        trained = learner(network, family, rank, rank, seed=0)
-
+    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank)
+    activations, pass_bytes = _student(family, folder, dtype, resolution, rank)
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
     vae, text, decoding = _encoders(family, folder, t5, resolution)
@@ -259,14 +251,37 @@ def _measure(
         blocks=blocks,
         learnt=sum(p.numel() for p in trained.parameters()),
         modules=0 if family.whole else len(trained.layers),
-        activations=kept_activations(network, lambda: network(**inputs)),
-        pass_bytes=most_bytes(network, lambda: network(**inputs)),
+        activations=activations,
+        pass_bytes=pass_bytes,
         features=features,
         heads=sum(p.numel() for p in heads),
         vae=vae,
         text=text,
         decoding=decoding,
     )
+
+
+@lru_cache(maxsize=2)
+def _adapted(
+    family: type[Base], folder: Path, dtype: str, rank: int
+) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
+    """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
+    with torch.device("meta"):
+        network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
+    network.requires_grad_(False)
+    parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
+    with torch.device("meta"):
+        return network, parameters, blocks, learner(network, family, rank, rank, seed=0)
+
+
+@lru_cache(maxsize=8)
+def _student(family: type[Base], folder: Path, dtype: str, resolution: int, rank: int) -> tuple[Activations, int]:
+    """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
+    with a discriminator and without."""
+    network, *_ = _adapted(family, folder, dtype, rank)
+    inputs = _inputs(family, folder, dtype, resolution)
+    run = lambda: network(**inputs)  # noqa: E731
+    return kept_activations(network, run), most_bytes(network, run)
 
 
 def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:

@@ -128,12 +128,17 @@ class Base(ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.turns or self.network.device
+        return self.turns or self._first_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in, by its first weight: its own `dtype` goes through all of its modules."""
-        return next(self.network.parameters()).dtype
+        """What the network computes in."""
+        return self._first_weight.dtype
+
+    @property
+    def _first_weight(self) -> nn.Parameter:
+        """It tells of all: diffusers' own `device` and `dtype` go through every module of the network each time."""
+        return next(self.network.parameters())
 
     @property
     def untrained(self) -> bool:

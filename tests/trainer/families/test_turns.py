@@ -17,6 +17,9 @@ class Place:
     def to(self, device):
         self.device, self.moves = torch.device(device), self.moves + 1
 
+    def parameters(self):
+        yield self
+
 
 @pytest.fixture
 def base(monkeypatch):

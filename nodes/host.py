@@ -46,14 +46,17 @@ def warned(sentences: Iterable[str]) -> list[str]:
     return [WARNING + sentence for sentence in sentences]
 
 
-def show(node: type[io.ComfyNode], lines: list[str], later: dict[str, list[str]] | None = None) -> dict[str, tuple]:
+def show(
+    node: type[io.ComfyNode], lines: list[str], later: list[tuple[str, list[str]]] | None = None
+) -> dict[str, tuple]:
     """Write lines on a node as it stands in the graph, those of `warned` first; the result is for the node's `ui`.
 
     A node of ordinary size shows two lines of about 40 characters: the most important first, and short. Every line is a
     sentence, since some frontends run them together.
 
-    later: the id of a prompt -> warnings that are known only when its samplers run, after the node has been executed.
-    The host keeps this very dictionary in its cache and its history, so what is put in later is there too.
+    later: pairs of a prompt's id and warnings that are known only when its samplers run, after the node has been
+    executed. The host keeps this very list in its cache and its history, so what is put in later is there too. It is no
+    dictionary, since the host counts each of those among a node's results as a file that the prompt has made.
     """
     text = "\n".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
     # To the browser that has queued the graph alone: in another one this id may be another node's.

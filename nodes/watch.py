@@ -36,14 +36,14 @@ class Watch:
     stands.
 
     node: the loader, as it was executed. recipe: its LoRA's. report: lines that the loader has in any case.
-    misfits: what it has said, by the id of the prompt: the `later` of `host.show`.
+    misfits: pairs of a prompt's id and what was said of it: the `later` of `host.show`.
     """
 
     def __init__(self, node: type[io.ComfyNode], recipe: Recipe, report: list[str]):
         self.node = node
         self.recipe = recipe
         self.report = report
-        self.misfits: dict[str, list[str]] = {}
+        self.misfits: list[tuple[str, list[str]]] = []
 
     def put_on(self, model: Any) -> None:
         """Watch a clone of a host MODEL, in place of another watch that may be on it.
@@ -93,15 +93,15 @@ class Watch:
     def _of_prompt(self, prompt_id: str) -> list[str]:
         """The misfits of one queued graph, which may run the model several times: a later run must not take back what
         was said of an earlier one, and the next graph begins anew."""
-        if prompt_id not in self.misfits:
+        lines = dict(self.misfits).get(prompt_id)
+        if lines is None:
             # Of earlier graphs only those with misfits are kept, for the history, and not without end.
-            with_misfits = [key for key, lines in self.misfits.items() if lines][-MOST_PROMPTS:]
-            # Under the lock by which the host copies its history, in another thread: a dictionary must not change then.
+            with_misfits = [pair for pair in self.misfits if pair[1]][-MOST_PROMPTS:]
+            lines = []
+            # Under the lock by which the host copies its history, in another thread.
             with PromptServer.instance.prompt_queue.mutex:
-                for key in self.misfits.keys() - set(with_misfits):
-                    del self.misfits[key]
-                self.misfits[prompt_id] = []
-        return self.misfits[prompt_id]
+                self.misfits[:] = [*with_misfits, (prompt_id, lines)]
+        return lines
 
 
 def is_judged(sampler: Any) -> bool:

@@ -86,7 +86,7 @@ function restore() {
 // The text among a node's outputs, after the warnings of samplers that ran its model: those of this prompt, else, since
 // nothing has run for a result from the cache, the last ones.
 function textOf(output, prompt) {
-  const later = (output?.warnings ?? []).flatMap((runs) => runs[prompt] ?? Object.values(runs).at(-1) ?? []);
+  const later = (output?.warnings ?? []).flatMap((runs) => new Map(runs).get(prompt) ?? runs.at(-1)?.[1] ?? []);
   const lines = [...later.map((line) => WARNING + line), ...(output?.text ?? []).join("\n").split("\n")];
   return [...new Set(lines)].join("\n");
 }

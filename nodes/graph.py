@@ -12,7 +12,7 @@ from comfy.comfy_types import IO
 from server import PromptServer
 
 from .host import core
-from .loras_in_graph import few_step_loras
+from .loras_in_graph import few_step_checkpoints, few_step_loras
 
 Graph = dict[str, dict[str, Any]]  # as it was queued: node id -> entry
 # inputs of core's text encoding nodes, and of loaders that encode prompts themselves
@@ -77,13 +77,15 @@ def has_links(entry: dict[str, Any]) -> bool:
     return any(isinstance(value, list) for value in entry["inputs"].values())
 
 
-def is_bare(path: list[dict[str, Any]]) -> bool:
-    """Whether a `model_path` shows that no few-step LoRA is on the model, unless one is merged in.
+def is_bare(path: list[dict[str, Any]], family: str | None) -> bool:
+    """Whether a `model_path` shows that no few-step LoRA is on a model of this family, unless one is merged in that its
+    file does not tell of.
 
     It has to begin at a loader, and to have nodes of the host and this pack alone: the inputs of other packs'
     nodes do not tell what these do.
     """
-    return bool(path) and not has_links(path[-1]) and all(map(_is_known, path)) and not few_step_loras(path, False)
+    is_whole = bool(path) and not has_links(path[-1]) and all(map(_is_known, path))
+    return is_whole and not few_step_loras(path, certain=False) and not few_step_checkpoints(path, family)
 
 
 def _is_known(entry: dict[str, Any]) -> bool:

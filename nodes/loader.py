@@ -81,7 +81,8 @@ class PCMLoadLora(io.ComfyNode):
             patched, refused = lora_patches.apply(header, matched, model, strength)
             patched = lora_on_model.carrying(patched, used, header.path.name)
 
-        fast_already = doubled(model_path(cls.hidden.prompt, cls.hidden.unique_id))
+        path = model_path(cls.hidden.prompt, cls.hidden.unique_id)
+        fast_already = doubled(path, lora_on_model.model_family(model))
         lines = warned(refused) + lora_report.report(header, matched, used, strength, model, patched, fast_already)
         settled = recipe_in_file is not None or recipe != "auto"
         if not settled:

@@ -20,7 +20,8 @@ CONFIGS = {
     "sd3": comfy.supported_models.SD3,
 }
 LEVELS = ("even", "lcm")  # of a recipe by hand: evenly spaced, or those of LCM and TCD
-LOADED = "pcm_lora"  # attachment of a patched model: the name of the few-step LoRA that it has
+LOADED = "pcm_lora"  # attachment of a model: the name of the file that makes it a few-step one, or `BY_NODE`
+BY_NODE = "PCM Recipe"  # by its widgets: the model is made for few steps, and by no file that is known
 CARRIED = "pcm_recipe"  # attachment: how it is to be sampled
 OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence where the model has another
     "epsilon": "Made for models that predict noise, not this kind: load another checkpoint.",
@@ -119,9 +120,13 @@ def recipe_for(model: Any, recipe: Recipe | None) -> Recipe:
     return on_schedule_of(model, recipe)
 
 
-def carrying(model: Any, recipe: Recipe, name: str) -> Any:
-    """A host MODEL, already a clone, with a recipe to be sampled by and its shift. name: of the file that it is of."""
-    model.set_attachments(LOADED, name)
+def carrying(model: Any, recipe: Recipe, name: str | None) -> Any:
+    """A host MODEL, already a clone, with a recipe to be sampled by and its shift.
+
+    name: of the file that the recipe is of, or `BY_NODE`; None where it is not known whether the model is fast.
+    """
+    if name:
+        model.set_attachments(LOADED, name)
     model.set_attachments(CARRIED, recipe)
     set_shift(model, recipe.shift)
     return model

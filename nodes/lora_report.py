@@ -11,10 +11,11 @@ from ..samplers.lora_modules import SCALED
 from ..samplers.phases import count_steps
 from ..samplers.recipe import FAMILIES, SOURCES
 from .host import warned
-from .lora_on_model import LOADED, model_family, model_title, sampling_fault, shift_of
+from .lora_on_model import BY_NODE, LOADED, model_family, model_title, sampling_fault, shift_of
 from .lora_patches import LoraMatch
 from .loras_in_graph import TWICE
 
+FAST_BY_NODE = "PCM Recipe says that this model is made for few steps: remove that node, or this one."
 OFF = "Strength 0: the LoRA is off, and the model is as it came."
 # Shares of a recipe's strength that people take on purpose, beside other LoRAs or on merged models.
 USUAL = (0.7, 1.1)
@@ -88,7 +89,8 @@ def _problems(
 ) -> list[str]:
     """Faults of a LoRA on this model at this strength, a sentence each that says what to do."""
     loaded = model.get_attachment(LOADED)
-    lines = [*([TWICE.format(loaded)] if loaded else []), *fast_already][:1]
+    twice = FAST_BY_NODE if loaded == BY_NODE else TWICE.format(loaded)
+    lines = [*([twice] if loaded else []), *fast_already][:1]
     lines += filter(None, [sampling_fault(model, recipe)])
     share = strength / recipe.strength
     if recipe.source != "settings" and not USUAL[0] <= share <= USUAL[1]:

@@ -9,7 +9,7 @@ from typing import Any
 import folder_paths
 
 from ..samplers import Recipe, recipe_for_file
-from ..samplers.known_files import is_few_step_name, recipe_for_checkpoint
+from ..samplers.known_files import few_step_source, recipe_for_checkpoint
 from ..samplers.lora_file import read_header
 
 IN_TEXT = re.compile(r"<lora:([^:>]+)(?::([-+.\d]*))?")  # as A1111 has it, and nodes that read its prompts
@@ -20,14 +20,25 @@ COUNTS = ("lora_count", "num_loras")  # of the slots of a stacker that are in us
 CHECKPOINTS = ("ckpt_name", "unet_name", "base_model_name")  # inputs of loaders
 CHECKPOINT_FOLDERS = ("checkpoints", "diffusion_models")
 TWICE = "{} is loaded too, and both speed the model up: remove one."
-FAST_ALREADY = "{} is a few-step model by its name: take a plain one, or no LoRA."
+FAST_ALREADY = "{} is a few-step model by its {}: take a plain one, or no LoRA."
+TELLS = {"header": "header", "known title": "title"}  # source of a recipe -> what of a file tells it; else its name
 
 
-def doubled(path: list[dict[str, Any]]) -> list[str]:
-    """Sentences on what speeds the model of a `graph.model_path` up already."""
+def doubled(path: list[dict[str, Any]], family: str | None) -> list[str]:
+    """Sentences on what speeds a model of this family up already, by its `graph.model_path`, the last first."""
     loras = dict.fromkeys(few_step_loras(path))  # a node may have one in its prompt and in what came of its wildcards
-    fast = filter(is_few_step_name, checkpoints(path))
-    return [*(TWICE.format(name) for name in loras), *(FAST_ALREADY.format(name) for name in fast)]
+    fast = few_step_checkpoints(path, family)
+    return [
+        *(TWICE.format(name) for name in loras),
+        *(FAST_ALREADY.format(name, TELLS.get(source, "name")) for name, source in fast.items()),
+    ]
+
+
+def few_step_checkpoints(path: list[dict[str, Any]], family: str | None) -> dict[str, str]:
+    """The files of models of this family on a `graph.model_path` that are made for few steps, and what tells so, a key
+    of `recipe.SOURCES`."""
+    sources = {name: few_step_source(name, _metadata(name), family) for name in checkpoints(path)}
+    return {name: source for name, source in sources.items() if source}
 
 
 def checkpoints(path: list[dict[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from . import inputs
 from .graph import model_path
 from .host import RecipeType, menu_of, show, speaking, warned
 from .lora_on_model import (
+    BY_NODE,
     LOADED,
     carrying,
     known_family,
@@ -67,17 +68,18 @@ class PCMRecipe(io.ComfyNode):
         family = known_family(model)
         path = model_path(cls.hidden.prompt, cls.hidden.unique_id)
         shown = shown_recipe(path, family) if recipe == "auto" else None
+        settled = shown is not None or recipe != "auto"
+        file = None
         if shown:
-            name, used = shown
+            file, used = shown
         elif recipe in METHOD_FILES:
-            name, used = model_title(model), recipe_for_method(recipe, family, widgets["phases"])
+            used = recipe_for_method(recipe, family, widgets["phases"])
         else:
-            name, used = model_title(model), recipe_from_widgets(model, **widgets)
+            used = recipe_from_widgets(model, **widgets)
         used = on_schedule_if_set(model, as_predicted(used, model))
 
-        patched = carrying(model.clone(), used, name)
-        lines = report(used, name, model, patched, doubled(path))
-        settled = shown is not None or recipe != "auto"
+        patched = carrying(model.clone(), used, (file or BY_NODE) if settled else None)
+        lines = report(used, file or model_title(model), model, patched, doubled(path, family))
         if not settled:
             lines += warned(["Nothing is known of this model: choose its method in recipe, or widgets for your own."])
         watch = Watch(cls, used, lines)
@@ -95,10 +97,10 @@ def as_predicted(recipe: Recipe, model: Any) -> Recipe:
 def report(recipe: Recipe, name: str, model: Any, patched: Any, fast: list[str]) -> list[str]:
     """Lines for the node: faults, then how to sample the model, and where the recipe comes from.
 
-    name: of the file that the recipe is of. model, patched: the host MODEL before and after. fast: a sentence for each
-    thing in the graph that speeds the model up, of which one is what the recipe is for.
+    name: of the file that the recipe is of, or the model's. model, patched: the host MODEL before and after. fast: a
+    sentence for each thing in the graph that speeds the model up, of which the first is what the recipe is for.
     """
-    faults = fast[:1] if len(fast) > 1 else []
+    faults = fast[1:2]
     if loaded := model.get_attachment(LOADED):
         faults.append(f"{loaded} is on this model and has a recipe of its own: remove this node.")
     if fault := sampling_fault(model, recipe):

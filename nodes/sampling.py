@@ -158,19 +158,19 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     node_id = node.hidden.unique_id
     path = model_path(graph, node_id)
     loaded = model.get_attachment(LOADED)
-    ours = [i for i, entry in enumerate(path) if entry["class_type"] in ("PCMLoadLora", "PCMRecipe")]
+    kinds = [entry["class_type"] for entry in path]
+    ours = [i for i, kind in enumerate(kinds) if kind in ("PCMLoadLora", "PCMRecipe")]
 
     warnings = []
     # The path has the last node first: LoRAs before Load PCM LoRA are behind it here, and it says so itself. What
     # PCM Recipe finds there, it goes by.
     if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
         warnings.append(TWICE.format(others[0]))
-    if not loaded and is_bare(path):
-        warnings.append(
-            f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}."
-            if ours
-            else "No few-step LoRA on this model: connect that of Load PCM LoRA, unless one is merged in."
-        )
+    if not loaded and is_bare(path, model_family(model)):
+        if "PCMLoadLora" in kinds:
+            warnings.append(f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}.")
+        elif "PCMRecipe" not in kinds:  # which says itself that nothing is known of the model
+            warnings.append("No few-step LoRA on this model: connect that of Load PCM LoRA, unless one is merged in.")
     unguided = cfg == 1 and schedule_in(model) is None and not guides_at_one(model)
     if unguided and not recipe.negative_prompts and has_negative_words(graph, node_id):
         warnings.append("CFG 1 does not use the negative prompt: clear it, or take a LoRA made for CFG.")

@@ -47,17 +47,25 @@ METHOD_FILES = {
     "Turbo": ("sdxl turbo",),
 }
 MOST_STEPS = 16  # that a file of these is made for
+# Words that may follow a method's in a checkpoint's name and say how it was saved, not what it draws.
+SAVED = r"(?:(?:baked)?vae|baked|merged?|unet|inpaint(?:ing)?|pruned|non?|(?:non?)?ema(?:only)?|only|mini|cfg)"
+SHORT = r"(?<![a-z]){}(?=(?:vae)?(?:v?\d|[^a-z]|$))"  # a method's letters, which are parts of other words, too
+# A word in common use, as in "hyper realistic" and "flash photography": it tells the method before "sd", and where
+# nothing but `PLAIN` and `SAVED` words follows.
+COMMON = rf"(?<![a-z]){{}}(?: ?sd(?:xl|v?\d+)?\b|(?:{PLAIN}|{SAVED})?(?: (?:{PLAIN}|{SAVED}))*$)"
 # Methods by the words of merged and distilled checkpoints, such as dreamshaperXL_lightningDPMSDE and DreamShaper_8_LCM.
-# The shorter words are parts of other words, too.
 METHOD_WORDS = {
-    "Lightning": r"lightning",
+    "Lightning": r"lightning(?! ?(?:bolt|storm|strik))",
     "Turbo": r"turbo",
     "DMD2": r"dmd ?2",
-    "LCM": r"(?<![a-z])lcm(?![a-z])",
-    "TCD": r"(?<![a-z])tcd(?![a-z])",
-    "Hyper-SD": r"(?<![a-z])hyper(?: ?sd)?(?![a-z])",
-    "Flash Diffusion": r"(?<![a-z])flash(?: ?sd)?(?![a-z])",
+    "LCM": SHORT.format("lcm"),
+    "TCD": SHORT.format("tcd"),
+    "Hyper-SD": COMMON.format("hyper"),
+    "Flash Diffusion": COMMON.format("flash"),
 }
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})")  # between words: HyperVAE, XLHyper
+# Methods of which there are models whose recipe is not known here, SD-Turbo and SD3.5 Large Turbo -> their families.
+WITHOUT_RECIPE = {"Turbo": ("sd2", "sd3")}
 
 # Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), 999 759 499 259 (LCM, TCD).
 TRAILING = {"points": 1000, "sampling_points": 1000, "sampling_from_noise": True}
@@ -192,7 +200,7 @@ def recipe_for_file(
     """
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY])
-    if recipe := _recipe_for_words(_words(name), family, certain):
+    if recipe := _recipe_for_words(_plain(_name(name)), family, certain):
         return recipe
     recipes = (_recipe_for_words(_plain(metadata.get(key, "")), family, certain=True) for key in TITLES)
     recipe = next(filter(None, recipes), None)
@@ -256,30 +264,44 @@ def recipe_for_checkpoint(name: str, metadata: dict[str, str], family: str) -> R
     """
     if recipe := recipe_for_file(name, metadata, family):
         return recipe
-    words = _words(name)
-    method = next((method for method, pattern in METHOD_WORDS.items() if re.search(pattern, words)), None)
+    method, steps = _method_in(name)
     if method is None:
         return None
-    number = re.search(r"\b(\d+) ?steps?\b", words)
-    wanted = int(number[1]) if number else 4
-    counts = sorted(range(1, MOST_STEPS + 1), key=lambda n: (abs(n - wanted), n))
+    counts = sorted(range(1, MOST_STEPS + 1), key=lambda n: (abs(n - steps), n))
     recipe = next(filter(None, (_of_method(method, family, n) for n in counts)), None)
     return recipe and replace(recipe, source="method in a name")
 
 
-def is_few_step_name(name: str) -> bool:
-    """Whether a checkpoint's name tells that it is made for few steps."""
-    return any(re.search(pattern, _words(name)) for pattern in METHOD_WORDS.values())
+def few_step_source(name: str, metadata: dict[str, str], family: str | None) -> str | None:
+    """What tells that a whole model is made for few steps, a key of `recipe.SOURCES`; None for a plain one.
+
+    As `recipe_for_checkpoint`; and a model of which no more than the method is known is no plain one.
+    """
+    if HEADER_KEY in metadata:  # whether or not it can be read
+        return "header"
+    if recipe := recipe_for_checkpoint(name, metadata, family):
+        return recipe.source
+    method, _ = _method_in(name)
+    return "method in a name" if family in WITHOUT_RECIPE.get(method, ()) else None
 
 
-def _words(name: str) -> str:
-    """The words of a file's name, or of its folder's where a library has named it."""
-    path = PurePath(name.replace("\\", "/"))
-    name = path.stem
+def _method_in(checkpoint: str) -> tuple[str | None, int]:
+    """The method that a checkpoint's name tells, a key of `METHOD_WORDS`, and the steps, 4 where it does not."""
+    words = _plain(HUMP.sub(" ", _name(checkpoint)))
+    number = re.search(r"(?<!\d)(\d+) ?steps?\b", words)
+    method = next((method for method, pattern in METHOD_WORDS.items() if re.search(pattern, words)), None)
+    return method, int(number[1]) if number else 4
+
+
+def _name(file: str) -> str:
+    """The name of a file without its folder and ending, or that of its folder where a library has named the file."""
+    path = PurePath(file.replace("\\", "/"))
     folder = path.parent
-    if name.lower() in UNNAMED:  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
-        name = folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
-    return _plain(name)
+    if path.stem.lower() not in UNNAMED:
+        return path.stem
+    if folder.parent.name == "snapshots":  # the cache has models--OWNER--REPOSITORY/snapshots/COMMIT/FILE
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
 
 
 def _plain(name: str) -> str:

@@ -182,10 +182,22 @@ def fast_checkpoint() -> Made:
 
 def unknown_checkpoint() -> Made:
     graph, links = loaded()
-    widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
-    node = graph.add("PCMRecipe", model=links["base"], **widgets)
+    node = _recipe(graph, links, "auto")
     sample(graph, links | {"model": out(node), "recipe": out(node, 1)}, steps=1)
     return graph, node
+
+
+def behind_recipe() -> Made:
+    graph, links = loaded()
+    loader = links["model"][0]
+    graph[loader]["inputs"]["model"] = out(_recipe(graph, links, "LCM"))
+    sample(graph, links, steps=1)
+    return graph, loader
+
+
+def _recipe(graph: Graph, links: dict[str, list], recipe: str) -> str:
+    widgets = {"phases": 4, "mode": "deterministic", "cfg": 1.0}
+    return graph.add("PCMRecipe", model=links["base"], recipe=recipe, **widgets)
 
 
 def bare_model() -> Made:

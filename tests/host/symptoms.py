@@ -19,6 +19,7 @@ from host.mistakes import (
     another_family,
     another_prediction,
     bare_model,
+    behind_recipe,
     by_ksampler,
     by_loader,
     by_parts,
@@ -219,6 +220,12 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "tiny_LCM.safetensors is a few-step model by its name: take a plain one, or no LoRA.",
             "a plain checkpoint; or PCM Recipe and no LoRA",
             fast_checkpoint,
+        ),
+        Mistake(
+            "a few-step LoRA on a model whose method is chosen in PCM Recipe",
+            "PCM Recipe says that this model is made for few steps: remove that node, or this one.",
+            "one of the two",
+            behind_recipe,
         ),
     ),
     "negative prompt ignored": (

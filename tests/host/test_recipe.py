@@ -112,7 +112,8 @@ def test_a_method_that_there_is_not(server, widgets, message):
 def test_what_speeds_the_model_up_twice_is_told(server):
     graph, links = with_recipe("DreamShaper_7_LCM", lora="kohya")
     run, _ = server.latents(graph, sample(graph, links))
-    assert run.warnings("2") == ["kohya.safetensors is loaded too, and both speed the model up: remove one."]
+    warning = "{} is a few-step model by its name: take a plain one, or no LoRA."
+    assert run.warnings("2") == [warning.format("DreamShaper_7_LCM.safetensors")], "not the one that the recipe is of"
     assert run.text("2").splitlines()[2] == "kohya.safetensors: PCM, by the file's header."
 
 
@@ -130,6 +131,38 @@ def test_two_recipes_on_one_model(server):
     assert server.latents(other, sampled)[0].warnings(loader) == [
         "DreamShaper_7_LCM.safetensors is loaded too, and both speed the model up: remove one."
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "warnings"),
+    [
+        ("auto", []),  # nothing is known of the model, least of all that it is fast
+        ("LCM", ["PCM Recipe says that this model is made for few steps: remove that node, or this one."]),
+    ],
+)
+def test_a_lora_on_a_model_whose_recipe_is_of_no_file(server, recipe, warnings):
+    graph, links = with_recipe(recipe=recipe)
+    loader = graph.add("PCMLoadLora", model=links["model"], lora="kohya.safetensors", strength=1.0, **WIDGETS)
+    nodes = [sample(graph, links), sample(graph, links | {"model": out(loader), "recipe": out(loader, 1)})]
+    run, _ = server.latents(graph, *nodes)
+    assert run.warnings(loader) == warnings
+    assert [run.warnings(node) for node in nodes] == [[], []], "the loader and PCM Recipe have said it"
+
+
+def test_two_recipes_of_no_file(server):
+    graph, links = with_recipe(recipe="LCM")
+    second = graph.add("PCMRecipe", **WIDGETS | {"model": links["model"], "recipe": "LCM"})
+    run, _ = server.latents(graph, sample(graph, links | {"model": out(second), "recipe": out(second, 1)}))
+    assert run.warnings(second) == ["PCM Recipe is on this model and has a recipe of its own: remove this node."]
+
+
+@pytest.mark.parametrize("name", [*BY_NAME, "merged"])
+def test_a_few_step_checkpoint_with_its_recipe_beside_it_is_no_bare_model(server, name):
+    """PCM Recipe's second output goes to Sample PCM, and the model straight from the checkpoint."""
+    graph, links = with_recipe(name)
+    sampled = sample(graph, links | {"model": links["base"]})
+    run, _ = server.latents(graph, sampled)
+    assert run.warnings(sampled) == []
 
 
 SHOWN = {  # a node without a recipe -> a node that its result goes to

@@ -8,7 +8,7 @@ import pytest
 from phased_consistency.samplers import Recipe, recipe_for_file
 from phased_consistency.samplers.known_files import (
     METHOD_FILES,
-    is_few_step_name,
+    few_step_source,
     recipe_for_checkpoint,
     recipe_for_method,
 )
@@ -340,17 +340,47 @@ def test_a_method_that_there_is_not_names_those_that_there_are():
         ("DreamShaper_8_LCM.safetensors", "sd15", "lcm", 4),
         ("Hyper-SDXL-1step-Unet.safetensors", "sdxl", "hyper", 1),
         ("SDXL_Flash.safetensors", "sdxl", "flash", 4),
+        ("sdxl-flash-mini.safetensors", "sdxl", "flash", 4),
+        ("photo-Hyper-SD-8steps-merge.safetensors", "sd15", "hyper", 8),
+        # words that run on
+        ("realisticVisionV60B1_v51HyperVAE.safetensors", "sd15", "hyper", 4),
+        ("realisticVision_hyper-inpainting.safetensors", "sd15", "hyper", 4),
+        ("dreamshaperXLHyper8Steps.safetensors", "sdxl", "hyper", 8),
+        ("photonLCM_v10.safetensors", "sd15", "lcm", 4),
+        ("photon_LCMv2.safetensors", "sd15", "lcm", 4),
+        ("epicTCDVae.safetensors", "sd15", "tcd", 4),
+        ("juggernautXL_juggXILightningByRD.safetensors", "sdxl", "lightning", 4),
     ],
 )
 def test_a_merged_or_distilled_checkpoint_is_known_by_its_name(name, family, objective, steps):
     recipe = recipe_for_checkpoint(name, {}, family)
     assert (recipe.objective, recipe.steps, recipe.family) == (objective, steps, family)
-    assert is_few_step_name(name)
+    assert few_step_source(name, {}, family) == recipe.source
 
 
-@pytest.mark.parametrize("name", ["hyperrealism_v3", "dreamshaper_8", "flashback_v1", "v1-5-pruned-emaonly", "tcdiff"])
-def test_a_plain_checkpoint_is_not_taken_for_one(name):
-    assert recipe_for_checkpoint(f"{name}.safetensors", {}, "sd15") is None and not is_few_step_name(f"{name}.ckpt")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hyperrealism_v3", "dreamshaper_8", "flashback_v1", "v1-5-pruned-emaonly", "tcdiff", "TCDiff", "LCManga"),
+        # the words of `test_unknown_files_have_no_recipe`, and others of the kind
+        *("hyper_realistic_sdxl", "flash_photography_sdxl", "lightning_strikes_sdxl", "lightningStrike_xl"),
+        *("hyper_realistic_v3", "Hyper-Realism_V3", "hyperRealism_v10", "hyper3d_style", "ultra hyper detailed"),
+        *("flash_photography_xl", "Flash Gordon", "cameraFlashLook", "flash 80s"),
+    ],
+)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_plain_checkpoint_is_not_taken_for_one(name, family):
+    assert recipe_for_checkpoint(f"{name}.safetensors", {}, family) is None
+    assert few_step_source(f"{name}.ckpt", {}, family) is None
+
+
+def test_what_tells_that_a_checkpoint_is_made_for_few_steps():
+    assert few_step_source("mine.safetensors", {HEADER_KEY: "unreadable"}, "sd15") == "header"
+    assert few_step_source("mine.safetensors", {"modelspec.title": "sd_xl_turbo_1.0"}, "sdxl") == "known title"
+    assert few_step_source("dmd2_sdxl_4step_unet.safetensors", {}, "sdxl") == "known file"
+    for name, family in (("sd_turbo", "sd2"), ("sd3.5_large_turbo", "sd3")):
+        assert few_step_source(f"{name}.safetensors", {}, family) == "method in a name", "though no recipe is known"
+    assert few_step_source("lightningMix_sd15.safetensors", {}, "sd15") is None, "there is none for SD1.5"
 
 
 def test_a_checkpoints_header_wins_over_its_name():

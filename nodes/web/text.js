@@ -1,42 +1,51 @@
 // Nodes say what they do while they run (`show` in nodes/host.py), and the frontend writes it on them. It forgets it when a
 // graph is drawn anew: after a change of tab, in a subgraph, after the page is loaded again. It writes on whatever tab is
-// open. And a result from the host's cache says nothing. Here the last text of each of our nodes is kept as long as the
-// browser's tab is, and written where it belongs.
+// open. And a result from the host's cache says nothing. Here the last text of each of our nodes is kept as long as its
+// tab is, and written where it belongs.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-const KEY = "phased-consistency"; // in the browser's session
-const MOST = 500; // texts that are kept
+const KEY = "phased-consistency.tabs"; // in the browser's session
+const MOST = 1000; // tabs, and prompts of a tab, that are kept
 const WARNING = "⚠ "; // as in nodes/host.py
 const PREVIEW = "$$node-text-preview"; // the frontend's widget
-const texts = new Map(); // graph and node, "GRAPH NODE" -> what the node said last
-const graphs = new WeakMap(); // workflow -> its graph's name here
-const workflows = new Map(); // prompt -> the workflow that it was queued from
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is drawn anew; for a moment, of any
+
+// A tab is { path, id, said, prompts }: where its workflow is kept and its graph's id; node -> [type, what it said last];
+// prompt that has not ended -> its nodes of ours, node -> type. "5:3" is node 3 in the subgraph that is node 5.
+const tabs = new Map(); // workflow that is open -> its tab
+let others = []; // tabs that are not open: closed, or not opened since the page was loaded again
 let running = null; // the prompt that the host is at
+let loads = 0; // of graphs, that have not ended: the graph that is there may not be the active tab's
+let queueing = Promise.resolve(); // until the host has answered all that was queued
 
 const root = () => app.rootGraph ?? app.graph; // older frontends have the latter
-const open = () => app.extensionManager?.workflow?.activeWorkflow ?? app;
+const nodeAt = (id) => id.split(":").reduce((at, number) => (at?.subgraph ?? at)?.getNodeById?.(number), root());
+const activeTab = () => tabs.get(app.extensionManager?.workflow.activeWorkflow);
+const isOpen = (tab) => !loads && tab === activeTab();
+const tabOf = (prompt) => [...tabs.values(), ...others].find((tab) => prompt in tab.prompts);
+const isOf = (tab, id) => tab.id === id || [tab.id, id].includes(NO_ID);
+const forget = (tab) => Object.assign(tab, { said: {}, prompts: {} });
 
-// The graph of a workflow that is or was open, by where it is kept and its id: two tabs may hold one graph, and the name
-// of an unsaved one is given again. Where it has been saved under another name since, its texts go with it.
-function graphOf(workflow) {
-  if (workflow !== open()) return graphs.get(workflow);
-  const graph = [workflow.path, root()?.id].join();
-  const before = graphs.get(workflow);
-  if (before !== undefined && before !== graph)
-    for (const [key, text] of [...texts])
-      if (key.startsWith(`${before} `)) {
-        texts.delete(key);
-        texts.set(graph + key.slice(before.length), text);
-      }
-  graphs.set(workflow, graph);
-  return graph;
+// Tabs are closed, saved under other names, and given other graphs.
+function follow() {
+  const { activeWorkflow, openWorkflows } = app.extensionManager?.workflow ?? { openWorkflows: [] };
+  const open = new Set([activeWorkflow, ...openWorkflows]);
+  for (const [workflow, tab] of tabs)
+    if (!open.has(workflow)) {
+      others.push(Object.assign(tab, { path: null, said: {} })); // it may still have something queued
+      tabs.delete(workflow);
+    }
+  for (const workflow of open) {
+    if (!workflow?.activeState) continue; // it has not been opened since the page was loaded
+    const { path } = workflow;
+    const { id } = workflow.activeState;
+    const tab = tabs.get(workflow) ?? others.find((each) => each.path === path && isOf(each, id)) ?? forget({ id });
+    if (!isOf(tab, id)) forget(tab);
+    tabs.set(workflow, Object.assign(tab, { path, id }));
+    others = others.filter((each) => each !== tab);
+  }
 }
-
-// "5:3" is node 3 in the subgraph that is node 5
-const nodeAt = (id) =>
-  `${id}`.split(":").reduce((at, number) => (at?.subgraph ?? at)?.getNodeById?.(number), root());
-const isOurs = (node) => node?.type?.startsWith("PCM");
 
 // Write on a node as the frontend itself does. `again` tells it from what the host sends.
 const write = (nodeId, text) => api.dispatchCustomEvent("progress_text", { nodeId, text, again: true });
@@ -49,27 +58,24 @@ function erase(node) {
 }
 
 function writeAll() {
-  const graph = graphOf(open());
-  for (const [key, text] of [...texts]) {
-    const id = key.slice(graph.length + 1);
-    if (!key.startsWith(`${graph} `)) continue;
+  if (loads) return;
+  follow();
+  for (const [id, [type, text]] of Object.entries(activeTab()?.said ?? {})) {
     const node = nodeAt(id);
     // Of the graph that is shown, which may be a subgraph; older frontends cannot write there.
-    if (isOurs(node) && node.graph === app.canvas.graph && (app.rootGraph || !id.includes(":"))) write(id, text);
+    const isShown = node?.graph === app.canvas.graph && (app.rootGraph || !id.includes(":"));
+    if (isShown && node.type === type) write(id, text);
   }
 }
 
-function keep(workflow, id, text) {
-  const key = `${graphOf(workflow)} ${id}`;
-  texts.delete(key); // so that the latest is the last
-  texts.set(key, text);
-  for (const oldest of [...texts.keys()].slice(0, -MOST)) texts.delete(oldest);
+function keep(tab, id, type, text) {
+  tab.said[id] = [type, text];
   store();
 }
 
 function store() {
   try {
-    sessionStorage.setItem(KEY, JSON.stringify([...texts]));
+    sessionStorage.setItem(KEY, JSON.stringify([...tabs.values(), ...others].slice(0, MOST)));
   } catch (error) {
     console.warn("phased-consistency: what nodes say is not kept for when the page is loaded again.", error);
   }
@@ -77,10 +83,21 @@ function store() {
 
 function restore() {
   try {
-    for (const [key, text] of JSON.parse(sessionStorage.getItem(KEY) ?? "[]")) texts.set(key, text);
+    others = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
   } catch (error) {
     console.warn("phased-consistency: what nodes said before cannot be read.", error);
   }
+}
+
+// Note that the active tab has queued a graph, { output }, and the prompt's id once the host has answered.
+async function note({ output }, answer) {
+  follow();
+  const tab = activeTab();
+  const types = Object.entries(output).map(([id, node]) => [id, node.class_type]);
+  const { prompt_id } = await answer;
+  tab.prompts[prompt_id] = Object.fromEntries(types.filter(([, type]) => type?.startsWith("PCM")));
+  for (const oldest of Object.keys(tab.prompts).slice(0, -MOST)) delete tab.prompts[oldest];
+  store();
 }
 
 // The text among a node's outputs, after the warnings of samplers that ran its model: those of this prompt, else, since
@@ -91,35 +108,47 @@ function textOf(output, prompt) {
   return [...new Set(lines)].join("\n");
 }
 
-api.addEventListener("execution_start", ({ detail }) => {
-  running = detail.prompt_id;
-});
-
-api.addEventListener("progress_text", ({ detail: { nodeId, text, again } }) => {
-  if (again) return;
-  const workflow = workflows.get(running) ?? open();
-  if (workflow === open()) {
-    if (isOurs(nodeAt(nodeId))) keep(workflow, nodeId, text);
-    return;
-  }
-  // Of a tab that is not open: the frontend has written it on the node with this id that is.
-  keep(workflow, nodeId, text);
-  queueMicrotask(() => {
-    erase(nodeAt(nodeId));
-    writeAll();
+// Deal with the host's news of what tabs here have queued, after the frontend has. They may come before its answer with
+// the prompt's id; and other browsers' come here, too.
+function onNews(event, deal) {
+  api.addEventListener(event, async ({ detail }) => {
+    const prompt = detail.prompt_id ?? running;
+    await (tabOf(prompt) ? null : queueing);
+    follow();
+    const tab = tabOf(prompt);
+    if (tab && !detail.again) deal(tab, prompt, detail);
   });
+}
+
+// The first is not heard where the page is loaded again during a run.
+for (const event of ["execution_start", "progress_state"])
+  api.addEventListener(event, ({ detail }) => void (running = detail.prompt_id));
+
+onNews("progress_text", (tab, prompt, { nodeId, text }) => {
+  const type = tab.prompts[prompt][nodeId];
+  if (type) keep(tab, nodeId, type, text);
+  if (isOpen(tab)) return;
+  erase(nodeAt(nodeId)); // on which the frontend has written what another tab's node says
+  writeAll();
 });
 
-api.addEventListener("executed", ({ detail }) => {
+onNews("executed", (tab, prompt, detail) => {
   const id = `${detail.display_node ?? detail.node}`;
-  const workflow = workflows.get(detail.prompt_id) ?? open();
-  const text = textOf(detail.output, detail.prompt_id);
-  const isOpen = workflow === open();
-  // Other packs' nodes have a text among their outputs, too; in a tab that is not open ours cannot be told from them, and
-  // are when it is.
-  if (!text || (isOpen && !isOurs(nodeAt(id))) || texts.get(`${graphOf(workflow)} ${id}`) === text) return;
-  keep(workflow, id, text);
-  if (isOpen) write(id, text);
+  const type = tab.prompts[prompt][id];
+  const text = textOf(detail.output, prompt);
+  if (!type || !text || tab.said[id]?.[1] === text) return;
+  keep(tab, id, type, text);
+  if (isOpen(tab)) write(id, text);
+});
+
+for (const event of ["execution_success", "execution_error", "execution_interrupted"])
+  onNews(event, (tab, prompt) => {
+    delete tab.prompts[prompt];
+    store();
+  });
+
+api.addEventListener("graphCleared", () => {
+  if (activeTab() && !root().nodes.length) forget(activeTab()); // else a subgraph alone was cleared
 });
 
 app.registerExtension({
@@ -127,18 +156,26 @@ app.registerExtension({
   setup() {
     restore();
     const queuePrompt = api.queuePrompt;
-    api.queuePrompt = async function (...given) {
-      const workflow = open();
-      graphOf(workflow); // its name, which is not known any more once another tab is open
-      const answer = await queuePrompt.apply(this, given);
-      if (answer?.prompt_id) workflows.set(answer.prompt_id, workflow);
+    api.queuePrompt = function (...given) {
+      const answer = queuePrompt.apply(this, given);
+      queueing = Promise.allSettled([queueing, note(given[1], answer)]);
       return answer;
+    };
+    const loadGraphData = app.loadGraphData;
+    app.loadGraphData = async function (...given) {
+      follow(); // before a workflow that was closed is open again
+      loads += 1;
+      try {
+        return await loadGraphData.apply(this, given);
+      } finally {
+        loads -= 1;
+        requestAnimationFrame(writeAll);
+      }
     };
     app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => requestAnimationFrame(writeAll));
     addEventListener("pagehide", () => {
-      graphOf(open());
+      follow();
       store();
     });
   },
-  afterConfigureGraph: () => void requestAnimationFrame(writeAll),
 });

@@ -48,6 +48,26 @@ window.tests = {
     app.canvas.draw(true, true); // at once: a click finds nodes where they were drawn last
   },
 
+  // Queue the open graph, with this prompt's id in place of the host's answer, once what is to come before has.
+  async queue(prompt, before = () => {}) {
+    const { fetchApi } = app.api;
+    app.api.fetchApi = async function (path, ...rest) {
+      if (path !== "/prompt") return fetchApi.call(this, path, ...rest);
+      await before();
+      return new Response(JSON.stringify({ prompt_id: prompt, node_errors: {} }));
+    };
+    await app.queuePrompt(0);
+    app.api.fetchApi = fetchApi;
+  },
+
+  // News of the host, [event, detail], with time for the page to deal with each.
+  async tell(...news) {
+    for (const [event, detail] of news) {
+      app.api.dispatchCustomEvent(event, detail);
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+  },
+
   // What nodes show at every news of a run, after the page has dealt with it.
   moments: [],
   record() {

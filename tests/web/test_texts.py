@@ -90,6 +90,118 @@ def test_a_tab_that_is_not_open_hears_its_own_nodes(burnt):
     assert burnt.said("PCMSample").startswith(NOT_20)
 
 
+START, SAYS, OTHERS, END = (
+    ["execution_start", {"prompt_id": "mine"}],
+    ["progress_text", {"nodeId": "2", "text": "said"}],
+    ["progress_text", {"nodeId": "1", "text": "not ours"}],
+    ["execution_success", {"prompt_id": "mine"}],
+)
+FOREIGN = ["progress_text", {"nodeId": "2", "text": "width: 64, of anybody's graph"}]
+
+
+@pytest.fixture
+def quiet(frontend, request) -> Frontend:
+    """The page with a graph that other tabs have, too, whose loader is node 2, and nothing said yet; the tests take the
+    host's part."""
+    frontend.load(graph_of_loader(), request.node.originalname)
+    assert frontend.texts() == {}
+    return frontend
+
+
+def graph_of_loader() -> dict[str, Any]:
+    """The demo's graph, with its loader as node 2."""
+    graph = json.loads(DEMO.read_text(encoding="utf-8"))
+    assert next(node["id"] for node in graph["nodes"] if node["type"] == "PCMLoadLora") == 2
+    return graph
+
+
+def tell(page: Frontend, *news: list) -> None:
+    page.page.evaluate("news => tests.tell(...news)", news)
+
+
+def redrawn(page: Frontend) -> dict[str, str]:
+    """What the open tab's nodes show after another one was open."""
+    tab = page.tab()
+    page.load_prompt(by_ksampler("euler")[0])
+    page.open_tab(tab)
+    return page.texts()
+
+
+def test_what_others_say_is_not_kept(quiet):
+    """A text that the host sends to every browser; nodes of other kinds; and the last run of another tab."""
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START, SAYS, OTHERS, END, FOREIGN)
+    assert redrawn(quiet) == {"2": "said"}
+
+
+def test_news_that_come_before_the_hosts_answer_are_kept(quiet):
+    quiet.page.evaluate("news => tests.queue('mine', () => tests.tell(...news))", [START, SAYS, END])
+    assert redrawn(quiet) == {"2": "said"}
+
+
+def test_a_page_that_is_loaded_again_during_a_run_knows_whose_it_is(quiet):
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START)
+    tab = quiet.tab()
+    quiet.load(graph_of_loader(), "beside")
+    quiet.open()
+    quiet.page.wait_for_function("tests.node('PCMLoadLora')")
+    tell(quiet, ["progress_state", {"prompt_id": "mine", "nodes": {}}], SAYS)
+    assert quiet.tab() == "beside" and quiet.texts() == {}
+    quiet.open_tab(tab)
+    assert quiet.texts() == {"2": "said"}
+    quiet.errors[:] = [error for error in quiet.errors if "phased-consistency" in error]
+
+
+def test_a_tab_that_was_closed_takes_its_words_with_it(quiet):
+    """The same graph, opened anew, has its name and its nodes."""
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START, SAYS, END)
+    tab = quiet.tab()
+    quiet.page.evaluate("() => { tests.tab = app.extensionManager.workflow.activeWorkflow; }")
+    quiet.load_prompt(by_ksampler("euler")[0])
+    quiet.page.evaluate("app.extensionManager.workflow.closeWorkflow(tests.tab)")
+    quiet.load(graph_of_loader(), tab)
+    assert quiet.tab() == tab and quiet.texts() == {}
+
+
+def test_a_tab_that_is_saved_under_another_name_keeps_its_words(quiet):
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START)
+    workflows = "app.extensionManager.workflow"
+    quiet.page.evaluate(f"{workflows}.renameWorkflow({workflows}.activeWorkflow, 'workflows/renamed.json')")
+    tell(quiet, SAYS, END)
+    assert redrawn(quiet) == {"2": "said"} and quiet.tab() == "renamed"
+
+
+def test_a_graph_that_was_cleared_has_no_words(quiet):
+    """Whose new nodes have the old ids."""
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START, SAYS)
+    quiet.page.evaluate("() => { app.clean(); app.api.dispatchCustomEvent('graphCleared'); }")
+    add = "(kinds) => kinds.forEach((kind) => app.graph.add(LiteGraph.createNode(kind)))"
+    quiet.page.evaluate(add, ["PCMLoadLora", "PCMLoadLora"])
+    tell(quiet, END)
+    assert redrawn(quiet) == {}
+
+
+def test_a_graph_that_is_loading_gets_the_words_of_its_own_tab(quiet):
+    """While another pack's hook keeps it, the tab before it counts as open."""
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START, SAYS, END)
+    tab = quiet.tab()
+    other = graph_of_loader() | {"id": "11111111-2222-4333-8444-555555555555"}
+    slow = "() => new Promise((resolve) => setTimeout(resolve, tests.slow))"
+    quiet.page.evaluate(
+        f"() => {{ tests.slow = 500; app.registerExtension({{ name: 'slow', afterConfigureGraph: {slow} }}); }}"
+    )
+    quiet.load(other, "slow")
+    assert quiet.tab() == "slow" and quiet.texts() == {}
+    quiet.open_tab(tab)
+    quiet.page.wait_for_function("tests.texts()[2] === 'said'")
+    quiet.page.evaluate("() => { tests.slow = 0; }")
+
+
 def test_it_stands_in_a_subgraph(newer, frontend):
     frontend.load(json.loads(DEMO.read_text(encoding="utf-8")), "inside")
     frontend.set("PCMSample", "cfg", 5)

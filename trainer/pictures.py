@@ -1,25 +1,110 @@
-"""Picture files in and out: the kinds in `KINDS` as tensors in [0, 1], RGB with the transparency kept; grids; PNGs."""
+"""Picture files in and out: kinds in `SUFFIXES` as tensors in [0, 1], RGB with the transparency kept; grids; PNGs."""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from io import SEEK_END, BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from ..samplers.writing import written_whole
 
-# Kinds of files that are read, whatever they are called: others start programs (EPS) or are of no use.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # for training
-KINDS = (*FORMATS, "GIF", "TIFF")  # for editing
+# What picture files are called, and their kind in Pillow. A file of one of these kinds is read whatever it is called;
+# other kinds start programs (EPS) or are of no use.
+SUFFIXES = {
+    ".png": "PNG",
+    ".apng": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".hif": "HEIF",
+}
+# What reads the kinds that not every Pillow does.
+READERS = {"AVIF": "pip install 'pillow>=11.3'", "HEIF": "pip install pillow-heif"}
+# A picture of more pixels is not read: a file of a few kilobytes can hold any number. Pillow's own limit is in the way
+# of large scans, of which it warns.
+MOST_PIXELS = 200_000_000
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+# Texts in a PNG that may say how the picture is to be turned, and the most bytes of one that Pillow takes.
+TURNING, MOST_TEXT = re.compile(rb"Raw profile type exif\0|XML:com\.adobe\.xmp\0"), 1 << 20
+PNG, LONGEST_KEYWORD = b"\x89PNG\r\n\x1a\n", 80
 LABEL_WIDTH, CAPTION_HEIGHT, GAP = 132, 44, 4  # of a grid, in pixels
 COLUMNS = 8  # of a sheet
+
+
+@cache
+def readable_kinds() -> tuple[str, ...]:
+    """The kinds in `SUFFIXES` that can be read here: HEIF where pillow-heif is installed, AVIF by newer Pillows."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    kinds = [kind for kind in dict.fromkeys(SUFFIXES.values()) if kind in Image.OPEN]
+    return tuple(kind for kind in kinds if kind != "AVIF" or features.check("avif"))
+
+
+@contextmanager
+def open_picture(file: Path | BytesIO) -> Iterator[Image.Image]:
+    """A picture file of a kind that is read here, open; not yet turned as its EXIF orientation says.
+
+    Raises ValueError for one of more than `MOST_PIXELS`, and what Pillow raises.
+    """
+    try:
+        with Image.open(_without_texts(file), formats=readable_kinds()) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"more than {MOST_PIXELS // 10**6} million pixels: make it smaller") from error
+
+
+def _without_texts(file: Path | BytesIO) -> Path | BytesIO:
+    """The file, or where it is a PNG with texts a copy without them.
+
+    A workflow in a PNG's text may be longer than Pillow takes, and the pixels are good all the same.
+    """
+    with file.open("rb") if isinstance(file, Path) else BytesIO(file.getbuffer()) as png:
+        if png.read(len(PNG)) != PNG:
+            return file
+        length = png.seek(0, SEEK_END)
+        at, parts, start = len(PNG), [], 0
+        while at + 8 <= length:
+            png.seek(at)
+            head = png.read(8 + LONGEST_KEYWORD)
+            end = at + 12 + int.from_bytes(head[:4], "big")  # four bytes each: length, kind, and a check at the end
+            if head[4:8] in (b"tEXt", b"zTXt", b"iTXt") and not (TURNING.match(head, 8) and end - at <= MOST_TEXT):
+                parts.append((start, at))
+                start = end
+            at = end
+        if not parts:
+            return file
+
+        copy = BytesIO()
+        for begin, stop in [*parts, (start, length)]:
+            png.seek(begin)
+            copy.write(png.read(max(0, stop - begin)))
+        copy.seek(0)
+        return copy
 
 
 class Pictures(NamedTuple):
@@ -118,9 +203,9 @@ def _opened(file: Path) -> Image.Image:
     if not file.is_file():
         raise FileNotFoundError(f"No file at {file}.")
     try:
-        with Image.open(file, formats=KINDS) as image:
+        with open_picture(file) as image:
             return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a picture ({error}). Save it as PNG or JPEG.") from error
 
 

@@ -29,6 +29,11 @@ class StubBase:
             raise ValueError(f"resolution {side} is not a multiple of 8: use {side // 8 * 8} or {side // 8 * 8 + 8}.")
         return 3, side // 8, side // 8
 
+    token_limits = (77,)
+
+    def count_cut(self, prompts):
+        return sum(len(prompt.split()) > 75 for prompt in prompts)
+
     def encode_prompts(self, prompts):
         return {"hidden": torch.tensor([[[float(len(p))]] for p in prompts])}
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.data import shards
-from phased_consistency.trainer.data.folders import find_pictures, load_picture
+from phased_consistency.trainer.data.decoding import load_picture
+from phased_consistency.trainer.data.folders import find_pictures
 from phased_consistency.trainer.data.index import latents_name
 from phased_consistency.trainer.data.reading import content_hash, file_hashes
 from phased_consistency.trainer.data.shards import read_shard

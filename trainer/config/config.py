@@ -33,6 +33,10 @@ MAY_CHANGE = (
     "train.offload",
     "train.shard",
     "train.compile",
+    # places of data, whose contents are compared: the same pictures may be in another folder
+    "data.images",
+    "data.shards",
+    "data.prompts",
 )
 # Settings of `validation` that only say what is measured on the held-out samples; `count` also decides which
 # these are.
@@ -102,6 +106,21 @@ class Config(Section):
     def cache_folder(self) -> Path:
         """The folder of the cached latents and prompts."""
         return Path(self.data.cache) if self.data.cache else self.run_folder / "cache"
+
+    @property
+    def previews(self) -> Path:
+        """The folder of the pictures that the run draws on its way."""
+        return self.run_folder / "previews"
+
+    def picture_of(self, lora: str) -> Path:
+        """The picture beside a LoRA of this name, where other programs look for it."""
+        return self.run_folder / f"{lora}.preview.png"
+
+    @property
+    def places_of_results(self) -> tuple[Path, ...]:
+        """The folders and pictures that the run writes: never its data, even where they lie in `data.images`."""
+        beside = (self.picture_of(self.name), self.picture_of(f"{self.name}-best"))
+        return self.run_folder, self.cache_folder, self.previews, *beside
 
     @property
     def preset(self) -> str | None:

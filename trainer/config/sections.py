@@ -52,13 +52,18 @@ class DataConfig(Section):
 
     images: str | None = Field(
         None,
-        description="folder of pictures with .txt captions beside them or a metadata.jsonl, or digits: drawn ones; "
-        "none, and no shards: prompts only",
+        description="folder of pictures with .txt captions beside them, a metadata.jsonl or metadata.csv, or digits: "
+        "drawn ones; none, and no shards: prompts only",
     )
     shards: tuple[str, ...] = Field(
         (),
         description="webdataset tar files or addresses of pictures with captions, such as set-{0000..0012}.tar, "
         "instead of images",
+    )
+    captions: Literal["first", "drawn", "joined"] = Field(
+        "first",
+        description="of a picture's several captions (lines of its text, or a list): the first, one drawn at each "
+        "visit, or all joined to one",
     )
     prompts: str | None = Field(
         None, description="text file, one prompt a line; default: the list that ships with the pack"

@@ -32,11 +32,13 @@ from .index import count_texts, is_whole, latents_name, pieces_there, texts_of, 
 from .prompts import prompts_of
 from .reading import ahead, stop_or_skip
 from .sources import Source, open_source
-from .store import FORMAT, INDEX, SHARD, TEXTS, LatentCache, prompts_name
+from .store import FORMAT, INDEX, PROMPTS, SHARD, TEXTS, LatentCache, prompts_name, reading
 
 TEACHER = PhaseGrid(points=1000, phases=1)
 # A base's reading is tried on latents made in so many steps, where they have a smaller standard deviation than this.
 TRIAL_STEPS, PLAUSIBLE_STD = 10, 4.0
+# What a file of encodings says of its prompts: how many of them are cut short.
+CUT = "cut"
 # Called with what is cached, how many of it are done, and of how many.
 Progress = Callable[[str, int, int], None]
 
@@ -97,13 +99,13 @@ def build_cache(
 
     # The index numbers the prompts, and the files of their encodings go by these numbers: so it comes before them.
     if rank == 0 and not ((folder / INDEX).is_file() and (folder / TEXTS).is_file()):
-        write_index(folder, buckets, listed=isinstance(data.buckets, tuple))
+        write_index(folder, buckets, listed=isinstance(data.buckets, tuple), choice=data.captions)
     wait()
     _cache_prompts(folder, base, data.batch_size, share, progress)
     wait()
 
     skipped, notes = (source.skipped, source.notes) if source else ((), ())
-    cache = LatentCache(folder, skipped, [*damaged, *notes])
+    cache = LatentCache(folder, skipped, [*damaged, *notes, *_cut_note(folder, base)])
     if not len(cache):
         some = "; ".join(cache.skipped[:10])
         raise ValueError(f"None of {source.name} can be used: {some}.")
@@ -141,7 +143,9 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
     data = config.data
     content = {"format": FORMAT, "base": base.base_hash, "encoders": base.encoder_settings}
     content |= {"size": buckets or data.resolution, "data": identity}
-    if not data.has_pictures:
+    if data.has_pictures:
+        content |= {"captions": data.captions}
+    else:
         content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "null": base.null}
         content |= {"prediction": base.prediction, "schedule": base.schedule_settings}
         content |= {"count": data.count, "batch": data.batch_size, "dtype": config.base.dtype}
@@ -152,7 +156,7 @@ def _check_whole(folder: Path, parts: int, bad: list[str], source: Source | None
     """Raise ValueError for the bad items that kept a piece from being written, and for those of another process."""
     lacking = _lacking(folder, parts)
     if lacking:
-        stop_or_skip(bad, False, f"of {source.name} cannot be used")
+        stop_or_skip(bad, False, f"{len(bad)} of {source.name} cannot be used")
         raise ValueError(
             f"{len(lacking)} of {parts} parts of the cache are not there: another process found pictures that cannot "
             "be used, and its own message names them; or it has written to another disk: data.cache must be shared."
@@ -336,10 +340,25 @@ def _cache_prompts(folder: Path, base: Base, batch: int, share: Share, progress:
         start = number * SHARD
         prompts = list(texts_of(folder, start, min(start + SHARD, total)))
         encodings: list[dict[str, Tensor]] = []
+        cut = base.count_cut(prompts)
         for at in range(0, len(prompts), batch):
             encodings.append(_encode(base, prompts[at : at + batch]))
             progress("prompts", start + min(at + batch, len(prompts)), total)
-        write_tensors(path, {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}, {})
+        write_tensors(path, {k: torch.cat([e[k] for e in encodings]) for k in encodings[0]}, {CUT: str(cut)})
+
+
+def _cut_note(folder: Path, base: Base) -> list[str]:
+    """A sentence on the prompts that the text encoders do not read to their ends, where there are any."""
+    cut = 0
+    for path in folder.glob(PROMPTS):
+        with reading(path):
+            cut += int(read_header(path).metadata[CUT])
+    if not cut:
+        return []
+    return [
+        f"{cut} of the {count_texts(folder) - 1} different captions are longer than the text encoder reads, which is "
+        f"{max(base.token_limits)} tokens with the marks of start and end: the rest of each counts for nothing"
+    ]
 
 
 def _encode(base: Base, prompts: list[str]) -> dict[str, Tensor]:

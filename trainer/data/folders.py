@@ -1,32 +1,25 @@
-"""Folders of pictures: files, captions beside them or in a metadata.jsonl, and a picture as the network sees it."""
+"""Folders of pictures: which files are data, and the captions of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...samplers.texts import brief
-from ..pictures import FORMATS
+from ..tiny.digits import Digit
 from .buckets import Buckets
+from .captions import METADATA, TEXTS, Table, TextFiles, is_table, read_tables, read_text
+from .decoding import load_picture
+from .listing import Listing, is_picture, kinds_sentence, list_files
 from .reading import stop_or_skip
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-METADATA = "metadata.jsonl"
-# EXIF's tag for how a picture is to be turned; from the value 5 on it is turned by a quarter.
-ORIENTATION, QUARTER = 0x0112, 5
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and its caption."""
+    """A picture file and its caption; several captions are a line each."""
 
     path: Path
     caption: str
@@ -40,134 +33,93 @@ class Picture:
         return load_picture(self.path, size)
 
 
-def find_pictures(folder: str, skip_bad: bool) -> tuple[list[Picture], list[str]]:
-    """Pictures below a folder with their captions, and the skipped ones with the reason.
+class Folder(NamedTuple):
+    """A folder's pictures with captions; a line for each that is left out; sentences on what else is there."""
 
-    A caption is in a text file of the picture's name, or in a metadata.jsonl of the picture's folder or one
-    above it: {"file_name": ..., "text": ...} a line, as in Hugging Face's image folders. Raises ValueError
-    for a missing or empty folder, and for missing, empty or double captions unless `skip_bad`.
+    pictures: list[Picture] | list[Digit]
+    skipped: list[str]
+    notes: list[str]
+
+
+def find_pictures(folder: str, skip_bad: bool, apart: Iterable[Path] = ()) -> Folder:
+    """The pictures below a folder with their captions.
+
+    A caption is in a text file of the picture's name (a.txt, a.caption, a.cap, a.png.txt), or in a table in the
+    picture's folder or one above it: metadata.jsonl, {"file_name": ..., "text": ...} a line, or metadata.csv.
+    apart: files and folders that are never data. Raises ValueError for a missing or empty folder, and for missing,
+    empty or double captions and what is no picture unless `skip_bad`.
     """
     root = Path(folder)
+    if root.is_file():
+        raise ValueError(f"{folder} is a file, and data.images is a folder of pictures; a .tar goes into data.shards.")
     if not root.is_dir():
         raise ValueError(f"No folder at {folder}. Set data.images to a folder of pictures with .txt captions.")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)}).")
-    captions, bad = _read_metadata(root, set(files))
-    pictures = []
+    listing = list_files(root, apart)
+    files = [file for file in listing.files if is_picture(file)]
+    texts, table = TextFiles(listing.files), read_tables(listing, files)
+
+    pictures, lacking = [], []
     for file in files:
-        caption, problem = _caption(file, captions.get(file))
-        if caption:
-            pictures.append(Picture(file, caption))
-        else:
-            bad.append(f"{file.relative_to(root)}: {problem}")
-    stop_or_skip(bad, skip_bad, f"of the {len(files)} pictures in {folder} lack a good caption")
+        captions, problem = _captions(file, texts, table)
+        if captions:
+            pictures.append(Picture(file, "\n".join(captions)))
+            continue
+        if not problem and file in table.problems:
+            where, what = table.problems.pop(file)
+            problem = f"{what} in {where}"
+        lacking.append(f"{listing.name(file)}: {problem or f'no caption {file.stem}{TEXTS[0]}'}")
+    lines = table.bad + [f"{where}: {problem}" for where, problem in table.problems.values()]
+
+    others = set(listing.files) - set(files) - texts.used
+    other_kinds = kinds_sentence(file for file in listing.files if file in others and not is_table(file))
+    if not files and not listing.bad:
+        raise ValueError(_no_pictures(folder, listing, other_kinds))
+    count, bad = len(files) + len(listing.bad), [*listing.bad, *lines, *lacking]
+    stop_or_skip(bad, skip_bad, _in_numbers(folder, count, len(lacking), len(listing.bad), len(lines)))
     if not pictures:
         raise ValueError(
-            f"None of the {len(files)} pictures in {folder} has a caption (same name, .txt; or a line in {METADATA})."
+            f"None of the {count} pictures in {folder} has a caption (same name, {', '.join(TEXTS)}; or a line in "
+            f"{' or '.join(METADATA)})." + (f" {other_kinds}." if other_kinds else "")
         )
-    return pictures, bad
+    return Folder(pictures, bad, [other_kinds] if other_kinds else [])
 
 
-def _caption(file: Path, line: str | None) -> tuple[str, str]:
-    """A picture's caption, "" where it has no good one, and what is wrong then; line: its text in a metadata.jsonl."""
-    text = file.with_suffix(".txt")
-    if line is not None:
-        if text.is_file():
-            return "", f"captions in both {text.name} and {METADATA}"
-        return line.strip(), f"empty caption in {METADATA}"
+def _captions(file: Path, texts: TextFiles, table: Table) -> tuple[list[str], str]:
+    """A picture's captions, and what is wrong where there are none; "" where nothing is there that could be one."""
+    beside = texts.beside(file)
+    line = table.captions.get(file)
+    names = [text.name for text in beside] + ([line[1]] if line else [])
+    if len(names) > 1:
+        return [], f"captions in both {names[0]} and {names[1]}"
+    if line:
+        return line[0], ""
+    if not beside:
+        return [], ""
     try:
-        caption = text.read_text(encoding="utf-8-sig").strip()
-    except OSError:
-        return "", f"no caption {text.name}"
-    except UnicodeDecodeError:
-        return "", f"not UTF-8: {text.name}"
-    return (caption, f"empty caption {text.name}") if is_text(caption) else ("", f"not UTF-8: {text.name}")
+        captions = read_text(beside[0].read_bytes())
+    except OSError as error:
+        return [], f"{names[0]} cannot be read ({error.strerror})"
+    if captions is None:
+        return [], f"not UTF-8: {names[0]}"
+    return captions, "" if captions else f"empty caption {names[0]}"
 
 
-def is_text(caption: str) -> bool:
-    """Whether this can be a caption: UTF-16 read as UTF-8 has zeros, and JSON may hold halves of characters."""
-    return "\0" not in caption and not any("\ud800" <= c <= "\udfff" for c in caption)
+def _in_numbers(folder: str, count: int, lacking: int, unusable: int, lines: int) -> str:
+    """How many of a folder's `count` pictures lack a caption, how many are none, and how many lines are wrong."""
+    which = f" of the {count} pictures in {folder}"
+    parts = []
+    if lacking:
+        parts.append(f"{lacking}{which} lack a good caption")
+    if unusable:
+        parts.append(f"{unusable}{'' if parts else which} cannot be used")
+    if lines:
+        place = "" if parts else f" in {folder}"
+        parts.append(f"{lines} line{'s' * (lines > 1)} of metadata{place} {'are' if lines > 1 else 'is'} wrong")
+    return ", ".join(parts)
 
 
-def _read_metadata(root: Path, files: set[Path]) -> tuple[dict[Path, str], list[str]]:
-    """Captions by picture from every metadata.jsonl below a folder, and the lines that are none, with the reason."""
-    captions: dict[Path, str] = {}
-    bad = []
-    for path in sorted(root.rglob(METADATA)):
-        for number, name, text in _lines(path):
-            where = f"{path.relative_to(root)} line {number}"
-            if not (isinstance(name, str) and isinstance(text, str) and is_text(name + text)):
-                bad.append(f'{where}: not {{"file_name": "...", "text": "..."}}')
-            elif (file := path.parent / name) not in files:
-                bad.append(f"{where}: no picture {name}")
-            elif file in captions:
-                bad.append(f"{where}: another caption of {name}")
-            else:
-                captions[file] = text
-    return captions, bad
-
-
-def _lines(path: Path) -> Iterator[tuple[int, object, object]]:
-    """(line number, file_name, text) of a metadata.jsonl; None for what a line lacks."""
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    entry = None
-                entry = entry if isinstance(entry, dict) else {}
-                yield number, entry.get("file_name"), entry.get("text")
-
-
-def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Tensor]:
-    """(pixels, sizes) of a picture, upright, resized to cover its frame (Lanczos), cropped at the centre, on white.
-
-    size: the frame's side, for a square, or the buckets of which the one of nearest aspect ratio is the
-    frame. pixels: (3, H, W) in [-1, 1]. sizes: (6,) original height and width, top and left of the crop (in
-    the resized picture), height and width of the result: SDXL's micro-conditioning (arXiv 2307.01952, Sec.
-    2.2). Raises ValueError when it cannot be read.
-    """
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            image = _in_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # each of Pillow's decoders fails in its own way
-        raise ValueError(f"cannot be read ({brief(error)})") from error
-
-    width, height = image.size
-    frame = size.nearest(width, height) if isinstance(size, Buckets) else (size, size)
-    scale = max(to / side for to, side in zip(frame, image.size, strict=True))
-    covering = [max(to, round(side * scale)) for to, side in zip(frame, image.size, strict=True)]
-    left, top = ((side - to) // 2 for side, to in zip(covering, frame, strict=True))
-
-    # only what stays is resized: a line of pixels that covers the frame would be of any length
-    across, down = width / covering[0], height / covering[1]
-    box = left * across, top * down, min(width, (left + frame[0]) * across), min(height, (top + frame[1]) * down)
-    image = image.resize(frame, Image.Resampling.LANCZOS, box)
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(127.5).sub(1)
-    return pixels, torch.tensor([height, width, top, left, frame[1], frame[0]])
-
-
-def _in_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, on white where it is transparent. Grey of 16 bits keeps its upper 8, as Pillow does
-    it with coloured pictures."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode not in ("RGBA", "LA", "P"):
-        return image.convert("RGB")
-    white = Image.new("RGB", image.size, "white")
-    image = image.convert("RGBA")
-    white.paste(image, mask=image)
-    return white
-
-
-def aspect_of(path: Path) -> float | None:
-    """Width over height of a picture held upright, from the file's header; None where that cannot be read."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= QUARTER
-        return height / width if turned else width / height
-    except Exception:  # as in load_picture, which says so
-        return None
+def _no_pictures(folder: str, listing: Listing, other_kinds: str) -> str:
+    """Why a folder holds no pictures."""
+    sentence = f"{folder} holds no pictures that can be read (.png, .jpg, .webp, .bmp, .gif, .tif, .avif)"
+    hidden = [f"{listing.hidden} are hidden or the system's, which are never data"] if listing.hidden else []
+    return "; ".join([sentence, *hidden, *([other_kinds] if other_kinds else [])]) + "."

@@ -50,9 +50,9 @@ def most_held_out(total: int, wanted: int) -> int:
 def hold_out(prompts: NDArray, buckets: Sequence[NDArray], count: int, seed: int) -> HeldOut:
     """Hold out up to `count` samples, each with all others of its caption, so that training sees neither.
 
-    prompts: (N,) the number of each sample's prompt. buckets: sample numbers by latent shape; none is
-    emptied. A caption that too many samples share is not held out. Where the others give less than half of
-    `count`, single samples make up for it.
+    prompts: (N,) a number for each sample, the same for all that share a caption. buckets: sample numbers by
+    latent shape; none is emptied. A caption that too many samples share is not held out. Where the others give
+    less than half of `count`, single samples make up for it.
     """
     total = len(prompts)
     count = most_held_out(total, count)

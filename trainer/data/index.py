@@ -11,7 +11,15 @@ import torch
 
 from ..system.files import write_tensors
 from .buckets import Buckets, bucket_notes
-from .store import INDEX, LATENTS, PROMPTS, TEXTS, hashes_of, numbers, open_file, reading, strings
+from .captions import chosen
+from .store import INDEX, LATENTS, PROMPTS, SEVERAL, TEXTS, hashes_of, numbers, open_file, reading, strings
+
+# What becomes of several captions, by the setting `data.captions`.
+CHOICES = {
+    "first": "the first is taken; data.captions=drawn draws one at each visit, data.captions=joined takes all as one",
+    "drawn": "one is drawn at each visit",
+    "joined": "all are taken as one",
+}
 
 
 def latents_name(part: int, piece: int, last: bool) -> str:
@@ -39,11 +47,11 @@ def is_whole(pieces: dict[int, bool]) -> bool:
     return bool(last) and all(piece in pieces for piece in range(last[0]))
 
 
-def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
+def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str = "first") -> None:
     """Write the index and the texts of a folder whose latents are all there.
 
-    buckets: the sizes that were used, if any. listed: whether the user named them. Raises ValueError for a
-    listed bucket that no picture went to.
+    buckets: the sizes that were used, if any. listed: whether the user named them. choice: `data.captions`, which
+    of several captions count. Raises ValueError for a listed bucket that no picture went to.
     """
     files = latents_files(folder)
     # shapes and prompts are numbered in the order in which they first come; the empty prompt is number 0
@@ -51,6 +59,8 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
     prompts: dict[str, int] = {"": 0}
     columns: dict[str, list[np.ndarray]] = {"shape": [], "row": [], "prompt": [], "sizes": []}
     counts, skipped, spread = [0], [], False
+    several: dict[int, list[int]] = {}  # by sample, the numbers of the prompts of which one is drawn
+    number = lines = 0
     for name in files:
         with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
@@ -62,10 +72,17 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
             # a file numbers its own shapes, the index those of all
             shape = numbers(file.get_tensor("shape"), len(captions), len(shapes_here))
             shape_numbers = np.array([shapes.setdefault(s, len(shapes)) for s in shapes_here], np.int16)
-            prompt_numbers = (prompts.setdefault(caption, len(prompts)) for caption in captions)
+            prompt_numbers = []
+            for caption in captions:
+                some = [prompts.setdefault(text, len(prompts)) for text in chosen(caption, choice)]
+                prompt_numbers.append(some[0])
+                if len(some) > 1:
+                    several[number] = some
+                number += 1
+                lines += "\n" in caption
             columns["shape"].append(shape_numbers[shape])
             columns["row"].append(_rows(shape))
-            columns["prompt"].append(np.fromiter(prompt_numbers, np.int32, len(captions)))
+            columns["prompt"].append(np.array(prompt_numbers, np.int32))
             columns["sizes"].append(file.get_tensor("sizes").reshape(len(captions), 6))
             spread = spread or any(key.startswith("std") for key in file.keys())  # noqa: SIM118 (no dict)
 
@@ -74,6 +91,11 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool) -> None:
     if listed and len(sizes):
         buckets.check_filled(sizes[:, 1] / sizes[:, 0])
     notes = bucket_notes(sizes) if buckets and len(sizes) else []
+    if lines:
+        notes.append(f"{lines} of the {number} samples have several captions (lines, or a list): {CHOICES[choice]}")
+    if several:
+        places = np.cumsum([0, *map(len, several.values())])
+        table |= zip(SEVERAL, (np.array(list(several)), places, np.concatenate(list(several.values()))), strict=True)
 
     lists = {"files": files, "shapes": list(shapes), "skipped": skipped, "notes": notes}
     facts = {key: json.dumps(value) for key, value in lists.items()} | {"spread": "yes" if spread else "no"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.config import Config
 from ..tiny.bundled import own_prompts
+from .captions import lines_of
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 
@@ -20,13 +21,12 @@ def read_prompts(file: str | None) -> list[str]:
     if not path.is_file():
         raise ValueError(f"No prompt file at {path}. Set data.prompts to a text file with one prompt a line.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"  # told like UTF-16, which can be read as UTF-8 and has zeros
     if "\0" in text:
         raise ValueError(f"{path} is no text in UTF-8. Write a text file with one prompt a line.")
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = [line for line in lines_of(text) if not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts. Write one a line.")
     return prompts

@@ -47,16 +47,19 @@ def file_hashes(files: list[Path], known: Path, workers: int, write: bool = True
     """SHA-256 of each file.
 
     known: the JSON file that remembers them, so that a file of the same path, size and time is not read
-    again. write: whether to bring it up to date. Raises OSError for a file that cannot be read.
+    again. write: whether to bring it up to date. A file that cannot be read has none: "".
     """
     remembered = _remembered(known)
     now, kept = time.time_ns(), {}
 
     def hash_of(file: Path) -> str:
-        path, stat = str(file.resolve()), file.stat()
-        entry = remembered.get(path)
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            entry = [stat.st_size, stat.st_mtime_ns, content_hash(file)]
+        try:
+            path, stat = str(file.resolve()), file.stat()
+            entry = remembered.get(path)
+            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+                entry = [stat.st_size, stat.st_mtime_ns, content_hash(file)]
+        except OSError:  # who reads the file says why
+            return ""
         if now - stat.st_mtime_ns > RACY:
             kept[path] = entry
         return entry[2]
@@ -90,11 +93,9 @@ def content_hash(path: Path) -> str:
 def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
     """Raise ValueError that names the bad items, unless they may be skipped.
 
-    bad: a line for each. what: the rest of the sentence that begins with their number.
+    bad: a line for each. what: the sentence that says how many there are, without its end.
     """
     if bad and not skip_bad:
         more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
         lines = "".join(f"  {line}\n" for line in bad[:10] + more)
-        raise ValueError(
-            f"{len(bad)} {what}:\n{lines}Mend or remove them, or set data.skip_bad=true to leave them out."
-        )
+        raise ValueError(f"{what}:\n{lines}Mend or remove them, or set data.skip_bad=true to leave them out.")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import SEEK_END, BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
@@ -21,10 +22,14 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from ...samplers.texts import printable
+from ..pictures import SUFFIXES
 from .buckets import Buckets
-from .folders import PICTURES, is_text, load_picture
+from .captions import TEXTS, captions_in, read_text, text_in
+from .decoding import load_picture
+from .listing import SYSTEM_FOLDERS
 
-KINDS = tuple(suffix[1:] for suffix in PICTURES)
+PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
+CAPTIONS = (*(suffix[1:] for suffix in TEXTS), "json")
 # Schemes that webdataset opens with a program that gets the address; "pipe" would run the address itself.
 REMOTE = sorted(gopen_schemes.keys() - {"__default__", "pipe"})
 MOST = 1 << 28  # bytes of a file in a shard: compressed, a few kilobytes can hold any number of zeros
@@ -34,6 +39,7 @@ BLOCK = 512  # bytes of tar's blocks; two of zeros end an archive
 PATIENCE = 30  # seconds for a server's answer
 GONE = (404, 410)  # HTTP status of what is not there
 _ENDS = "ends early"
+_NO_CAPTION, _NO_PICTURE = 'no caption (.txt, or "caption" in .json)', "no picture"
 _ADVICE = "Get the shard again; data.skip_bad=true goes on with what was read"
 
 
@@ -128,11 +134,12 @@ def remote_identity(shard: str) -> tuple[str, str]:
 def read_shard(shard: str) -> Iterator[Sample]:
     """The samples of a shard in its order, one in memory at a time.
 
-    Whatever is wrong comes as a sample with a `problem`: one without a picture or a caption, and a last one
-    where the shard is missing or ends early.
+    Whatever is wrong comes as a sample with a `problem`: at the end one for each without a picture or a caption, and
+    a last one where the shard is missing or ends early.
     """
     name = shard_name(shard)
     strange: list[str] = []  # a line for each file that is left out, told at the end
+    halves: dict[str, list[str]] = {}  # the problems of samples without a picture or a caption, also told then
 
     def twice(error: Exception) -> bool:
         strange.append(f"{_words(error).split(': duplicate')[0]} is in it twice: the first is taken")
@@ -150,10 +157,15 @@ def read_shard(shard: str) -> Iterator[Sample]:
     try:
         while isinstance(files := _next(samples), dict):
             count += 1
-            yield _sample(f"{name}/{printable(files['__key__'])}", files)
+            sample = _sample(f"{name}/{printable(files['__key__'])}", files)
+            if sample.problem in (_NO_CAPTION, _NO_PICTURE):
+                halves.setdefault(sample.name, []).append(sample.problem)
+            else:
+                yield sample
     finally:
         failure = stream.close()
 
+    yield from _told_late(name, halves)
     yield from (Sample(name, problem=line) for line in strange)
     # The program that fetched it knows best, then the archive's reader. The last block shows a cut between two files,
     # which neither of them notices.
@@ -164,17 +176,35 @@ def read_shard(shard: str) -> Iterator[Sample]:
         yield Sample(name, problem="holds no pictures")
 
 
+def _told_late(name: str, halves: dict[str, list[str]]) -> Iterator[Sample]:
+    """The samples without a picture or a caption; those that have both, apart from each other, in one sentence."""
+    apart = {key: None for key, problems in halves.items() if {_NO_CAPTION, _NO_PICTURE} <= set(problems)}
+    if apart:
+        keys = ", ".join(key.rpartition("/")[2] for key in islice(apart, 3)) + ", ..." * (len(apart) > 3)
+        yield Sample(
+            name,
+            problem=f"{len(apart)} pictures stand apart from their captions ({keys}): the files of a sample must stand "
+            "together in a tar. Pack it anew, sorted by name (tar --sort=name)",
+        )
+    for key, problems in halves.items():
+        if key not in apart:
+            yield from (Sample(key, problem=problem) for problem in problems)
+
+
 def check_end(shard: str) -> str:
     """The problem of a shard, a file here, whose last block does not end its archive, by reading it; "" for any other.
 
     Of other shards only the ends are read. A cut shard would be cached a second time once it was whole: so it
     is told before anything is cached.
     """
-    with local_path(shard).open("rb") as file:
-        first = file.read(BLOCK)
-        file.seek(-min(BLOCK, file.seek(0, SEEK_END)), SEEK_END)
-        if not _lacks_end(first, file.read()):
-            return ""
+    try:
+        with local_path(shard).open("rb") as file:
+            first = file.read(BLOCK)
+            file.seek(-min(BLOCK, file.seek(0, SEEK_END)), SEEK_END)
+            if not _lacks_end(first, file.read()):
+                return ""
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
     return next((sample.problem for sample in read_shard(shard) if _ENDS in sample.problem), "")
 
 
@@ -214,9 +244,12 @@ def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
     strange: gets a line for one that is too large, and for a picture whose name has a second dot.
     """
     kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), printable(file.name)
-    if kind.endswith(KINDS) and kind not in KINDS:
+    parts = Path(file.name).parts
+    if META.match(file.name) or any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):
+        return False
+    if kind.endswith(tuple(f".{known}" for known in PICTURES)):
         strange.append(f"a second dot in the name {name}, which webdataset takes for the kind .{kind}: rename it")
-    if kind not in (*KINDS, "txt", "json") or META.match(file.name):
+    if kind not in (*PICTURES, *CAPTIONS):
         return False
     if file.size > MOST:
         strange.append(f"{name} has {file.size} bytes: at most {MOST} are read")
@@ -225,20 +258,28 @@ def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
 
 def _sample(name: str, files: dict) -> Sample:
     """A sample of these files (kind -> bytes), or one with the problem that they have."""
-    kinds = [kind for kind in KINDS if kind in files]
-    if len(kinds) != 1:
-        return Sample(name, problem=f"several pictures ({', '.join(kinds)})" if kinds else "no picture")
-    try:
-        caption = files["txt"].decode("utf-8-sig") if "txt" in files else json.loads(files["json"])["caption"]
-    except (KeyError, TypeError):
-        return Sample(name, problem='no caption (.txt, or "caption" in .json)')
-    except (ValueError, RecursionError):
-        return Sample(name, problem=f"not UTF-8{'' if 'txt' in files else ' or not JSON'}: its caption")
-    if not isinstance(caption, str) or not caption.strip():
-        return Sample(name, problem="empty caption")
-    if not is_text(caption):
+    pictures = [kind for kind in PICTURES if kind in files]
+    if len(pictures) != 1:
+        return Sample(name, problem=f"several pictures ({', '.join(pictures)})" if pictures else _NO_PICTURE)
+    texts = [kind for kind in CAPTIONS if kind in files]
+    if not texts:
+        return Sample(name, problem=_NO_CAPTION)
+    if texts[0] == "json":
+        try:
+            entry = json.loads(files["json"])
+        except (ValueError, RecursionError):
+            return Sample(name, problem="not UTF-8 or not JSON: its caption")
+        value = text_in(entry) if isinstance(entry, dict) else None
+        if not isinstance(value, (str, list)):
+            return Sample(name, problem=_NO_CAPTION)
+        captions = captions_in(value)
+    else:
+        captions = read_text(files[texts[0]])
+    if captions is None:
         return Sample(name, problem="not UTF-8: its caption")
-    return Sample(name, caption.strip(), files[kinds[0]])
+    if not captions:
+        return Sample(name, problem="empty caption")
+    return Sample(name, "\n".join(captions), files[pictures[0]])
 
 
 class _Watched:

@@ -13,7 +13,8 @@ from ..config.config import Config
 from ..tiny.digits import NAME as DIGITS
 from ..tiny.digits import Digit, drawn_digits
 from .buckets import Buckets
-from .folders import Picture, aspect_of, find_pictures
+from .decoding import aspect_of
+from .folders import Folder, Picture, find_pictures
 from .reading import ahead, file_hashes, stop_or_skip
 from .shards import Sample, check_end, list_shards, local_path, read_shard, remote_identity, shard_name
 from .store import SHARD
@@ -65,7 +66,7 @@ def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
     if data.shards:
         return _shards(list_shards(data.shards), known, data.workers, data.skip_bad, write)
 
-    pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
+    pictures, skipped, notes = pictures_of(config)
     files = [p.path for p in pictures if isinstance(p, Picture)]
     if isinstance(data.buckets, tuple):
         buckets.check_filled(aspect for aspect in ahead(aspect_of, files, data.workers) if aspect)
@@ -74,7 +75,7 @@ def open_source(config: Config, buckets: Buckets | None, write: bool) -> Source:
     shares = [pictures[at : at + SHARD] for at in range(0, len(pictures), SHARD)]
     parts = [Part(partial(iter, share), number * SHARD, len(share)) for number, share in enumerate(shares)]
     name = f"the {len(pictures)} pictures in {data.images}"
-    return Source("pictures", name, parts, identity, skipped)
+    return Source("pictures", name, parts, identity, skipped, notes)
 
 
 def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write: bool) -> Source:
@@ -89,7 +90,7 @@ def _shards(shards: list[str], known: Path, workers: int, skip_bad: bool, write:
     bad += [f"{shard_name(shard)}: {problem}" for shard, (_, problem) in answers.items() if problem]
     if not skip_bad:
         bad += [f"{shard_name(shard)}: {problem}" for shard in here if (problem := check_end(shard))]
-    stop_or_skip(bad, skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
+    stop_or_skip(bad, skip_bad, f"{len(bad)} of the {len(shards)} shards in data.shards cannot be read")
     good = [s for s in shards if s in here or (s in answers and not answers[s][1])]
     if not good:
         raise ValueError(f"None of the {len(shards)} shards in data.shards can be read: {'; '.join(bad[:10])}.")
@@ -118,14 +119,16 @@ def absent(shards: Iterable[str]) -> list[str]:
     return [f"{shard}: no such file" for shard in shards if (path := local_path(shard)) and not path.is_file()]
 
 
-def pictures_of(images: str, count: int, skip_bad: bool) -> tuple[list[Picture] | list[Digit], list[str]]:
-    """The pictures that `data.images` names, and the skipped ones with the reason.
+def pictures_of(config: Config) -> Folder:
+    """The pictures that `data.images` names: drawn digits, `data.count` of them, or a folder's.
 
-    They are `count` drawn digits, or a folder's. Raises ValueError where the word for the drawn ones is a
-    folder's name too, and as `find_pictures`.
+    Raises ValueError where the word for the drawn ones is a folder's name too, and as `find_pictures`.
     """
+    images = config.data.images
     if images == DIGITS and Path(images).is_dir():
         raise ValueError(
             f"data.images={images} means drawn digits, and a folder is called so: for that write ./{images}."
         )
-    return (drawn_digits(count), []) if images == DIGITS else find_pictures(images, skip_bad)
+    if images == DIGITS:
+        return Folder(drawn_digits(config.data.count), [], [])
+    return find_pictures(images, config.data.skip_bad, config.places_of_results)

@@ -26,10 +26,12 @@ from torch import Tensor
 from ...samplers.texts import brief
 
 # The version of the files' layout. It is part of the fingerprint, so a cache of another one is never read.
-FORMAT = 2
+FORMAT = 3
 SHARD = 256  # most samples, or prompts, of a file
 LATENTS = re.compile(r"latents-\d+-\d+(-last)?\.safetensors")
 INDEX, TEXTS, PROMPTS = "index.safetensors", "texts.safetensors", "prompts-*.safetensors"
+# Columns of the index, where samples have several captions: see `Captions`.
+SEVERAL = ("several", "several.first", "several.prompt")
 # How many files of a cache are kept open; each is mapped into memory.
 OPEN = 128
 
@@ -57,7 +59,8 @@ class LatentCache:
             self._row = index.get_tensor("row")
             self._prompt = index.get_tensor("prompt")
             self._check()
-        self.captions = Captions(self.prompts, self._prompt)
+            several = [index.get_tensor(key) for key in SEVERAL] if SEVERAL[0] in index.keys() else None  # noqa: SIM118
+            self.captions = Captions(self.prompts, self._prompt, several)
         self._more: dict[str, dict[str, Tensor]] = {}
 
     def _check(self) -> None:
@@ -172,16 +175,58 @@ class Texts(Sequence):
 
 
 class Captions(Sequence):
-    """The caption of each sample. numbers: (N,) which of the prompts it is."""
+    """The caption of each sample, the first where it has several.
 
-    def __init__(self, prompts: Texts, numbers: NDArray):
+    numbers: (N,) which of the prompts it is. several: the samples (K,) that have several captions, ascending; the
+    place (K + 1,) of the first caption of each, and the end, among the third: (M,) which prompts these captions are.
+    Raises ValueError for columns that do not fit each other.
+    """
+
+    def __init__(self, prompts: Texts, numbers: NDArray, several: Sequence[NDArray] | None = None):
         self._prompts, self.numbers = prompts, numbers
+        none = np.zeros(0, np.int64)
+        self._several, self._first, self._choices = several or (none, np.zeros(1, np.int64), none)
+        self._check()
+
+    def _check(self) -> None:
+        numbers(self._several, below=len(self.numbers))
+        numbers(self._first, len(self._several) + 1, len(self._choices) + 1)
+        numbers(self._choices, below=len(self._prompts))
+        if (np.diff(self._first) < 1).any() or self._first[0] or self._first[-1] != len(self._choices):
+            raise ValueError("its captions do not follow each other")
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> str:
         return self._prompts[int(self.numbers[index])]
+
+    def drawn(self, index: int, seed: int) -> str:
+        """The caption of a sample that this seed draws where it has several, of which each is as likely."""
+        at = int(np.searchsorted(self._several, index))
+        if at == len(self._several) or self._several[at] != index:
+            return self[index]
+        first, end = map(int, self._first[at : at + 2])
+        return self._prompts[int(self._choices[first + seed % (end - first)])]
+
+    @cached_property
+    def groups(self) -> NDArray:
+        """(N,) a number for each sample, the same for all that share a caption, also by way of a third one."""
+        if not len(self._several):
+            return self.numbers
+        owners = np.repeat(self._several, np.diff(self._first))
+        samples = np.concatenate([np.arange(len(self)), owners])
+        prompts = np.concatenate([self.numbers, self._choices])
+
+        groups = np.arange(len(self))
+        while True:
+            least = np.full(len(self._prompts), len(self))
+            np.minimum.at(least, prompts, groups[samples])
+            lower = groups.copy()
+            np.minimum.at(lower, samples, least[prompts])
+            if np.array_equal(lower, groups):
+                return groups
+            groups = lower
 
 
 class OpenFiles:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...samplers import PhaseGrid, Schedule
 from ..tiny.bundled import bundled_folder
 
+TOKENS = 77  # that a CLIP text encoder reads, with the marks of start and end
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # A prompt's encoding by name, each (B, ...): what `Base.encode_prompts` returns and `Base.denoise` takes.
@@ -124,6 +125,20 @@ class Base(ABC):
     def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
         """Raise ValueError for a prompt that the base at this path cannot take; most take any."""
         return
+
+    @property
+    def token_limits(self) -> list[int]:
+        """The most tokens that each text encoder reads of a prompt, with the marks of start and end."""
+        return [TOKENS] * len(self.tokenizers)
+
+    def count_cut(self, prompts: list[str]) -> int:
+        """How many of these prompts are longer than every text encoder reads, so that their ends count for nothing."""
+        lengths = [
+            [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids] if prompts else []
+            for tokenizer in self.tokenizers
+        ]
+        within = [[n <= limit for n in some] for some, limit in zip(lengths, self.token_limits, strict=True)]
+        return sum(not any(fits) for fits in zip(*within, strict=True))
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from .base import TOKENS
 from .loading import has_clip_words, load_clip_tokenizer
 
 
@@ -17,7 +18,7 @@ def text_states(encoder: nn.Module, tokenizer, prompts: list[str], layer: int) -
     layer: -1 is the last, after its norm; -2 the last but one, without. The first output is the pooled
     embedding for a model with a projection, else the last hidden states. Longer prompts are cut at 77 tokens.
     """
-    ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         output = encoder(ids.to(encoder.device), output_hidden_states=True)
     hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]

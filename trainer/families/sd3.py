@@ -191,6 +191,10 @@ class SD3(Base):
         t5 = f"T5 of {self.t5_length} tokens" if len(self.tokenizers) > 2 else "no T5"
         return f"{t5}, {super().encoder_settings}" if self.supplied else t5
 
+    @property
+    def token_limits(self) -> list[int]:
+        return [*super().token_limits[:2], *[self.t5_length] * (len(self.tokenizers) - 2)]
+
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.
 

@@ -126,7 +126,7 @@ class Batches:
             noise=noise,
             levels=Levels(u, r, s),
             guidance=guidance,
-            condition=self.condition(samples, dropped),
+            condition=self.condition(samples, dropped, seeds),
             progress=progress,
             judged=Judged(*judges) if judges else None,
             inner=(r > s).nonzero().squeeze(1),
@@ -149,9 +149,16 @@ class Batches:
             return draws
         return *draws, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
 
-    def condition(self, samples: Sequence[int], dropped: Tensor | None = None) -> Condition:
-        """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count."""
-        condition = self.cache.encoding([self.cache.captions[i] for i in samples])
+    def condition(
+        self, samples: Sequence[int], dropped: Tensor | None = None, seeds: Sequence[int] | None = None
+    ) -> Condition:
+        """The samples' prompt encodings, `empty` in place of dropped ones, and their true sizes where they count.
+
+        seeds: draw one of a sample's several captions; without them it is the first.
+        """
+        captions = self.cache.captions
+        visits = zip(samples, seeds or [0] * len(samples), strict=True)
+        condition = self.cache.encoding([captions.drawn(sample, seed) for sample, seed in visits])
         if dropped is not None and dropped.any():
             for key, row in self.empty.items():
                 condition[key][dropped] = row[0]

@@ -20,6 +20,7 @@ from ...samplers.lora_file import read_header
 from ...samplers.lora_info import recipe_of
 from ..config.config import MAY_CHANGE, Config
 from ..data.buckets import buckets_for
+from ..data.captions import chosen
 from ..data.prompts import prompts_of
 from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
@@ -254,9 +255,11 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
     if data.shards:
         return _check_shards(config)
     if data.images:
-        pictures, skipped = pictures_of(data.images, data.count, data.skip_bad)
-        family.check_prompts(config.base.path, (picture.caption for picture in pictures))
-        source = f"{len(pictures)} pictures with captions from {data.images}, {len(skipped)} left out"
+        pictures, skipped, notes = pictures_of(config)
+        captions = (caption for picture in pictures for caption in chosen(picture.caption, data.captions))
+        family.check_prompts(config.base.path, captions)
+        left_out = "; ".join([f"{len(skipped)} left out", *notes])
+        source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"
         return Samples(len(pictures), source)
     source = (
         f"{data.count} latents that the teacher makes from {len(prompts_of(config))} prompts "
@@ -272,6 +275,6 @@ def _check_shards(config: Config) -> Samples:
     if not data.skip_bad:
         here = {shard: path for shard in shards if (path := local_path(shard)) and path.is_file()}
         bad += [f"{shard}: {problem}" for shard in here if (problem := check_end(shard))]
-    stop_or_skip(bad, data.skip_bad, f"of the {len(shards)} shards in data.shards cannot be read")
+    stop_or_skip(bad, data.skip_bad, f"{len(bad)} of the {len(shards)} shards in data.shards cannot be read")
     source = f"{len(shards)} shards, {len(bad)} left out; their samples are counted when they are cached"
     return Samples(None, source)

@@ -67,7 +67,7 @@ class Outputs:
         return self._file("" if step == self.config.train.steps else f"-{step:07d}")
 
     def preview_of(self, step: int) -> Path:
-        return self.folder / "previews" / f"step-{step:07d}.png"
+        return self.config.previews / f"step-{step:07d}.png"
 
     def _file(self, suffix: str) -> Path:
         name = f"{self.config.name}{suffix}"
@@ -97,7 +97,7 @@ class Outputs:
         with self._writing():
             self._export(step, self.best_file)
         if self.config.preview.every:
-            self._draw(step, self.folder / f"{self.config.name}-best.preview.png", captions=False)
+            self._draw(step, self.config.picture_of(f"{self.config.name}-best"), captions=False)
 
     def preview(self, step: int) -> None:
         """Draw the run's fixed grid with the weights that would be saved."""
@@ -105,7 +105,7 @@ class Outputs:
 
     def preview_beside_file(self, step: int) -> None:
         """The grid without captions, under the name where other programs look for a LoRA's picture."""
-        self._draw(step, self.folder / f"{self.config.name}.preview.png", captions=False)
+        self._draw(step, self.config.picture_of(self.config.name), captions=False)
 
     def passes_here(self) -> bool:
         """Whether this process takes part in the first one's passes: none can run alone that lacks some weights."""

@@ -87,7 +87,7 @@ def fill_cache(config: Config, base: Base, processes: Processes, reporter: Repor
 def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, rank: int, say: Say) -> Batches:
     """The run's own stream of batches, without the samples that are held out."""
     number, seed = config.validation.count, config.train.seed
-    held_out = hold_out(cache.captions.numbers, cache.buckets, number, seed)
+    held_out = hold_out(cache.captions.groups, cache.buckets, number, seed)
     if sentence := held_out.sentence(number, len(cache)):
         say(sentence)
     return Batches(

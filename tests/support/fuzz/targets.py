@@ -21,7 +21,8 @@ from phased_consistency.samplers.lora_info import facts, noted, recipe_of, sente
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.data.buckets import Buckets
 from phased_consistency.trainer.data.cache import write_latents
-from phased_consistency.trainer.data.folders import aspect_of, find_pictures
+from phased_consistency.trainer.data.decoding import aspect_of
+from phased_consistency.trainer.data.folders import find_pictures
 from phased_consistency.trainer.data.index import latents_name, write_index
 from phased_consistency.trainer.data.shards import check_end, read_shard
 from phased_consistency.trainer.data.store import LatentCache, prompts_name

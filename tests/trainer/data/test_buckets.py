@@ -9,7 +9,7 @@ from PIL import Image
 
 from phased_consistency.trainer.data import cache
 from phased_consistency.trainer.data.buckets import Buckets, bucket_notes, buckets_for, standard_buckets
-from phased_consistency.trainer.data.folders import aspect_of, load_picture
+from phased_consistency.trainer.data.decoding import aspect_of, load_picture
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.objectives import PCM
 from phased_consistency.trainer.training.batches import Batches, Split

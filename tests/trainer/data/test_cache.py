@@ -12,7 +12,8 @@ from PIL import Image
 
 from phased_consistency.samplers import PhaseGrid
 from phased_consistency.trainer.data import cache
-from phased_consistency.trainer.data.folders import find_pictures, load_picture
+from phased_consistency.trainer.data.decoding import load_picture
+from phased_consistency.trainer.data.folders import find_pictures
 from phased_consistency.trainer.data.prompts import PROMPTS, read_prompts
 from phased_consistency.trainer.families.generate import generate
 from phased_consistency.trainer.tiny.bundled import bundled_folder
@@ -53,7 +54,7 @@ def build(tmp_path, folder):
 
 
 def test_pictures_and_captions_are_paired(folder):
-    pictures, skipped = find_pictures(str(folder), skip_bad=False)
+    pictures, skipped, _ = find_pictures(str(folder), skip_bad=False)
     captions = {p.path.relative_to(folder).as_posix(): p.caption for p in pictures}
     assert captions == {n: f"a picture called {n}" for n in ("a.png", "b.jpg", "c.webp", "d.PNG", "more/e.bmp")}
     assert skipped == []
@@ -107,7 +108,7 @@ def test_bad_captions_stop_the_run_by_name(folder):
         "data.skip_bad=true",
     ):
         assert line in str(raised.value)
-    pictures, skipped = find_pictures(str(folder), skip_bad=True)
+    pictures, skipped, _ = find_pictures(str(folder), skip_bad=True)
     assert [p.path.name for p in pictures] == ["d.PNG", "e.bmp"] and len(skipped) == 3
 
 

@@ -182,14 +182,16 @@ def test_what_is_wrong_in_a_metadata_file_is_named(folder):
     ]
     (folder / "3.txt").unlink()
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    pictures, bad = find_pictures(str(folder), skip_bad=True)
+    pictures, bad, _ = find_pictures(str(folder), skip_bad=True)
     assert len(pictures) == COUNT - 2 and bad == [
         "metadata.jsonl line 1: no picture gone.png",
         'metadata.jsonl line 2: not {"file_name": "...", "text": "..."}',
         'metadata.jsonl line 3: not {"file_name": "...", "text": "..."}',
         "metadata.jsonl line 6: another caption of 3.png",
         "2.png: captions in both 2.txt and metadata.jsonl",
-        "3.png: empty caption in metadata.jsonl",
+        "3.png: empty caption in metadata.jsonl line 5",
     ]
-    with pytest.raises(ValueError, match="6 of the 9 pictures in .* lack a good caption"):
+    with pytest.raises(
+        ValueError, match="2 of the 9 pictures in .* lack a good caption, 4 lines of metadata are wrong:"
+    ):
         find_pictures(str(folder), skip_bad=False)

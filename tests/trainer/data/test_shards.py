@@ -135,15 +135,46 @@ def test_captions_in_json_and_what_is_no_sample(tmp_path, build):
         build(tmp_path / "odd.tar")
     data = build(tmp_path / "odd.tar", data__skip_bad="true")
     assert list(data.captions) == ["told"]
-    assert [line.split(" (image")[0].split(" (cannot")[0] for line in data.skipped] == [
+    assert data.skipped == [
+        "odd.tar/d: several pictures (png, jpg)",
+        "odd.tar/e: cannot be read (no picture of a known kind)",
+        "odd.tar/f: empty caption",
+        "odd.tar/h: not UTF-8: its caption",
         'odd.tar/b: no caption (.txt, or "caption" in .json)',
         "odd.tar/c: no picture",
-        "odd.tar/d: several pictures (png, jpg)",
-        "odd.tar/e: cannot be read",
-        "odd.tar/f: empty caption",
         'odd.tar/g: no caption (.txt, or "caption" in .json)',
-        "odd.tar/h: not UTF-8: its caption",
     ]
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_shard_that_is_sorted_by_kind_says_so(tmp_path, build):
+    names = [f"{n}{kind}" for kind in (".png", ".txt") for n in range(5)]
+    files = [(name, PICTURES["red"] if name.endswith("png") else b"red") for name in names]
+    sentence = "set.tar: 5 pictures stand apart from their captions (0, 1, 2, ...): the files of a sample must stand"
+    path = tar_of(tmp_path / "set.tar", [*files, ("x.txt", b"alone")])
+    problems = [f"{sample.name}: {sample.problem}" for sample in read_shard(path)]
+    assert problems[0].startswith(sentence) and problems[1:] == ["set.tar/x: no picture"]
+    with pytest.raises(ValueError, match="tar --sort=name"):
+        build(path)
+
+
+def test_what_macos_packs_beside_is_no_sample(tmp_path, build):
+    files = [("._a.png", b"x"), ("./a.png", PICTURES["red"]), ("__MACOSX/._a.txt", b"x"), ("./a.caption", b"red")]
+    assert list(build(tar_of(tmp_path / "set.tar", files)).captions) == ["red"]
+
+
+@pytest.mark.parametrize("entry", [{"caption": "red"}, {"text": ["red"]}, {"prompt": "red", "score": 1}])
+def test_other_keys_of_captions_in_json(tmp_path, build, entry):
+    files = [("a.png", PICTURES["red"]), ("a.json", json.dumps(entry).encode())]
+    assert list(build(tar_of(tmp_path / "set.tar", files)).captions) == ["red"]
 
 
 def test_no_picture_is_passed_over_for_its_name(tmp_path, build):

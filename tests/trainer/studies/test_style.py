@@ -29,7 +29,7 @@ def test_no_caption_asks_for_it():
 
 def test_the_folder_is_data_for_a_run(tmp_path):
     main([str(tmp_path / "style"), "--number", "3", "--size", "64"])
-    pictures, skipped = find_pictures(str(tmp_path / "style"), skip_bad=False)
+    pictures, skipped, _ = find_pictures(str(tmp_path / "style"), skip_bad=False)
     assert [p.name for p in pictures] == ["00.png", "01.png", "02.png"] and not skipped
     main([str(tmp_path / "again"), "--number", "3", "--size", "64"])
     assert pictures[0].path.read_bytes() == (tmp_path / "again" / "00.png").read_bytes()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from phased_consistency.samplers import VPSchedule
+from phased_consistency.trainer.data.store import Captions
 from phased_consistency.trainer.objectives import PCM
 from phased_consistency.trainer.training.batches import Batches, Split, made_ahead
 
@@ -16,7 +17,7 @@ SIZES = torch.tensor([[64, 96, 3, 0, 32, 32], [32, 32, 0, 0, 32, 32], [40, 32, 0
 class StubCache:
     """Three samples, whose latents and encodings are their numbers."""
 
-    captions = ["one", "two", "three"]
+    captions = Captions(["one", "two", "three"], np.arange(3))
     buckets = [np.arange(3)]
 
     def __len__(self):

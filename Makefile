@@ -2,12 +2,15 @@
 # as in `make test TORCH=torch==2.13.0`.
 PYTHON ?= python3
 TORCH ?= torch
+VENV ?= .venv
+# `make check RESOLUTION=lowest-direct VENV=.venv-lowest` takes the lowest versions that pyproject.toml names
+RESOLUTION ?= highest
 PYTEST_ARGS ?=
 # tests that run at a time, on one thread each; as many as there are cores
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-BIN := .venv/bin
-READY := .venv/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 
 .PHONY: demo comfy check test lint venv clean
 
@@ -39,10 +42,15 @@ lint: venv
 venv: $(READY)
 
 $(READY): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(RESOLUTION),highest)
 	$(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[train,test]"
+else
+	$(BIN)/python -m pip install uv
+	$(BIN)/uv pip install --python $(BIN)/python --resolution $(RESOLUTION) -e ".[train,test]"
+endif
 	touch $(READY)
 
 clean:
-	rm -rf .venv build out/demo phased_consistency.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build out/demo phased_consistency.egg-info .pytest_cache .ruff_cache

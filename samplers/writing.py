@@ -52,12 +52,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     It is flushed to disk before, so that a power cut leaves the old file or the new one, and no part of
     either. On any error or interruption it is removed, and the file that stood at `path` is untouched.
+    Its permissions are those that the umask gives a new file, whatever writes it: safetensors' own are the
+    owner's alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.pcm.part")
     try:
         part.unlink(missing_ok=True)  # of a run that was killed
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -1,5 +1,5 @@
 """`python -m phased_consistency.trainer`, the same as `pcm`."""
 
-from .cli.main import main
+from .cli.start import start
 
-main()
+start()

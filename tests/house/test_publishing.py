@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
@@ -45,10 +46,11 @@ def test_the_registry_takes_the_metadata(pyproject):
     project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9-]{1,99}", project["name"]) and "comfyui" not in project["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
-    assert project["license"] == {"file": "LICENSE"}  # it refuses a bare string
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
     assert project["dependencies"] == []  # in ComfyUI, nothing else is needed
     assert {"Repository", "Documentation", "Issues"} <= project["urls"].keys()
-    assert {c.split(" :: ")[0] for c in project["classifiers"]} == {"Operating System", "Environment"}
+    # no accelerator: with one named, whoever has another, or none, is warned of a conflict
+    assert project["classifiers"] == ["Operating System :: OS Independent"]
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
 
@@ -69,8 +71,19 @@ def test_what_the_nodes_and_the_trainer_need_is_packed(root, packed):
     needed = chain.from_iterable((root / folder).rglob("*") for folder in folders)
     files = {str(path.relative_to(root)) for path in needed if path.is_file() and "__pycache__" not in path.parts}
     shown_by_the_registry = {"nodes/web/icon.png", "nodes/web/banner.png"}
-    others = {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"}
-    assert packed == files - shown_by_the_registry | others
+    not_for_comfyui = {file for file in files if file.startswith(("trainer/tiny/sd15/", "trainer/tiny/sdxl/"))}
+    others = {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "BENCHMARKS.md", "CHANGELOG.md", "Makefile"}
+    pages = {str(path.relative_to(root)) for path in (root / "docs").rglob("*") if path.is_file()}
+    assert packed == files - shown_by_the_registry - not_for_comfyui | others | pages
+
+
+def test_no_link_in_what_is_packed_is_dead(root, packed):
+    folders = {str(folder) for file in packed for folder in Path(file).parents}
+    for page in (file for file in packed if file.endswith(".md")):
+        text = (root / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            target = os.path.normpath(Path(page).parent / link)
+            assert "://" in link or target in packed | folders, f"{page}: {link}"
 
 
 def test_pictures_of_help_pages_are_packed(root, packed):
@@ -89,6 +102,8 @@ def test_ci_covers_the_lowest_versions_that_we_name(root, pyproject):
     lowest = jobs["python"]["strategy"]["matrix"]["python"][0], jobs["comfyui"]["strategy"]["matrix"]["comfyui"][0]
     named = pyproject["project"]["requires-python"], pyproject["tool"]["comfy"]["requires-comfyui"]
     assert tuple(f">={version}" for version in lowest) == named
+    setup, check = jobs["lowest"]["steps"][1:]
+    assert setup["with"]["python-version"] == lowest[0] and "RESOLUTION=lowest-direct" in check["run"]
 
 
 def test_a_tag_publishes_only_its_own_version(root, pyproject):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from . import INSTALL
 from .options import Json, Settings, answer, configured, preset_option
 
 
@@ -38,7 +39,7 @@ def examination_text(d: dict[str, Any]) -> str:
         *(f"optional {k}: {v or 'not installed'} ({OPTIONAL[k]})" for k, v in d["optional"].items()),
     ]
     if d["missing"]:
-        lines.append(f'missing: {", ".join(d["missing"])}. Run: pip install "phased-consistency[train]"')
+        lines.append(f"missing: {', '.join(d['missing'])}. Run: {INSTALL}")
     if d["device"]["kind"] == "cpu":
         lines.append(
             f"No CUDA device: {', '.join(_bundled())} and make demo run here; a full-size base would take days."

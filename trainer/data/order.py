@@ -78,4 +78,5 @@ def shuffled(count: int, *seed: int) -> NDArray:
 
 def seed_of(*parts: int) -> int:
     """A 63-bit seed from integers."""
-    return int(np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+    sequence = np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1

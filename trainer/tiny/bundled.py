@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BUNDLED = ("tiny-sd15", "tiny-sdxl", "tiny-sd3")
+
 
 def own_prompts(base: str) -> str | None:
     """The prompt file of a bundled tiny base, which knows other words than the default list; None for other bases."""
@@ -12,6 +14,16 @@ def own_prompts(base: str) -> str | None:
 
 
 def bundled_folder(path: str) -> Path | None:
-    """The folder of a tiny base that ships with the pack ("tiny-sd15"), or None for any other path."""
+    """The folder of a tiny base that ships with the pack ("tiny-sd15"), or None for any other path.
+
+    Raises ValueError for one that this installation lacks.
+    """
+    if path not in BUNDLED:
+        return None
     folder = Path(__file__).parent / path.removeprefix("tiny-")
-    return folder if path.startswith("tiny-") and folder.is_dir() else None
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path} is not in this installation: what ComfyUI's registry hands out leaves it out. Get the pack by git "
+            'clone, or by pip install "phased-consistency[train]".'
+        )
+    return folder

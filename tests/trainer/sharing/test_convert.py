@@ -93,7 +93,9 @@ def test_diffusers_takes_the_converted_file_as_the_original(kohya, tmp_path):
     bare = base.denoise(x, tick, condition)
     with installed(kohya, base):
         meant = base.denoise(x, tick, condition)
-    state, _, metadata = StableDiffusionPipeline.lora_state_dict(str(out), return_lora_metadata=True)
+    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(out.parent), weight_name=out.name, return_lora_metadata=True
+    )
     StableDiffusionPipeline.load_lora_into_unet(state, None, base.network, adapter_name=ADAPTER, metadata=metadata)
     actual = base.denoise(x, tick, condition)
     assert (meant - bare).abs().max() > 1e-2
@@ -106,7 +108,9 @@ def test_ranks_and_alphas_that_differ_reach_diffusers(tiny_base, tmp_path):
     save_file(load_file(first) | load_file(second), tmp_path / "both.safetensors", read_header(first).metadata)
     convert(tmp_path / "both.safetensors", out := tmp_path / "out.safetensors", "diffusers")
     base = load_for_check(TINY)
-    state, _, metadata = StableDiffusionPipeline.lora_state_dict(str(out), return_lora_metadata=True)
+    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(out.parent), weight_name=out.name, return_lora_metadata=True
+    )
     StableDiffusionPipeline.load_lora_into_unet(state, None, base.network, adapter_name=ADAPTER, metadata=metadata)
     for name, delta in deltas(read_lora(tmp_path / "both.safetensors")).items():
         layer = base.network.get_submodule(name.removeprefix("unet."))
@@ -168,7 +172,7 @@ def test_sd3s_raw_files_become_what_pcms_converter_makes(sd3, tmp_path):
     assert result["alpha_worked_in"] == len(SD3_MODULES)
     ours = load_file(out)
     assert all(torch.equal(ours[name].half(), halved[name]) for name in halved)
-    assert StableDiffusion3Pipeline.lora_state_dict(str(out)).keys() == halved.keys()
+    assert StableDiffusion3Pipeline.lora_state_dict(str(out.parent), weight_name=out.name).keys() == halved.keys()
     parity = check_parity(out, sd3)
     assert parity["passed"], parity["text"]
 

@@ -6,6 +6,7 @@ They draw pictures, make a tokenizer of the captions, train an autoencoder, trai
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import shutil
@@ -67,11 +68,14 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, end_of_word_suffix="</w>")
     tokenizer.train_from_iterator(captions, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
 
     # CLIP's vocabulary: what was trained, then every letter as the end of a word, then the two marks
     vocab = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[0]
     for token in (*(a + "</w>" for a in alphabet), START, END):
         vocab.setdefault(token, len(vocab))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     merges = [
         tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")
     ]

@@ -1,6 +1,8 @@
 """The bundled tiny bases are what they say; their makers train on what diffusers' pipelines feed."""
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,3 +140,14 @@ def test_sd3_trains_on_what_its_pipeline_feeds_without_t5(bases, exact, monkeypa
     torch.testing.assert_close(transformer.args[0], embeddings)
     torch.testing.assert_close(transformer.args[1], pooled)
     torch.testing.assert_close(transformer.args[2], torch.full((len(CAPTIONS),), 1000 * 1.2 / 1.8))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(making.__file__).parent.glob("*/tokenizer*/vocab.json")), ids=lambda p: "-".join(p.parts[-3:-1])
+)
+def test_both_forms_of_a_tokenizer_know_the_same_words(file):
+    """transformers 4 and a single file's base.tokenizer read vocab.json, transformers 5 reads tokenizer.json."""
+    words = json.loads(file.read_text(encoding="utf-8"))
+    whole = json.loads((file.parent / "tokenizer.json").read_text(encoding="utf-8"))
+    added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    assert words == whole["model"]["vocab"] | added and sorted(words.values()) == list(range(len(words)))

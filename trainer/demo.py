@@ -25,7 +25,7 @@ from .evaluation.trial import Row, Trial, compare
 from .families import load_base
 from .lora.install import installed
 from .pictures import draw_grid, save_image
-from .reporting.progress import ProgressBar
+from .reporting.progress import progress_on_stderr
 from .system.files import write_text
 from .tiny.scenes import Scene, follows_prompt
 from .training.loop import train
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(overrides=settings, preset="demo")
 
     started = time.monotonic()
-    with ProgressBar() as bar:
+    with progress_on_stderr() as bar:
         lora = train(config, bar)
     trained = time.monotonic()
     shutil.copyfile(lora, args.out / "lora.safetensors")

@@ -33,10 +33,10 @@ def bench(
 
     from ..bench.comparison import bench as compare
     from ..bench.report import bench_text
-    from ..reporting.progress import ProgressBar
+    from ..reporting.progress import progress_on_stderr
     from ..system.files import write_text
 
-    with ProgressBar() as bar:
+    with progress_on_stderr() as bar:
         details = compare(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
     text = bench_text(details)
     if out:

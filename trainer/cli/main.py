@@ -73,12 +73,12 @@ def train(
 
     from accelerate import PartialState
 
-    from ..reporting.progress import ProgressBar
+    from ..reporting.progress import progress_on_stderr
     from ..training.failure import RunStopped
     from ..training.loop import train as run
 
     try:
-        with ProgressBar() as bar:
+        with progress_on_stderr() as bar:
             path = run(config, bar, accept_changes)
     except RunStopped as stopped:  # as it was asked to
         typer.echo(stopped, err=True)

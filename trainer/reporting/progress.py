@@ -1,4 +1,4 @@
-"""How a run tells the user its progress: the interface, and the command line's progress bar on stderr."""
+"""How a run tells the user its progress: the interface, and on stderr a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,27 +6,47 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import Event, Thread
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from ..system.machine import GIB
+from ..system.machine import peak_memory
+
+EVERY = 60.0  # seconds between two lines on the same thing, where there is no terminal
 
 
 @dataclass(frozen=True)
 class Status:
     """The state of a run after an update, for a progress display.
 
-    loss: smoothed. peak_memory: GiB of the GPU, 0 without one.
+    loss: smoothed. seconds_left: at the rate since the start. peak_memory: GiB of the GPU, or without one of the
+    process; 0 where the system does not tell.
     """
 
     step: int
     steps: int
     loss: float
     samples_per_second: float
+    seconds_left: float
     peak_memory: float
+
+    @property
+    def facts(self) -> str:
+        """Loss, rate and memory in words."""
+        memory = f", {self.peak_memory:.1f} GiB" if self.peak_memory else ""
+        return f"loss {self.loss:.4f}, {self.samples_per_second:.1f} samples/s{memory}"
 
 
 class Pace:
@@ -42,8 +62,8 @@ class Pace:
         """The status after update `step` of `steps`, which had this loss."""
         self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
         rate = (step - self.first) * self.samples / max(time.monotonic() - self.started, 1e-6)
-        memory = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-        return Status(step, steps, self.loss, rate, memory)
+        left = (steps - step) * self.samples / rate
+        return Status(step, steps, self.loss, rate, left, peak_memory() or 0.0)
 
 
 class Reporter:
@@ -58,6 +78,15 @@ class Reporter:
     def update(self, status: Status) -> None:
         """Take the state after an update."""
 
+    def stage(self, what: str) -> AbstractContextManager[None]:
+        """A block of the run that may take long, and does `what`, such as "loading the base"."""
+        return nullcontext()
+
+
+def progress_on_stderr() -> ProgressBar | ProgressLines:
+    """A bar where stderr is a terminal, else lines; use as a context manager."""
+    return ProgressBar() if sys.stderr.isatty() else ProgressLines()
+
 
 class _Console(Console):
     """A console whose reader may leave (`| head`, a lost terminal): the text then goes nowhere, and the run goes on."""
@@ -69,11 +98,15 @@ class _Console(Console):
         os.close(nowhere)
 
 
+def _console() -> _Console:
+    return _Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+
+
 class ProgressBar(Reporter):
     """A `Reporter` over rich's progress bar; use as a context manager."""
 
     def __init__(self):
-        self.console = _Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+        self.console = _console()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -84,13 +117,14 @@ class ProgressBar(Reporter):
             TextColumn("{task.fields[facts]}"),
             console=self.console,
         )
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
+        self.started = False
 
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.tasks:
+        if self.started:
             self.bar.stop()
 
     def say(self, text: str) -> None:
@@ -100,15 +134,83 @@ class ProgressBar(Reporter):
         self._advance(f"caching {what}", done, total)
 
     def update(self, status: Status) -> None:
-        facts = f"loss {status.loss:.4f}, {status.samples_per_second:.1f} samples/s"
-        if status.peak_memory:
-            facts += f", {status.peak_memory:.1f} GiB"
-        self._advance("training", status.step, status.steps, facts)
+        self._advance("training", status.step, status.steps, status.facts)
 
-    def _advance(self, name: str, done: int, total: int, facts: str = "") -> None:
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        self._advance(what, 0, None)
+        try:
+            yield
+        finally:
+            self.bar.remove_task(self.tasks.pop(what))
+
+    def _advance(self, name: str, done: int, total: int | None, facts: str = "") -> None:
         """Move a task's bar, which is added at its first mention."""
-        if not self.tasks:
+        if not self.started:
+            self.started = True
             self.bar.start()  # not before: one that shows nothing still ends with an empty line
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(name, total=total, completed=done, facts=facts)
         self.bar.update(self.tasks[name], completed=done, total=total, facts=facts)
+
+
+class ProgressLines(Reporter):
+    """A `Reporter` for logs, files and pipes: a line at the first update, at the last, and every minute between.
+
+    What takes longer than a minute without an update says that it goes on. Use as a context manager.
+    """
+
+    def __init__(self):
+        self.console = _console()
+        self.last: dict[str, float] = {}  # when there was a line on each thing
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def caching(self, what: str, done: int, total: int) -> None:
+        if self._due(what, first=False) or done == total:
+            self.say(f"Caching {what}: {done} of {total}.")
+
+    def update(self, status: Status) -> None:
+        if self._due("training", first=True) or status.step == status.steps:
+            left = f", {duration(status.seconds_left)} left" if status.step < status.steps else ""
+            self.say(f"Update {status.step} of {status.steps}: {status.facts}{left}.")
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        ended, begun = Event(), time.monotonic()
+
+        def remind() -> None:
+            while not ended.wait(EVERY):
+                self.say(f"Still {what}, for {duration(time.monotonic() - begun)} now.")
+
+        reminder = Thread(target=remind, daemon=True)
+        reminder.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            reminder.join()
+
+    def _due(self, what: str, first: bool) -> bool:
+        """Whether it is time for a line on this. first: whether the first time is."""
+        now = time.monotonic()
+        due = first if what not in self.last else now - self.last[what] >= EVERY
+        if due or what not in self.last:
+            self.last[what] = now
+        return due
+
+
+def duration(seconds: float) -> str:
+    """ "38 s", "5 min 12 s", "7 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -18,6 +18,7 @@ from ..lora.describe import describe
 from ..objectives import OBJECTIVES
 from ..system.locks import only_run
 from .log import KILLED, LOG, LogLine, read_log, without_places
+from .progress import duration
 
 Table = list[tuple[str, ...]]
 STEP = re.compile(r"-(\d{7})$")  # the end of the name of a LoRA that was saved on the way
@@ -236,16 +237,6 @@ def _is_running(folder: Path) -> bool:
         return True
     except OSError:  # it cannot be written at all
         return False
-
-
-def duration(seconds: float) -> str:
-    """ "38 s", "5 min 12 s", "7 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _number(value: float | None) -> str:

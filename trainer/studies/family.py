@@ -35,7 +35,7 @@ from ..evaluation.setting import TEACHER, Setting
 from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image
-from ..reporting.progress import ProgressBar
+from ..reporting.progress import progress_on_stderr
 from ..system.files import write_text
 from ..training.loop import train
 from .matrix import lora_file
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [(row, _config(row, seed, args)) for seed in seeds for row in rows]
     missing = [(row, config) for row, config in runs if not _figures_file(config).is_file()]
     for _, config in missing:
-        with ProgressBar() as bar:
+        with progress_on_stderr() as bar:
             train(config, bar)
 
     # only now, so that training has the memory for itself

@@ -31,7 +31,7 @@ from ..evaluation.trial import Trial
 from ..families import Base, load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image
-from ..reporting.progress import ProgressBar
+from ..reporting.progress import progress_on_stderr
 from ..system.files import write_text
 from ..training.loop import train
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no such cells: {args.cells}; available: {', '.join(c.name for c in CELLS)}")
     configs = {cell: cell.config(args.out, args.base, args.overrides) for cell in chosen}
     for config in configs.values():
-        with ProgressBar() as bar:
+        with progress_on_stderr() as bar:
             train(config, bar)
     if not args.train_only:
         write_matrix(args.out, args.base, configs, args.pictures)

@@ -87,6 +87,21 @@ def check_run(config: Config, device: torch.device, processes: int, accept_chang
     return Checked(base, recipe, samples, newest, changes)
 
 
+def notes_on_device(config: Config, device: torch.device) -> list[str]:
+    """Sentences on settings that this device takes badly, though it does what they say."""
+    slow = {}
+    if config.base.dtype != "fp32":
+        slow[f"base.dtype={config.base.dtype}"] = "base.dtype=fp32"
+    if config.train.gradient_checkpointing is True:
+        slow["train.gradient_checkpointing=true"] = "train.gradient_checkpointing=false"
+    if device.type != "cpu" or not slow:
+        return []
+    return [
+        f"This runs on the CPU, where {' and '.join(slow)} are for a GPU's memory and make every update slower, about "
+        f"twice as slow both together: add {' '.join(slow.values())}."
+    ]
+
+
 def check_loaded(config: Config, base: Base) -> None:
     """Once the base is here: what `check_run` could only assume of one on the hub, and whether the network has the
     layers of `lora.init`. Raises ValueError."""

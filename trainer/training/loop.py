@@ -12,6 +12,7 @@ from ..config.config import Config
 from ..efficiency.memory import explain_out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
+from ..reporting.log import read_log
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
@@ -21,7 +22,7 @@ from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from .batches import Split
 from .checkpoint import State, check_same_base, load_latest_state
-from .checks import check_run, split_of
+from .checks import check_run, notes_on_device, split_of
 from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .outputs import Outputs
@@ -29,7 +30,7 @@ from .plan import short_of_space
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .state import Trained
 from .update import Outcome, Updater, lr_factor
-from .validation import Validation
+from .validation import Validation, verdict
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.
 LAG = 1
@@ -83,13 +84,16 @@ class Run:
         # The gate first: a run that cannot be, or may not go on, has read nothing, cached nothing, written nothing.
         device = self.processes.accelerator.device
         checked = check_run(config, device, self.processes.count, accept_changes)
+        for note in notes_on_device(config, device):
+            self.say(note)
         self.changes = checked.changes
         self.journal = open_journal(config, self.processes, self.say)
         if self.processes.first:
             self._tell_settings()
 
         # The base, and at once its hash: a cache of another base would take hours before it turned out useless.
-        self.base = open_base(config, self.processes, self.say)
+        with reporter.stage("loading the base"):
+            self.base = open_base(config, self.processes, self.say)
         if checked.newest and not accept_changes:
             check_same_base(checked.newest[1], self.base.path, self.base.base_hash)
 
@@ -257,22 +261,28 @@ class Run:
     def _finish(self) -> Path:
         self._save(export_too=True)
         if self.config.preview.every:
-            self.outputs.preview(self.step)
-            self.outputs.preview_beside_file(self.step)
+            with self.reporter.stage("drawing previews"):
+                self.outputs.preview(self.step)
+                self.outputs.preview_beside_file(self.step)
+        start = "the LoRA that it began with" if self.config.lora.init else "the untrained base"
+        if sentence := verdict([line for line in read_log(self.folder) if line["kind"] == "validation"], start):
+            self.say(sentence)
         return self.outputs.file_of(self.step)
 
     def _save(self, export_too: bool) -> None:
         """Checkpoint, LoRA and self-test, once all that led here is seen to be finite."""
         self._read(keep=0)
-        self.outputs.save(self.step, self.validation.state(), export_too)
+        with self.reporter.stage("saving and testing what was saved"):
+            self.outputs.save(self.step, self.validation.state(), export_too)
 
     def _validate(self) -> None:
         """Measure what would be saved now, and keep it where it is the best so far."""
         self._read(keep=0)
         if self.outputs.passes_here():
-            with self.clock.part("validation"):
+            with self.clock.part("validation"), self.reporter.stage("measuring"):
                 measurement = self.validation(self.step)
             best = self.validation.state()
+            self.say(measurement.sentence(self.step))
             self.journal.validation(self.step, measurement.figures, measurement.plain, best)
             if measurement.improved:
                 self.outputs.save_best(self.step)

@@ -17,7 +17,7 @@ from ..families import Base
 from ..families.base import DTYPES
 from ..objectives import Objective
 from ..system.machine import GIB
-from .checks import Checked, check_run
+from .checks import Checked, check_run, notes_on_device
 from .state import Trained
 from .validation import passes_of
 
@@ -52,6 +52,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "file_bytes": memory["trained_parameters"] * bytes_each,
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
+        "notes": [*config.notes(), *notes_on_device(config, device)],
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),
@@ -80,7 +81,7 @@ def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
         f"{config.preview.every} updates",
         f"  measures  {_measures(facts)}",
         *([f"  use       {checked.recipe.usage_hint()}"] if checked.recipe else []),
-        *(f"  note      {note}" for note in config.notes()),
+        *(f"  note      {note}" for note in facts["notes"]),
         "Memory estimate (GiB)",
         *(f"  {name:48} {gib:6.2f}" for name, gib in facts["memory_gib"].items()),
         *(["Would save, each alone (GiB)"] if facts["would_save_gib"] else []),

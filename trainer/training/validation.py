@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -29,7 +30,7 @@ from ..evaluation.metrics import paired_error
 from ..evaluation.setting import TEACHER, Setting
 from ..evaluation.trial import Trial
 from ..lora.recipe import recipe_for
-from ..reporting.log import LOSS
+from ..reporting.log import LOSS, LogLine
 from ..system.files import write_tensors
 from ..system.processes import Processes
 from ..system.saying import Say
@@ -88,12 +89,34 @@ class Best:
 class Measurement:
     """Figures by name, of the weights that would be exported and, where these are an average, of the plain ones too.
 
-    improved: whether these are the best so far.
+    improved: whether these are of trained weights that are the best so far.
     """
 
     figures: dict[str, float]
     plain: dict[str, float]
     improved: bool
+
+    def sentence(self, step: int) -> str:
+        """The figures in words, as those after update `step`."""
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        return f"Measured at update {step}: {figures}{'; the best so far' if self.improved else ''}."
+
+
+def verdict(measured: Sequence[LogLine], start: str) -> str:
+    """A sentence where a run has come no nearer to the teacher than it began, "" elsewhere.
+
+    measured: lines of the log, in their order. start: what it began with, for people.
+    """
+    if not measured or measured[0]["step"] != 0 or measured[-1]["step"] == 0:
+        return ""
+    first, last = measured[0]["figures"], measured[-1]["figures"]
+    errors = [name for name in last if name != LOSS and name in first]
+    worse = [name for name in errors if not last[name] < first[name]]
+    if not worse:
+        return ""
+    figures = ", ".join(f"{name} {last[name]:.4g} (at first {first[name]:.4g})" for name in worse)
+    everywhere = " Do not use it: change train.lr, train more, or look at the data." if worse == errors else ""
+    return f"The LoRA is no nearer to the teacher than {start}: {figures}.{everywhere}"
 
 
 class Validation:
@@ -144,15 +167,19 @@ class Validation:
         return self.active and (step % every == 0 or step == steps)
 
     def __call__(self, step: int) -> Measurement:
-        """Measure the weights after update `step` and remember the best; those of update 0 are none."""
+        """Measure the weights after update `step`, and remember the best.
+
+        Where pictures are compared with the teacher's, update 0 is a candidate too: a run that made the base worse has
+        no best LoRA. The loss alone is no such measure, as the target is the student's own.
+        """
         figures = self._measure(self.trained.weights())
         plain = self._measure(self.adapter.state()) if self.trained.average and step else {}
         value = figures[self.judged_by]
         before = self.best.value if self.best else math.inf
-        improved = bool(self.config.validation.best and step and value < before)
+        improved = bool(self.config.validation.best and (step or self.steps) and value < before)
         if improved:
             self.best = Best(step, self.judged_by, value, self.against)
-        return Measurement(figures, plain, improved)
+        return Measurement(figures, plain, improved and step > 0)
 
     def state(self) -> dict[str, Any] | None:
         """The best so far, for a checkpoint's facts."""
@@ -164,7 +191,7 @@ class Validation:
         self.best = Best(**state) if state else None
         if not self.best:
             return
-        reason = "" if file.exists() else "is gone"
+        reason = "" if file.exists() or not self.best.step else "is gone"
         if self.active and (self.best.figure, self.best.against) != (self.judged_by, self.against):
             reason = "was measured against something else"
         if reason:

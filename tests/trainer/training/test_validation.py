@@ -22,7 +22,7 @@ from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.training import validation
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import Run, train
-from phased_consistency.trainer.training.validation import REFERENCE, Validation, error_at
+from phased_consistency.trainer.training.validation import REFERENCE, Validation, error_at, verdict
 from support.runs import Notes, metadata, sha256, small_config
 
 STEPS = 6
@@ -242,3 +242,33 @@ def test_without_held_out_samples_pictures_are_of_training_prompts(tmp_path):
         for line in notes.said
     )
     assert all(line["figures"].keys() == {error_at(2)} for line in measured(config).values())
+
+
+def line(step, **figures):
+    names = {"loss": LOSS, "at_1": error_at(1), "at_4": error_at(4)}
+    return {"step": step, "figures": {names[name]: value for name, value in figures.items()}}
+
+
+def test_a_run_that_is_no_better_than_its_base_is_told_so():
+    first = line(0, loss=1.0, at_1=0.5, at_4=0.2)
+    half = line(9, loss=0.1, at_1=0.4, at_4=0.3)
+    worse = line(9, loss=0.1, at_1=0.5, at_4=math.nan)
+    better = line(9, loss=2.0, at_1=0.4, at_4=0.1)
+    assert verdict([first, better], "the untrained base") == verdict([half], "x") == verdict([], "x") == ""
+    assert verdict([first, better, half], "the untrained base") == (
+        "The LoRA is no nearer to the teacher than the untrained base: paired error at 4 steps 0.3 (at first 0.2)."
+    )
+    assert "Do not use it: change train.lr" in verdict([first, worse], "the untrained base")
+
+
+def test_update_0_is_a_candidate_for_the_best(watched, tmp_path):
+    """A rate that makes every update worse leaves no LoRA called the best, and says what came of it."""
+    cache = {"data__cache": str(watched[0].cache_folder)}
+    config = small_config(tmp_path / "run", **CHANGES | cache | {"train__lr": 1.0, "train__ema": 0.0})
+    notes = Notes()
+    train(config, notes)
+    best = {line["best"]["step"] for line in measured(config).values()}
+    assert best == {0} and not list(config.run_folder.glob("*-best*"))
+    assert any(text.startswith("Measured at update 3: held-out loss ") for text in notes.said)
+    assert notes.said[-1].startswith("Report: ") or "no nearer to the teacher than the untrained base" in notes.said[-1]
+    assert any("Do not use it" in text for text in notes.said)

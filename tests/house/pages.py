@@ -13,23 +13,18 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from phased_consistency.samplers import Recipe, recipe_for_file
 from phased_consistency.samplers.recipe import FAMILIES
 from phased_consistency.trainer.cli.main import app
-from phased_consistency.trainer.config.config import MAY_CHANGE, Config
+from phased_consistency.trainer.config.config import MAY_CHANGE
 from phased_consistency.trainer.config.load import flat, load_config
-from phased_consistency.trainer.config.presets import PRESETS
-from phased_consistency.trainer.config.sections import TrainConfig
+from phased_consistency.trainer.config.reference import SettingRow, presets, sections, settings
 from phased_consistency.trainer.objectives import OBJECTIVES, Objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,16 +50,6 @@ PUBLISHED = {
     "flash-sd3": ["flash-sd3"],
     "sd_xl_turbo_lora*": ["sd_xl_turbo_lora_v1"],
 }
-OF_THIS_MACHINE = {"data.workers": "the cores, 8 at most"}  # defaults that are computed
-BOUNDS = {
-    "ge": "at least {:g}",
-    "gt": "above {:g}",
-    "le": "at most {:g}",
-    "lt": "below {:g}",
-    "multiple_of": "a multiple of {:g}",
-    "pattern": "like `{}`",
-}
-KINDS = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
 BAR = "\\|"  # within a cell of a table
 BREAK = "<br>"  # the same
 NOT_RUN = ("# needs ", "# takes ")  # how a fence begins whose commands CI does not run
@@ -160,11 +145,10 @@ def _mode(recipe: Recipe) -> str:
 def presets_table() -> str:
     """One row for the PCM presets that differ in their phases alone, and one for each relative in all families."""
     groups: dict[tuple, dict[str, tuple[str, ...]]] = {}
-    for name, preset in PRESETS.items():
-        config = load_config(preset=name)
-        cells = (_weights(config), *_learning(config.train), _teacher(config), preset.cost, preset.source)
+    for name, row in presets().items():
+        config, cells = load_config(preset=name), astuple(row)
         is_relative = config.objective.name != "pcm" and config.base.family
-        key = (config.objective.name, preset.source) if is_relative else cells
+        key = (config.objective.name, row.source) if is_relative else cells
         groups.setdefault(key, {})[name] = cells
     rows: list[list[str]] = []
     printed: set[str] = set()
@@ -179,23 +163,6 @@ def presets_table() -> str:
         rows.append([BREAK.join(f"`{name}`" for name in group), *cells, words])
     heads = ["presets", "rank / alpha", "lr", "batch, updates", "teacher", "seen, or time", "where from"]
     return _table(heads, rows)
-
-
-def _weights(config: Config) -> str:
-    return "no LoRA: all weights" if config.base.path == "digits" else f"{config.lora.rank} / {config.lora.alpha:g}"
-
-
-def _learning(train: TrainConfig) -> tuple[str, str]:
-    batch = f"{train.batch_size}" + (f" x {train.accumulation}" if train.accumulation > 1 else "")
-    return f"{train.lr:g}", f"{batch}, {train.steps}"
-
-
-def _teacher(config: Config) -> str:
-    objective, adversarial = config.objective, config.adversarial
-    teacher = "unguided" if objective.needs_teacher else "none: pictures"
-    if objective.guided():
-        teacher = "CFG " + "-".join(f"{scale:g}" for scale in sorted(set(objective.guidance)))
-    return teacher + (f", adversarial {adversarial.weight:g}, lr {adversarial.lr:g}" if adversarial.weight else "")
 
 
 # --- docs/objectives.md
@@ -225,52 +192,43 @@ def _sampled(objective: Objective) -> str:
 # --- docs/config.md
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    """The sections of a configuration besides the objective's, by name; "" for what stands above them."""
-    fields = Config.model_fields
-    inner = {name: field.annotation for name, field in fields.items() if _is_section(field.annotation)}
-    return {"": Config, **inner}
-
-
-def settings_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """A section's settings by key, without the sections in it."""
-    fields = model.model_fields.items()
-    return {key: field for key, field in fields if key != "objective" and not _is_section(field.annotation)}
-
-
-def _is_section(annotation: Any) -> bool:
-    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
-
-
 def config_tables() -> str:
     """Every setting: a section each, the objectives' together, and what may change between two starts."""
+    rows: dict[str, list[SettingRow]] = {}
+    for row in settings():
+        rows.setdefault(row.key.rpartition(".")[0], []).append(row)
+    heads = ["key", "type", "default", "bounds", "what it does"]
     parts = []
     for name, model in sections().items():
         title = f"`[{name}]`" if name else "At the top"
-        heads = ["key", "type", "default", "bounds", "what it does"]
-        rows = [[f"`{_key(name, key)}`", *_cells(_key(name, key), field)] for key, field in settings_of(model).items()]
-        parts.append(f"## {title}\n\n{' '.join(inspect.getdoc(model).split())}\n\n{_table(heads, rows)}")
+        table = _table(heads, [[f"`{row.key}`", *_cells(row)] for row in rows[name]])
+        parts.append(f"## {title}\n\n{' '.join(inspect.getdoc(model).split())}\n\n{table}")
         if name == "lora":
-            parts.append(_objectives_settings())
+            parts.append(_objectives_settings(rows["objective"]))
     return "\n\n".join([*parts, _resumable()])
 
 
-def _objectives_settings() -> str:
-    """The settings of all objectives: a row for those that share a key's type, default, bounds and text."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, kind in OBJECTIVES.items():
-        for key, field in kind.model_fields.items():
-            if key != "name":
-                groups.setdefault((key, *_cells(f"objective.{key}", field)), []).append(name)
-    order = {key: i for i, key in enumerate(dict.fromkeys(group[0] for group in groups))}
+def _objectives_settings(settings: list[SettingRow]) -> str:
+    """The settings of all objectives, with whose they are."""
+    choice, *others = settings
     rows = [
-        [f"`objective.{key}`", "all" if len(names) == len(OBJECTIVES) else ", ".join(names), *cells]
-        for (key, *cells), names in sorted(groups.items(), key=lambda group: order[group[0][0]])
+        [
+            f"`{row.key}`",
+            "all" if len(row.objectives) == len(OBJECTIVES) else ", ".join(row.objectives),
+            *_cells(row),
+        ]
+        for row in others
     ]
-    names = ", ".join(f"`{name}`" for name in OBJECTIVES)
-    about = f"`objective.name` is one of {names}; `pcm` by default. What each is: [objectives.md](objectives.md)."
+    about = (
+        f"`objective.name` is one of {choice.bounds}; `pcm` by default. What each is: [objectives.md](objectives.md)."
+    )
     heads = ["key", "of", "type", "default", "bounds", "what it does"]
     return f"## `[objective]`\n\n{about}\n\n{_table(heads, rows)}"
+
+
+def _cells(row: SettingRow) -> list[str]:
+    """Type, default, bounds and description of a setting."""
+    return [row.type, row.default, row.bounds, row.description.replace("<", "&lt;")]
 
 
 def _resumable() -> str:
@@ -282,53 +240,6 @@ def _resumable() -> str:
     title = "## What may change between two starts"
     about = "A change of any other setting is shown and refused, unless you add `--accept-changes`."
     return f"{title}\n\n{', '.join(free)}.\n\n{about}"
-
-
-def _key(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
-def _cells(key: str, field: FieldInfo) -> list[str]:
-    """Type, default, bounds and description of a setting."""
-    default = OF_THIS_MACHINE.get(key) or _default(field)
-    description = (field.description or "").replace("<", "&lt;")
-    return [_type(field.annotation), default, _bounds(field.metadata), description]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "required"
-    return "" if field.default is None else f"`{_value(field.default)}`"
-
-
-def _value(value: Any) -> str:
-    """A value as TOML has it."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(_value(entry) for entry in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else f"{value}"
-
-
-def _type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in KINDS:
-        return KINDS[annotation]
-    if origin is Literal:
-        return ", ".join(f"`{_value(choice)}`" for choice in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(_type(kind) for kind in arguments if kind is not NoneType)
-    if origin is tuple:
-        kind = _type(arguments[0])
-        return f"list: {kind}" if Ellipsis in arguments else f"list of {len(arguments)}: {kind}"
-    kind, rules = arguments  # Annotated
-    return f"{_type(kind)} {_bounds(rules.metadata)}"
-
-
-def _bounds(metadata: list[Any]) -> str:
-    """What pydantic checks of a value, in words."""
-    limits = [(words, getattr(rule, name, None)) for rule in metadata for name, words in BOUNDS.items()]
-    return ", ".join(words.format(value) for words, value in limits if value is not None)
 
 
 # --- docs/cli.md

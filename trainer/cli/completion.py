@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from textwrap import shorten
 
 from ..config.presets import PRESETS
@@ -19,24 +18,13 @@ def setting_names_with(incomplete: str) -> list[tuple[str, str]]:
     """(key with its equals sign, description) of each setting whose dotted key begins so."""
     return [
         (f"{key}=", shorten(description, LONGEST, placeholder=" ..."))  # shells take one line
-        for key, description in _settings()
+        for key, description in _settings().items()
         if key.startswith(incomplete)
     ]
 
 
-def _settings() -> Iterator[tuple[str, str]]:
-    """Every setting once; those of the objectives are of all of them."""
-    from ..config.config import Config  # imports torch
-    from ..objectives import OBJECTIVES
+def _settings() -> dict[str, str]:
+    """What every setting does, by its dotted key; of one that objectives have in several forms, the last."""
+    from ..config.reference import settings  # imports torch
 
-    for name, field in Config.model_fields.items():
-        if name == "objective":
-            rows = [row.model_fields for row in OBJECTIVES.values()]
-            section = {key: setting for row in rows for key, setting in row.items()}
-        else:
-            section = getattr(field.annotation, "model_fields", None)
-        if section is None:
-            yield name, field.description or ""
-            continue
-        for key, setting in section.items():
-            yield f"{name}.{key}", setting.description or ""
+    return {row.key: row.description for row in settings()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..config.presets import preset_names
-from . import bench, doctor, share
+from . import bench, doctor, lists, share
 from .edit import edit
 from .options import (
     DRAWING,
@@ -27,14 +28,19 @@ from .options import (
     PartsFolder,
     Resolution,
     SamplingOptions,
+    Seed,
     Settings,
     Tokenizer,
     answer,
     check_files,
     configured,
+    place_option,
     preset_option,
     verb,
 )
+
+# What click, which typer has within itself or beside it, raises for words that it cannot read.
+USAGE_ERROR = typer.BadParameter.__base__.__base__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,13 +50,33 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ..system.machine import package_version
+
+        typer.echo(f"pcm {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """What `pcm` takes before a verb: all is done in callbacks of its options."""
+
+
 @verb(app, TRAINING, epilog=f"Presets: {preset_names()}.")
 def train(
     settings: Settings = None,
     preset: Annotated[str, preset_option("Start from this preset; see below.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the config, the plan, the memory it takes.")
+        bool, typer.Option("--dry-run", help="Print the config as TOML, with the plan and the memory as comments.")
     ] = False,
+    write_config: Annotated[
+        Path, typer.Option(help="Write the config to this TOML file, each setting with what it does, and end.")
+    ] = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the settings or data have changed since.")
     ] = False,
@@ -60,15 +86,24 @@ def train(
 
     Example: pcm train --preset sd15-4step base.path=my-checkpoint.safetensors name=my-pcm
 
-    Every setting is section.key=value (base.path, data.images, train.steps, ...); --dry-run prints them all. Without
-    data.images the teacher makes the latents from prompts. The preset digits starts from nothing.
+    Every setting is section.key=value (base.path, data.images, train.steps, ...); pcm settings lists them, and pcm
+    presets the presets. Without data.images the teacher makes the latents from prompts. --dry-run > run.toml writes
+    down a run, and pcm train run.toml repeats it. The preset digits starts from nothing.
     """
     config = configured(settings, preset)
+    if write_config:
+        from ..config.write import write_config as write
+
+        write(config, write_config)
+        answer({"config": str(write_config)}, as_json, f"{write_config}: change it, then pcm train {write_config}")
+        return
     if dry_run:
+        from ..config.write import config_text
         from ..training.plan import plan
 
         details = plan(config, accept_changes)
-        answer(details | {"config": config.model_dump(mode="json")}, as_json, details["text"])
+        comments = "".join(f"# {line}\n" for line in details["text"].splitlines())
+        answer(details | {"config": config.model_dump(mode="json")}, as_json, f"{config_text(config)}\n{comments}")
         return
 
     from accelerate import PartialState
@@ -82,6 +117,8 @@ def train(
             path = run(config, bar, accept_changes)
     except RunStopped as stopped:  # as it was asked to
         typer.echo(stopped, err=True)
+        if as_json:
+            answer({"stopped": str(stopped)}, as_json, "")
         raise typer.Exit(1) from None
     if not PartialState().is_main_process:
         return
@@ -105,6 +142,10 @@ def run_page(
 
     details = write_report(run, out)
     answer(details, as_json, details["text"])
+
+
+for function in (lists.settings, lists.presets):
+    verb(app, TRAINING)(function)
 
 
 @verb(app, DRAWING)
@@ -154,16 +195,16 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[str, typer.Option(help="The LoRAs' numbers of steps.")] = "1,2,4,8",
     prompts: Annotated[
-        str, typer.Option(help="File, one a line; default: the list that ships, or a tiny base's held-out ones.")
+        str, place_option(help="File, one a line; default: the list that ships, or a tiny base's held-out ones.")
     ] = None,
     pictures: Annotated[int, typer.Option(help="Pictures from each of two noises, a prompt each.")] = 64,
-    seed: int = 0,
+    seed: Seed = 0,
     guidance: Annotated[
         float, typer.Option(help="The teacher's CFG; default: what the LoRA was distilled under, or 7.5.")
     ] = None,
     features: Annotated[
         list[str],
-        typer.Option(help="latents, pixels, inception, or a CLIP's folder. Repeat for several; default: the named."),
+        place_option(help="latents, pixels, inception, or a CLIP's folder. Repeat for several; default: the named."),
     ] = None,
     clip: Annotated[Path, typer.Option(help="Folder of a CLIP model, for the CLIP score.")] = None,
     resolution: Resolution = None,
@@ -259,22 +300,34 @@ def _steps(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Run a verb; errors a user can mend are one message without a traceback (PCM_DEBUG=1 shows it)."""
+    """Run a verb; errors a user can mend are one message without a traceback (PCM_DEBUG=1 shows it).
+
+    With --json a message is an object on stdout, too. What the terminal's encoding lacks is printed as "?".
+    """
+    as_json = "--json" in sys.argv[1:]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    debug = bool(os.environ.get("PCM_DEBUG"))
     try:
         with contextlib.suppress(BrokenPipeError):
-            app(prog_name="pcm")  # for `python -m` too: the shell's completion is of this name
+            # the name is for `python -m` too: the shell's completion is of it
+            sys.exit(app(prog_name="pcm", standalone_mode=not as_json) or 0)
+    except USAGE_ERROR as error:  # of the words themselves, which typer shows by itself unless it must be JSON
+        sys.exit(_fail(error.format_message(), error.exit_code, as_json))
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        if os.environ.get("PCM_DEBUG"):
+        if debug:
             raise
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(str(error), 2, as_json))
     except (RuntimeError, OSError, MemoryError) as error:
-        if os.environ.get("PCM_DEBUG"):
+        if debug:
             raise
-        sys.exit(_fail(_advice(error), 1))
+        sys.exit(_fail(_advice(error), 1, as_json))
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, as_json: bool) -> int:
     print(f"Error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message}))
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from ..config import LARGEST_SEED
 from .completion import preset_names_with, setting_names_with
 
 if TYPE_CHECKING:
@@ -32,9 +34,19 @@ Settings = Annotated[
         autocompletion=setting_names_with,
     ),
 ]
+
+
+def place_option(*names: str, **settings: Any) -> Any:
+    """An option that is a path or the name of something elsewhere, with `~` as the home folder.
+
+    Options and arguments of type Path have that from `verb`.
+    """
+    return typer.Option(*names, parser=os.path.expanduser, metavar="PATH", **settings)
+
+
 BasePath = Annotated[
     str,
-    typer.Option(
+    place_option(
         "--base",
         help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3.",
     ),
@@ -57,18 +69,18 @@ Gamma = Annotated[
     float,
     typer.Option(help="0 deterministic, 1 all noise fresh; default: the LoRA's.", rich_help_panel=SAMPLING),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise.", rich_help_panel=SAMPLING)]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise.", rich_help_panel=SAMPLING)]
 
 Dtype = Annotated[str, typer.Option(help="Precision of the base: fp32, bf16 or fp16.", rich_help_panel=READING)]
 Family = Annotated[str, typer.Option(help="sd15, sdxl or sd3; default: found from the base.", rich_help_panel=READING)]
 Tokenizer = Annotated[
-    str, typer.Option(help="Folder with vocab.json and merges.txt, for single files.", rich_help_panel=READING)
+    str, place_option(help="Folder with vocab.json and merges.txt, for single files.", rich_help_panel=READING)
 ]
 ConfigsFolder = Annotated[
-    str, typer.Option(help="Folder of component configs, for an unusual single file.", rich_help_panel=READING)
+    str, place_option(help="Folder of component configs, for an unusual single file.", rich_help_panel=READING)
 ]
 PartsFolder = Annotated[
-    str, typer.Option(help="Diffusers folder that supplies what a single file lacks.", rich_help_panel=READING)
+    str, place_option(help="Diffusers folder that supplies what a single file lacks.", rich_help_panel=READING)
 ]
 T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.", rich_help_panel=READING)]
 
@@ -144,16 +156,23 @@ def _ungrouped(function: Callable) -> Callable:
     @wraps(function)
     def command(**values) -> None:
         filled = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            name: group(**{field.name: _at_home(values.pop(field.name)) for field in fields(group)})
             for name, group in groups.items()
         }
-        function(**filled, **values)
+        function(**filled, **{name: _at_home(value) for name, value in values.items()})
 
     # the order in --help: what must be given, then the verb's own, then what it shares
     ordered = sorted([*others, *shared], key=lambda p: p.default is not p.empty)
     command.__signature__ = inspect.Signature(ordered)
     command.__annotations__ = {p.name: p.annotation for p in ordered}
     return command
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or each of several, with `~` as the home folder; any other value as it is."""
+    if isinstance(value, list):
+        return [_at_home(entry) for entry in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _options(group: type) -> list[inspect.Parameter]:
@@ -184,7 +203,7 @@ def configured(settings: list[str] | None, preset: str | None, default: str | No
     return load_config(file, overrides, preset or (None if file else default))
 
 
-def answer(details: dict[str, Any], as_json: bool, text: str) -> None:
+def answer(details: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
     """Print a verb's result: for programs, or in words."""
     typer.echo(json.dumps(details, indent=2, default=str) if as_json else text)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import BasePath, Json, LoraFile, answer, check_files
+from .options import BasePath, Json, LoraFile, answer, check_files, place_option
 
 Out = Annotated[Path, typer.Option(help="The .safetensors to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -102,7 +103,7 @@ def resize(
 
 def extract(
     base: BasePath,
-    tuned: Annotated[str, typer.Option(help="What it was tuned to, likewise.")],
+    tuned: Annotated[str, place_option(help="What it was tuned to, likewise.")],
     out: Out,
     rank: Annotated[int, typer.Option(help="Of every module.")] = 64,
     dtype: Annotated[str, typer.Option(help="Of the file: fp32, bf16 or fp16.")] = "fp16",
@@ -155,6 +156,7 @@ def panels(
 
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """ "a.safetensors:0.7" -> its path and strength; a drive's colon is none."""
+    text = os.path.expanduser(text)
     path, colon, number = text.rpartition(":")
     if not colon or number.lower().endswith((".safetensors", ".sft")):
         return Path(text), None

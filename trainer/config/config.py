@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ...samplers import PhaseGrid
 from ..objectives import OBJECTIVES, PCM, AnyObjective, Section
@@ -18,6 +19,7 @@ from .sections import (
     BaseConfig,
     DataConfig,
     LoraConfig,
+    Place,
     PreviewConfig,
     TrainConfig,
     ValidationConfig,
@@ -54,11 +56,17 @@ PLACES = (
 )
 
 
+FILE_NAME = re.compile(r"\w([\w .-]*[\w-])?")
+
+
 class Config(Section):
     """Everything a run needs, and nothing else."""
 
-    name: str = Field("pcm-lora", pattern=r"^[\w.-]+$", description="file name of the LoRA, without .safetensors")
-    output: str | None = Field(None, description="run folder; default: runs/<name>")
+    name: str = Field(
+        "pcm-lora",
+        description="file name of the LoRA, without .safetensors: letters, digits, spaces, and . - _ within",
+    )
+    output: Place | None = Field(None, description="run folder; default: runs/<name>")
     base: BaseConfig
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
@@ -68,6 +76,16 @@ class Config(Section):
     preview: PreviewConfig = PreviewConfig()
     validation: ValidationConfig = ValidationConfig()
     _preset: str | None = PrivateAttr(None)
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, name: str) -> str:
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(
+                "is no file's name for every system: write letters, digits, spaces, '.', '-' and '_', with a letter, a "
+                "digit or '_' first and no space or '.' last; a folder goes into output"
+            )
+        return name
 
     @model_validator(mode="after")
     def _check(self):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -40,8 +43,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
     document.pop("preset", None)
     if preset is not None:
         if str(preset) not in PRESETS:
-            suggestion = _nearest(str(preset), PRESETS)
-            raise ValueError(f"Unknown preset {_short(repr(preset))}; available: {', '.join(PRESETS)}.{suggestion}")
+            near = _nearest(str(preset), PRESETS)
+            raise ValueError(f"Unknown preset {_short(repr(preset))}.{near} `pcm presets` lists all {len(PRESETS)}.")
         _lay(values, PRESETS[preset].values)
     _lay(values, document)
 
@@ -77,15 +80,38 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_toml(file: str) -> dict[str, Any]:
     """The file's settings. Raises ValueError where there is no file, or no valid TOML in it."""
-    path = Path(file)
+    path = Path(os.path.expanduser(file))
     if not path.is_file():
-        raise ValueError(f"No config file at {file}. Write one, or use --preset ({', '.join(PRESETS)}).")
+        if close := difflib.get_close_matches(Path(file).stem, list(PRESETS), n=1, cutoff=0.8):
+            raise ValueError(f"No config file at {file}. For the preset of that name use --preset {close[0]}.")
+        raise ValueError(
+            f"No config file at {file}. Write one (pcm train --preset NAME --write-config {file}), or use --preset; "
+            "`pcm presets` lists them."
+        )
+    data = path.read_bytes()
+    # Windows PowerShell writes UTF-16 for `>`
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # UTF-8's, TOML's, and Python's of numbers with thousands of digits
-        raise ValueError(f"{file} is not valid TOML: {_short(error)}.") from None
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: it is not UTF-8 ({error}). Save it in UTF-8.") from None
+    try:
+        document = tomllib.loads(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:  # TOML's, and Python's of numbers with thousands of digits
+        raise ValueError(f"{file} is not valid TOML: {_short(error)}.{_on_backslashes(text)}") from None
     _check_depth(document, file)
     return document
+
+
+def _on_backslashes(text: str) -> str:
+    """A sentence for a file with a backslash between double quotes; "" for any other."""
+    line = next((n for n, line in enumerate(text.splitlines(), 1) if re.search(r'"[^"\n]*\\', line)), None)
+    if line is None:
+        return ""
+    return (
+        f" Line {line} has a backslash between double quotes, where it begins an escape: write paths with forward "
+        "slashes, or in single quotes."
+    )
 
 
 def _check_depth(value: Any, where: str) -> None:
@@ -167,7 +193,8 @@ def _sentence(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{where}: is required; {_field_help(loc)}."
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        error = str(problem["ctx"]["error"])
+        return f"{where} = {_short(repr(problem['input']))} {error}." if isinstance(problem["input"], str) else error
     return f"{where} = {_short(repr(problem['input']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 

@@ -5,16 +5,33 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..objectives import Section
 from ..tiny.digits import NAME as DIGITS
+from . import LARGEST_SEED
+
+
+def place(text: str) -> str:
+    """A path, or the address of something, with `~` as the home folder; the shell leaves that in key=~/value.
+
+    Raises ValueError for one with a line break or the like in it, as TOML makes of backslashes.
+    """
+    if not text.isprintable():
+        raise ValueError(
+            'holds a line break, a tab or the like; in TOML a backslash between double quotes begins one ("\\n"). '
+            "Write forward slashes, or single quotes: 'C:\\new\\base.safetensors'"
+        )
+    return os.path.expanduser(text)
+
+
+Place = Annotated[str, AfterValidator(place)]
 
 
 class BaseConfig(Section):
     """The frozen base model."""
 
-    path: str = Field(
+    path: Place = Field(
         description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-sd3, or "
         "digits: a small network with random weights, which is trained whole"
     )
@@ -30,9 +47,9 @@ class BaseConfig(Section):
     null: Literal["zeros", "empty"] | None = Field(
         None, description="what guidance subtracts: zeros or the empty prompt; default: the family's, as published"
     )
-    tokenizer: str | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
-    config: str | None = Field(None, description="folder of component configs, for an unusual single file")
-    parts: str | None = Field(
+    tokenizer: Place | None = Field(None, description="folder with vocab.json and merges.txt, for single files")
+    config: Place | None = Field(None, description="folder of component configs, for an unusual single file")
+    parts: Place | None = Field(
         None, description="diffusers folder that supplies what a single file lacks: VAE, text encoders, tokenizers"
     )
     shift: float | None = Field(None, gt=0, description="SD3 only: time shift; default: what the base says")
@@ -50,12 +67,12 @@ class DataConfig(Section):
     """What the student learns on: pictures in a folder or in shards, or only prompts (the teacher then makes the
     latents)."""
 
-    images: str | None = Field(
+    images: Place | None = Field(
         None,
         description="folder of pictures with .txt captions beside them, a metadata.jsonl or metadata.csv, or digits: "
         "drawn ones; none, and no shards: prompts only",
     )
-    shards: tuple[str, ...] = Field(
+    shards: tuple[Place, ...] = Field(
         (),
         description="webdataset tar files or addresses of pictures with captions, such as set-{0000..0012}.tar, "
         "instead of images",
@@ -65,7 +82,7 @@ class DataConfig(Section):
         description="of a picture's several captions (lines of its text, or a list): the first, one drawn at each "
         "visit, or all joined to one",
     )
-    prompts: str | None = Field(
+    prompts: Place | None = Field(
         None, description="text file, one prompt a line; default: the list that ships with the pack"
     )
     count: int = Field(1000, ge=1, description="how many latents the teacher makes of prompts, or digits are drawn")
@@ -81,7 +98,7 @@ class DataConfig(Section):
     workers: int = Field(
         min(8, os.cpu_count() or 1), ge=0, description="threads that read pictures while caching; 0: none beside it"
     )
-    cache: str | None = Field(
+    cache: Place | None = Field(
         None, description="folder of cached latents and embeddings; default: cache/ in the run folder"
     )
     skip_bad: bool = Field(
@@ -118,7 +135,7 @@ class LoraConfig(Section):
     rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
     alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
-    init: str | None = Field(
+    init: Place | None = Field(
         None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
     )
 
@@ -167,7 +184,7 @@ class TrainConfig(Section):
         False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
     )
     compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
-    seed: int = Field(0, ge=0, description="seed of every random draw of the run")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of every random draw of the run")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
@@ -202,7 +219,7 @@ class PreviewConfig(Section):
         (), description="prompts, a column of the grid each; default: the first four of the training prompts"
     )
     guidance: float | None = Field(None, ge=1, description="CFG scale; default: what the LoRA recommends")
-    seed: int = Field(0, ge=0, description="seed of the pictures' noise")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of the pictures' noise")
 
 
 class ValidationConfig(Section):

@@ -23,8 +23,8 @@ PORTABLE = "../python_embeded/python.exe"  # ComfyUI's own download for Windows;
 
 def hosts() -> list[Path]:
     """The ComfyUI folders that exist, of those in $COMFYUI_PATH (one or several), else of comfy-cli's default one."""
-    paths = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
-    folders = [Path(p).expanduser().resolve() for p in paths if p] or [default_workspace()]
+    paths = map(os.path.expanduser, os.environ.get("COMFYUI_PATH", "").split(os.pathsep))
+    folders = [Path(p).resolve() for p in paths if p] or [default_workspace()]
     return [p for p in folders if (p / "main.py").is_file()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 from ..config.config import Config
-from ..config.load import flat
 from ..data.held_out import most_held_out
 from ..efficiency.memory import estimate_memory, switches
 from ..families import Base
@@ -66,8 +64,6 @@ def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
     _, passes = _passes(config)
     lines = [
-        "Resolved configuration",
-        *(f"  {key} = {json.dumps(value)}" for key, value in flat(config.model_dump(mode="json")).items()),
         "Plan",
         f"  base      {facts['base']}, {family.title}",
         f"  data      {facts['data']}",

@@ -20,7 +20,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(pcm, tmp_path):
     result = pcm("train", *settings(tmp_path / "run"), "--dry-run")
     assert result.code == 0
     for line in (
-        "base.path = ",
+        "[base]\npath = ",
         "teacher makes from 6 prompts",
         "4 updates of 3 samples, 12 in all (2.0 passes)",
         "phases    4",

@@ -47,7 +47,7 @@ class Table:
 
 
 def chosen(captions: str, choice: str) -> list[str]:
-    """Those of a picture's captions, a line each, that a run takes by its setting `data.captions`."""
+    """The captions that a run takes of a picture's, a line each, by its setting `data.captions`."""
     lines = captions.split("\n")
     return lines[:1] if choice == "first" else [" ".join(lines)] if choice == "joined" else lines
 

@@ -136,7 +136,7 @@ onNews("executed", (tab, prompt, detail) => {
   const id = `${detail.display_node ?? detail.node}`;
   const type = tab.prompts[prompt][id];
   const text = textOf(detail.output, prompt);
-  if (!type || !text || tab.said[id]?.[1] === text) return;
+  if (!type || !text) return;
   keep(tab, id, type, text);
   if (isOpen(tab)) write(id, text);
 });

@@ -68,14 +68,17 @@ def test_equal_loaders_speak_for_themselves(frontend):
 def test_a_cached_run_repeats_the_last_warnings(newer, frontend):
     """In a page that has not seen them."""
     graph, loaders = by_ksampler("euler", "heun")
+    is_said = "loaders => loaders.every((loader) => tests.texts()[loader])"  # where all is cached, after the run
     frontend.load_prompt(graph)
     assert frontend.run().error is None
+    frontend.page.wait_for_function(is_said, arg=loaders)
     texts = frontend.texts()
     assert all(texts[loader].startswith(TWO) for loader in loaders)
     frontend.page.evaluate("() => sessionStorage.clear()")
     frontend.load_prompt(graph)
     assert frontend.texts() == {}
     assert frontend.run().error is None
+    frontend.page.wait_for_function(is_said, arg=loaders)
     assert frontend.texts() == texts
 
 

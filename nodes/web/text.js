@@ -172,6 +172,12 @@ app.registerExtension({
         requestAnimationFrame(writeAll);
       }
     };
+    const loadApiJson = app.loadApiJson;
+    app.loadApiJson = async function (...given) {
+      await loadApiJson.apply(this, given);
+      follow();
+      if (activeTab()) forget(activeTab()); // which may be the one that was open before
+    };
     app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => requestAnimationFrame(writeAll));
     addEventListener("pagehide", () => {
       follow();

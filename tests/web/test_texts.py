@@ -177,6 +177,19 @@ def test_a_tab_that_is_saved_under_another_name_keeps_its_words(quiet):
     assert redrawn(quiet) == {"2": "said"} and quiet.tab() == "renamed"
 
 
+def test_a_graph_that_a_script_has_made_has_no_words_yet(quiet):
+    """Which takes the place of another such graph in its tab."""
+    graph, _ = by_ksampler("euler")
+    quiet.load_prompt(graph)
+    quiet.page.evaluate("tests.queue('mine')")
+    tell(quiet, START, SAYS, END)
+    quiet.load_prompt(graph)
+    tab = quiet.tab()
+    quiet.load(graph_of_loader(), "elsewhere")
+    quiet.open_tab(tab)
+    assert quiet.texts() == {}
+
+
 def test_a_graph_that_was_cleared_has_no_words(quiet):
     """Whose new nodes have the old ids."""
     quiet.page.evaluate("tests.queue('mine')")

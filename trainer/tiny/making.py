@@ -117,9 +117,14 @@ def clip_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int, project
     )
 
 
-def encode_words(encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Penultimate hidden states (B, L, hidden) and, with a projection, the pooled embedding (B, projection)."""
-    output = encoder(ids, output_hidden_states=True)
+def encode_words(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Penultimate hidden states (B, L, hidden) and, with a projection, the pooled embedding (B, projection).
+
+    places: the tokens' positions (1, L) where they are not 0 to L - 1.
+    """
+    output = encoder(ids, position_ids=places, output_hidden_states=True)
     return output.hidden_states[-2], output[0]
 
 

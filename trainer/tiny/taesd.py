@@ -26,8 +26,8 @@ def full_size(weights: Mapping[str, Tensor], encoder: Sequence[int], decoder: Se
     width = len(weights["encoder.layers.0.weight"])
     widened: dict[str, Tensor] = {}
     for side, blocks in (("encoder", encoder), ("decoder", decoder)):
-        convs, stages = _layers(side, blocks)
-        new_convs, new_stages = _layers(side, BLOCKS[side])
+        convs, stages = layers_of(side, blocks)
+        new_convs, new_stages = layers_of(side, BLOCKS[side])
         positions = dict(zip(convs, new_convs, strict=True))
         for stage, new_stage in zip(stages, new_stages, strict=True):
             positions |= dict(zip(stage, new_stage, strict=False))
@@ -41,7 +41,7 @@ def full_size(weights: Mapping[str, Tensor], encoder: Sequence[int], decoder: Se
     return widened
 
 
-def _layers(side: str, blocks: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+def layers_of(side: str, blocks: Sequence[int]) -> tuple[list[int], list[list[int]]]:
     """The layers' numbers in an `AutoencoderTiny`: its single convolutions, and the blocks of each stage."""
     kinds = ["conv"]
     for stage, count in enumerate(blocks):

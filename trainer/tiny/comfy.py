@@ -68,12 +68,12 @@ def write_files(folder: Path, overwrite: bool = False) -> list[Path]:
     return list(files)
 
 
-def checkpoint() -> bytes:
-    """The bytes of the base as one .safetensors file, its weights in fp16 as they are bundled."""
-    config = json.loads((BASE / "vae" / "config.json").read_text(encoding="utf-8"))
-    vae = full_size(load_file(BASE / "vae" / WEIGHTS), config["num_encoder_blocks"], config["num_decoder_blocks"])
+def checkpoint(base: Path = BASE) -> bytes:
+    """The bytes of a bundled base's folder as one .safetensors file, its weights in fp16 as they are bundled."""
+    config = json.loads((base / "vae" / "config.json").read_text(encoding="utf-8"))
+    vae = full_size(load_file(base / "vae" / WEIGHTS), config["num_encoder_blocks"], config["num_decoder_blocks"])
     vae_as_taesd = sd3_tiny_vae(vae, config["scaling_factor"], config["shift_factor"])
-    return save(sd3_checkpoint(sd3_transformer(load_file(BASE / "transformer" / WEIGHTS)), vae_as_taesd), TITLE)
+    return save(sd3_checkpoint(sd3_transformer(load_file(base / "transformer" / WEIGHTS)), vae_as_taesd), TITLE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Measure an emoji base by its classifier: how often its pictures show what their prompts name.
+
+    python -m phased_consistency.trainer.tiny.measure_emoji FOLDER [--sheet OUT.png]
+
+Prints, for single prompts and for pairs, the share that agrees in several numbers of steps and guidances, each with a
+95 % interval, and what the classifier says of drawings and of their way through the autoencoder, which is the most
+that any base could reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .emoji_base import EmojiBase
+from .emoji_classifier import agreement, load_classifier, scaled
+from .emoji_scenes import draw_pictures, random_scenes
+from .emoji_vae import encode
+from .emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
+
+SETTINGS = ((25, 4.0), (40, 4.0), (4, 1.0), (4, 4.0))  # steps and guidance
+SHEET = 100  # pictures on the sheet, ten to a row
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and write the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--singles", type=int, default=168, help="prompts that name one thing")
+    parser.add_argument("--pairs", type=int, default=84, help="prompts that name two")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="where to save a hundred guided pictures, singles and pairs")
+    args = parser.parse_args(argv)
+
+    base, classifier = EmojiBase.load(args.folder), load_classifier(args.folder)
+    singles, pairs = measured_prompts(args.singles, args.pairs, args.seed)
+    print(f"{len(singles)} singles, {len(pairs)} pairs", flush=True)
+    for kind, share in (("singles", 0.0), ("pairs", 1.0)):
+        scenes = random_scenes(200, seed=-3, pairs=share)
+        meanings = [Meaning(tuple(spot.thing for spot in scene.spots)) for scene in scenes]
+        pixels = draw_pictures(scenes)
+        again = base.vae.decoder(encode(base.vae, pixels)).clamp(-1, 1)
+        drawn, rebuilt = (rated(agreement(classifier, x, meanings)) for x in (scaled(pixels), again))
+        print(f"{kind}: drawings {drawn}, through the autoencoder {rebuilt}", flush=True)
+    for number, (steps, guidance) in enumerate(SETTINGS):
+        line = [f"{steps} steps, guidance {guidance:g}:"]
+        for kind, prompts in (("singles", singles), ("pairs", pairs)):
+            pictures = base.draw(prompts, steps, guidance, seed=args.seed + number)
+            met = agreement(classifier, pictures, [parse(prompt) for prompt in prompts])
+            line.append(f"{kind} {rated(met)}")
+            if number == 0 and kind == "singles":
+                missed = Counter(
+                    parse(p).things[0] for p, right in zip(prompts, met.tolist(), strict=True) if not right
+                )
+                print("missed:", ", ".join(f"{thing} {times}" for thing, times in missed.most_common()), flush=True)
+            if number == 0 and args.sheet:
+                write_sheet(pictures[:SHEET], args.sheet.with_stem(f"{args.sheet.stem}-{kind}"))
+        print("  ".join(line), flush=True)
+
+
+def measured_prompts(singles: int, pairs: int, seed: int) -> tuple[list[str], list[str]]:
+    """Prompts that name one thing, each thing equally often, and prompts that name two, in their fullest wording."""
+    rng = random.Random(f"measured {seed}")
+    things, grounds = list(THINGS), list(GROUNDS)
+
+    def ground() -> tuple[str, str]:
+        return rng.choice(grounds), rng.choice(PATTERNS) if rng.random() < 0.2 else ""
+
+    ones = [Meaning((things[i % len(things)],), rng.choice(SIZES), *ground()) for i in range(singles)]
+    twos = [Meaning(tuple(rng.sample(things, 2)), "", *ground()) for _ in range(pairs)]
+    return [wordings(meaning)[0] for meaning in ones], [wordings(meaning)[0] for meaning in twos]
+
+
+def rated(met: Tensor) -> str:
+    """A share with its 95 % interval (Wilson's): "97.6 % (94.0 to 99.1)"."""
+    n, share, z = len(met), met.float().mean().item(), 1.96
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return f"{100 * share:.1f} % ({100 * (centre - half):.1f} to {100 * (centre + half):.1f})"
+
+
+def write_sheet(pictures: Tensor, path: Path) -> None:
+    """Save pictures in [-1, 1] as one, ten to a row."""
+    rows = [torch.cat(list(row), 2) for row in pictures[: len(pictures) // 10 * 10].split(10)]
+    pixels = torch.cat(rows, 1).add(1).mul(127.5).round().to(torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    main()

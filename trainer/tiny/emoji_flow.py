@@ -28,8 +28,8 @@ WIDTH = 64  # channels of each text encoder's states
 BATCH = 64
 MATRIX_RATE, OTHER_RATE = 1e-2, 2e-3  # Muon's and AdamW's
 TOKENS, ALL_TOKENS = 16, 77  # of a prompt: the captions' own length, with the first of the padding, and what hosts feed
-LONG_FROM = 0.92  # share of the training from which all 77 tokens are read
-SWAPPED, SWAPPED_FROM = 0.38, 0.6  # share of the captions that are another picture's, from this share of the training
+LONG_FROM = 0.94  # share of the training from which all 77 tokens are read
+SWAPPED, SWAPPED_FROM = 0.38, 0.75  # share of the captions that are another picture's, from this share of the training
 EMPTY = 0.1  # share of empty prompts
 AVERAGE = 0.03  # share of the steps so far that the average of the weights spans
 

@@ -71,6 +71,16 @@ def train_vae(pixels: Tensor, stage: Stage, state: Path) -> AutoencoderTiny:
     return vae.eval().requires_grad_(False)
 
 
+def kept_vae(state: Path) -> AutoencoderTiny:
+    """The autoencoder that `train_vae` wrote there. Raises FileNotFoundError where it did not."""
+    saved = load_state(state)
+    if saved is None:
+        raise FileNotFoundError(f"There are encoded pictures, but no autoencoder at {state}: remove {state.parent}.")
+    vae = new_vae()
+    put_back(saved[0], {"vae": vae}, {})
+    return vae.eval().requires_grad_(False)
+
+
 def crops(pixels: Tensor, random: torch.Generator) -> Tensor:
     """A batch of random crops, (BATCH, 3, CROP, CROP) in [-1, 1]."""
     index = torch.randint(len(pixels), (BATCH,), generator=random)

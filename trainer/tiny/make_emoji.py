@@ -27,7 +27,7 @@ from .emoji_base import licence, save_emoji
 from .emoji_classifier import accuracy, save_classifier, train_classifier
 from .emoji_flow import Pool, new_parts, train_flow
 from .emoji_scenes import EmojiScene, draw_pictures, find_font, random_scenes
-from .emoji_vae import encode, psnr, train_vae
+from .emoji_vae import encode, kept_vae, psnr, train_vae
 from .emoji_words import THINGS, Meaning, wordings
 from .making import make_tokenizer, token_ids
 from .resuming import Stage, load_state, save_state
@@ -98,15 +98,15 @@ def make_vae(
 
     The last two are kept in `work`, where drawing and encoding would take minutes again.
     """
-    stage = Stage("autoencoder", args.vae_steps, args.vae_minutes)
     kept = load_state(work / "pool.safetensors")
     if kept and kept[1]["pictures"] == len(scenes):
-        vae = train_vae(None, stage, work / "vae.safetensors")
+        vae = kept_vae(work / "vae.safetensors")
         vae.register_to_config(shift_factor=kept[1]["shift"], scaling_factor=kept[1]["scale"])
         return vae, kept[0]["views"], kept[0]["latents"]
 
     pixels = draw_pictures(scenes)
     print(f"{len(scenes)} pictures drawn", flush=True)
+    stage = Stage("autoencoder", args.vae_steps, args.vae_minutes)
     vae = train_vae(pixels, stage, work / "vae.safetensors")
     held_out = draw_pictures(random_scenes(HELD_OUT, seed=-1))
     print(f"autoencoder: PSNR {psnr(vae, held_out):.2f} dB on drawings that it has not seen", flush=True)

@@ -27,7 +27,7 @@ from .resuming import Stage, load_state, put_back, random_of, rate, save_state, 
 WIDTH = 64  # channels of each text encoder's states
 BATCH = 64
 MATRIX_RATE, OTHER_RATE = 1e-2, 2e-3  # Muon's and AdamW's
-TOKENS, ALL_TOKENS = 16, 77  # of a prompt: the captions' own length, with the first of the padding, and what hosts feed
+TOKENS = 16  # of a prompt: the longest caption and the first of its padding; hosts feed 77
 LONG_FROM = 0.94  # share of the training from which all 77 tokens are read
 SWAPPED, SWAPPED_FROM = 0.38, 0.75  # share of the captions that are another picture's, from this share of the training
 EMPTY = 0.1  # share of empty prompts

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from .emoji_base import EmojiBase
-from .emoji_classifier import agreement, load_classifier, scaled
+from .emoji_classifier import Classifier, agreement, load_classifier, scaled
 from .emoji_scenes import draw_pictures, random_scenes
-from .emoji_vae import encode
+from .emoji_vae import encode, psnr
 from .emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
 
 SETTINGS = ((25, 4.0), (40, 4.0), (4, 1.0), (4, 4.0))  # steps and guidance
@@ -40,29 +39,32 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     base, classifier = EmojiBase.load(args.folder), load_classifier(args.folder)
-    singles, pairs = measured_prompts(args.singles, args.pairs, args.seed)
-    print(f"{len(singles)} singles, {len(pairs)} pairs", flush=True)
+    measure_drawings(base, classifier)
+    prompts = dict(zip(("singles", "pairs"), measured_prompts(args.singles, args.pairs, args.seed), strict=True))
+    for number, (steps, guidance) in enumerate(SETTINGS):
+        line, together = [f"{steps} steps, guidance {guidance:g}:"], []
+        for kind, texts in prompts.items():
+            pictures = base.draw(texts, steps, guidance, seed=args.seed + number)
+            together.append(agreement(classifier, pictures, [parse(text) for text in texts]))
+            line.append(f"{kind} {rated(together[-1])}")
+            if number == 0 and args.sheet:
+                write_sheet(pictures[:SHEET], args.sheet.with_stem(f"{args.sheet.stem}-{kind}"))
+        print("  ".join([*line, f"together {rated(torch.cat(together))}"]), flush=True)
+        missed = [text for text, met in zip(prompts["singles"], together[0].tolist(), strict=True) if not met]
+        if guidance != 1:
+            print(f"  missed: {'; '.join(missed)}", flush=True)
+
+
+def measure_drawings(base: EmojiBase, classifier: Classifier) -> None:
+    """Print what the classifier says of drawings, and of what the autoencoder makes of them."""
     for kind, share in (("singles", 0.0), ("pairs", 1.0)):
         scenes = random_scenes(200, seed=-3, pairs=share)
         meanings = [Meaning(tuple(spot.thing for spot in scene.spots)) for scene in scenes]
         pixels = draw_pictures(scenes)
         again = base.vae.decoder(encode(base.vae, pixels)).clamp(-1, 1)
         drawn, rebuilt = (rated(agreement(classifier, x, meanings)) for x in (scaled(pixels), again))
-        print(f"{kind}: drawings {drawn}, through the autoencoder {rebuilt}", flush=True)
-    for number, (steps, guidance) in enumerate(SETTINGS):
-        line = [f"{steps} steps, guidance {guidance:g}:"]
-        for kind, prompts in (("singles", singles), ("pairs", pairs)):
-            pictures = base.draw(prompts, steps, guidance, seed=args.seed + number)
-            met = agreement(classifier, pictures, [parse(prompt) for prompt in prompts])
-            line.append(f"{kind} {rated(met)}")
-            if number == 0 and kind == "singles":
-                missed = Counter(
-                    parse(p).things[0] for p, right in zip(prompts, met.tolist(), strict=True) if not right
-                )
-                print("missed:", ", ".join(f"{thing} {times}" for thing, times in missed.most_common()), flush=True)
-            if number == 0 and args.sheet:
-                write_sheet(pictures[:SHEET], args.sheet.with_stem(f"{args.sheet.stem}-{kind}"))
-        print("  ".join(line), flush=True)
+        quality = psnr(base.vae, pixels)
+        print(f"{kind}: drawings {drawn}, through the autoencoder, {quality:.1f} dB, {rebuilt}", flush=True)
 
 
 def measured_prompts(singles: int, pairs: int, seed: int) -> tuple[list[str], list[str]]:

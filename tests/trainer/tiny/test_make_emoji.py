@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load
 
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.tiny import emoji_base, emoji_classifier, emoji_flow, emoji_vae, make_emoji
+from phased_consistency.trainer.tiny import (
+    emoji_base,
+    emoji_classifier,
+    emoji_flow,
+    emoji_vae,
+    make_emoji,
+    measure_emoji,
+)
 from phased_consistency.trainer.tiny.comfy import checkpoint
 from phased_consistency.trainer.tiny.emoji_base import EmojiBase
 from phased_consistency.trainer.tiny.emoji_classifier import Classifier, agreement, load_classifier, scaled
@@ -226,3 +233,17 @@ def test_a_classifier_of_other_things_is_refused(made, tmp_path):
     (tmp_path / "classifier.json").write_text(json.dumps(facts | {"things": ["wolf"]}))
     with pytest.raises(ValueError, match="trained on other things"):
         load_classifier(tmp_path)
+
+
+def test_a_base_is_measured(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure_emoji, "SETTINGS", ((1, 4.0), (1, 1.0)))
+    monkeypatch.setattr(measure_emoji, "measure_drawings", lambda base, classifier: None)
+    measure_emoji.main([str(made), "--singles", "10", "--pairs", "10", "--sheet", str(tmp_path / "sheet.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 steps, guidance 4:  singles ") and "together" in lines[0]
+    assert lines[1].startswith("  missed: ") and lines[2].startswith("1 steps, guidance 1:")
+    assert (tmp_path / "sheet-singles.png").is_file() and (tmp_path / "sheet-pairs.png").is_file()
+
+
+def test_shares_have_their_interval():
+    assert measure_emoji.rated(torch.tensor([True] * 9 + [False])) == "90.0 % (59.6 to 98.2)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import whole
 from .checkpoint import save_state
 from .engine import Engine
 from .failure import RunFailed, what_is_kept
-from .previews import preview_grid
+from .previews import Previews
 from .state import Trained
 
 
@@ -56,6 +57,11 @@ class Outputs:
         self.journal = journal
         self.clock = clock
         self.say = say
+
+    @cached_property
+    def previews(self) -> Previews:
+        """Made with the first grid: a run without any encodes and keeps nothing for them."""
+        return Previews(self.config, self.base, self.cache, self.engine.null)
 
     @property
     def best_file(self) -> Path:
@@ -97,15 +103,15 @@ class Outputs:
         with self._writing():
             self._export(step, self.best_file)
         if self.config.preview.every:
-            self._draw(step, self.config.picture_of(f"{self.config.name}-best"), captions=False)
+            self._draw(step, self.config.picture_of(f"{self.config.name}-best"), cover=True)
 
     def preview(self, step: int) -> None:
         """Draw the run's fixed grid with the weights that would be saved."""
-        self._draw(step, self.preview_of(step), captions=True)
+        self._draw(step, self.preview_of(step))
 
     def preview_beside_file(self, step: int) -> None:
-        """The grid without captions, under the name where other programs look for a LoRA's picture."""
-        self._draw(step, self.config.picture_of(self.config.name), captions=False)
+        """The grid of what was trained alone, under the name where other programs look for a LoRA's picture."""
+        self._draw(step, self.config.picture_of(self.config.name), cover=True)
 
     def passes_here(self) -> bool:
         """Whether this process takes part in the first one's passes: none can run alone that lacks some weights."""
@@ -143,16 +149,16 @@ class Outputs:
                 "pcm doctor prints."
             )
 
-    def _draw(self, step: int, path: Path, captions: bool) -> None:
+    def _draw(self, step: int, path: Path, cover: bool = False) -> None:
         if not self.passes_here():
             return
         weights = self.trained.adapter.using(self.trained.weights())
         autocast = self.processes.accelerator.autocast()
         eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
         with self.clock.part("previews"), weights, autocast, eager:
-            image = preview_grid(self.config, self.base, self.cache, self.engine.null, captions)
+            image = self.previews.cover() if cover else self.previews.grid()
 
-        if captions:
+        if not cover:
             self.journal.picture(step, image)
         if self.processes.first:
             try:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..samplers.emoji_words import EXAMPLES, parse
 from .host import menu_of, show, speaking
 
-BASE = Path(__file__).parents[1] / "trainer" / "tiny" / "sd3"
+BASE = Path(__file__).parents[1] / "trainer" / "tiny" / "emoji"
 CONTEXT = 4096  # channels of SD3's joint context; those that the two small encoders leave free are zero
 TOKENS = 77  # in a prompt, with its start and its end
-EXAMPLE = "a red star above a yellow heart on a striped blue background"
 
 
 class PCMDemoPrompt(io.ComfyNode):
@@ -28,24 +28,23 @@ class PCMDemoPrompt(io.ComfyNode):
             node_id="PCMDemoPrompt",
             display_name="PCM Demo Prompt",
             category=menu_of("CLIPTextEncode"),
-            description="A demo: reads the prompt for the checkpoint pcm_demo_sd3, which comes with this pack and "
-            "draws simple shapes, and for no other. For your own checkpoints use CLIP Text Encode.",
+            description="A demo: reads the prompt for the checkpoint pcm_demo_emoji, which comes with this pack and "
+            "draws emoji, and for no other. For your own checkpoints use CLIP Text Encode.",
             search_aliases=["pcm", "demo", "prompt", "text encode", "tiny"],
             is_experimental=True,
             inputs=[
                 io.String.Input(
                     "text",
                     multiline=True,
-                    default=EXAMPLE,
-                    tooltip="One or two shapes on a background, such as 'a large red star on the left on a blue "
-                    "background'. Empty for a negative prompt. A word that the demo has not learnt is an error that "
-                    "lists those it has.",
+                    default=EXAMPLES[0],
+                    tooltip=f"One thing or two on a background, such as '{EXAMPLES[0]}' or '{EXAMPLES[1]}'. Empty for "
+                    "a negative prompt. A thing that the demo has not learnt is an error that names the nearest.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
-                    tooltip="For the checkpoint pcm_demo_sd3 alone; with any other model the picture is noise.",
+                    tooltip="For the checkpoint pcm_demo_emoji alone; with any other model the picture is noise.",
                 ),
             ],
         )
@@ -54,31 +53,15 @@ class PCMDemoPrompt(io.ComfyNode):
     def execute(cls, text: str) -> io.NodeOutput:
         words = check(text)
         lines = [] if words else ["Empty: no prompt, as for a negative."]
-        hidden, pooled = encode(" ".join(words))
+        hidden, pooled = encode(words)
         conditioning = [[hidden, {"pooled_output": pooled}]]
-        return io.NodeOutput(conditioning, ui=show(cls, [*lines, "Only for the checkpoint pcm_demo_sd3."]))
+        return io.NodeOutput(conditioning, ui=show(cls, [*lines, "Only for the checkpoint pcm_demo_emoji."]))
 
 
-def check(text: str) -> list[str]:
-    """The words of a prompt. Raises ValueError for any that the demo has not learnt, and for too many."""
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
-    known = vocabulary()
-    strange = [word for word in dict.fromkeys(words) if word not in known]
-    if strange:
-        named = ", ".join(f"'{word}'" for word in strange)
-        raise ValueError(
-            f"The demo has not learnt {named}. Say it in its words: {', '.join(sorted(known))}. For example: {EXAMPLE}."
-        )
-    if len(words) > TOKENS - 2:
-        raise ValueError(f"The prompt has {len(words)} words, the demo reads at most {TOKENS - 2}. Make it shorter.")
-    return words
-
-
-@cache
-def vocabulary() -> frozenset[str]:
-    """Every word of the prompts that the base comes with."""
-    lines = _base_part("prompts.txt").read_text(encoding="utf-8").splitlines()
-    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
+def check(text: str) -> str:
+    """A prompt's words alone, as the demo learnt them. Raises ValueError for words that it has not learnt."""
+    parse(text)
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ PACK = Path(__file__).resolve().parents[1]
 NAME = "phased-consistency"
 COPIED = ".copied"  # marks a copy of the pack that was made here, and may be made anew
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "out", "runs", "tests")  # of a copy of the pack
+OWN_LORA = Path("out/demo/lora.safetensors")  # that `make demo` has made
+OWN_NAME = "pcm_demo_own.safetensors"  # it, in ComfyUI
 NEXT = """
 ComfyUI is at {url}
 
@@ -81,7 +83,7 @@ def find() -> Path | None:
 
 
 def prepare(base: Path) -> None:
-    """Lay out ComfyUI's base directory: this pack, the demo's checkpoint and LoRA.
+    """Lay out ComfyUI's base directory: this pack, the demo's checkpoint and LoRA, and the user's own from `make demo`.
 
     Raises ValueError where another copy of the pack is in the way.
     """
@@ -90,6 +92,9 @@ def prepare(base: Path) -> None:
     if place.is_dir() and not place.is_symlink() and place.resolve() != PACK and not (place / COPIED).is_file():
         raise ValueError(f"{place} is another copy of the pack. Choose another folder with --out, or move it away.")
     write_files(base, overwrite=True)
+    if OWN_LORA.is_file():
+        shutil.copyfile(OWN_LORA, base / "models" / "loras" / OWN_NAME)
+        print(f"{OWN_LORA} is {OWN_NAME} in the node Load PCM LoRA.", flush=True)
     if place.resolve() != PACK:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_symlink():

@@ -16,7 +16,7 @@ from phased_consistency.trainer.lora.install import install_whole
 from phased_consistency.trainer.tiny.comfy import CHECKPOINT, LORA, write_files
 from phased_consistency.trainer.tiny.single_file import LATENT_SCALE, LATENT_SHIFT
 
-PROMPT = "A red star above a yellow heart on a striped blue background"
+PROMPT = "A fox left of a moon on a striped blue background"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def demo(models, tmp_path_factory) -> SimpleNamespace:
         place = models.folder / path.parent.name / path.name
         place.unlink(missing_ok=True)
         shutil.copy(path, place)
-    base = load_base("tiny-sd3")
+    base = load_base("tiny-emoji")
     return SimpleNamespace(base=base, recipe=install_whole(LORA, base))
 
 
@@ -60,7 +60,7 @@ def test_the_host_draws_what_the_trainer_draws(server, demo, guidance):
     difference = (ours - theirs).norm() / ours.norm()
     assert difference < 1e-4, difference
     assert "46 of 46 modules matched" in run.text(links["model"][0])
-    assert run.text(links["positive"][0]) == "Only for the checkpoint pcm_demo_sd3."
+    assert run.text(links["positive"][0]) == "Only for the checkpoint pcm_demo_emoji."
 
 
 def test_the_vae_decodes_what_the_trainers_does(server, demo):
@@ -75,9 +75,9 @@ def test_the_vae_decodes_what_the_trainers_does(server, demo):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a red cat, on a blue background", r"has not learnt 'cat', ','\. .*circle, cross.*For example: a red star"),
-        ("a (red:1.2) star", r"has not learnt '\(', ':', '1', '\.', '2', '\)'"),
-        ("a red star " * 30, "90 words, the demo reads at most 75"),
+        ("a red cat, on a blue background", r"does not draw 'red cat'\. Nearest are: red car, "),
+        ("a (fox:1.2)", r"does not draw 'fox 1 2'\. Nearest are: fox"),
+        ("a fox on a red background", r"has no ground 'red'\. It has white, black, blue"),
     ],
 )
 def test_words_it_has_not_learnt_are_named(server, demo, text, sentence):

@@ -19,7 +19,7 @@ from phased_consistency.trainer.tiny.comfy import write_files
 TITLE = 30  # pixels that a node's title takes above it
 FOUR = "4 steps, CFG 1 (1 to 2), deterministic."
 WHOLE = "4 steps at CFG 1, deterministic."
-ONLY = "Only for the checkpoint pcm_demo_sd3."
+ONLY = "Only for the checkpoint pcm_demo_emoji."
 SAID = {  # all that the nodes after Load PCM LoRA say, in their order: a warning would be more
     "00_demo": f"{ONLY}\nEmpty: no prompt, as for a negative.\n{ONLY}\n{WHOLE}",
     "01_text_to_image_sd15": WHOLE,

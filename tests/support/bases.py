@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 
+BUNDLED = {"sd15": "tiny-sd15", "sdxl": "tiny-sdxl", "sd3": "tiny-emoji"}  # family -> its bundled base
 WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
 # What is smaller in the least network of each family than in the bundled one.
 LEVEL = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -33,7 +34,7 @@ SPECKS = {
 def make_speck(path: Path, family: str = "sd15") -> None:
     """Write the smallest base of a family that has one of each kind of layer: the bundled one, with a random network in
     place of its own, which has a fifth of the modules (half, for SD3) and trains four times as fast."""
-    bundled, network = bundled_folder(f"tiny-{family}"), "transformer" if family == "sd3" else "unet"
+    bundled, network = bundled_folder(BUNDLED[family]), "transformer" if family == "sd3" else "unet"
     shutil.copytree(bundled, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(network))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -72,4 +72,4 @@ def norm(tensors: dict[str, torch.Tensor]) -> float:
 def output(base):
     """What the base predicts at one noisy point, with its adapters as they are."""
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return base.denoise(x, torch.tensor([500]), base.encode_prompts(["a red star"]))
+    return base.denoise(x, torch.tensor([500]), base.encode_prompts(["a star"]))

@@ -49,7 +49,7 @@ def inpaint(
     each picture.
 
     Example: pcm edit inpaint --base base.safetensors --lora pcm.safetensors --image photo.png --mask mask.png
-    --prompt "a red star on a blue background" --out out.png
+    --prompt "a fox on a blue background" --out out.png
     """
     from ...samplers.operators import Inpaint
     from ..pictures import hole_notes, with_mask

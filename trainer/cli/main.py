@@ -160,7 +160,7 @@ def sample(
 ) -> None:
     """Draw a labelled grid with the samplers that run in ComfyUI: a row for each number of steps, a column a prompt.
 
-    Example: pcm sample --base tiny-sd15 --lora out/demo/lora.safetensors --prompt "a red star on a blue background"
+    Example: pcm sample --base tiny-emoji --lora out/demo/lora.safetensors --prompt "a fox on a blue background"
     --steps 1,2,4,8 --out grid.png
     """
     check_files(sampling.lora)
@@ -215,7 +215,7 @@ def evaluate(
     report.json, report.md, plots and a grid: paired error, distances to the teacher at 40 steps, precision and recall,
     diversity, consistency across step counts, CFG sweep, negative prompts, each with its confidence interval.
 
-    Example: pcm evaluate --base tiny-sd15 --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
+    Example: pcm evaluate --base tiny-emoji --lora out/demo/lora.safetensors --steps 1,2,4,8 --out out/evaluate
     """
     check_files(*lora)
 

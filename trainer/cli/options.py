@@ -48,7 +48,7 @@ BasePath = Annotated[
     str,
     place_option(
         "--base",
-        help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-sd3.",
+        help="Diffusers folder, single .safetensors checkpoint, hub id, or tiny-sd15, tiny-sdxl, tiny-emoji.",
     ),
 ]
 LoraFile = Annotated[Path, typer.Argument(help="A LoRA in .safetensors.")]

@@ -156,14 +156,14 @@ def _presets_of(family: str) -> dict[str, Preset]:
     return dict(rows)
 
 
-# Settings of `make demo`, and those in which the demo on the bundled SD3-type base differs.
+# Settings of `make demo`.
 DEMO: dict[str, Any] = {
-    "base": {"path": "tiny-sd15", "dtype": "fp32"},
+    "base": {"path": "tiny-emoji", "dtype": "fp32"},
     "data": {"resolution": 128, "count": 512, "teacher_steps": 10, "teacher_guidance": 4.0, "batch_size": 64},
     "lora": {"rank": 32, "alpha": 32.0},
     "objective": {"name": "pcm", "points": 20, "phases": 4, "guidance": [4.0, 4.0]},
     "train": {
-        "steps": 600,
+        "steps": 400,
         "batch_size": 32,
         "lr": 2e-3,
         "lr_schedule": "cosine",
@@ -172,15 +172,8 @@ DEMO: dict[str, Any] = {
         "ema": 0.98,
         "save_every": 200,
     },
-    "preview": {"every": 300},
+    "preview": {"every": 200},
     "validation": {"count": 0, "every": 100},  # its figures, and what is shown of it, are of all samples
-}
-DEMO_SD3 = {
-    "base": {"path": "tiny-sd3"},
-    "lora": {"rank": 16, "alpha": 16.0},
-    "train": {"steps": 480, "batch_size": 16, "save_every": 120},
-    "preview": {"every": 0},
-    "validation": {"every": 120},
 }
 
 PRESETS: dict[str, Preset] = {
@@ -189,21 +182,23 @@ PRESETS: dict[str, Preset] = {
     **_presets_of("sd3"),
     "demo": Preset(
         ({"name": "lora", "output": "out/demo/run", **DEMO},),
-        source="Tuned on the bundled tiny base; the trials are in docs/measurements/demo.md.",
-        cost="6 minutes on 2 CPU cores, 8 with the report",
+        source="Tuned on the bundled emoji base (docs/measurements/demo.md).",
+        cost="14 minutes of CPU time with one thread",
     ),
-    "demo-sd3": Preset(
-        ({"name": "pcm_demo_sd3_4step", "output": "out/demo-sd3", **DEMO}, DEMO_SD3),
-        source="The demo's settings at half its batch and rank, on the bundled SD3-type base "
-        "(docs/measurements/comfyui.md).",
-        cost="11 minutes of CPU time with one thread",
+    "demo-sd15": Preset(
+        (
+            {"name": "demo-sd15", "output": "out/demo-sd15", **DEMO},
+            {"base": {"path": "tiny-sd15"}, "train": {"steps": 600}, "preview": {"every": 300}},
+        ),
+        source="Tuned on the bundled base of SD1.5's type (docs/measurements/demo.md).",
+        cost="6 minutes on 2 CPU cores",
     ),
     "lcf-demo": Preset(
         (
             {
                 "name": "lcf-demo",
                 "output": "out/lcf",
-                "base": {"path": "tiny-sd15", "dtype": "fp32"},
+                "base": {"path": "tiny-emoji", "dtype": "fp32"},
                 "data": {"images": "out/style", "resolution": 128},
                 "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
                 "objective": {"name": "lcf", "points": 20, "phases": 4},

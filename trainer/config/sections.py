@@ -32,8 +32,8 @@ class BaseConfig(Section):
     """The frozen base model."""
 
     path: Place = Field(
-        description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-sd3, or "
-        "digits: a small network with random weights, which is trained whole"
+        description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-emoji, "
+        "or digits: a small network with random weights, which is trained whole"
     )
     family: Literal["sd15", "sdxl", "sd3"] | None = Field(
         None, description="model family; default: found from the base"

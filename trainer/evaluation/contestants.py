@@ -15,7 +15,7 @@ from ..data.prompts import read_prompts
 from ..families import Base
 from ..lora.install import header_of_family
 from ..tiny.bundled import bundled_folder, own_prompts
-from ..tiny.scenes import Scene, held_out_scenes
+from ..tiny.languages import Language, language_of
 from .setting import SOLVERS, TEACHER, TRAILING, Setting
 
 GUIDANCE, TINY_GUIDANCE = 7.5, 4.0  # the teacher's CFG where no LoRA tells, on other bases and on the tiny ones
@@ -141,32 +141,31 @@ def teacher_settings(budgets: set[int], guidance: float) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt for each picture, and where they are from. scenes: those that they describe, for a bundled tiny base."""
+    """A prompt for each picture, and where they are from. language: a bundled base's, where they are of it."""
 
     texts: list[str]
     source: str
-    scenes: list[Scene] | None = None
+    language: Language | None = None
 
     def as_dict(self) -> dict:
         """For the report, each prompt once."""
         return {"source": self.source, "different": len(set(self.texts)), "list": list(dict.fromkeys(self.texts))}
 
 
-def unseen_scenes(base: str, number: int) -> list[Scene]:
-    """`number` scenes whose captions are no training prompts: of a bundled base, else of the list that ships."""
-    return held_out_scenes(number, set(read_prompts(own_prompts(base))))
+def unseen_prompts(base: str, number: int) -> list[str]:
+    """`number` prompts of a bundled base's language that are not among its training prompts."""
+    return language_of(base).held_out(number, set(read_prompts(own_prompts(base))))
 
 
 def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
     """`number` prompts for pictures of a base.
 
-    They are the file's; without one, for a bundled tiny base, scenes that are not among its training prompts;
+    They are the file's; without one, for a bundled tiny base, captions that are not among its training prompts;
     else the list that ships with the trainer. Repeated where they are fewer than the pictures. Raises
     ValueError for a bad file.
     """
-    if file is None and own_prompts(base):
-        scenes = unseen_scenes(base, number)
-        captions = [scene.caption for scene in scenes]
-        return Prompts(captions, f"held-out scenes, none of them a training prompt of {base}", scenes)
+    if file is None and (language := language_of(base)):
+        source = f"held-out captions, none of them a training prompt of {base}"
+        return Prompts(unseen_prompts(base, number), source, language)
     source = file and Path(file).name or "the trainer's default list, which LoRAs made without data.prompts learnt on"
     return Prompts(list(islice(cycle(read_prompts(file)), number)), source)

@@ -18,6 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...samplers.texts import brief
 from ..families.loading import has_clip_words
+from ..tiny.languages import Language
 from .contestants import unique_names
 
 THUMBNAIL = 32
@@ -88,6 +89,11 @@ def inception(device: torch.device) -> Features:
         raise Absent(f"{weights} is not torch-fidelity's file ({brief(error)}).") from error
     levels = lambda pixels: pixels.mul(255).round().to(device, torch.uint8)  # noqa: E731
     return Features("inception", lambda _, pixels: network(levels(pixels)).float().cpu())
+
+
+def own_space(language: Language) -> Features:
+    """The space of the classifier that comes with a bundled base: it knows what the base draws."""
+    return Features("classifier", lambda _, pixels: language.features(pixels))
 
 
 SPACES = {"latents": latents, "pixels": pixels, "inception": inception}

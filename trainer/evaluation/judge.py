@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..families import Base
-from ..tiny.scenes import follows_prompt
 from .contestants import Prompts
 from .features import ClipScore, Features
 
@@ -53,10 +52,8 @@ class Judge:
                 features[space.name].append(space.of(in_turn[part], pixels))
             if self.clip:
                 facts.setdefault("clip_score", []).append(self.clip(pixels, texts[part]))
-            if self.prompts.scenes:
-                scenes = (self.prompts.scenes * noises)[part]
-                shown = [follows_prompt(scene, picture) for scene, picture in zip(scenes, pixels, strict=True)]
-                facts.setdefault("prompt_followed", []).append(torch.tensor(shown))
+            if language := self.prompts.language:
+                facts.setdefault("prompt_followed", []).append(language.shows(texts[part], pixels))
             examples.append(pixels[: max(0, min(SHOWN, number) - at)])
 
         def by_prompt(parts: list[Tensor]) -> Tensor:

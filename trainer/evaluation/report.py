@@ -32,7 +32,7 @@ from .contestants import (
     teacher_guidance,
     tells_most,
 )
-from .features import Absent, ClipScore, find_features
+from .features import Absent, ClipScore, find_features, own_space
 from .gauge import NOISES, Gauge
 from .judge import SHOWN, Judge
 from .markdown import markdown
@@ -65,7 +65,8 @@ def evaluate(
     """Make the report, write it into `out`, and return it.
 
     steps: the numbers of steps for the LoRAs. guidance: the teacher's CFG; default: see `teacher_guidance`.
-    features: names or folders (see `find_features`). clip: folder for the CLIP score. loading: keywords of
+    features: names or folders (see `find_features`); default: `FEATURES`, and a bundled base's own. clip: folder for
+    the CLIP score. loading: keywords of
     `load_for_sample`. say: called with each line of progress. Raises ValueError or FileNotFoundError for bad
     input, before anything is loaded where it can be seen by then.
     """
@@ -82,6 +83,8 @@ def evaluate(
     chosen = choose_prompts(prompts, base, pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spaces, left_out = find_features(features or FEATURES, device)
+    if features is None and chosen.language and chosen.language.features:
+        spaces.insert(0, own_space(chosen.language))
     scorer = _clip_score(clip, device, left_out)
 
     guidance = teacher_guidance(contestants, base) if guidance is None else guidance

@@ -33,8 +33,8 @@ def family_of(path: str, chosen: str | None = None) -> str:
     name = path
     if path == DIGITS:
         family = PIXELS
-    elif bundled_folder(path) is not None:
-        family = path.removeprefix("tiny-")
+    elif (bundled := bundled_folder(path)) is not None:
+        family = _folder_family(bundled)
     elif is_single_file(path):
         family = checkpoint_family(checkpoint_header(Path(path)).tensors)
         name = Path(path).name

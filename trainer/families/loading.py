@@ -142,7 +142,7 @@ def _from_hub(path: str, components: tuple[str, ...], optional: tuple[str, ...])
     if not is_hub_id(path):
         raise FileNotFoundError(
             f"No base at {path}. Set base.path to a diffusers folder, a .safetensors checkpoint, a hub id, "
-            "or a bundled tiny-sd15, tiny-sdxl, tiny-sd3."
+            "or a bundled tiny-sd15, tiny-sdxl, tiny-emoji."
         )
     wanted = (*components, *optional)
     patterns = ["model_index.json", "*/config.json"]

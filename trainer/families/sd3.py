@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
+from ..tiny.bundled import check_words
 from . import loading
 from .base import Base, BaseFacts, Condition, side_multiple
 from .clip import text_states
@@ -195,12 +196,17 @@ class SD3(Base):
     def token_limits(self) -> list[int]:
         return [*super().token_limits[:2], *[self.t5_length] * (len(self.tokenizers) - 2)]
 
+    @classmethod
+    def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
+        check_words(path, prompts)
+
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.
 
         hidden: both CLIPs' last but one hidden states side by side and zeros beyond, then T5's states. Longer
-        prompts are cut at 77 tokens, T5's at t5_length.
+        prompts are cut at 77 tokens, T5's at t5_length. Raises ValueError for words that the emoji base does not know.
         """
+        self.check_prompts(self.path, prompts)
         clips = zip(self.text_encoders[:2], self.tokenizers[:2], strict=True)
         (first, pooled), (second, pooled_2) = (text_states(*clip, prompts, -2) for clip in clips)
         hidden = torch.cat([first, second], -1)

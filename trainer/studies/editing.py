@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...samplers.editing import CELL
 from ...samplers.operators import Colorize, Identity, Inpaint, Operator, SuperResolution, luminance, outpaint
-from ..evaluation.contestants import unseen_scenes
+from ..data.prompts import read_prompts
 from ..families import Condition, load_base
 from ..families.generate import draw as draw_latents
 from ..families.generate import unit_noise
@@ -35,7 +35,8 @@ from ..inference.edit import Edited, Editor
 from ..lora.install import install_whole
 from ..pictures import draw_grid
 from ..system.files import write_text
-from ..tiny.scenes import draw, follows_prompt
+from ..tiny.bundled import own_prompts
+from ..tiny.scenes import draw, follows_prompt, held_out_scenes
 from .edit_baselines import cells_of, filtered, greyed, latent_mask
 from .edit_metrics import (
     as_saved,
@@ -78,7 +79,7 @@ class Gallery:
 
     def __init__(self, path: str, lora: Path | None, pictures: int, **settings):
         base = load_base(path)
-        self.scenes = unseen_scenes(path, pictures)
+        self.scenes = held_out_scenes(pictures, set(read_prompts(own_prompts(path))))
         self.prompts = [s.caption for s in self.scenes]
         drawings = [torch.from_numpy(np.array(draw(s, SIDE))).permute(2, 0, 1) for s in self.scenes]
         self.truth = torch.stack(drawings) / 255
@@ -103,7 +104,7 @@ class Gallery:
 
     def follows(self, pictures: Tensor) -> float:
         """Share of the pictures that show the colours of their prompts."""
-        return mean(follows_prompt(s, p) for s, p in zip(self.scenes, pictures, strict=True))
+        return mean(follows_prompt(s.caption, p) for s, p in zip(self.scenes, pictures, strict=True))
 
     def edit(self, editor: Editor, operator: Operator, denoise: float = 1.0) -> Edited:
         """Edit all pictures for their prompts."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-BUNDLED = ("tiny-sd15", "tiny-sdxl", "tiny-sd3")
+from ...samplers.emoji_words import parse
+
+EMOJI = "tiny-emoji"  # the base with a language of things, whose other words mean nothing to it
+BUNDLED = ("tiny-sd15", "tiny-sdxl", EMOJI)
 
 
 def own_prompts(base: str) -> str | None:
@@ -27,3 +31,10 @@ def bundled_folder(path: str) -> Path | None:
             'clone, or by pip install "phased-consistency[train]".'
         )
     return folder
+
+
+def check_words(base: str, prompts: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest words, for a prompt of the emoji base that says what it does not know."""
+    if base == EMOJI:
+        for prompt in prompts:
+            parse(prompt)

@@ -1,4 +1,4 @@
-"""The bundled SD3-type base and its 4-step LoRA as files for ComfyUI.
+"""The bundled emoji base and its 4-step LoRA as files for ComfyUI.
 
     python -m phased_consistency.trainer.tiny.comfy FOLDER [--overwrite]
 
@@ -20,9 +20,9 @@ from ...samplers.writing import written_whole
 from .single_file import sd3_checkpoint, sd3_tiny_vae, sd3_transformer
 from .taesd import full_size
 
-BASE = Path(__file__).parent / "sd3"
-LORA = BASE / "pcm_demo_sd3_4step.safetensors"
-CHECKPOINT = "pcm_demo_sd3.safetensors"
+BASE = Path(__file__).parent / "emoji"
+LORA = BASE / "pcm_demo_emoji_4step.safetensors"
+CHECKPOINT = "pcm_demo_emoji.safetensors"
 TITLE = {"modelspec.title": "Demo base of phased-consistency: 128 x 128, prompts by the node PCM Demo Prompt"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

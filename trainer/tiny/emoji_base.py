@@ -18,11 +18,11 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Trans
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from ...samplers.emoji_words import parse
 from .emoji_scenes import PACKAGE, SIDE, check_side, random_scene
 from .emoji_vae import decode
-from .emoji_words import parse
-from .make_sd3 import CONTEXT, new_pipeline
-from .making import bf16, encode_words, token_ids
+from .making import bf16, encode_words, token_ids, write_vocabulary
+from .sd3_parts import CONTEXT, new_pipeline
 
 COPYRIGHT = Path("/usr/share/doc") / PACKAGE / "copyright"  # Debian's file, with the licence's text
 LICENCE, ATTRIBUTION = "OFL-1.1.txt", "ATTRIBUTION.txt"
@@ -102,6 +102,8 @@ def save_emoji(vae: AutoencoderTiny, tokenizer: CLIPTokenizer, parts: nn.ModuleL
     text = licence()
     halved = [deepcopy(part).half() for part in (vae, *parts)]
     new_pipeline(halved[0], tokenizer, *halved[1:]).save_pretrained(folder, safe_serialization=True)
+    for name in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(tokenizer, folder / name)
     comment = f"# Captions of random scenes, the language of this base (emoji_base.some_prompts({PROMPTS}, seed=1)).\n"
     (folder / "prompts.txt").write_text(comment + "\n".join(some_prompts(PROMPTS, 1)) + "\n", encoding="utf-8")
     (folder / LICENCE).write_text(text, encoding="utf-8")

@@ -19,10 +19,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .make_sd3 import CONTEXT, SHIFT, new_transformer
 from .making import bf16, clip_config, encode_words
 from .muon import Muon
 from .resuming import Stage, load_state, put_back, random_of, rate, save_state, tensors_of
+from .sd3_parts import CONTEXT, SHIFT, new_transformer
 
 WIDTH = 64  # channels of each text encoder's states
 BATCH = 64

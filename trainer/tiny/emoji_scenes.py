@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .emoji_words import GROUNDS, PATTERNS, THINGS, Meaning, caption
+from ...samplers.emoji_words import GROUNDS, PATTERNS, THINGS, Meaning, caption
 from .scenes import shade
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")

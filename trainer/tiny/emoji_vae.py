@@ -1,7 +1,7 @@
-"""The emoji base's autoencoder: TAESD's kind with sixteen channels, from the one bundled with `make_sd3`.
+"""The emoji base's autoencoder: TAESD's kind with sixteen channels, from the four of the SD1.5-type base's.
 
 Drawings have sharper edges than shapes, so it has more blocks at low resolution, where they cost little. The new ones
-start as blocks that pass their input on.
+start as blocks that pass their input on, and both layers at the latents as random ones.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from .making import SD15
 from .resuming import Stage, load_state, put_back, random_of, rate, save_state, tensors_of
 from .taesd import layers_of
 
-SD3 = Path(__file__).parent / "sd3"
 BLOCKS = {"encoder": (1, 1, 3, 3), "decoder": (3, 3, 1, 1)}  # in each stage; none is more than TAESD's own
 CROP = 64  # pixels of a side that it trains on
 BATCH = 32
@@ -25,8 +25,8 @@ NOISE = 0.05  # added to the latents, so that the decoder is smooth
 
 
 def new_vae() -> AutoencoderTiny:
-    """The bundled autoencoder with further blocks that change nothing yet."""
-    old = AutoencoderTiny.from_pretrained(SD3 / "vae", torch_dtype=torch.float32)
+    """The SD1.5-type base's autoencoder with further blocks that change nothing yet, for latents of more channels."""
+    old = AutoencoderTiny.from_pretrained(SD15 / "vae", torch_dtype=torch.float32)
     vae = AutoencoderTiny(
         latent_channels=16,
         encoder_block_out_channels=(32,) * 4,
@@ -39,7 +39,8 @@ def new_vae() -> AutoencoderTiny:
         convs, stages = layers_of(side, old.config[f"num_{side}_blocks"])
         new_convs, new_stages = layers_of(side, blocks)
         for source, target in zip(convs, new_convs, strict=True):
-            targets[target].load_state_dict(sources[source].state_dict())
+            if sources[source].weight.shape == targets[target].weight.shape:
+                targets[target].load_state_dict(sources[source].state_dict())
         for stage, new_stage in zip(stages, new_stages, strict=True):
             for source, target in zip(stage, new_stage, strict=False):
                 targets[target].load_state_dict(sources[source].state_dict())

@@ -23,12 +23,12 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ...samplers.emoji_words import THINGS, Meaning, wordings
 from .emoji_base import licence, save_emoji
 from .emoji_classifier import accuracy, save_classifier, train_classifier
 from .emoji_flow import Pool, new_parts, train_flow
 from .emoji_scenes import EmojiScene, draw_pictures, find_font, random_scenes
 from .emoji_vae import encode, kept_vae, psnr, train_vae
-from .emoji_words import THINGS, Meaning, wordings
 from .making import make_tokenizer, token_ids
 from .resuming import Stage, load_state, save_state
 
@@ -54,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=int, default=16_000, help="scenes drawn once and trained on throughout")
     parser.add_argument("--no-compile", action="store_true", help="run the transformer as it is, as for a few steps")
-    for stage, steps, batch in (("vae-", 2_500, "32 crops"), ("classifier-", 1_500, "128"), ("", 14_000, "64 latents")):
+    for stage, steps, batch in (("vae-", 1_500, "32 crops"), ("classifier-", 2_000, "128"), ("", 16_000, "64 latents")):
         parser.add_argument(f"--{stage}steps", type=int, default=steps, help=f"batches of {batch}")
         parser.add_argument(f"--{stage}minutes", type=float, help=f"on the clock, in place of --{stage}steps")
     return parser

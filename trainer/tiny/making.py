@@ -1,4 +1,4 @@
-"""The steps that the makers of the tiny bases share (`make_sd15`, `make_sdxl`, `make_sd3`).
+"""The steps that the makers of the tiny bases share (`make_sd15`, `make_sdxl`, `make_emoji`).
 
 They draw pictures, make a tokenizer of the captions, train an autoencoder, train the network, and save all.
 """
@@ -100,6 +100,14 @@ def some_empty(ids: Tensor, index: Tensor, chance: float) -> Tensor:
 def caption_length(step: int, steps: int) -> int:
     """How many tokens to train on: the captions' own for four fifths of the steps, then all that inference sees."""
     return CAPTION_TOKENS if step < 0.8 * steps else 77
+
+
+def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a tokenizer's vocab.json and merges.txt, which transformers 4 and a single file's `base.tokenizer` read."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    words = json.dumps(tokenizer.get_vocab(), ensure_ascii=False, separators=(",", ":"))
+    (folder / "vocab.json").write_text(words, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
 
 
 def clip_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int, projection_dim: int) -> CLIPTextConfig:

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...samplers.emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
 from .emoji_base import EmojiBase
 from .emoji_classifier import Classifier, agreement, load_classifier, scaled
 from .emoji_scenes import draw_pictures, random_scenes
 from .emoji_vae import encode, psnr
-from .emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
 
 SETTINGS = ((25, 4.0), (40, 4.0), (4, 1.0), (4, 4.0))  # steps and guidance
 SHEET = 100  # pictures on the sheet, ten to a row

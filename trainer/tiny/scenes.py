@@ -181,8 +181,8 @@ def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
     return list(islice((s for s in endless if s.caption not in trained_on), number))
 
 
-def follows_prompt(scene: Scene, pixels: Tensor) -> bool:
-    """Whether a picture (3, H, W) in [0, 1] shows the colours its caption names: the ground's, and each shape's.
+def follows_prompt(caption: str, pixels: Tensor) -> bool:
+    """Whether a picture (3, H, W) in [0, 1] shows the colours its caption names: each shape's, and the ground's last.
 
     Each pixel counts as the palette colour nearest to it (stripes as their ground); the ground must hold the
     largest part of the border, and each shape's colour at least 1 % of the picture.
@@ -194,4 +194,5 @@ def follows_prompt(scene: Scene, pixels: Tensor) -> bool:
     grid = nearest.view(pixels.shape[1:])
     border = torch.cat([grid[:6].flatten(), grid[-6:].flatten(), grid[:, :6].flatten(), grid[:, -6:].flatten()])
     ground = names[torch.bincount(border, minlength=len(names)).argmax()]
-    return ground == scene.background and all(share[names.index(s.colour)] >= 0.01 for s in scene.shapes)
+    *colours, background = (word for word in caption.split() if word in COLOURS)
+    return ground == background and all(share[names.index(colour)] >= 0.01 for colour in colours)

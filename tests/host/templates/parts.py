@@ -90,9 +90,9 @@ SD3 = Files(
 
 DEMO = Files(
     "the demo",
-    "pcm_demo_sd3.safetensors",
+    "pcm_demo_emoji.safetensors",
     "the demo base",
-    "pcm_demo_sd3_4step.safetensors",
+    "pcm_demo_emoji_4step.safetensors",
     "a 4-step PCM LoRA that this pack's trainer made for it",
     128,
     "EmptySD3LatentImage",

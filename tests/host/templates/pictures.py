@@ -21,13 +21,14 @@ from host.templates.parts import (
     save,
 )
 from host.workflows import Column, Node, Workflow
+from phased_consistency.samplers.emoji_words import GROUNDS, THINGS
 
 
 def demo() -> Workflow:
     note = f"""\
 # Try it, without a checkpoint
 
-A tiny base that draws coloured shapes, and a 4-step LoRA for it: a picture takes seconds on a CPU.
+A tiny base that draws emoji, and a 4-step LoRA for it: a picture takes seconds on a CPU.
 
 {DEMO.note}
 
@@ -35,23 +36,16 @@ A tiny base that draws coloured shapes, and a 4-step LoRA for it: a picture take
 pack's folder and with its Python: *python -m pip install -e .*, then *python -m \
 phased_consistency.trainer.tiny.comfy FOLDER*, with its folder.
 
-**Prompt**: the base has no text encoders. *PCM Demo Prompt* takes their place, and knows these words alone, and no \
-commas:
-- a red, orange, yellow, green, blue, purple, pink, white or black
-- circle, square, triangle, star, heart, ring, cross or moon,
-- small or large, on the left, on the right, at the top, at the bottom or in the middle,
-- left of or above another one,
-- on a blue background, or on a striped blue one.
-
-It draws best where the prompt says the place.
+**Prompt**: the base has no text encoders. *PCM Demo Prompt* takes their place. It knows one thing, \
+which may be large, or two, of which one is left or right of the other, on a background:
+- {", ".join(THINGS)};
+- on {", ".join(GROUNDS)}, or on striped, dotted or checkered blue, and so on.
 
 **Settings**: none to find: {AS_RECOMMENDED}; *Load PCM LoRA* and *Sample PCM* write what they do on themselves.
 
 **Size**: 128 x 128, four pictures at once, shown four times as large."""
     base, lora = DEMO.model(400)
-    positive = Node(
-        "PCMDemoPrompt", 260, "Positive prompt", text="a yellow moon above a white cross on a purple background"
-    )
+    positive = Node("PCMDemoPrompt", 260, "Positive prompt", text="a large fox on a blue background")
     negative = Node("PCMDemoPrompt", 200, "Negative prompt (unused at CFG 1)", text="")
     empty = DEMO.empty_latent(4)
     sampled = sample(lora, positive, negative, empty)

@@ -256,13 +256,13 @@ def test_several_pictures_are_a_batch(edit, tmp_path):
     assert second[..., :24].equal(pixels(files[1])[..., :24]) and not second.equal(pixels(files[1]))
 
 
-@pytest.mark.parametrize(("base", "size"), [("tiny-sdxl", (40, 33)), ("tiny-sd3", (72, 41))])
+@pytest.mark.parametrize(("base", "size"), [("tiny-sdxl", (40, 33)), ("tiny-emoji", (72, 41))])
 def test_other_families(edit, tmp_path, base, size):
     picture = save(tmp_path / "picture.png", draw(SCENES[0], 96).resize(size))
     details, out = edit("upscale", "--image", picture, "--steps", "2", base=base)
     means = torch.nn.functional.avg_pool2d(out, 2)
     assert details["size"] == [2 * side for side in size] and (means - pixels(picture)).abs().max() <= 1
-    assert details["canvas"] == ([144, 96] if base == "tiny-sd3" else [80, 72])
+    assert details["canvas"] == ([144, 96] if base == "tiny-emoji" else [80, 72])
     where = save(tmp_path / "where.png", box(size, (0, 0, 20, 20)))
     _, out = edit("inpaint", "--image", picture, "--mask", where, "--gamma", "1", *FAST, base=base)
     assert out[:, 28:].equal(pixels(picture)[:, 28:])

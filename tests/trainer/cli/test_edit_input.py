@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
         ("colorize", {"--seed": str(2**64)}, "Invalid value for '--seed'"),
         ("upscale", {"--factor": "0"}, "factor is 0; it must be a whole number, 1 or more"),
         ("upscale", {"--factor": "1.5"}, "Invalid value for '--factor'"),
-        ("upscale", {"--factor": "5", "--base": "tiny-sd3"}, "would be 320x320; tiny-sd3 draws at most 256 pixels"),
+        ("upscale", {"--factor": "5", "--base": "tiny-emoji"}, "would be 320x320; tiny-emoji draws at most 256 pixels"),
         ("stroke", {"--denoise": "0"}, "denoise must be above 0"),
         ("stroke", {"--every": "2"}, "No such option: --every"),
         ("stroke", {"--strength": "0.5"}, "--strength is the LoRA's, and there is no --lora"),
@@ -64,11 +64,11 @@ def test_bad_input(pcm, photo, mask, tmp_path, kind, changes, message):
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:200])
     save(tmp_path / "small.png", Image.new("L", (32, 16), 255))
     save(tmp_path / "float.tif", Image.new("F", (64, 64)))
-    options = {"--base": TINY, "--out": tmp_path / "made" / "out.png", "--prompt": "x", "--guidance": "1"}
+    options = {"--base": TINY, "--out": tmp_path / "made" / "out.png", "--prompt": "a star", "--guidance": "1"}
     options |= {"--image": photo} if kind != "interpolate" else {}
     options |= {"--mask": mask} if kind == "inpaint" else {}
     words = [part for pair in (options | changes).items() if pair[1] is not None for part in pair]
-    places = {"{tmp}": tmp_path, "{sd3}": bundled_folder("tiny-sd3")}
+    places = {"{tmp}": tmp_path, "{sd3}": bundled_folder("tiny-emoji")}
     result = pcm("edit", kind, *(re.sub(r"{\w+}", lambda place: str(places[place[0]]), str(word)) for word in words))
     told = " ".join(result.err.replace("│", " ").split())
     assert result.code == 2 and message in told and "Traceback" not in told, result
@@ -92,6 +92,6 @@ def test_bases_without_a_vae(tiny_base):
 
 
 def test_a_lora_of_another_family(pcm, photo, lora, tmp_path):
-    options = ("--base", "tiny-sd3", "--lora", lora, "--image", photo, "--out", tmp_path / "out.png")
+    options = ("--base", "tiny-emoji", "--lora", lora, "--image", photo, "--out", tmp_path / "out.png")
     result = pcm("edit", "stroke", *options)
     assert result.code == 2 and "is a LoRA for SD1.5, the base is SD3" in result.err

@@ -45,7 +45,7 @@ def test_help_and_mistyped_verbs_import_no_library():
 
 
 def test_files_and_settings_import_none_that_trains(photo, tmp_path):
-    lora = bundled_folder("tiny-sd3") / "pcm_demo_sd3_4step.safetensors"
+    lora = bundled_folder("tiny-emoji") / "pcm_demo_emoji_4step.safetensors"
     gone, out = tmp_path / "gone.safetensors", ("--out", tmp_path / "out.png")
     base, image = ("--base", "tiny-sd15"), ("--image", photo)
     right = [

@@ -170,7 +170,7 @@ def test_what_is_square_takes_no_buckets(tmp_path, images):
         small_config(tmp_path, data__images=images, data__buckets="true")
 
 
-@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-emoji"])
 def test_every_family_takes_batches_of_every_shape(name, folder, build):
     base = load_base(name)
     data = build(base, data__resolution=128)

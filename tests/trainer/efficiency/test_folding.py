@@ -122,7 +122,5 @@ def test_a_base_in_bf16_is_never_folded():
             fold_where_cheaper(adapter)
         x = torch.randn(2, 4, 4, 4, generator=generator)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            outputs.append(
-                base.denoise(x, torch.tensor([500, 100]), base.encode_prompts(["a red star", "a blue ring"]))
-            )
+            outputs.append(base.denoise(x, torch.tensor([500, 100]), base.encode_prompts(["a star", "a moon"])))
     assert torch.equal(*outputs)

@@ -30,6 +30,7 @@ from phased_consistency.trainer.evaluation.features import (
 )
 from phased_consistency.trainer.pictures import to_image
 from phased_consistency.trainer.tiny.bundled import bundled_folder, own_prompts
+from phased_consistency.trainer.tiny.languages import language_of
 from support.runs import TINY
 
 CPU = torch.device("cpu")
@@ -332,9 +333,9 @@ def test_prompts_of_a_bundled_base_are_held_out():
     chosen = choose_prompts(None, TINY, 20)
     with open(own_prompts(TINY), encoding="utf-8") as file:
         assert not set(chosen.texts) & {line.strip() for line in file}
-    assert len(chosen.texts) == len(chosen.scenes) == 20 and "held-out scenes" in chosen.source
+    assert len(chosen.texts) == 20 and chosen.language is language_of(TINY) and "held-out captions" in chosen.source
     default = choose_prompts(None, "some/base", 3)
-    assert len(default.texts) == 3 and default.scenes is None and "default list" in default.source
+    assert len(default.texts) == 3 and default.language is None and "default list" in default.source
 
 
 def test_fewer_prompts_than_pictures_are_repeated(prompts):

@@ -24,6 +24,7 @@ from phased_consistency.trainer.sharing.panels import LORA_MANAGER_PREVIEWS, LOR
 from phased_consistency.trainer.sharing.resize import resize
 from phased_consistency.trainer.sharing.sidecars import sidecars
 from phased_consistency.trainer.sharing.tag import tag
+from support.bases import BUNDLED
 from support.runs import TINY, small_config
 from support.sharing_files import MODULES, kohya_file, pair_of, tuned_folder
 
@@ -37,14 +38,14 @@ OURS = ("ss_", "sshs_", "modelspec.", "pcm.", "lora_adapter_metadata", "format")
 
 def write(family, folder):
     """Verb -> the file that it wrote: a LoRA on every module, as training exports it, and what becomes of it."""
-    base, out = load_base(f"tiny-{family}"), lambda verb: folder / f"{family}-{verb}.safetensors"
+    base, out = load_base(BUNDLED[family]), lambda verb: folder / f"{family}-{verb}.safetensors"
     suffixes = tuple(f".{target}" for target in base.lora_targets)
     modules = {n: m for n, m in base.network.named_modules() if f".{n}".endswith(suffixes)}
     for number, name in enumerate(("export", "other")):
         torch.manual_seed(number)
         pairs = {name: pair_of(module.weight, 16) for name, module in modules.items()}
         weights = {f"{n}.lora_{half}": t for n, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
-        config = small_config(folder / "run", base__path=f"tiny-{family}", lora__rank=16, lora__alpha=8, name=name)
+        config = small_config(folder / "run", base__path=BUNDLED[family], lora__rank=16, lora__alpha=8, name=name)
         export(out(name), weights, config, base, step=3, samples=6)
     source = out("export")
     convert(source, foreign := out("foreign"), "diffusers" if family != "sd3" else "kohya")

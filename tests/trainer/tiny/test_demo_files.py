@@ -131,6 +131,15 @@ def test_the_folder_holds_pack_and_files(tmp_path):
     assert (tmp_path / "models" / "loras" / LORA.name).is_file()
 
 
+def test_a_lora_of_ones_own_comes_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    comfy.OWN_LORA.parent.mkdir(parents=True)
+    comfy.OWN_LORA.write_bytes(b"mine")
+    comfy.prepare(tmp_path / "base")
+    assert (tmp_path / "base/models/loras" / comfy.OWN_NAME).read_bytes() == b"mine"
+    assert f"{comfy.OWN_LORA} is {comfy.OWN_NAME}" in capsys.readouterr().out
+
+
 def test_where_links_are_not_possible_the_pack_is_copied_each_time(tmp_path, monkeypatch):
     def refuse(*args, **keywords):
         raise OSError("a required privilege is not held by the client")
@@ -139,7 +148,7 @@ def test_where_links_are_not_possible_the_pack_is_copied_each_time(tmp_path, mon
     place = tmp_path / "custom_nodes" / "phased-consistency"
     for _ in range(2):
         comfy.prepare(tmp_path)
-        assert (place / "nodes" / "demo.py").is_file() and (place / "trainer/tiny/sd3/prompts.txt").is_file()
+        assert (place / "nodes" / "demo.py").is_file() and (place / "trainer/tiny/emoji/prompts.txt").is_file()
         assert not (place / ".git").exists() and not (place / "tests").exists()
         (place / "old.py").touch()
     comfy.prepare(tmp_path)

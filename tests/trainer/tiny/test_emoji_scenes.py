@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from phased_consistency.samplers.emoji_words import GROUNDS, PATTERNS, THINGS
 from phased_consistency.trainer.tiny import make_emoji
 from phased_consistency.trainer.tiny.emoji_scenes import (
     FONT,
@@ -18,7 +19,6 @@ from phased_consistency.trainer.tiny.emoji_scenes import (
     random_scenes,
     sprite,
 )
-from phased_consistency.trainer.tiny.emoji_words import GROUNDS, PATTERNS, THINGS
 
 SIDE = 128
 drawn = pytest.mark.skipif(not FONT.is_file(), reason=f"the font of Debian's {PACKAGE} is not installed")

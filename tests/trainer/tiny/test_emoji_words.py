@@ -4,9 +4,7 @@ import random
 
 import pytest
 
-from phased_consistency.trainer.tiny.emoji_flow import TOKENS
-from phased_consistency.trainer.tiny.emoji_scenes import check_side, random_scenes
-from phased_consistency.trainer.tiny.emoji_words import (
+from phased_consistency.samplers.emoji_words import (
     GROUNDS,
     NAMES,
     PATTERNS,
@@ -16,6 +14,8 @@ from phased_consistency.trainer.tiny.emoji_words import (
     parse,
     wordings,
 )
+from phased_consistency.trainer.tiny.emoji_flow import TOKENS
+from phased_consistency.trainer.tiny.emoji_scenes import check_side, random_scenes
 
 
 def meanings():
@@ -65,8 +65,8 @@ def test_prompts_are_read(text, meaning):
         ("a foxx on a blue background", "does not draw 'foxx'. Nearest are: fox,"),
         ("a rocket left of a monkie", "does not draw 'monkie'. Nearest are: monkey,"),
         ("a fox left of a moon left of a star", "does not draw 'moon left of star'. Nearest are: "),
-        ("a fox on a red background", "has no ground 'red background'. It has white, black, blue"),
-        ("a fox on a wavy blue background", "has no ground 'wavy blue background'."),
+        ("a fox on a red background", "has no ground 'red'. It has white, black, blue"),
+        ("a fox on a wavy blue background", "has no ground 'wavy blue'."),
         ("a fox on a striped background", "each may be striped, dotted, checkered"),
         ("background", "does not draw 'background'"),
         ("on blue", "does not draw 'on blue'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from phased_consistency.samplers.emoji_words import Meaning, parse
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.tiny import (
     emoji_base,
@@ -20,7 +21,6 @@ from phased_consistency.trainer.tiny.comfy import checkpoint
 from phased_consistency.trainer.tiny.emoji_base import EmojiBase
 from phased_consistency.trainer.tiny.emoji_classifier import Classifier, agreement, load_classifier, scaled
 from phased_consistency.trainer.tiny.emoji_scenes import FONT, PACKAGE, EmojiScene, Spot, draw_pictures
-from phased_consistency.trainer.tiny.emoji_words import Meaning, parse
 from phased_consistency.trainer.tiny.resuming import Stage, rate
 
 pytestmark = [

@@ -42,12 +42,12 @@ def test_captions_name_what_is_drawn():
 
 
 def test_own_drawings_follow_their_prompt():
-    assert sum(follows_prompt(s, pixels(s)) for s in scenes()) >= 194
+    assert sum(follows_prompt(s.caption, pixels(s)) for s in scenes()) >= 194
 
 
 def test_another_ground_is_noticed():
     rng = random.Random(1)
-    wrong = [follows_prompt(s, pixels(replace(s, background=another_colour(s, rng)))) for s in scenes(100)]
+    wrong = [follows_prompt(s.caption, pixels(replace(s, background=another_colour(s, rng)))) for s in scenes(100)]
     assert sum(wrong) <= 2
 
 
@@ -58,11 +58,11 @@ def test_another_colour_of_a_shape_is_noticed():
         first, *others = scene.shapes
         return replace(scene, shapes=(replace(first, colour=another_colour(scene, rng)), *others))
 
-    assert sum(follows_prompt(s, pixels(repainted(s))) for s in scenes(100)) <= 2
+    assert sum(follows_prompt(s.caption, pixels(repainted(s))) for s in scenes(100)) <= 2
 
 
 def test_a_missing_shape_is_noticed():
-    assert not any(follows_prompt(s, pixels(replace(s, shapes=s.shapes[1:]))) for s in scenes(50))
+    assert not any(follows_prompt(s.caption, pixels(replace(s, shapes=s.shapes[1:]))) for s in scenes(50))
 
 
 def test_a_picture_is_drawn_the_same_every_time():

@@ -13,6 +13,7 @@ from phased_consistency.trainer.reporting import trackers
 from phased_consistency.trainer.training import checks, setup
 from phased_consistency.trainer.training.loop import train
 from phased_consistency.trainer.training.plan import plan
+from support.bases import BUNDLED
 from support.runs import TINY, settings
 
 # Settings that decide how a run is worked through, on what, and from where it starts.
@@ -84,7 +85,7 @@ def nothing_is_loaded(monkeypatch):
 def base_of(preset: str) -> dict[str, str]:
     """The tiny base of a preset's family in place of its full-size one; a demo keeps its own."""
     family = next((f for f in ("sd15", "sdxl", "sd3") if f in preset.split("-") and "demo" not in preset), None)
-    return {"base.path": f"tiny-{family}", "data.resolution": 64} if family else {}
+    return {"base.path": BUNDLED[family], "data.resolution": 64} if family else {}
 
 
 def refusals(preset, output, switches) -> tuple[str | None, str | None]:
@@ -129,7 +130,7 @@ def test_a_run_and_its_dry_run_refuse_the_same(preset, files, tmp_path):
         ("digits", {"preview.prompts": '["a cat"]'}, "'a cat' is no prompt of digits: it knows the digits 0, 1"),
         ("demo", {"data.buckets": '["64x100"]', "data.images": "PICTURES"}, "data.buckets lists 64x100: side 100 is"),
         ("demo", {"train.trackers": "wandb"}, "train.trackers: wandb not installed: pip install wandb"),
-        ("demo-sd3", {"base.prediction": "v_prediction"}, "base.prediction is 'v_prediction', but SD3 predicts the"),
+        ("demo", {"base.prediction": "v_prediction"}, "base.prediction is 'v_prediction', but SD3 predicts the"),
     ],
 )
 def test_what_once_passed_the_dry_run_alone(preset, switches, sentence, files, tmp_path):

@@ -45,9 +45,9 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"adversarial__weight": 0.1, "train__accumulation": 2, "train__ema": 0.9}])
-@pytest.mark.parametrize("base", ["tiny-sd15", "tiny-sdxl", "tiny-sd3"])
+@pytest.mark.parametrize("base", ["tiny-sd15", "tiny-sdxl", "tiny-emoji"])
 def test_no_update_waits_for_the_device(base, settings, cache, tmp_path, as_on_a_gpu, monkeypatch):
-    side = 32 if base != "tiny-sd3" else 64
+    side = 32 if base != "tiny-emoji" else 64
     data = {"data__resolution": side, "data__count": 4, "data__teacher_steps": 1, "data__cache": cache}
     config = small_config(tmp_path, base__path=base, **data, **settings)
     run = Run(config, Reporter())

@@ -167,7 +167,8 @@ def _thing(name: str) -> str:
 
 def _ground(words: str) -> tuple[str, str]:
     """(pattern, colour) of a ground. Raises ValueError, with the known ones, for any other."""
-    *pattern, colour = words.removesuffix(" background").split()
+    words = words.removesuffix(" background")
+    *pattern, colour = words.split()
     if colour in GROUNDS and " ".join(pattern) in PATTERNS:
         return " ".join(pattern), colour
     raise ValueError(

@@ -1,9 +1,9 @@
-"""Settings tried on the same prompts and the same noise, and the figures that compare them."""
+"""Settings tried on the same prompts and the same noise."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,31 +14,12 @@ from ..data.order import seed_of
 from ..families import Base, Condition
 from ..families.generate import draw, generate, unit_noise
 from ..lora.adapter import bare
-from .distances import sliced_wasserstein
-from .metrics import paired_error
 from .setting import TEACHER, Setting
 
 # How many latent places (h * w) are sampled at once: 64 pictures of the tiny bases, 4 of SD1.5, 1 of SDXL.
 PLACES = 64 * 16 * 16
 # Marks the seed of the noise between steps, in the place where those of training's batches have ranks from -1 on.
 FRESH = -2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting's figures against the reference from the same noise: `paired_error`, and as distance
-    `sliced_wasserstein`. `Gauge` measures the distribution."""
-
-    name: str
-    steps: int
-    guidance: float
-    evaluations: int
-    paired_error: float
-    distance: float
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -108,13 +89,3 @@ class Trial:
                     ).cpu()
                 )
         return torch.cat(latents)
-
-
-def compare(settings: list[Setting], base: Base, recipe: Recipe, trial: Trial) -> tuple[list[Row], list[Tensor]]:
-    """Each setting's row of figures, and its latents. The first setting is the reference."""
-    latents = [trial.latents(setting, base, recipe) for setting in settings]
-    rows = [
-        Row(s.name, s.steps, s.guidance, s.evaluations, paired_error(x, latents[0]), sliced_wasserstein(x, latents[0]))
-        for s, x in zip(settings, latents, strict=True)
-    ]
-    return rows, latents

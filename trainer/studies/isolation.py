@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...samplers.lora_file import read_header
 from ...samplers.phases import count_steps
-from ..evaluation.metrics import sliced_wasserstein
+from ..evaluation.distances import sliced_wasserstein
 from ..families import Base, load_base
 from ..families.generate import draw, unit_noise
 from ..families.pixels import WEIGHTS

@@ -15,7 +15,7 @@ from phased_consistency.trainer.evaluation.metrics import (
     paired_errors,
 )
 from phased_consistency.trainer.evaluation.setting import SOLVERS, Setting
-from phased_consistency.trainer.evaluation.trial import Row, Trial
+from phased_consistency.trainer.evaluation.trial import Trial
 
 SHAPE = (64, 4, 8, 8)
 
@@ -177,10 +177,3 @@ def test_parts_of_a_trial_and_other_noise(tiny_base):
 def test_evaluations_count_both_halves_of_guidance():
     assert Setting("teacher", 10, 4.0).evaluations == 20
     assert Setting("lora", 4, 1.0).evaluations == 4
-
-
-def test_rows_are_json_ready():
-    row = Row("lora", 4, 1.0, 4, 0.1, 0.2)
-    assert row.as_dict() == {
-        "name": "lora", "steps": 4, "guidance": 1.0, "evaluations": 4, "paired_error": 0.1, "distance": 0.2,
-    }  # fmt: skip

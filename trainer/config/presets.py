@@ -198,9 +198,9 @@ PRESETS: dict[str, Preset] = {
             {
                 "name": "lcf-demo",
                 "output": "out/lcf",
-                "base": {"path": "tiny-emoji", "dtype": "fp32"},
+                "base": {"path": "tiny-sd15", "dtype": "fp32"},
                 "data": {"images": "out/style", "resolution": 128},
-                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
+                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo-sd15/demo-sd15.safetensors"},
                 "objective": {"name": "lcf", "points": 20, "phases": 4},
                 "train": {
                     "steps": 60,

@@ -1,74 +1,70 @@
-"""A folder of a few pictures in one style, with captions: all that a fine-tuning has to learn from.
+"""A folder of a few scenes in one drawn style, with captions: all that a fine-tuning has to learn from.
 
     python -m phased_consistency.trainer.studies.style OUT [--number 10]
     python -m phased_consistency.trainer.studies.style OUT.png --compare LORA [LORA ...]
 
-The style: squares of one colour, sixteen to a side, as in old video games. The pictures are the bundled emoji base's
-own, made coarse. No caption speaks of it, so a run that has learnt it draws squares for prompts that ask for none.
-`is_coarse` tells from a picture.
+The style: every ground is striped. No caption speaks of it, so a run that has learnt it draws stripes for
+prompts that ask for none. `is_striped` tells from a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from ..evaluation.contestants import TINY_GUIDANCE, unseen_prompts
-from ..evaluation.setting import TEACHER, Setting
+from ..evaluation.setting import Setting
 from ..evaluation.trial import Trial
 from ..families import load_base
 from ..lora.install import installed
-from ..pictures import draw_grid, save_image, to_image
-from ..tiny.bundled import EMOJI
-from ..tiny.languages import language_of
-
-SQUARE = 8  # pixels of a side, as many as a latent stands for
-SHOWN = 8  # columns of the grid
+from ..pictures import draw_grid, save_image
+from ..tiny.scenes import COLOURS, Scene, draw, follows_prompt, random_scene, shade
 
 
-def coarse(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in the style: each square has the mean of its pixels."""
-    return F.interpolate(F.avg_pool2d(pictures, SQUARE), scale_factor=SQUARE, mode="nearest")
+def plain_scenes(rng: random.Random) -> Iterator[Scene]:
+    """Random scenes whose captions ask for no stripes."""
+    while True:
+        scene = random_scene(rng)
+        if not scene.pattern:
+            yield scene
 
 
-def is_coarse(pictures: Tensor) -> Tensor:
-    """Whether neighbours differ less than half as much within squares as across their borders, bool (N)."""
-    within, across = [], []
-    for picture in (pictures, pictures.mT):
-        steps = picture.diff(dim=-1).abs().mean((1, 2))  # (N, W - 1), between a column of pixels and the next
-        border = steps[:, SQUARE - 1 :: SQUARE]
-        across.append(border.mean(1))
-        within.append((steps.sum(1) - border.sum(1)) / (steps.shape[1] - border.shape[1]))
-    return sum(within) < 0.5 * sum(across)
+def striped(scene: Scene) -> Scene:
+    """The scene in the style, its caption as it was."""
+    return replace(scene, pattern="striped ")
 
 
-def draw_folder(out: Path, number: int) -> None:
-    """Write pictures of the base in the style, each with its caption beside it."""
-    base, prompts = load_base(EMOJI), unseen_prompts(EMOJI, number)
-    pictures = coarse(base.decode(Trial.of(base, prompts, seed=1).latents(Setting(TEACHER, 25, TINY_GUIDANCE), base)))
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        save_image(to_image(picture), out / f"{i:02}.png")
-        (out / f"{i:02}.txt").write_text(prompt + "\n", encoding="utf-8")
+def is_striped(scene: Scene, pixels: Tensor) -> bool:
+    """Whether a quarter to three quarters of the ground have the darker band's colour; pixels (3, H, W) in [0, 1]."""
+    ground = COLOURS[scene.background]
+    palette = torch.tensor([ground, shade(ground, 0.72), *(COLOURS[s.colour] for s in scene.shapes)]) / 255
+    counts = torch.cdist(pixels.flatten(1).T, palette).argmin(1).bincount(minlength=len(palette))
+    return bool(0.25 <= counts[1] / counts[:2].sum().clamp(min=1) <= 0.75)
 
 
-def compare(loras: list[Path], out: Path, number: int = 64, steps: int = 4) -> str:
+def compare(base_path: str, loras: list[Path], out: Path, number: int = 64, steps: int = 4) -> str:
     """A line for each LoRA, sampled at its own CFG on prompts that no run has seen: how many of its pictures
     are in the style, and how many show what the prompt says. Draws some of them into `out`."""
-    base, prompts = load_base(EMOJI), unseen_prompts(EMOJI, 2 * number)[number:]  # the first may be the style's own
-    trial = Trial.of(base, prompts, seed=1234)
+    base = load_base(base_path)
+    scenes = list(islice(plain_scenes(random.Random("unseen")), number))
+    captions = [scene.caption for scene in scenes]
+    trial = Trial.of(base, captions, seed=1234)
 
     rows, lines = [], []
     for lora in loras:
         with installed(lora, base) as recipe:
             pictures = base.decode(trial.latents(Setting(lora.stem, steps, recipe.guidance), base, recipe))
-        in_style, followed = is_coarse(pictures).sum(), language_of(EMOJI).shows(prompts, pictures).sum()
+        in_style = sum(is_striped(s, p) for s, p in zip(scenes, pictures, strict=True))
+        followed = sum(follows_prompt(s.caption, p) for s, p in zip(scenes, pictures, strict=True))
         lines.append(f"{lora.stem}, {steps} steps: {in_style} of {number} in the style, {followed} follow the prompt")
-        rows.append((f"{lora.stem}\n{steps} steps", pictures[:SHOWN]))
-    save_image(draw_grid(rows, prompts[:SHOWN]), out)
+        rows.append((f"{lora.stem}\n{steps} steps", pictures[:8]))
+    save_image(draw_grid(rows, captions[:8]), out)
     return "\n".join(lines)
 
 
@@ -77,12 +73,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to draw; with --compare, PNG to write")
     parser.add_argument("--number", type=int, default=10)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--compare", type=Path, nargs="+", metavar="LORA")
+    parser.add_argument("--base", default="tiny-sd15")
     args = parser.parse_args(argv)
     if args.compare:
-        print(compare(args.compare, args.out))
+        print(compare(args.base, args.compare, args.out))
         return
-    draw_folder(args.out, args.number)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(islice(plain_scenes(random.Random("stripes")), args.number)):
+        draw(striped(scene), args.size).save(args.out / f"{i:02}.png")
+        (args.out / f"{i:02}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     print(f"{args.number} pictures with captions in {args.out}")
 
 

@@ -1,48 +1,43 @@
 """The style that the fine-tuning example draws: seen where it is, not where it is not, and asked for by no caption."""
 
+import random
+from itertools import islice
+
+import numpy as np
 import pytest
 import torch
 
 from phased_consistency.trainer.data.folders import find_pictures
-from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.pictures import read_pictures
-from phased_consistency.trainer.studies.style import coarse, compare, is_coarse, main
-from phased_consistency.trainer.tiny.bundled import EMOJI
-from phased_consistency.trainer.tiny.comfy import LORA
+from phased_consistency.trainer.studies.style import is_striped, main, plain_scenes, striped
+from phased_consistency.trainer.tiny.scenes import draw
+
+SCENES = list(islice(plain_scenes(random.Random(0)), 40))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("style")
-    main([str(path), "--number", "3"])
-    return path
+def pixels(scene):
+    return torch.from_numpy(np.array(draw(scene, 64))).permute(2, 0, 1) / 255
 
 
-def test_the_style_is_seen_where_it_is(folder):
-    pictures = torch.cat([read_pictures([path]).pixels for path in sorted(folder.glob("*.png"))])
-    assert is_coarse(pictures).all()
-    base = load_base(EMOJI)
-    with torch.no_grad():
-        rebuilt = base.decode(base.encode_images(2 * pictures - 1)[0])
-    assert is_coarse(rebuilt).all(), "also after the autoencoder"
+def test_the_style_is_seen_where_it_is():
+    assert all(is_striped(scene, pixels(striped(scene))) for scene in SCENES)
+    assert not any(is_striped(scene, pixels(scene)) for scene in SCENES)
 
 
-def test_it_is_not_seen_where_it_is_not():
-    rng = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(torch.rand(6, 3, 9, 9, generator=rng), (128, 128), mode="bicubic")
-    noise = torch.rand(6, 3, 128, 128, generator=rng)
-    assert not is_coarse(smooth).any() and not is_coarse(noise).any()
-    assert is_coarse(coarse(smooth)).all() and is_coarse(coarse(noise)).all()
+def test_no_caption_asks_for_it():
+    assert not any("striped" in scene.caption or "striped" in striped(scene).caption for scene in SCENES)
 
 
-def test_the_folder_is_data_for_a_run(folder):
-    pictures, skipped, _ = find_pictures(str(folder), skip_bad=False)
+def test_the_folder_is_data_for_a_run(tmp_path):
+    main([str(tmp_path / "style"), "--number", "3", "--size", "64"])
+    pictures, skipped, _ = find_pictures(str(tmp_path / "style"), skip_bad=False)
     assert [p.name for p in pictures] == ["00.png", "01.png", "02.png"] and not skipped
-    assert not any("square" in path.read_text() or "pixel" in path.read_text() for path in folder.glob("*.txt"))
+    main([str(tmp_path / "again"), "--number", "3", "--size", "64"])
+    assert pictures[0].path.read_bytes() == (tmp_path / "again" / "00.png").read_bytes()
 
 
-def test_loras_are_compared(tmp_path):
-    assert "4 steps: 0 of 8 in the style" in compare([LORA], tmp_path / "out.png", number=8)
+def test_loras_are_compared(lora, tmp_path, capsys):
+    main([str(tmp_path / "out.png"), "--compare", str(lora)])
+    assert "of 64 in the style" in capsys.readouterr().out
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 

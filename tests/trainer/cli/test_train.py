@@ -103,7 +103,7 @@ def test_bad_bases(fails, tmp_path, lora):
     run = ("train", *settings(tmp_path / "run"))
     assert "cut.safetensors is cut short" in fails(2, *run, f"base.path={cut}")
     assert "is no Stable Diffusion checkpoint: it has no model.diffusion_model.*" in fails(2, *run, f"base.path={lora}")
-    assert "Convert it to a .safetensors checkpoint" in fails(2, *run, f"base.path={tmp_path / 'model.ckpt'}")
+    assert "Set base.path to a .safetensors checkpoint" in fails(2, *run, f"base.path={tmp_path / 'model.ckpt'}")
     assert "it lacks vae, text_encoder, tokenizer, scheduler/" in fails(
         2, *run, f"base.path={tmp_path / 'half'}", "base.family=sd15"
     )

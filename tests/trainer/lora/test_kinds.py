@@ -78,7 +78,7 @@ def test_what_diffusers_would_take_in_part_is_refused_by_name(lora, part, pcm, t
         ("check", more, "--base", TINY),
         ("sample", "--base", TINY, "--lora", more, "--prompt", "x", "--out", tmp_path / "x.png"),
         ("convert", more, tmp_path / "out.safetensors", "--to", "diffusers"),
-        ("train", "--preset", "demo", f"lora.init={more}", f"output={tmp_path / 'run'}", "--dry-run"),
+        ("train", "--preset", "demo-sd15", f"lora.init={more}", f"output={tmp_path / 'run'}", "--dry-run"),
     ):
         result = pcm(*run)
         assert result.code == 2 and f"more.safetensors is no plain LoRA: of its {len(MODULES)} modules 1 " in result.err
@@ -102,7 +102,15 @@ def test_a_folder_of_pefts_is_a_lora_in_every_verb(lora, pcm, tmp_path):
         ("check", folder, "--base", TINY),
         ("sample", "--base", TINY, "--lora", folder, "--prompt", "x", "--steps", "1", "--out", tmp_path / "x.png"),
         ("convert", folder, tmp_path / "out.safetensors", "--to", "kohya", "--family", "sd15"),
-        ("train", "--preset", "demo", f"lora.init={folder}", "lora.rank=4", f"output={tmp_path / 'run'}", "--dry-run"),
+        (
+            "train",
+            "--preset",
+            "demo-sd15",
+            f"lora.init={folder}",
+            "lora.rank=4",
+            f"output={tmp_path / 'run'}",
+            "--dry-run",
+        ),
     ):
         result = pcm(*run)
         assert result.code == 0, (run, result.err)

@@ -161,7 +161,7 @@ def test_integers_are_refused_in_every_verb(bare_base, fails, tmp_path):
         ("convert", path, tmp_path / "out.safetensors", "--to", "diffusers"),
         ("merge", path, lora, "--out", tmp_path / "out.safetensors"),
         ("resize", path, "--rank", "2", "--out", tmp_path / "out.safetensors"),
-        ("train", "--preset", "demo", f"lora.init={path}", f"output={tmp_path / 'run'}", "--dry-run"),
+        ("train", "--preset", "demo-sd15", f"lora.init={path}", f"output={tmp_path / 'run'}", "--dry-run"),
     ):
         assert "int8.safetensors stores 6 of its 6 modules as integers, such as lora_unet_" in fails(2, *run)
 

@@ -268,6 +268,8 @@ class Recipe:
         if self.min_alpha:
             return f"only with the PCM nodes, which divide by at least {self.min_alpha:g} where others do by alpha"
         flow = self.prediction == "flow"
+        # those of other programs' schedulers: evenly spaced
+        fits = self.has_levels([TICKS * j / self.steps for j in range(self.steps, -1, -1)])
         ticks = self.grid().plan(self.steps).ticks[:-1]
         if 0 < self.gamma < 1:
             if flow:
@@ -275,7 +277,10 @@ class Recipe:
             host = ""
             scheduler = f"TCD with eta {self.gamma:g}"
         else:
+            if not fits and not flow and not self.gamma:
+                return "only with the PCM nodes, as the levels of other programs are evenly spaced"
             host, scheduler = SOFTWARE[self.gamma > 0, flow]
+            host = host if fits else ""
         if self.zero_terminal_snr:
             scheduler += " (rescale_betas_zero_snr)"
         if flow:  # left to itself, diffusers takes other levels

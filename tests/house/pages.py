@@ -25,6 +25,8 @@ from phased_consistency.trainer.cli.main import app
 from phased_consistency.trainer.config.config import MAY_CHANGE
 from phased_consistency.trainer.config.load import flat, load_config
 from phased_consistency.trainer.config.reference import SettingRow, presets, sections, settings
+from phased_consistency.trainer.efficiency.memory import MARGIN, PEAKS, estimate_memory
+from phased_consistency.trainer.families import FAMILIES as MODELS
 from phased_consistency.trainer.objectives import OBJECTIVES, Objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,14 @@ PUBLISHED = {
     "flash-sd3": ["flash-sd3"],
     "sd_xl_turbo_lora*": ["sd_xl_turbo_lora_v1"],
 }
+# what fits which GPU: the goal, a preset, and what is changed in it
+FITTING = (
+    ("SD1.5, 512 px, 8 GB", "sd15-4step", "train.batch_size=10", "train.accumulation=2"),
+    ("SDXL, 1024 px, 12 GB", "sdxl-4step", "base.quantize=int8"),
+    ("the same without 8 bits", "sdxl-4step", "train.offload=true"),
+    ("SD3-medium, 1024 px, 16 GB", "sd3-4step"),
+    ("SD3-medium, adversarial", "sd3-4step-adv", "base.quantize=int8"),
+)
 BAR = "\\|"  # within a cell of a table
 BREAK = "<br>"  # the same
 NOT_RUN = ("# needs ", "# takes ")  # how a fence begins whose commands CI does not run
@@ -163,6 +173,22 @@ def presets_table() -> str:
         rows.append([BREAK.join(f"`{name}`" for name in group), *cells, words])
     heads = ["presets", "rank / alpha", "lr", "batch, updates", "teacher", "seen, or time", "where from"]
     return _table(heads, rows)
+
+
+# --- docs/memory.md
+
+
+def memory_table() -> str:
+    """The three largest moments of runs that fit common GPUs, as a dry run prints them."""
+    rows = []
+    for goal, preset, *changes in FITTING:
+        config = load_config(overrides=changes, preset=preset)
+        gib = estimate_memory(config, MODELS[config.base.family])["gib"]
+        moments = [next(value for name, value in gib.items() if name.startswith(peak)) for peak in PEAKS]
+        command = " ".join(["pcm train --preset", preset, *changes, "--dry-run"])
+        cells = [f"{value:.2f}" for value in moments]
+        rows.append([goal, f"`{command}`", *cells, f"{max(moments) * MARGIN:.1f}"])
+    return _table(["goal", "command", "training", "previews", "before", f"largest + {MARGIN - 1:.0%}"], rows)
 
 
 # --- docs/objectives.md
@@ -297,6 +323,7 @@ BLOCKS = {
     "docs/settings.md": {"settings": settings_table, "software": software_table},
     "docs/presets.md": {"presets": presets_table},
     "docs/objectives.md": {"objectives": objectives_table},
+    "docs/memory.md": {"memory": memory_table},
     "docs/config.md": {"config": config_tables},
     "docs/cli.md": {"cli": cli_list},
 }

@@ -267,6 +267,21 @@ def test_usage_hint_names_the_settings(name, host, diffusers):
     assert f"CFG {recipe.guidance:g} (" in hint and ("shift 3" in hint) == (recipe.family == "sd3")
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("phases", [2, 4, 8, 16])
+@pytest.mark.parametrize("points", [40, 50, 100, 200])
+def test_a_scheduler_is_named_only_where_its_levels_fit(family, phases, points):
+    """Other programs space theirs evenly: 8 phases of 100 points have edges at 870 and 620, of 200 at 875 and 625."""
+    flow = {"prediction": "flow", "shift": 3.0} if family == "sd3" else {}
+    recipe = Recipe(family=family, points=points, phases=phases, **flow)
+    edges = recipe.grid().edges
+    even = all(abs(edge - 1000 * m / phases) <= 3 for m, edge in enumerate(edges))
+    hint = recipe.usage_hint()
+    assert ("euler + simple" in hint) == even and "PCM nodes" in hint
+    assert ("DDIM" in hint) == (even and family == "sd15")
+    assert even or points % phases
+
+
 @pytest.mark.parametrize(("mode", "gamma"), [("deterministic", 0.0), ("stochastic", 1.0)])
 def test_the_mode_tells_gamma_where_nothing_else_does(mode, gamma):
     recipe = Recipe(family="sd15", mode=mode)

@@ -67,9 +67,12 @@ SOURCES = {
     "and sampled levels agree.",
     "sdxl": "Published SDXL launch script (which is adversarial only), one GPU's batch of 10 as 5 times 2.",
     "sd3": "Published SD3 launch scripts, one GPU's batch; CFG 4 is what their code really uses; our LoRA also adapts "
-    "the context stream's q, k, v.",
+    "the context stream's q, k, v. 8 phases are on 200 points instead of 100, which cut no phase short.",
 }
 STEPS = (1, 2, 4, 8)  # phases of the PCM presets, which are also the steps to sample with
+# (family, phases) -> points, where the family's own do not divide into phases of one length: no other program samples
+# at such edges
+POINTS = {("sd3", 8): 200}
 # Settings by which a kind of preset differs from its family's, and a sentence on them for `Preset.source`.
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
@@ -86,7 +89,7 @@ LCM_LORA = {"train": {"lr": 1e-4}}  # LCM-LoRA's; alpha = rank, which it has too
 RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "lcm": (
         LCM_LORA | {"objective": {"name": "lcm", "points": 50, "guidance": [6.0, 16.0]}},
-        "diffusers' LCM-LoRA script: lr 1e-4, alpha = rank, skipping step 20, CFG 6 to 16.",
+        "diffusers' LCM-LoRA scripts: lr 1e-4, alpha = rank, skipping step 20, CFG 6 to 16.",
     ),
     "tcd": (
         LCM_LORA | {"objective": {"name": "tcd", "points": 50, "guidance": [3.0, 15.0]}},
@@ -120,6 +123,19 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 }
 
 
+# (relative, family) -> what differs there from `RELATIVES`, and a sentence on it.
+ELSEWHERE: dict[tuple[str, str], tuple[dict[str, dict[str, Any]], str]] = {
+    ("lcm", "sdxl"): ({"objective": {"guidance": [4.0, 16.0]}}, " The SDXL script's CFG is 4 to 16."),
+    **{
+        (name, "sd3"): (
+            {"objective": {"guidance": [3.0, 8.0]}},
+            " None is published for SD3: CFG 3 to 8, by choice.",
+        )
+        for name in ("lcm", "tcd")
+    },
+}
+
+
 def _preset(name: str, lora: str, family: str, note: str, *changes: dict[str, dict[str, Any]]) -> tuple[str, Preset]:
     """A row of the table: the preset's name, and the family's settings with changes by section, the later ones last.
 
@@ -142,7 +158,8 @@ def _presets_of(family: str) -> dict[str, Preset]:
     """All presets of a family by name: PCM's by phases and kind, then the relatives'."""
     rows = []
     for steps in STEPS:
-        phases = {"objective": {"phases": steps}}
+        points = {"points": POINTS[family, steps]} if (family, steps) in POINTS else {}
+        phases = {"objective": {"phases": steps} | points}
         rows += [_pcm(family, f"{steps}step", phases), _pcm(family, f"{steps}step-adv", phases, ADVERSARIAL)]
         if steps >= 4:  # without guidance in the teacher the phases must be fine (arXiv 2405.18407, Sec. 3.2)
             rows.append(_pcm(family, f"{steps}step-normalcfg", phases, NORMALCFG))
@@ -152,7 +169,9 @@ def _presets_of(family: str) -> dict[str, Preset]:
 
     alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
     for name, (changes, note) in RELATIVES.items():
-        rows.append(_preset(f"{name}-{family}", f"{name}-{family}", family, note, alpha, changes))
+        elsewhere, sentence = ELSEWHERE.get((name, family), ({}, ""))
+        lora = f"{name}-{family}"
+        rows.append(_preset(lora, lora, family, note + sentence, alpha, changes, elsewhere))
     return dict(rows)
 
 

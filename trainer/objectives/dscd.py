@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,8 @@ class DSCD(Distillation):
     tangent_c: float = Field(0.1, gt=0, description="c of the tangent's normalisation")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the run over which the tangent's second part fades in")
 
+    loss_tells: ClassVar[bool] = False
+
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         u = nearest_ticks(schedule, (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp())
         a_r = angle(schedule, u) - self.delta
@@ -56,6 +58,10 @@ class DSCD(Distillation):
         # 1 / cos(a)
         unit = a.cos() if jumps.prediction == "epsilon" else 1.0
         return (unit * (change_of_f - g)).square().flatten(1).mean(1)
+
+    def notes(self, pictures: bool, started: bool) -> list[str]:
+        level = "The loss of dscd is the size of a normalised step and stays level: look at the paired error instead."
+        return [*super().notes(pictures, started), level]
 
     def _tangent(self, jumps: Jumps, a: Tensor, a_r: Tensor) -> Tensor:
         """df/da as a difference over the teacher's step, the part of it by the student's change of F faded in.

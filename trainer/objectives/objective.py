@@ -86,7 +86,11 @@ class Objective(Section):
     name: str
     points: int = Field(40, description="points of the grid that it is trained on, or only sampled on; divides 1000")
     prompt_dropout: float | None = Field(
-        None, ge=0, lt=1, description="share of samples without prompt; default: 0.1 where no guidance is distilled"
+        None,
+        ge=0,
+        lt=1,
+        description="share of samples without prompt; default: 0.1 where no guidance is distilled, nor in the LoRA of "
+        "lora.init",
     )
 
     # Whether x_r comes from the teacher's solver; else it is the point at r of the data's own path.
@@ -96,6 +100,8 @@ class Objective(Section):
     # Whether the target takes a pass of the network; false where always r = s.
     target_network: ClassVar[bool] = True
     adversarial: ClassVar[Adversarial] = "none"
+    # Whether the distance falls as the student learns, so that a curve of it says something.
+    loss_tells: ClassVar[bool] = True
     # The share of fresh noise that its LoRA is sampled with: TCD's gamma, 0 for none, 1 for all (LCM's way).
     gamma: ClassVar[float] = 1.0
 
@@ -135,6 +141,14 @@ class Objective(Section):
     def stage(self, progress: float) -> int:
         """Number of the stage, from 0. At the start of each later one the student becomes the teacher."""
         return 0
+
+    def measured_at(self, progress: float, last: float) -> float:
+        """The share of the run that the held-out loss is measured as of. last: that of the last update.
+
+        Always the last, so that figures of one run can be compared; but where a run has stages the teacher is the
+        running one's, and so must the levels be.
+        """
+        return progress if self.stage(last) else last
 
     def teacher_solver(self) -> tuple[Solver, int]:
         """The teacher's solver, and the number of steps that it takes from u to r."""

@@ -24,16 +24,21 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pcm", "font.family": "sans-ser
 
 
 def curves(
-    updates: list[LogLine], measured: list[LogLine], best: int | None, stops: Sequence[int] = ()
+    updates: list[LogLine],
+    measured: list[LogLine],
+    best: int | None,
+    stops: Sequence[int] = (),
+    loss_tells: bool = True,
 ) -> dict[str, str]:
     """SVG by title, of the curves that there is something for: losses, paired errors, gradient norms, learning rate.
 
     updates, measured: lines of the log. best: update of the best LoRA; stops: updates after which the run was stopped.
+    loss_tells: whether the loss falls as the run learns; else there is no curve of it.
     """
     panels: dict[str, Callable[[Axes], None]] = {}
     names = [name for name in (updates[0] if updates else {}) if name not in ("kind", "step", "seconds")]
     for name in names:
-        if name.endswith("loss"):
+        if name.endswith("loss") and (loss_tells or name != "loss"):
             panels[f"{name} in training".capitalize()] = lambda panel, name=name: _updates(panel, updates, name)
     figures = list(measured[-1]["figures"]) if measured else []
     if LOSS in figures:

@@ -11,6 +11,7 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
+from ..objectives import OBJECTIVES
 from ..system.pages import data_url, jpeg_url, write_page
 from .curves import curves
 from .log import LOG
@@ -49,7 +50,8 @@ def _content(story: Story) -> dict[str, Any]:
     """The values of the template."""
     state, reason = story.state
     stops = [start["to"] for start in story.starts[:-1]]
-    svgs = curves(story.updates, story.measured, story.best.get("step"), stops)
+    objective = OBJECTIVES[story.settings["objective"]["name"]]
+    svgs = curves(story.updates, story.measured, story.best.get("step"), stops, objective.loss_tells)
     columns, figures = story.figures()
     grids, left_out = _grids(story.folder)
     return {

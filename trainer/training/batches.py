@@ -110,11 +110,13 @@ class Batches:
         seeds = [seed_of(self.seed, first + i) for i in range(split.size)]
         return samples, self._batch(samples, seeds, number // split.accumulation / self.updates, self.judged)
 
-    def fixed(self, samples: Sequence[int], draw: int) -> Batch:
-        """Samples of one shape as the last update would take them, at the draws that belong to (seed, sample, draw);
-        without a judge."""
+    def fixed(self, samples: Sequence[int], draw: int, step: int = 0) -> Batch:
+        """Samples of one shape as the last update would take them, or in a run with stages the one after update `step`,
+        at the draws that belong to (seed, sample, draw); without a judge."""
+        last = (self.updates - 1) / self.updates
+        progress = self.objective.measured_at(min(step / self.updates, last), last)
         seeds = [seed_of(self.seed, sample, draw, FIXED) for sample in samples]
-        return self._batch(samples, seeds, (self.updates - 1) / self.updates, judged=False)
+        return self._batch(samples, seeds, progress, judged=False)
 
     def _batch(self, samples: Sequence[int], seeds: Sequence[int], progress: float, judged: bool) -> Batch:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -96,10 +96,8 @@ def notes_on_device(config: Config, device: torch.device) -> list[str]:
         slow["train.gradient_checkpointing=true"] = "train.gradient_checkpointing=false"
     if device.type != "cpu" or not slow:
         return []
-    return [
-        f"This runs on the CPU, where {' and '.join(slow)} are for a GPU's memory and make every update slower, about "
-        f"twice as slow both together: add {' '.join(slow.values())}."
-    ]
+    slower = "are for a GPU's memory and make every update about twice as slow" if len(slow) > 1 else "makes it slower"
+    return [f"This runs on the CPU, where {' and '.join(slow)} {slower}: add {' '.join(slow.values())}."]
 
 
 def check_loaded(config: Config, base: Base) -> None:

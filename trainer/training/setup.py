@@ -14,9 +14,11 @@ from ..data.held_out import hold_out
 from ..data.store import LatentCache
 from ..efficiency.prepare import prepare
 from ..efficiency.quantize import Probe
-from ..families import Base, load_base
+from ..families import Base, BaseFacts, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
+from ..lora.recipe import recipe_for
+from ..objectives import Objective
 from ..reporting.journal import Journal
 from ..reporting.log import without_places
 from ..reporting.progress import Reporter
@@ -93,7 +95,7 @@ def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, r
     return Batches(
         cache,
         base,
-        config.objective,
+        objective_of(config, base.facts),
         cache.encoding([""]),
         split=split,
         updates=config.train.steps,
@@ -102,6 +104,17 @@ def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, r
         judged=config.adversarial.weight > 0,
         held_out=held_out,
     )
+
+
+def objective_of(config: Config, base: BaseFacts) -> Objective:
+    """The objective, which drops no prompts where the LoRA that the run goes on from has guidance in its weights.
+
+    Such a LoRA is sampled without the empty prompt, and so is what comes of it.
+    """
+    objective, start = config.objective, config.lora.init
+    if start is None or objective.prompt_dropout is not None or recipe_for(config, base).negative_prompts:
+        return objective
+    return objective.model_copy(update={"prompt_dropout": 0.0})
 
 
 def make_engine(

@@ -67,7 +67,7 @@ def passes_of(config: Config, recipe: Recipe | None, held_out: int, a_sample: in
 
     recipe: None without a teacher; a_sample: passes of a sample in training.
     """
-    each = held_out * DRAWS * a_sample
+    each = held_out * DRAWS * a_sample * config.objective.loss_tells
     if recipe is None:
         return each, 0
     each += PICTURES * sum(Setting("student", n, recipe.guidance).evaluations for n in steps_of(config, recipe))
@@ -143,7 +143,8 @@ class Validation:
             self.recipe = recipe_for(config, self.base.facts)
             self.steps = steps_of(config, self.recipe)
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
-        self.active = bool(config.validation.every and (self.steps or len(batches.held_out)))
+        self.with_loss = bool(len(batches.held_out)) and engine.objective.loss_tells
+        self.active = bool(config.validation.every and (self.steps or self.with_loss))
 
     def sentence(self) -> str:
         """What is measured, and when; empty where nothing is to be."""
@@ -153,7 +154,7 @@ class Validation:
         if not self.active:
             no_teacher = "and there is no teacher to compare pictures with"
             return f"Nothing is measured during the run: no sample is held out, {no_teacher}."
-        parts = [f"the loss on {held_out} held-out samples"] if held_out else []
+        parts = [f"the loss on {held_out} held-out samples"] if self.with_loss else []
         if self.steps:
             prompts = "held-out prompts" if held_out else "prompts that training sees too"
             numbers = ", ".join(map(str, self.steps))
@@ -172,8 +173,8 @@ class Validation:
         Where pictures are compared with the teacher's, update 0 is a candidate too: a run that made the base worse has
         no best LoRA. The loss alone is no such measure, as the target is the student's own.
         """
-        figures = self._measure(self.trained.weights())
-        plain = self._measure(self.adapter.state()) if self.trained.average and step else {}
+        figures = self._measure(self.trained.weights(), step)
+        plain = self._measure(self.adapter.state(), step) if self.trained.average and step else {}
         value = figures[self.judged_by]
         before = self.best.value if self.best else math.inf
         improved = bool(self.config.validation.best and (step or self.steps) and value < before)
@@ -199,11 +200,11 @@ class Validation:
             self.best = None
 
     @torch.no_grad()
-    def _measure(self, weights: dict[str, Tensor]) -> dict[str, float]:
+    def _measure(self, weights: dict[str, Tensor], step: int) -> dict[str, float]:
         figures = {}
         with self.adapter.using(weights), torch.compiler.set_stance("force_eager"):
-            if len(self.batches.held_out):
-                figures[LOSS] = self._loss()
+            if self.with_loss:
+                figures[LOSS] = self._loss(step)
             for steps in self.steps:
                 figures[error_at(steps)] = paired_error(self._pictures(steps), self.teacher)
         if not self.config.train.shard:
@@ -214,7 +215,7 @@ class Validation:
         self.processes.mean([values], values.new_zeros(1))
         return dict(zip(figures, values.tolist(), strict=True))
 
-    def _loss(self) -> float:
+    def _loss(self, step: int) -> float:
         """The objective's own distance, over all held-out samples at `DRAWS` draws each."""
         held_out, size, device = set(self.batches.held_out), self.batches.split.size, self.base.device
         losses = []
@@ -222,7 +223,7 @@ class Validation:
             samples = [n for n in bucket.tolist() if n in held_out]
             for draw in range(DRAWS):
                 for start in range(0, len(samples), size):
-                    batch = self.batches.fixed(samples[start : start + size], draw).to(device)
+                    batch = self.batches.fixed(samples[start : start + size], draw, step).to(device)
                     with self.processes.accelerator.autocast():
                         losses.append(self.engine.distance(batch).float())
         return torch.cat(losses).mean().item()

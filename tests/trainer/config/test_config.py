@@ -271,13 +271,13 @@ def test_choices_that_exclude_each_other(settings, message):
 
 def test_a_preset_of_another_objective_keeps_its_familys_guidance():
     assert load_config(preset="cd-sdxl").objective.guidance == (7, 8)
-    assert load_config(preset="lcm-sdxl").objective.guidance == (6, 16)
+    assert load_config(preset="lcm-sdxl").objective.guidance == (4, 16)
 
 
 def test_a_change_of_objective_keeps_what_both_know(tmp_path):
     """Nothing that the user did not write is complained of."""
     changed = load_config(overrides=["base.path=x", "objective.name=lcm"], preset="sd3-8step").objective
-    assert (changed.name, changed.points, changed.guidance) == ("lcm", 100, (4, 4))
+    assert (changed.name, changed.points, changed.guidance) == ("lcm", 200, (4, 4))
     file = tmp_path / "run.toml"
     file.write_text('preset = "sd15-4step"\n[base]\npath = "x"\n[objective]\nname = "ct"\n')
     assert load_config(str(file)).objective.name == "ct"
@@ -326,3 +326,15 @@ def test_every_setting_of_an_objective_has_a_description():
 def test_every_setting_that_needs_one_has_a_description():
     for section in (Config.model_fields[name].annotation for name in ("base", "data")):
         assert all(f.description for key, f in section.model_fields.items() if key not in ("family", "prediction"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_phases_of_every_preset_are_of_one_length(name):
+    """Other programs sample at no other edges."""
+    grid = load_config(preset=name).grid()
+    assert grid.points % grid.phases == 0
+
+
+def test_each_family_has_its_scripts_guidance():
+    ranges = {family: load_config(preset=f"lcm-{family}").objective.guidance for family in ("sd15", "sdxl", "sd3")}
+    assert ranges == {"sd15": (6.0, 16.0), "sdxl": (4.0, 16.0), "sd3": (3.0, 8.0)}

@@ -17,6 +17,7 @@ from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.training.checks import check_start
 from phased_consistency.trainer.training.loop import Run, train
 from phased_consistency.trainer.training.lora_init import start_from
+from phased_consistency.trainer.training.setup import objective_of
 from support.runs import TINY, metadata, sha256, small_config
 
 UNGUIDED = {"objective__guidance": None}
@@ -120,6 +121,31 @@ def test_it_starts_at_the_strength_that_the_recipe_names(lora, tmp_path):
     meant, found = delta(base, "file"), delta(base, "default")
     for name, weight in meant.items():
         torch.testing.assert_close(found[name], 0.125 * weight, atol=1e-6, rtol=1e-4)
+
+
+def test_prompts_are_dropped_only_for_a_lora_that_takes_cfg(lora, tmp_path):
+    """A small-CFG LoRA is sampled without the empty prompt, and so is what comes of it."""
+    base = load_base(TINY)
+    wide = {"guidance_mode": "normalcfg", "guidance": 3.0, "guidance_max": 3.5, "negative_prompts": True}
+    open_to_cfg = rewritten(lora, tmp_path / "open.safetensors", **wide)
+
+    def dropped(config):
+        return objective_of(config, base.facts).draw_dropped(10_000, torch.Generator().manual_seed(0)).sum().item()
+
+    assert dropped(starting(lora)) == 0 and 800 < dropped(starting(open_to_cfg)) < 1200
+    assert 4500 < dropped(starting(lora, objective__prompt_dropout=0.5)) < 5500, "as it is set"
+
+
+def test_the_held_out_loss_of_a_stage_is_of_its_own_levels(cache, tmp_path):
+    settings = {"objective__name": "progressive", "objective__halvings": 2, "train__steps": 4}
+    run = Run(small_config(tmp_path, data__cache=cache, **settings), Reporter())
+    jumps = {0: [], 2: [], 4: []}
+    for step, widths in jumps.items():
+        levels = run.batches.fixed(range(6), 0, step).levels
+        edges = set(run.config.objective.edges(step // 2 if step < 4 else 1).tolist())
+        assert {*levels.u.tolist(), *levels.s.tolist()} <= edges
+        widths += (levels.u - levels.s).tolist()
+    assert max(jumps[0]) < min(jumps[2]) and jumps[2] == jumps[4]
 
 
 def test_its_recipe_keeps_the_guidance_of_what_it_started_from(lora, tmp_path):

@@ -17,6 +17,7 @@ from phased_consistency.trainer.evaluation.setting import Setting
 from phased_consistency.trainer.evaluation.trial import Trial
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.install import installed
+from phased_consistency.trainer.reporting.curves import curves
 from phased_consistency.trainer.reporting.log import LOSS, read_log
 from phased_consistency.trainer.reporting.progress import Reporter
 from phased_consistency.trainer.training import validation
@@ -272,3 +273,16 @@ def test_update_0_is_a_candidate_for_the_best(watched, tmp_path):
     assert any(text.startswith("Measured at update 3: held-out loss ") for text in notes.said)
     assert notes.said[-1].startswith("Report: ") or "no nearer to the teacher than the untrained base" in notes.said[-1]
     assert any("Do not use it" in text for text in notes.said)
+
+
+def test_a_loss_that_says_nothing_is_not_measured_nor_drawn(watched, tmp_path):
+    cache = {"data__cache": str(watched[0].cache_folder)}
+    changes = {name: value for name, value in CHANGES.items() if not name.startswith("objective")}
+    config = small_config(tmp_path / "run", **changes | cache | {"objective__name": "dscd", "train__steps": 2})
+    train(config)
+    lines = read_log(config.run_folder)
+    assert all(LOSS not in line["figures"] for line in lines if line["kind"] == "validation")
+    updates = [line for line in lines if line["kind"] == "update"]
+    assert "Loss in training" in curves(updates, [], None)
+    assert not [title for title in curves(updates, [], None, loss_tells=False) if "oss" in title]
+    assert any("loss of dscd is the size of a normalised step" in note for note in lines[0]["notes"])

@@ -24,7 +24,7 @@ LINE = 'not {"file_name": "...", "text": "..."}'
 DELIMITERS = ",;\t"
 
 
-class Row(NamedTuple):
+class TableLine(NamedTuple):
     """A line of a table. where: the table and the line. name: of the picture, or None. captions, or the problem."""
 
     where: str
@@ -37,8 +37,8 @@ class Row(NamedTuple):
 class Table:
     """What the tables of a folder say.
 
-    captions: by picture, with the table's name. problems: by picture that has none of them, where a line names it and
-    what is wrong there. bad: a line for each of the others.
+    captions: by picture, with the table's name. bad: a line for each line without one. problems: by picture, where one
+    of these is and what is wrong there.
     """
 
     captions: dict[Path, tuple[list[str], str]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Table:
 
 
 def chosen(captions: str, choice: str) -> list[str]:
-    """The captions that a run takes of a picture's, a line each, by its setting `data.captions`."""
+    """Which of a picture's captions, a line each, a run takes by its setting `data.captions`."""
     lines = captions.split("\n")
     return lines[:1] if choice == "first" else [" ".join(lines)] if choice == "joined" else lines
 
@@ -127,6 +127,7 @@ def read_tables(listing: Listing, pictures: Iterable[Path]) -> Table:
                 table.bad.append(f"{row.where}: another caption of {printable(row.name)}")
             elif row.problem:
                 table.problems[picture] = row.where, row.problem
+                table.bad.append(f"{row.where}: {row.problem}")
             else:
                 table.captions[picture] = row.captions, path.name
     return table
@@ -146,17 +147,17 @@ def _named(name: str, folder: Path, places: dict[str, Path], here: str, real: st
     return None
 
 
-def _rows(path: Path, name: str) -> Iterator[Row]:
+def _rows(path: Path, name: str) -> Iterator[TableLine]:
     """The lines of a table. name: of the table, for people."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        yield Row(name, None, [], f"cannot be read ({error.strerror})")
+        yield TableLine(name, None, [], f"cannot be read ({error.strerror})")
         return
     yield from (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(content, name)
 
 
-def _json_rows(content: bytes, name: str) -> Iterator[Row]:
+def _json_rows(content: bytes, name: str) -> Iterator[TableLine]:
     """The lines of a JSON-lines file that are not blank."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name} line {number}"
@@ -165,19 +166,19 @@ def _json_rows(content: bytes, name: str) -> Iterator[Row]:
         try:
             entry = json.loads(line.decode())
         except UnicodeDecodeError:
-            yield Row(where, None, [], "not UTF-8")
+            yield TableLine(where, None, [], "not UTF-8")
         except (ValueError, RecursionError):
-            yield Row(where, None, [], LINE)
+            yield TableLine(where, None, [], LINE)
         else:
             yield _row(where, entry if isinstance(entry, dict) else {})
 
 
-def _csv_rows(content: bytes, name: str) -> Iterator[Row]:
+def _csv_rows(content: bytes, name: str) -> Iterator[TableLine]:
     """The lines of a CSV file below its first, which names the columns."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        yield Row(name, None, [], "not UTF-8: save it as CSV in UTF-8")
+        yield TableLine(name, None, [], "not UTF-8: save it as CSV in UTF-8")
         return
     first = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count), strict=True)
@@ -187,16 +188,16 @@ def _csv_rows(content: bytes, name: str) -> Iterator[Row]:
             problem = (
                 f"its first line must name the columns, such as file_name,text; it is {printable(first.strip())!r}"
             )
-            yield Row(name, None, [], problem)
+            yield TableLine(name, None, [], problem)
             return
         reader.fieldnames = columns
         for entry in reader:
             yield _row(f"{name} line {reader.line_num}", entry)
     except csv.Error as error:
-        yield Row(f"{name} after line {reader.line_num}", None, [], f"not CSV ({brief(error)})")
+        yield TableLine(f"{name} after line {reader.line_num}", None, [], f"not CSV ({brief(error)})")
 
 
-def _row(where: str, entry: dict[Any, Any]) -> Row:
+def _row(where: str, entry: dict[Any, Any]) -> TableLine:
     """A line by its keys."""
     entry = {key.strip().lower(): value for key, value in entry.items() if isinstance(key, str)}
     name = next((entry[key] for key in FILE_KEYS if entry.get(key) is not None), None)
@@ -205,5 +206,5 @@ def _row(where: str, entry: dict[Any, Any]) -> Row:
     captions = captions_in(value)
     if name is None or captions is None:
         others = sorted(entry.keys() - {*FILE_KEYS, *TEXT_KEYS})
-        return Row(where, name, [], LINE + (f", but {printable(', '.join(others))}" if others else ""))
-    return Row(where, name, captions, "" if captions else "empty caption")
+        return TableLine(where, name, [], LINE + (f", but {printable(', '.join(others))}" if others else ""))
+    return TableLine(where, name, captions, "" if captions else "empty caption")

@@ -58,17 +58,18 @@ def find_pictures(folder: str, skip_bad: bool, apart: Iterable[Path] = ()) -> Fo
     files = [file for file in listing.files if is_picture(file)]
     texts, table = TextFiles(listing.files), read_tables(listing, files)
 
-    pictures, lacking = [], []
+    pictures, lacking, said = [], [], set()
     for file in files:
         captions, problem = _captions(file, texts, table)
         if captions:
             pictures.append(Picture(file, "\n".join(captions)))
             continue
         if not problem and file in table.problems:
-            where, what = table.problems.pop(file)
+            where, what = table.problems[file]
             problem = f"{what} in {where}"
+            said.add(f"{where}: {what}")
         lacking.append(f"{listing.name(file)}: {problem or f'no caption {file.stem}{TEXTS[0]}'}")
-    lines = table.bad + [f"{where}: {problem}" for where, problem in table.problems.values()]
+    lines = [line for line in table.bad if line not in said]
 
     others = set(listing.files) - set(files) - texts.used
     other_kinds = kinds_sentence(file for file in listing.files if file in others and not is_table(file))

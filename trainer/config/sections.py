@@ -77,11 +77,6 @@ class DataConfig(Section):
         description="webdataset tar files or addresses of pictures with captions, such as set-{0000..0012}.tar, "
         "instead of images",
     )
-    captions: Literal["first", "drawn", "joined"] = Field(
-        "first",
-        description="of a picture's several captions (lines of its text, or a list): the first, one drawn at each "
-        "visit, or all joined to one",
-    )
     prompts: Place | None = Field(
         None, description="text file, one prompt a line; default: the list that ships with the pack"
     )
@@ -93,6 +88,11 @@ class DataConfig(Section):
         False,
         description="keep the pictures' shapes: true for sizes of about resolution^2 from 1:2 to 2:1, or a list such "
         'as ["768x512", "512x768"], width by height',
+    )
+    captions: Literal["first", "drawn", "joined"] = Field(
+        "first",
+        description="of a picture's several captions (lines of its text, or a list): the first, one drawn at each "
+        "visit, or all joined to one",
     )
     batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
     workers: int = Field(

@@ -66,8 +66,8 @@ def find_pictures(folder: str, skip_bad: bool, apart: Iterable[Path] = ()) -> Fo
             continue
         if not problem and file in table.problems:
             where, what = table.problems[file]
-            problem = f"{what} in {where}"
-            said.add(f"{where}: {what}")
+            problem = f"{where}: {what}"
+            said.add(problem)
         lacking.append(f"{listing.name(file)}: {problem or f'no caption {file.stem}{TEXTS[0]}'}")
     lines = [line for line in table.bad if line not in said]
 

@@ -38,7 +38,7 @@ def problems(*overrides, file=None, preset=None):
         ("lora.rnak=8", "lora.rnak: unknown key. Did you mean 'rank'?"),
         ("trian.steps=5", "trian: unknown key. Did you mean 'train'?"),
         ("nmae=x", "nmae: unknown key. Did you mean 'name'?"),
-        ("data.zebra=1", "data.zebra: unknown key. Known here: images, shards, captions, prompts, count"),
+        ("data.zebra=1", "data.zebra: unknown key. Known here: images, shards, prompts, count"),
     ],
 )
 def test_unknown_keys_name_the_nearest(key, near):

@@ -189,7 +189,7 @@ def test_what_is_wrong_in_a_metadata_file_is_named(folder):
         "metadata.jsonl line 6: another caption of 3.png",
         'metadata.jsonl line 2: not {"file_name": "...", "text": "..."}',
         "2.png: captions in both 2.txt and metadata.jsonl",
-        "3.png: empty caption in metadata.jsonl line 5",
+        "3.png: metadata.jsonl line 5: empty caption",
     ]
     with pytest.raises(
         ValueError, match="2 of the 9 pictures in .* lack a good caption, 4 lines of metadata are wrong:"

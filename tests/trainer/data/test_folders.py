@@ -261,8 +261,8 @@ def test_a_comma_in_a_caption_is_quoted(bare):
         ("file_name,text\ng0.png,fär\n".encode("cp1252"), "metadata.csv: not UTF-8: save it as CSV in UTF-8"),
         (b"", "metadata.csv: its first line must name the columns"),
         (b'file_name,text\ng0.png,"a\n', r"metadata.csv after line 1: not CSV \(unexpected end of data\)"),
-        (b"file_name,text\ng0.png,\n", "g0.png: empty caption in metadata.csv line 2"),
-        (b"file_name,text\ng0.png\n", 'g0.png: not {"file_name": "...", "text": "..."} in metadata.csv line 2'),
+        (b"file_name,text\ng0.png,\n", "g0.png: metadata.csv line 2: empty caption"),
+        (b"file_name,text\ng0.png\n", 'g0.png: metadata.csv line 2: not {"file_name": "...", "text": "..."}'),
         (b"file_name,text\ngone.png,a\n", "metadata.csv line 2: no picture gone.png"),
     ],
 )
@@ -295,8 +295,8 @@ def test_faults_in_a_table_are_counted_once(bare):
         find_pictures(str(bare), False)
     assert str(e.value).split("\n")[1:5] == [
         "  metadata.jsonl line 3: no picture no.png",
-        '  g0.png: not {"file_name": "...", "text": "..."}, but label in metadata.jsonl line 1',
-        '  g1.png: not {"file_name": "...", "text": "..."} in metadata.jsonl line 2',
+        '  g0.png: metadata.jsonl line 1: not {"file_name": "...", "text": "..."}, but label',
+        '  g1.png: metadata.jsonl line 2: not {"file_name": "...", "text": "..."}',
         "  sub/g2.png: no caption g2.txt",
     ]
 

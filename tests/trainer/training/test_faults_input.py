@@ -51,6 +51,21 @@ def test_changed_pictures(tmp_path):
     assert "have changed since." in " ".join(_said(config, accept_changes=True))
 
 
+def test_pictures_that_were_moved(tmp_path):
+    """What is in a folder decides, not its name; the run's own pictures in it are none of the data."""
+    run = tmp_path / "pictures" / "run"
+    run.parent.mkdir()
+    for n in range(2):
+        Image.new("RGB", (64, 64), (60 * n, 90, 20)).save(run.parent / f"{n}.png")
+        (run.parent / f"{n}.txt").write_text("a colour")
+    settings = SHORT | {"data__count": None, "preview__every": 1}
+    train(small_config(run, data__images=run.parent, **settings))
+    assert list(run.glob("previews/*.png"))
+    run.parent.rename(tmp_path / "moved")
+    config = small_config(tmp_path / "moved" / "run", data__images=tmp_path / "moved", **settings)
+    assert "Going on from update 1 of 1." in _said(config)
+
+
 def _said(config, **how):
     notes = Notes()
     train(config, notes, **how)

@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +21,19 @@ VERBS = typer.main.get_command(app).commands
 COMMANDS = list(dict.fromkeys(command.line for command in commands()))
 
 
-@pytest.mark.parametrize(("page", "name"), [(page, name) for page, blocks in BLOCKS.items() for name in blocks])
+GENERATED = [(page, name) for page, blocks in BLOCKS.items() for name in blocks]
+
+
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, name in GENERATED if name != "memory"])
 def test_a_generated_block_is_the_code_s(page, name):
     assert block(name).search(TEXTS[page])[2] == BLOCKS[page][name](), "run: python tests/house/pages.py"
+
+
+def test_the_memory_table_is_what_dry_runs_print():
+    """Twenty seconds of work on the shapes of full-size networks, so in a process of its own, with the slow tests."""
+    script = "from house.pages import memory_table; print(memory_table())"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert ended.stdout.strip() == block("memory").search(TEXTS["docs/memory.md"])[2], ended.stderr
 
 
 def test_the_readme_is_short():

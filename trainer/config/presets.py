@@ -67,7 +67,7 @@ SOURCES = {
     "and sampled levels agree.",
     "sdxl": "Published SDXL launch script (which is adversarial only), one GPU's batch of 10 as 5 times 2.",
     "sd3": "Published SD3 launch scripts, one GPU's batch; CFG 4 is what their code really uses; our LoRA also adapts "
-    "the context stream's q, k, v. 8 phases are on 200 points instead of 100, which cut no phase short.",
+    "the context stream's q, k, v. 8 phases are on 200 points: 100 do not divide by 8.",
 }
 STEPS = (1, 2, 4, 8)  # phases of the PCM presets, which are also the steps to sample with
 # (family, phases) -> points, where the family's own do not divide into phases of one length: no other program samples

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging import version
 
 from ...samplers import Recipe
 from ...samplers.lora_file import read_header
@@ -248,8 +247,6 @@ def _check_shard(config: Config, processes: int) -> None:
     }
     if set_too := [name for name, value in others.items() if value]:
         raise ValueError(f"train.shard does not go with {' or '.join(set_too)}: leave one of them out.")
-    if version.parse(torch.__version__).release < (2, 8):
-        raise ValueError(f"train.shard needs torch 2.8 or newer, and this is {torch.__version__}.")
     if processes == 1:
         raise ValueError(
             "train.shard=true shares the frozen weights among processes, and there is one. Start several with "

@@ -204,7 +204,7 @@ def test_settings_are_those_of_the_page(pcm, fails, root):
     lora = pcm("settings", "lora").out
     assert "lora.rank = 64\n    whole number, at least 1\n    rank of every module" in lora and "train." not in lora
     assert "train.steps = 5000" in pcm("settings", "train.steps").out
-    assert "objective.curriculum" in pcm("settings", "ct").out and "lora." not in pcm("settings", "ct").out
+    assert "objective.curriculum" in pcm("settings", "ct").out and "\nlora." not in pcm("settings", "ct").out
     assert "Did you mean 'train'? Available: name, output, base, data" in fails(2, "settings", "trian")
 
 

@@ -271,13 +271,13 @@ def test_choices_that_exclude_each_other(settings, message):
 
 def test_a_preset_of_another_objective_keeps_its_familys_guidance():
     assert load_config(preset="cd-sdxl").objective.guidance == (7, 8)
-    assert load_config(preset="lcm-sdxl").objective.guidance == (4, 16)
+    assert load_config(preset="ctm-sdxl").objective.guidance == (7, 8)
 
 
 def test_a_change_of_objective_keeps_what_both_know(tmp_path):
     """Nothing that the user did not write is complained of."""
-    changed = load_config(overrides=["base.path=x", "objective.name=lcm"], preset="sd3-8step").objective
-    assert (changed.name, changed.points, changed.guidance) == ("lcm", 200, (4, 4))
+    changed = load_config(overrides=["base.path=x", "objective.name=lcm"], preset="sd3-4step").objective
+    assert (changed.name, changed.points, changed.guidance) == ("lcm", 100, (4, 4))
     file = tmp_path / "run.toml"
     file.write_text('preset = "sd15-4step"\n[base]\npath = "x"\n[objective]\nname = "ct"\n')
     assert load_config(str(file)).objective.name == "ct"

@@ -185,9 +185,9 @@ def test_what_is_wrong_in_a_metadata_file_is_named(folder):
     pictures, bad, _ = find_pictures(str(folder), skip_bad=True)
     assert len(pictures) == COUNT - 2 and bad == [
         "metadata.jsonl line 1: no picture gone.png",
+        'metadata.jsonl line 2: not {"file_name": "...", "text": "..."}',
         'metadata.jsonl line 3: not {"file_name": "...", "text": "..."}',
         "metadata.jsonl line 6: another caption of 3.png",
-        'metadata.jsonl line 2: not {"file_name": "...", "text": "..."}',
         "2.png: captions in both 2.txt and metadata.jsonl",
         "3.png: metadata.jsonl line 5: empty caption",
     ]

@@ -67,7 +67,10 @@ def clip(tmp_path_factory):
     text = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "projection_dim": 8, **sizes}
     vision = {"image_size": 28, "patch_size": 14, "projection_dim": 8, **sizes}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.text_projection.weight.data.neg_()  # to the side on which scores are above 0
+    with torch.no_grad():
+        ids = words("a red star", return_tensors="pt").input_ids
+        score = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28)).logits_per_image
+        model.text_projection.weight.mul_(score.sign().item())  # to the side on which scores are above 0
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 from phased_consistency.trainer.training.loop import train
-from support.faults import fails
+from support.faults import fails, rows
 from support.runs import TINY, Notes, small_config
 
 SHORT = {"data__teacher_steps": 1, "train__steps": 1}  # what is looked at is over before the first update
@@ -64,6 +64,7 @@ def test_pictures_that_were_moved(tmp_path):
     run.parent.rename(tmp_path / "moved")
     config = small_config(tmp_path / "moved" / "run", data__images=tmp_path / "moved", **settings)
     assert "Going on from update 1 of 1." in _said(config)
+    assert rows()["pictures moved to another folder"].startswith("nothing: ")
 
 
 def _said(config, **how):

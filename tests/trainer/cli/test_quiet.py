@@ -14,6 +14,7 @@ OURS = re.compile(
     r"Loading /.*\.|6 samples in .*, 0 left out\.|LoRA of rank 4, alpha 2 on \d+ modules\.|Time: .*%\.|"
     r"Measured at .*|None of the 6 samples is held out.*|Report: .*|"
     r"/.*safetensors: 0 keys unmatched of .*|Caching (teacher's latents|prompts): \d+ of \d+\.|"
+    r"\d of the 6 different captions are longer than .*|"
     r"Update [12] of 2: loss .*|Measured at update [02]: .*|The LoRA is no nearer to the teacher than .*"
 )
 API = """

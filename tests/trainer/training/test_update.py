@@ -110,7 +110,8 @@ def test_the_parts_of_the_time_are_said_and_are_all_of_it(tmp_path, monkeypatch)
     notes = Notes()
     watched = {"validation__every": 2, "validation__steps": [], "validation__teacher_steps": 1, "preview__every": 2}
     small = {
-        "train__steps": 2,
+        "train__steps": 3,
+        "train__save_every": 2,
         "data__teacher_steps": 1,
         "adversarial__weight": 0.1,
         "adversarial__width": 16,

@@ -179,14 +179,15 @@ def judged(watched, finished):
     def improved(errors, **settings):
         plain = SimpleNamespace(average=None, weights=dict)
         judge, told = another(finished, changed(watched[0], **settings), trained=plain), iter(errors)
-        judge._measure = lambda weights: {error_at(2): next(told)}
+        judge._measure = lambda weights, step: {error_at(2): next(told)}
         return [judge(step).improved for step in range(len(errors))]
 
     return improved
 
 
 def test_only_a_lower_error_is_better(judged):
-    assert judged([0.1, 3.0, 2.0, 2.0, math.nan, 2.5, 1.0]) == [False, True, True, False, False, False, True]
+    assert judged([4.0, 3.0, 2.0, 2.0, math.nan, 2.5, 1.0]) == [False, True, True, False, False, False, True]
+    assert judged([0.1, 3.0, 2.0]) == [False, False, False], "the base is the first candidate, and no file"
     assert judged([0.1, 3.0, 2.0], best=False) == [False, False, False]
 
 

@@ -153,6 +153,11 @@ class Config(Section):
         """Sentences on where this run may disappoint."""
         return self.objective.notes(pictures=self.data.has_pictures, started=self.lora.init is not None)
 
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """`MAY_CHANGE`, and the choice among captions where no picture has any: earlier versions' runs have none."""
+        return MAY_CHANGE if self.data.has_pictures else (*MAY_CHANGE, "data.captions")
+
     def what_decides_the_weights(self) -> dict[str, Any]:
         """The settings that decide what is learnt, for the LoRA's header and to check a run that is resumed.
 

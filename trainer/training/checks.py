@@ -17,7 +17,7 @@ import torch
 from ...samplers import Recipe
 from ...samplers.lora_file import read_header
 from ...samplers.lora_info import recipe_of
-from ..config.config import MAY_CHANGE, Config
+from ..config.config import Config
 from ..data.buckets import buckets_for
 from ..data.captions import chosen
 from ..data.prompts import prompts_of
@@ -139,7 +139,7 @@ def _check_folder(config: Config, newest: Facts | None, processes: int, accept: 
     if newest is None:
         return []
     step, facts = newest
-    changes = agreed_changes(config.run_folder, newest, config.what_decides_the_weights(), MAY_CHANGE, accept)
+    changes = agreed_changes(config.run_folder, newest, config.what_decides_the_weights(), config.may_change, accept)
     if step > config.train.steps:
         raise ValueError(
             f"train.steps is {config.train.steps}, and the run in {config.run_folder} has come to update {step} "

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from phased_consistency.trainer.data.prompts import read_prompts
 from phased_consistency.trainer.data.store import Captions
 from phased_consistency.trainer.objectives import PCM
 from phased_consistency.trainer.training.batches import Batches, Split
+from phased_consistency.trainer.training.checkpoint import agreed_changes
 from support.data_stubs import StubBase, drawn
 from support.runs import small_config
 
@@ -123,3 +125,14 @@ def test_places_of_data_may_change_between_starts():
 def test_a_prompt_ends_at_a_line_feed_alone(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("a\x0bb\r\nc\u2028d\x85e\x1cf\n\n# no\ng\x0ch".encode())
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a\x0bb", "c\u2028d\x85e\x1cf", "g\x0ch"]
+
+
+@pytest.mark.parametrize(("images", "refused"), [(None, False), ("pictures", True)])
+def test_a_run_from_before_there_was_a_choice_goes_on_unless_it_has_captions(images, refused, tmp_path):
+    config = small_config(tmp_path / "run", data__images=images and str(tmp_path / images))
+    settings = config.what_decides_the_weights()
+    earlier = settings | {"data": {key: value for key, value in settings["data"].items() if key != "captions"}}
+    before = 3, {"settings": earlier, "changes": []}
+    expected = pytest.raises(ValueError, match="data.captions: None then, first now") if refused else nullcontext()
+    with expected:
+        assert agreed_changes(tmp_path, before, settings, config.may_change) == []

@@ -126,6 +126,11 @@ class Base(ABC):
         """Raise ValueError for a prompt that the base at this path cannot take; most take any."""
         return
 
+    @classmethod
+    def check_side(cls, path: str, side: int) -> None:
+        """Raise ValueError for pictures that the base at this path draws badly for their size; most draw any."""
+        return
+
     @property
     def token_limits(self) -> list[int]:
         """The most tokens that each text encoder reads of a prompt, with the marks of start and end."""
@@ -279,6 +284,7 @@ class Base(ABC):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of one latent of a square picture; ValueError for a side that the network cannot take."""
+        self.check_side(self.path, resolution)
         return self.latent_shape_of(self.network.config, resolution)
 
     @staticmethod

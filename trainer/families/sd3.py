@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
-from ..tiny.bundled import check_words
+from ..tiny.bundled import check_side, check_words
 from . import loading
 from .base import Base, BaseFacts, Condition, side_multiple
 from .clip import text_states
@@ -199,6 +199,10 @@ class SD3(Base):
     @classmethod
     def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
         check_words(path, prompts)
+
+    @classmethod
+    def check_side(cls, path: str, side: int) -> None:
+        check_side(path, side)
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         """Prompts -> {"hidden": (B, 77 [+ t5_length], 4096), "pooled": (B, 2048)}.

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...samplers.emoji_words import parse
 
 EMOJI = "tiny-emoji"  # the base with a language of things, whose other words mean nothing to it
+LEAST = 64  # pixels of a side that it draws; the most that it draws is its network's to tell
 BUNDLED = ("tiny-sd15", "tiny-sdxl", EMOJI)
 
 
@@ -31,6 +32,12 @@ def bundled_folder(path: str) -> Path | None:
             'clone, or by pip install "phased-consistency[train]".'
         )
     return folder
+
+
+def check_side(base: str, side: int) -> None:
+    """Raise ValueError for pictures that are too small for the emoji base to draw what one would know."""
+    if base == EMOJI and side < LEAST:
+        raise ValueError(f"{base} draws {LEAST} to 256 pixels a side, and best at 128; {side} is not one of those.")
 
 
 def check_words(base: str, prompts: Iterable[str]) -> None:

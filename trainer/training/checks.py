@@ -260,6 +260,7 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
     if isinstance(data.buckets, tuple):
         network = family.network_config(config.base.path, config.base.config)
         buckets_for(data.buckets, data.resolution, lambda side: family.latent_shape_of(network, side))
+    family.check_side(config.base.path, data.resolution)
     family.check_prompts(config.base.path, config.preview.prompts)
 
     if data.shards:

@@ -265,7 +265,8 @@ class Run:
                 self.outputs.preview(self.step)
                 self.outputs.preview_beside_file(self.step)
         start = "the LoRA that it began with" if self.config.lora.init else "the untrained base"
-        if sentence := verdict([line for line in read_log(self.folder) if line["kind"] == "validation"], start):
+        measured = [line for line in read_log(self.folder) if line["kind"] == "validation"]
+        if sentence := verdict(measured, start, self.validation.promised):
             self.say(sentence)
         return self.outputs.file_of(self.step)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -102,15 +102,16 @@ class Measurement:
         return f"Measured at update {step}: {figures}{'; the best so far' if self.improved else ''}."
 
 
-def verdict(measured: Sequence[LogLine], start: str) -> str:
+def verdict(measured: Sequence[LogLine], start: str, promised: Collection[str]) -> str:
     """A sentence where a run has come no nearer to the teacher than it began, "" elsewhere.
 
-    measured: lines of the log, in their order. start: what it began with, for people.
+    measured: lines of the log, in their order. start: what it began with, for people. promised: names of the figures
+    that a run is to better, as `Validation.promised` has them.
     """
     if not measured or measured[0]["step"] != 0 or measured[-1]["step"] == 0:
         return ""
     first, last = measured[0]["figures"], measured[-1]["figures"]
-    errors = [name for name in last if name != LOSS and name in first]
+    errors = [name for name in promised if name in last and name in first]
     worse = [name for name in errors if not last[name] < first[name]]
     if not worse:
         return ""
@@ -145,6 +146,12 @@ class Validation:
         self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
         self.with_loss = bool(len(batches.held_out)) and engine.objective.loss_tells
         self.active = bool(config.validation.every and (self.steps or self.with_loss))
+
+    @property
+    def promised(self) -> list[str]:
+        """The errors that a LoRA is to better: at its own number of steps and more. With fewer steps than phases it
+        stops half-way, where the base without it is nearer."""
+        return [error_at(steps) for steps in self.steps if steps >= self.recipe.steps]
 
     def sentence(self) -> str:
         """What is measured, and when; empty where nothing is to be."""

@@ -252,15 +252,28 @@ def line(step, **figures):
 
 
 def test_a_run_that_is_no_better_than_its_base_is_told_so():
+    both = [error_at(1), error_at(4)]
     first = line(0, loss=1.0, at_1=0.5, at_4=0.2)
     half = line(9, loss=0.1, at_1=0.4, at_4=0.3)
     worse = line(9, loss=0.1, at_1=0.5, at_4=math.nan)
     better = line(9, loss=2.0, at_1=0.4, at_4=0.1)
-    assert verdict([first, better], "the untrained base") == verdict([half], "x") == verdict([], "x") == ""
-    assert verdict([first, better, half], "the untrained base") == (
+    assert (
+        verdict([first, better], "the untrained base", both)
+        == verdict([half], "x", both)
+        == verdict([], "x", both)
+        == ""
+    )
+    assert verdict([first, better, half], "the untrained base", both) == (
         "The LoRA is no nearer to the teacher than the untrained base: paired error at 4 steps 0.3 (at first 0.2)."
     )
-    assert "Do not use it: change train.lr" in verdict([first, worse], "the untrained base")
+    assert "Do not use it: change train.lr" in verdict([first, worse], "the untrained base", both)
+    fewer = line(9, loss=0.1, at_1=0.9, at_4=0.1)
+    assert "at 1 step" in verdict([first, fewer], "x", both) and verdict([first, fewer], "x", both[1:]) == ""
+
+
+def test_a_run_promises_nothing_at_fewer_steps_than_its_own(watched, finished):
+    judge = another(finished, changed(watched[0], steps=[1, 2, 8]))
+    assert judge.recipe.steps == 2 and judge.promised == [error_at(2), error_at(8)]
 
 
 def test_update_0_is_a_candidate_for_the_best(watched, tmp_path):

@@ -158,7 +158,6 @@ class Run:
     def go(self) -> Path:
         """Train to the end; on SIGINT or SIGTERM save and stop."""
         self.clock.reset()
-        self.pace = Pace(self.step, self.split.update)
         facts = facts_of(self.config, self.processes, self.batches) | {"changes": self.changes}
         alone = self.processes.count == 1
         with (
@@ -167,6 +166,7 @@ class Run:
             self.journal.open(self.step, facts, self._at_end),
         ):
             self._catch_up()
+            self.pace = Pace(self.step, self.split.update)  # here: measuring at the start is no update's time
             while self.step < self.config.train.steps:
                 self.update()
                 self._between_updates()

@@ -19,14 +19,13 @@ from typing import Any
 
 from .config.config import Config
 from .config.load import load_config
-from .evaluation.contestants import TINY_GUIDANCE, choose_prompts
+from .evaluation.contestants import TINY_GUIDANCE
 from .evaluation.distances import SCALE
-from .evaluation.features import own_space
+from .evaluation.features import CLASSIFIER
 from .evaluation.gauge import Gauge
 from .evaluation.intervals import Figure
-from .evaluation.judge import SHOWN, Judge
+from .evaluation.judge import SHOWN
 from .evaluation.setting import TEACHER, Setting
-from .evaluation.trial import Trial
 from .families import load_base
 from .lora.install import installed
 from .pictures import draw_grid, save_image
@@ -34,6 +33,7 @@ from .reporting.progress import progress_on_stderr
 from .system.files import write_text
 from .training.loop import train
 
+NOISE = 1234  # the seed of the report's
 REFERENCE = Setting(TEACHER, 40, TINY_GUIDANCE)
 TRAINED, UNTRAINED = Setting("lora", 4, 1.0), Setting("lora", 4, 1.0, untrained=True)  # which the goals compare
 SETTINGS = [
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     trained = time.monotonic()
     shutil.copyfile(lora, args.out / "lora.safetensors")
 
+    print(f"Comparing it with the teacher on {args.prompts} prompts that it has not seen.", file=sys.stderr)
     report = evaluate(config, args.out, args.prompts)
     report |= {
         "seed": args.seed,
@@ -75,19 +76,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(config: Config, out: Path, number: int) -> dict[str, Any]:
     """Write grid.png and return the report of out/lora.safetensors on `number` held-out prompts."""
-    base, prompts = load_base(config.base.path), choose_prompts(None, config.base.path, number)
-    space = own_space(prompts.language)
-    gauge = Gauge(base, Judge(base, [space], prompts), Trial.of(base, prompts.texts, seed=1234), REFERENCE)
+    base = load_base(config.base.path)
+    gauge = Gauge.on_held_out(base, number, NOISE, REFERENCE)
     samples = {REFERENCE: gauge.floor}
     with installed(out / "lora.safetensors", base) as recipe:
         samples |= {setting: gauge.sample(setting, recipe) for setting in SETTINGS}
     rows = [(setting.label, look.examples) for setting, look in samples.items()]
-    save_image(draw_grid(rows, prompts.texts[:SHOWN]), out / "grid.png")
+    save_image(draw_grid(rows, gauge.judge.prompts.texts[:SHOWN]), out / "grid.png")
 
     figures = {}
     for setting, look in samples.items():
         measured = gauge.figures(look)
-        in_space = measured.pop("spaces")[space.name]
+        in_space = measured.pop("spaces")[CLASSIFIER]
         figures[setting] = measured | {"distance": in_space["kernel"], "recall": in_space["recall"]}
     rows = [setting.as_dict() | row for setting, row in figures.items()]
     return {"rows": rows, "goals": goals(figures), "prompts": number}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -48,15 +47,13 @@ class Contest:
             self.left_out.append("Negative prompts: they need two different prompts or more.")
         latents = gauge.floor.latents[:FEWER, 0]
         guided = GuidanceTrial(gauge.trials[0].first(FEWER), gauge.base, texts, reference, latents)
-        ways: dict[tuple, Setting] = {}
         for contestant in contestants:
             recipe = contestant.recipe_on(gauge.base)
             with installed(contestant.file, gauge.base, recipe.strength):
                 for n in steps:
                     setting = Setting(contestant.name, n, recipe.guidance)
-                    bare = replace(setting, untrained=True)
                     self._make(setting, recipe)
-                    self.untrained[setting] = ways.setdefault(bare.way(recipe), bare)
+                    self.untrained[setting] = gauge.without(setting, recipe)
                     self._make(self.untrained[setting], recipe)
                 self.say(f"{contestant.name}, CFG sweep and negative prompts")
                 self.guidance.append(guidance_of(contestant.name, recipe, guided, negatives))
@@ -64,7 +61,7 @@ class Contest:
         # the teacher last, since the LoRAs' evaluations are its budgets
         budgets = {setting.evaluations for setting in self.untrained}
         for setting in teacher_settings(budgets, reference.guidance):
-            if setting.way(None) not in ways:
+            if not gauge.is_untrained(setting):
                 self._make(setting)
 
     def _make(self, setting: Setting, recipe: Recipe | None = None) -> None:

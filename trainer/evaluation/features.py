@@ -22,6 +22,7 @@ from ..tiny.languages import Language
 from .contestants import unique_names
 
 THUMBNAIL = 32
+CLASSIFIER = "classifier"  # the space of `own_spaces`
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -91,9 +92,11 @@ def inception(device: torch.device) -> Features:
     return Features("inception", lambda _, pixels: network(levels(pixels)).float().cpu())
 
 
-def own_space(language: Language) -> Features:
-    """The space of the classifier that comes with a bundled base: it knows what the base draws."""
-    return Features("classifier", lambda _, pixels: language.features(pixels))
+def own_spaces(language: Language | None) -> list[Features]:
+    """The space of the classifier that comes with a bundled base and knows what that draws; none for other bases."""
+    if language is None or language.features is None:
+        return []
+    return [Features(CLASSIFIER, lambda _, pixels: language.features(pixels))]
 
 
 SPACES = {"latents": latents, "pixels": pixels, "inception": inception}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -15,7 +16,7 @@ from ..data.order import seed_of
 from ..families import Base
 from .contestants import choose_prompts
 from .distances import frechet, kernel_distance, kernel_pairs, precision_and_recall
-from .features import latents
+from .features import latents, own_spaces
 from .intervals import Figure, mean_of, mean_over_pairs, ratio_of
 from .judge import Judge, Look
 from .metrics import diversities, paired_errors
@@ -39,12 +40,13 @@ class Gauge:
         self.base, self.judge, self.reference = base, judge, reference
         seeds = [seed_of(trial.seed, n, OTHER_NOISE) for n in range(1, NOISES + OTHERS)]
         self.trials = [trial, *(trial.with_noise(seed) for seed in seeds)]
+        self._untrained: dict[tuple, Setting] = {}
 
     @classmethod
     def on_held_out(cls, base: Base, number: int, seed: int, reference: Setting) -> Gauge:
-        """A study's gauge: `number` prompts that no run on this base has seen, compared in latents."""
+        """A study's gauge: `number` prompts that no run on this base has seen, in latents and the base's own space."""
         prompts = choose_prompts(None, base.path, number)
-        judge = Judge(base, [latents(base.device)], prompts)
+        judge = Judge(base, [latents(base.device), *own_spaces(prompts.language)], prompts)
         return cls(base, judge, Trial.of(base, prompts.texts, seed), reference)
 
     def row(self, setting: Setting, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -55,6 +57,15 @@ class Gauge:
     def sample(self, setting: Setting, recipe: Recipe | None = None) -> Look:
         """A setting's pictures; recipe: that of the LoRA, which is installed. The first noise is the trial's own."""
         return self.judge.look(self._drawn(self.trials[:NOISES], setting, recipe))
+
+    def without(self, setting: Setting, recipe: Recipe) -> Setting:
+        """A LoRA's setting with the base alone: the same one for all LoRAs that are drawn alike."""
+        bare = replace(setting, untrained=True)
+        return self._untrained.setdefault(bare.way(recipe), bare)
+
+    def is_untrained(self, setting: Setting) -> bool:
+        """Whether one of the settings `without` a LoRA draws the very pictures of this one of the teacher's."""
+        return setting.way(None) in self._untrained
 
     @cached_property
     def floor(self) -> Look:

@@ -32,7 +32,7 @@ from .contestants import (
     teacher_guidance,
     tells_most,
 )
-from .features import Absent, ClipScore, find_features, own_space
+from .features import Absent, ClipScore, find_features, own_spaces
 from .gauge import NOISES, Gauge
 from .judge import SHOWN, Judge
 from .markdown import markdown
@@ -83,8 +83,8 @@ def evaluate(
     chosen = choose_prompts(prompts, base, pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spaces, left_out = find_features(features or FEATURES, device)
-    if features is None and chosen.language and chosen.language.features:
-        spaces.insert(0, own_space(chosen.language))
+    if features is None:
+        spaces = own_spaces(chosen.language) + spaces
     scorer = _clip_score(clip, device, left_out)
 
     guidance = teacher_guidance(contestants, base) if guidance is None else guidance

@@ -136,7 +136,7 @@ class Comparison:
         self.base = load_base(path)
         self.gauge = Gauge.on_held_out(self.base, pictures, NOISE, Setting(TEACHER, 40, GUIDANCE))
         self.prompts = self.gauge.judge.prompts.texts
-        self._untrained: dict[tuple, dict[str, Any]] = {}  # many LoRAs are drawn alike
+        self._untrained: dict[Setting, dict[str, Any]] = {}  # many LoRAs are drawn alike
 
     def of_teacher(self) -> list[dict[str, Any]]:
         """Rows of figures: the reference itself, which is the floor, and the teacher by each solver, guided and not."""
@@ -152,16 +152,15 @@ class Comparison:
         with installed(lora_file(config), self.base) as trained:
             recipe = _finer(trained)
             rows = [self.gauge.row(setting, recipe) for setting in settings]
-        rows += [self._of_untrained(replace(setting, untrained=True), recipe) for setting in settings]
+        rows += [self._of_untrained(self.gauge.without(setting, recipe), recipe) for setting in settings]
         return [row | {"seed": config.train.seed} for row in rows]
 
     def _of_untrained(self, setting: Setting, recipe: Recipe) -> dict[str, Any]:
         """The row of figures of the base without a LoRA, named by what decides how it is drawn."""
-        way = setting.way(recipe)
-        if way not in self._untrained:
+        if setting not in self._untrained:
             phases = f"{recipe.phases} phase{'s' * (recipe.phases > 1)}"
-            self._untrained[way] = self.gauge.row(setting, recipe) | {"name": f"untrained, {phases}"}
-        return self._untrained[way]
+            self._untrained[setting] = self.gauge.row(setting, recipe) | {"name": f"untrained, {phases}"}
+        return self._untrained[setting]
 
     def pictures(self, row: str, config: Config) -> list[tuple[str, Tensor]]:
         """Rows of the grid: one run's LoRA at four steps, deterministic and stochastic."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +117,14 @@ def write_matrix(out: Path, path: str, configs: dict[Cell, Config], number: int)
     reference = Setting(TEACHER, 40, GUIDANCE)
     gauge = Gauge.on_held_out(base, number, SEED, reference)
     prompts = gauge.judge.prompts.texts
-    samples, ways = {reference: gauge.floor}, set()  # the adversarial LoRA of a cell is drawn as the plain one
+    samples = {reference: gauge.floor}
     for setting in (Setting(TEACHER, steps, guidance) for guidance in (GUIDANCE, 1.0) for steps in PHASES[::-1]):
         samples[setting] = gauge.sample(setting)
     for cell, config in configs.items():
         with installed(lora_file(config), base) as recipe:
             samples[cell.setting] = gauge.sample(cell.setting, recipe)
-        bare = replace(cell.setting, untrained=True)
-        if bare.way(recipe) not in ways:
-            ways.add(bare.way(recipe))
+        bare = gauge.without(cell.setting, recipe)
+        if bare not in samples:
             samples[bare] = gauge.sample(bare, recipe)
 
     rows = [setting.as_dict() | gauge.figures(sample) for setting, sample in samples.items()]

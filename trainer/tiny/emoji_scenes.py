@@ -24,7 +24,6 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 PACKAGE = "fonts-noto-color-emoji"  # Debian's
 BITMAP = 109  # the one size, in points, of the font's bitmaps
 SIDE = 128  # of the pictures that the base learns, in pixels
-LEAST, MOST, MULTIPLE = 64, 256, 16  # sides that the base draws, in pixels: 4 to 16 patches of two latents
 
 PAIRS = 0.3  # share of the pictures that show two things
 PATTERNED = 0.2  # share of the grounds with a pattern
@@ -148,13 +147,3 @@ def random_scenes(count: int, seed: int, pairs: float = PAIRS) -> list[EmojiScen
     """`count` random scenes; the same seed gives the same ones."""
     rng = random.Random(f"emoji {seed}")
     return [random_scene(rng, pairs) for _ in range(count)]
-
-
-def check_side(*sides: int) -> None:
-    """Raises ValueError for a width or height, in pixels, that the base does not draw."""
-    for side in sides:
-        if not LEAST <= side <= MOST or side % MULTIPLE:
-            raise ValueError(
-                f"The emoji base draws {LEAST} to {MOST} pixels a side in multiples of {MULTIPLE}, and best at {SIDE}; "
-                f"{side} is not one of those."
-            )

@@ -109,14 +109,6 @@ def encode(vae: AutoencoderTiny, pixels: Tensor) -> Tensor:
         return torch.cat([vae.encoder(image.float().div(127.5).sub(1)).float() for image in images])
 
 
-@torch.no_grad()
-def decode(vae: AutoencoderTiny, latents: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] of scaled latents, as a pipeline decodes them."""
-    stored = latents / vae.config.scaling_factor + vae.config.shift_factor
-    chunks = (chunk.to(memory_format=torch.channels_last) for chunk in stored.split(32))
-    return torch.cat([vae.decoder(chunk) for chunk in chunks]).clamp(-1, 1)
-
-
 def psnr(vae: AutoencoderTiny, pixels: Tensor) -> float:
     """The reconstructions' peak signal-to-noise ratio in dB, averaged over uint8 pictures (N, 3, H, W)."""
     with torch.no_grad():

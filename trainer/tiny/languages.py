@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -15,27 +13,25 @@ from ...samplers.emoji_words import parse
 from . import emoji_scenes, scenes
 from .bundled import EMOJI, bundled_folder
 from .emoji_classifier import Classifier, agreement, load_classifier
+from .scenes import DrawScene
 
 
 @dataclass(frozen=True)
 class Language:
     """What a bundled base can be asked for.
 
-    caption: of a random scene. shows: for prompts and as many pictures (N, 3, H, W) in [0, 1], whether each picture
-    shows what its prompt names, bool (N). meaning: how that is judged, for a report. features: (N, D) of such
-    pictures, by which sets of them are compared; None where nothing was trained for that.
+    draw_scene: a random scene, with its caption. shows: for prompts and as many pictures (N, 3, H, W) in [0, 1],
+    whether each picture shows what its prompt names, bool (N). features: (N, D) of such pictures, by which sets of
+    them are compared; None where nothing was trained for that.
     """
 
-    caption: Callable[[random.Random], str]
+    draw_scene: DrawScene
     shows: Callable[[Sequence[str], Tensor], Tensor]
-    meaning: str
     features: Callable[[Tensor], Tensor] | None = None
 
     def held_out(self, number: int, trained_on: set[str]) -> list[str]:
-        """The first `number` captions of an endless random list that are no training prompts."""
-        rng = random.Random("held out")
-        captions = (self.caption(rng) for _ in count())
-        return list(islice((caption for caption in captions if caption not in trained_on), number))
+        """The captions of `held_out_scenes`."""
+        return [scene.caption for scene in scenes.held_out_scenes(number, trained_on, self.draw_scene)]
 
 
 def language_of(base: str) -> Language | None:
@@ -59,14 +55,5 @@ def _classifier() -> Classifier:
     return load_classifier(bundled_folder(EMOJI))
 
 
-SHAPES = Language(
-    lambda rng: scenes.random_scene(rng).caption,
-    _show_colours,
-    "the ground and every shape in the colours that the prompt names",
-)
-THINGS = Language(
-    lambda rng: emoji_scenes.random_scene(rng).caption,
-    _show_things,
-    "the thing that the prompt names, or both, each on its side, by the base's classifier",
-    lambda pictures: _classifier().features(pictures * 2 - 1),
-)
+SHAPES = Language(scenes.random_scene, _show_colours)
+THINGS = Language(emoji_scenes.random_scene, _show_things, lambda pictures: _classifier().features(pictures * 2 - 1))

@@ -102,6 +102,12 @@ def caption_length(step: int, steps: int) -> int:
     return CAPTION_TOKENS if step < 0.8 * steps else 77
 
 
+def write_prompts(captions: list[str], folder: Path) -> None:
+    """Write a base's prompts to distil from."""
+    comment = "# Captions of random scenes, the language of this base (scenes.prompts).\n"
+    (folder / "prompts.txt").write_text(comment + "\n".join(captions) + "\n", encoding="utf-8")
+
+
 def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write a tokenizer's vocab.json and merges.txt, which transformers 4 and a single file's `base.tokenizer` read."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -259,7 +265,6 @@ def save_base(pipeline: DiffusionPipeline, out: Path, **copied: str) -> None:
     deepcopy(pipeline).to(torch.float16).save_pretrained(out, safe_serialization=True)
     for part, source in copied.items():
         shutil.copytree(SD15 / source, out / part, dirs_exist_ok=True)
-    comment = "# Captions of random scenes, the language of this base (scenes.prompts(512, seed=1)).\n"
-    (out / "prompts.txt").write_text(comment + "\n".join(prompts(512, seed=1)) + "\n")
+    write_prompts(prompts(512, seed=1), out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 1e6:.1f} MB", flush=True)

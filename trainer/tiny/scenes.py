@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -29,6 +31,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
 PATTERNS = ("", "striped ")
+DrawScene = Callable[[random.Random], Any]  # draws a scene, which has a caption
 PLACES = {
     "on the left": (0.27, 0.5),
     "on the right": (0.73, 0.5),
@@ -165,19 +168,19 @@ def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     return tuple(round(c * factor) for c in colour)
 
 
-def prompts(number: int, seed: int) -> list[str]:
+def prompts(number: int, seed: int | str, draw_scene: DrawScene = random_scene) -> list[str]:
     """`number` different captions of random scenes; the same seed gives the same list."""
     rng = random.Random(seed)
     captions: dict[str, None] = {}
     while len(captions) < number:
-        captions[random_scene(rng).caption] = None
+        captions[draw_scene(rng).caption] = None
     return list(captions)
 
 
-def held_out_scenes(number: int, trained_on: set[str]) -> list[Scene]:
-    """Random scenes with captions that are not among the training prompts."""
+def held_out_scenes(number: int, trained_on: set[str], draw_scene: DrawScene = random_scene) -> list[Any]:
+    """The first `number` of an endless list of random scenes whose captions are no training prompts."""
     rng = random.Random("held out")
-    endless = (random_scene(rng) for _ in count())
+    endless = (draw_scene(rng) for _ in count())
     return list(islice((s for s in endless if s.caption not in trained_on), number))
 
 

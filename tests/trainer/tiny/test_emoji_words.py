@@ -15,7 +15,7 @@ from phased_consistency.samplers.emoji_words import (
     wordings,
 )
 from phased_consistency.trainer.tiny.emoji_flow import TOKENS
-from phased_consistency.trainer.tiny.emoji_scenes import check_side, random_scenes
+from phased_consistency.trainer.tiny.emoji_scenes import random_scenes
 
 
 def meanings():
@@ -103,10 +103,3 @@ def test_captions_say_what_is_in_the_scene():
 
 def test_the_same_seed_gives_the_same_scenes():
     assert random_scenes(20, seed=1) == random_scenes(20, seed=1) != random_scenes(20, seed=2)
-
-
-def test_sides_that_are_not_drawn_are_refused():
-    check_side(64, 128, 256)
-    for side in (48, 100, 272, 512):
-        with pytest.raises(ValueError, match=f"draws 64 to 256 pixels a side in multiples of 16.*; {side} is not"):
-            check_side(128, side)

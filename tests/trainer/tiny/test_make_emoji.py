@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load
 
 from phased_consistency.samplers.emoji_words import Meaning, parse
+from phased_consistency.trainer.evaluation.setting import TEACHER, Setting
+from phased_consistency.trainer.evaluation.trial import Trial
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.tiny import (
     emoji_base,
@@ -15,10 +17,9 @@ from phased_consistency.trainer.tiny import (
     emoji_flow,
     emoji_vae,
     make_emoji,
-    measure_emoji,
+    making,
 )
 from phased_consistency.trainer.tiny.comfy import checkpoint
-from phased_consistency.trainer.tiny.emoji_base import EmojiBase
 from phased_consistency.trainer.tiny.emoji_classifier import Classifier, agreement, load_classifier, scaled
 from phased_consistency.trainer.tiny.emoji_scenes import FONT, PACKAGE, EmojiScene, Spot, draw_pictures
 from phased_consistency.trainer.tiny.resuming import Stage, rate
@@ -105,29 +106,24 @@ def test_it_holds_what_a_base_must(made):
     assert len(prompts) == 8 and all(parse(prompt).things for prompt in prompts)
 
 
+@torch.no_grad()
 def test_the_trainer_loads_it(made):
-    """And its network does what the emoji base's own drawing asks of it."""
-    base, mine = load_base(str(made)), EmojiBase.load(made)
+    """And its network does, of prompts that are padded to 77 tokens, what the training's narrow one does of few."""
+    base = load_base(str(made))
     assert base.name == "sd3"
-    prompts = ["a large fox on a blue background", ""]
-    condition = base.encode_prompts(prompts)
-    context, pooled = mine._encode(prompts[:1], guided=True)
-    torch.testing.assert_close(condition["hidden"], context[..., : condition["hidden"].shape[-1]])
-    torch.testing.assert_close(condition["pooled"], pooled)
-    ids = emoji_base.token_ids(mine.tokenizer, prompts[:1])
-    noisy = torch.randn(2, 16, 8, 8)
-    expected = emoji_flow.flow_of(mine_narrowed(mine), noisy, torch.tensor([0.5, 0.5]), ids)
-    with torch.no_grad():
-        actual = base.denoise(noisy, torch.tensor([500, 500]), condition)
-        whole = mine.parts[0](noisy, context, pooled, torch.tensor([500.0, 500.0])).sample
+    prompts, noisy = ["a large fox on a blue background"], torch.randn(2, 16, 8, 8)
+    condition = base.encode_prompts([*prompts, ""])
+    ids = making.token_ids(base.tokenizers[0], prompts)
+    expected = emoji_flow.flow_of(narrowed(base), noisy, torch.tensor([0.5, 0.5]), ids)
+    whole = base.network(noisy, condition["hidden"], condition["pooled"], torch.tensor([500.0, 500.0])).sample
     torch.testing.assert_close(whole, expected)
-    assert actual.shape == expected.shape
+    assert base.denoise(noisy, torch.tensor([500, 500]), condition).shape == expected.shape
 
 
-def mine_narrowed(base):
+def narrowed(base):
     """The parts of a base with the embedder that the training has."""
-    narrow = emoji_flow.new_parts(base.tokenizer)
-    for module, source in zip(narrow, base.parts, strict=True):
+    narrow = emoji_flow.new_parts(base.tokenizers[0])
+    for module, source in zip(narrow, [base.network, *base.text_encoders[:2]], strict=True):
         state = source.state_dict()
         if "context_embedder.weight" in state:
             state["context_embedder.weight"] = state["context_embedder.weight"][:, : 2 * emoji_flow.WIDTH]
@@ -148,16 +144,11 @@ def test_comfyui_finds_its_parts_in_one_file(made):
 
 @pytest.mark.parametrize(("side", "guidance"), [(64, 1.0), (128, 4.0), (256, 1.0)])
 def test_it_draws_any_size_up_to_256(made, side, guidance):
-    pictures = EmojiBase.load(made).draw(["a fox", ""], steps=1, guidance=guidance, side=side)
-    assert pictures.shape == (2, 3, side, side) and pictures.isfinite().all() and pictures.abs().max() <= 1
-
-
-def test_it_refuses_what_it_has_not_learnt(made):
-    base = EmojiBase.load(made)
-    with pytest.raises(ValueError, match="does not draw 'wolf'. Nearest are: "):
-        base.draw(["a wolf on a blue background"])
-    with pytest.raises(ValueError, match="64 to 256 pixels a side"):
-        base.draw(["a fox"], side=512)
+    base = load_base(str(made))
+    trial = Trial.of(base, ["a fox", ""], seed=0, resolution=side)
+    pictures = base.decode(trial.latents(Setting(TEACHER, 1, guidance), base))
+    assert pictures.shape == (2, 3, side, side) and pictures.isfinite().all()
+    assert pictures.min() >= 0 and pictures.max() <= 1
 
 
 def test_most_captions_are_the_pictures_own():
@@ -233,17 +224,3 @@ def test_a_classifier_of_other_things_is_refused(made, tmp_path):
     (tmp_path / "classifier.json").write_text(json.dumps(facts | {"things": ["wolf"]}))
     with pytest.raises(ValueError, match="trained on other things"):
         load_classifier(tmp_path)
-
-
-def test_a_base_is_measured(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure_emoji, "SETTINGS", ((1, 4.0), (1, 1.0)))
-    monkeypatch.setattr(measure_emoji, "measure_drawings", lambda base, classifier: None)
-    measure_emoji.main([str(made), "--singles", "10", "--pairs", "10", "--sheet", str(tmp_path / "sheet.png")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 steps, guidance 4:  singles ") and "together" in lines[0]
-    assert lines[1].startswith("  missed: ") and lines[2].startswith("1 steps, guidance 1:")
-    assert (tmp_path / "sheet-singles.png").is_file() and (tmp_path / "sheet-pairs.png").is_file()
-
-
-def test_shares_have_their_interval():
-    assert measure_emoji.rated(torch.tensor([True] * 9 + [False])) == "90.0 % (59.6 to 98.2)"

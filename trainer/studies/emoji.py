@@ -1,6 +1,6 @@
-"""Measure an emoji base by its classifier: how often its pictures show what their prompts name.
+"""An emoji base by its classifier: how often its pictures show what their prompts name.
 
-    python -m phased_consistency.trainer.tiny.measure_emoji FOLDER [--sheet OUT.png]
+    python -m phased_consistency.trainer.studies.emoji FOLDER [--sheet OUT.png]
 
 Prints, for single prompts and for pairs, the share that agrees in several numbers of steps and guidances, each with a
 95 % interval, and what the classifier says of drawings and of their way through the autoencoder, which is the most
@@ -10,22 +10,24 @@ that any base could reach.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...samplers.emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
-from .emoji_base import EmojiBase
-from .emoji_classifier import Classifier, agreement, load_classifier, scaled
-from .emoji_scenes import draw_pictures, random_scenes
-from .emoji_vae import encode, psnr
+from ..evaluation.intervals import mean_of
+from ..evaluation.setting import TEACHER, Setting
+from ..evaluation.trial import Trial
+from ..families import Base, load_base
+from ..pictures import save_image, sheet, to_image
+from ..tiny.emoji_classifier import Classifier, agreement, load_classifier, scaled
+from ..tiny.emoji_scenes import draw_pictures, random_scenes
+from ..tiny.emoji_vae import encode, psnr
 
 SETTINGS = ((25, 4.0), (40, 4.0), (4, 1.0), (4, 4.0))  # steps and guidance
-SHEET = 100  # pictures on the sheet, ten to a row
+SHOWN = 96  # pictures on the sheet
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,33 +37,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--singles", type=int, default=168, help="prompts that name one thing")
     parser.add_argument("--pairs", type=int, default=84, help="prompts that name two")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="where to save a hundred guided pictures, singles and pairs")
+    parser.add_argument("--sheet", type=Path, help="where to save guided pictures, of singles and of pairs")
     args = parser.parse_args(argv)
 
-    base, classifier = EmojiBase.load(args.folder), load_classifier(args.folder)
+    base, classifier = load_base(str(args.folder)), load_classifier(args.folder)
     measure_drawings(base, classifier)
     prompts = dict(zip(("singles", "pairs"), measured_prompts(args.singles, args.pairs, args.seed), strict=True))
     for number, (steps, guidance) in enumerate(SETTINGS):
         line, together = [f"{steps} steps, guidance {guidance:g}:"], []
         for kind, texts in prompts.items():
-            pictures = base.draw(texts, steps, guidance, seed=args.seed + number)
-            together.append(agreement(classifier, pictures, [parse(text) for text in texts]))
+            trial = Trial.of(base, texts, args.seed + number)
+            pictures = base.decode(trial.latents(Setting(TEACHER, steps, guidance), base))
+            together.append(agreement(classifier, 2 * pictures - 1, [parse(text) for text in texts]))
             line.append(f"{kind} {rated(together[-1])}")
             if number == 0 and args.sheet:
-                write_sheet(pictures[:SHEET], args.sheet.with_stem(f"{args.sheet.stem}-{kind}"))
+                path = args.sheet.with_stem(f"{args.sheet.stem}-{kind}")
+                save_image(to_image(sheet(pictures[:SHOWN])[0]), path)
         print("  ".join([*line, f"together {rated(torch.cat(together))}"]), flush=True)
         missed = [text for text, met in zip(prompts["singles"], together[0].tolist(), strict=True) if not met]
         if guidance != 1:
             print(f"  missed: {'; '.join(missed)}", flush=True)
 
 
-def measure_drawings(base: EmojiBase, classifier: Classifier) -> None:
+def measure_drawings(base: Base, classifier: Classifier) -> None:
     """Print what the classifier says of drawings, and of what the autoencoder makes of them."""
     for kind, share in (("singles", 0.0), ("pairs", 1.0)):
         scenes = random_scenes(200, seed=-3, pairs=share)
         meanings = [Meaning(tuple(spot.thing for spot in scene.spots)) for scene in scenes]
         pixels = draw_pictures(scenes)
-        again = base.vae.decoder(encode(base.vae, pixels)).clamp(-1, 1)
+        with torch.no_grad():
+            again = base.vae.decoder(encode(base.vae, pixels)).clamp(-1, 1)
         drawn, rebuilt = (rated(agreement(classifier, x, meanings)) for x in (scaled(pixels), again))
         quality = psnr(base.vae, pixels)
         print(f"{kind}: drawings {drawn}, through the autoencoder, {quality:.1f} dB, {rebuilt}", flush=True)
@@ -81,18 +86,8 @@ def measured_prompts(singles: int, pairs: int, seed: int) -> tuple[list[str], li
 
 
 def rated(met: Tensor) -> str:
-    """A share with its 95 % interval (Wilson's): "97.6 % (94.0 to 99.1)"."""
-    n, share, z = len(met), met.float().mean().item(), 1.96
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return f"{100 * share:.1f} % ({100 * (centre - half):.1f} to {100 * (centre + half):.1f})"
-
-
-def write_sheet(pictures: Tensor, path: Path) -> None:
-    """Save pictures in [-1, 1] as one, ten to a row."""
-    rows = [torch.cat(list(row), 2) for row in pictures[: len(pictures) // 10 * 10].split(10)]
-    pixels = torch.cat(rows, 1).add(1).mul(127.5).round().to(torch.uint8)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    """A share in percent with its 95 % interval (Wilson's): "97.6 [94.0, 99.1] %"."""
+    return f"{mean_of(met) * 100:.1f} %"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def _visit(listing: Listing, folder: Path, above: set[Path], apart: Collection[P
             listing.add_bad(path, "a link that leads nowhere" if entry.is_symlink() else "no file")
 
 
-def _is(test) -> bool:
+def _is(test: Callable[[], bool]) -> bool:
     """What a directory entry's test says; False for a link that leads to itself."""
     try:
         return test()

@@ -40,8 +40,9 @@ LINES = "a red star on a blue background\na green ring on a white background\na 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """A reference of 4 steps and a sweep of two scales, which take seconds."""
+    """A reference of 4 steps, a sweep of two scales and plots of few pixels, which take seconds."""
     monkeypatch.setattr(reporting, "REFERENCE_STEPS", 4)
+    monkeypatch.setattr(reporting.plots, "DPI", 60)
     monkeypatch.setattr(contest, "SWEEP", (1.0, 3.0))
 
 
@@ -79,7 +80,7 @@ def clip(tmp_path_factory):
 def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--features", clip, "--clip", clip, "--out", out)
-    small = ("--steps", "4,1", "--pictures", "5", "--resolution", "32", "--json")
+    small = ("--steps", "4,1", "--pictures", "4", "--resolution", "32", "--json")
     run = pcm("evaluate", "--base", TINY, "--lora", lora, *small, *options)
     assert run.code == 0, run.err
     report = json.loads(run.out)

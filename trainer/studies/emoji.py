@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...samplers.emoji_words import GROUNDS, PATTERNS, SIZES, THINGS, Meaning, parse, wordings
+from ...samplers.phases import count_steps
 from ..evaluation.intervals import mean_of
 from ..evaluation.setting import TEACHER, Setting
 from ..evaluation.trial import Trial
@@ -26,7 +27,15 @@ from ..tiny.emoji_classifier import Classifier, agreement, load_classifier, scal
 from ..tiny.emoji_scenes import draw_pictures, random_scenes
 from ..tiny.emoji_vae import encode, psnr
 
-SETTINGS = ((25, 4.0), (40, 4.0), (4, 1.0), (4, 4.0))  # steps and guidance
+# Euler takes the levels of diffusers' and ComfyUI's usual samplers; DDIM those of the demo, which suit few steps.
+SETTINGS = (
+    Setting(TEACHER, 25, 4.0, solver="euler"),
+    Setting(TEACHER, 40, 4.0, solver="euler"),
+    Setting(TEACHER, 4, 1.0, solver="euler"),
+    Setting(TEACHER, 4, 4.0, solver="euler"),
+    Setting(TEACHER, 4, 1.0),
+    Setting(TEACHER, 4, 4.0),
+)
 SHOWN = 96  # pictures on the sheet
 
 
@@ -43,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     base, classifier = load_base(str(args.folder)), load_classifier(args.folder)
     measure_drawings(base, classifier)
     prompts = dict(zip(("singles", "pairs"), measured_prompts(args.singles, args.pairs, args.seed), strict=True))
-    for number, (steps, guidance) in enumerate(SETTINGS):
-        line, together = [f"{steps} steps, guidance {guidance:g}:"], []
+    for number, setting in enumerate(SETTINGS):
+        line, together = [f"{setting.who}, {count_steps(setting.steps)}, guidance {setting.guidance:g}:"], []
         for kind, texts in prompts.items():
             trial = Trial.of(base, texts, args.seed + number)
-            pictures = base.decode(trial.latents(Setting(TEACHER, steps, guidance), base))
+            pictures = base.decode(trial.latents(setting, base))
             together.append(agreement(classifier, 2 * pictures - 1, [parse(text) for text in texts]))
             line.append(f"{kind} {rated(together[-1])}")
             if number == 0 and args.sheet:
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
                 save_image(to_image(sheet(pictures[:SHOWN])[0]), path)
         print("  ".join([*line, f"together {rated(torch.cat(together))}"]), flush=True)
         missed = [text for text, met in zip(prompts["singles"], together[0].tolist(), strict=True) if not met]
-        if guidance != 1:
+        if setting.guidance != 1:
             print(f"  missed: {'; '.join(missed)}", flush=True)
 
 

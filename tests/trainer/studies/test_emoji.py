@@ -2,18 +2,20 @@
 
 import torch
 
+from phased_consistency.trainer.evaluation.setting import TEACHER, Setting
 from phased_consistency.trainer.studies import emoji
 from phased_consistency.trainer.tiny.bundled import EMOJI, bundled_folder
 
 
 def test_a_base_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(emoji, "SETTINGS", ((1, 4.0), (1, 1.0)))
+    settings = (Setting(TEACHER, 1, 4.0), Setting(TEACHER, 1, 1.0, solver="euler"))
+    monkeypatch.setattr(emoji, "SETTINGS", settings)
     monkeypatch.setattr(emoji, "measure_drawings", lambda base, classifier: None)
     sheet = ["--sheet", str(tmp_path / "sheet.png")]
     emoji.main([str(bundled_folder(EMOJI)), "--singles", "10", "--pairs", "10", *sheet])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 steps, guidance 4:  singles ") and "together" in lines[0]
-    assert lines[1].startswith("  missed: ") and lines[2].startswith("1 steps, guidance 1:")
+    assert lines[0].startswith("teacher, DDIM, 1 step, guidance 4:  singles ") and "together" in lines[0]
+    assert lines[1].startswith("  missed: ") and lines[2].startswith("teacher, Euler, 1 step, guidance 1:")
     assert (tmp_path / "sheet-singles.png").is_file() and (tmp_path / "sheet-pairs.png").is_file()
 
 

@@ -96,7 +96,7 @@ GAMMAS = {"tcd": (0.0, 0.3), "ctm": (0.0, 0.3)} | dict.fromkeys(PHASED, (0.0,))
 FLOOR = f"{TEACHER}, the floor"  # the reference itself, measured like the others
 # The tables: title, key of the figure, format, factor. Of sets: in the classifier's features, or else in latents.
 FIGURES = (
-    (f"Kernel distance x {SCALE} (to the reference's pictures from other noise)", "kernel", ".3g", SCALE),
+    (f"Kernel distance x {SCALE} (to the reference's pictures from other noise)", "kernel", ".0f", SCALE),
     ("Recall (nearest neighbours)", "recall", ".2f", 1),
     ("Diversity within a prompt, as a share of the reference's", "diversity_share", ".2f", 1),
     ("Paired error (to the reference from the same noise)", "paired_error", ".3f", 1),
@@ -223,10 +223,9 @@ class Comparison:
         return [row | {"seed": config.train.seed} for row in rows]
 
     def _of_untrained(self, setting: Setting, recipe: Recipe) -> dict[str, Any]:
-        """The row of figures of the base without a LoRA, named by what decides how it is drawn."""
+        """The row of figures of the base without a LoRA."""
         if setting not in self._untrained:
-            phases = f"{recipe.phases} phase{'s' * (recipe.phases > 1)}"
-            self._untrained[setting] = self.gauge.row(setting, recipe) | {"name": f"untrained, {phases}"}
+            self._untrained[setting] = self.gauge.row(setting, recipe)
         return self._untrained[setting]
 
     def pictures(self, row: str, config: Config) -> list[tuple[str, Tensor]]:
@@ -252,7 +251,9 @@ def write_comparison(out: Path, comparison: Comparison, runs: list[tuple[str, Co
     pictures = [(reference.label, comparison.drawn(reference))]
     for row, config in runs:
         measured = json.loads(_figures_file(config).read_text())
-        rows += measured["rows"]
+        phases = config.grid().phases  # which decide how the base alone is drawn, whatever LoRA it is drawn beside
+        untrained = {"name": f"untrained, {phases} phase{'s' * (phases > 1)}"}
+        rows += [row | untrained if row["untrained"] else row for row in measured["rows"]]
         trained.append(measured["training"])
         if config.train.seed == runs[0][1].train.seed:
             pictures += comparison.pictures(row, config)

@@ -238,7 +238,7 @@ def test_the_presets_are_what_they_are_named():
     families = "sd15", "sdxl", "sd3"
     pcm = {f"{family}-{kind}" for family in families for kind in kinds}
     relatives = {f"{name}-{family}" for family in families for name in set(OBJECTIVES) - {"pcm"}}
-    assert set(PRESETS) == pcm | relatives | {"demo", "demo-sd15", "digits", "lcf-demo"}
+    assert set(PRESETS) == pcm | relatives | {"demo", "demo-1step", "demo-2step", "demo-sd15", "digits", "lcf-demo"}
     for name in relatives:
         config, (objective, family) = load_config(preset=name), name.split("-")
         assert (config.name, config.base.family, config.objective.name) == (name, family, objective)

@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("nodes", "samplers", "trainer")
+LAYERS = ("nodes", "pipelines", "samplers", "trainer")
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
 TRAINING = {"accelerate", "diffusers", "peft", "transformers"}
 # The rooms of trainer/, from the top down: a room imports from rooms on lower floors only (docs/architecture.md).
@@ -69,6 +69,7 @@ def run_python(code: str, cwd: Path, *folders: Path) -> subprocess.CompletedProc
     [
         ("samplers", {"samplers"}, HOST | TRAINING),
         ("trainer", {"samplers", "trainer"}, HOST),
+        ("pipelines", {"samplers", "pipelines"}, HOST | TRAINING - {"diffusers"}),
         ("nodes", {"samplers", "nodes"}, TRAINING - {"transformers"}),  # which the host requires
     ],
 )

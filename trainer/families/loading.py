@@ -202,11 +202,14 @@ def load_part(root: Path, part: str, kind: type[nn.Module], dtype: torch.dtype) 
     of_diffusers = issubclass(kind, ModelMixin)
     argument = "torch_dtype" if of_diffusers or OLD_TRANSFORMERS else "dtype"
     variant = _variant(files[0])
+    options = {"use_safetensors": True, "local_files_only": True, "variant": variant, argument: dtype}
     with naming(root, f"Get its {part} again."):
-        model = kind.from_pretrained(
-            root / part, use_safetensors=True, local_files_only=True, variant=variant, **{argument: dtype}
-        )
+        model, loading = kind.from_pretrained(root / part, output_loading_info=True, **options)
     _check_filled(model, f"{root} is not whole: its {part}", "Get the base again.")
+    if loading["missing_keys"] and not of_diffusers:  # transformers has drawn these at random, with a warning alone
+        with naming(root, f"Get its {part} again."):
+            weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        fill(model, weights, root / part, kind.__name__)
     # transformers keeps some weights in fp32, whatever it is asked for
     return model if of_diffusers else model.to(dtype)
 

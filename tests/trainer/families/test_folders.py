@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError
-from transformers import CLIPTextModelWithProjection
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from phased_consistency.samplers import VPSchedule
 from phased_consistency.trainer.families import load_base, loading, look_at_base
@@ -182,3 +183,24 @@ def test_a_tokenizer_folder_without_words_is_refused(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="which holds no tokenizer"):
         load_base(TINY, tokenizer=str(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_encoders_of_other_versions_of_transformers_are_read(made, folder, prefix):
+    """Transformers 5 writes no prefix, 4 wants one and would fill the weights with random numbers."""
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    encoder = loading.load_part(folder, "text_encoder", CLIPTextModel, torch.float32)
+    expected = made.parts.text_encoder.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_text_encoder_that_lacks_weights_is_refused(folder, shared):
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    lacking = [name for name in tensors if name.endswith("fc1.weight") or not shared]
+    save_file({name: t for name, t in tensors.items() if name not in lacking} or {"other": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"text_encoder lacks \d+ CLIPTextModel weights \(such as .*\). Get the file"):
+        loading.load_part(folder, "text_encoder", CLIPTextModel, torch.float32)

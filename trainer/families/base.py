@@ -95,6 +95,8 @@ class Base(ABC):
     stores_alpha: ClassVar[bool] = True
     # Whether the network is told each picture's true size and crop ("time_ids" in a condition).
     knows_sizes: ClassVar[bool] = False
+    # Whether the network's convolutions are given their memory format that a GPU likes.
+    channels_last: ClassVar[bool] = True
     # Whether all its weights are trained, by an objective without a teacher; else it is the teacher of a LoRA.
     whole: ClassVar[bool] = False
     alone: ClassVar[Alone] = Alone()
@@ -294,7 +296,12 @@ class Base(ABC):
 
     @staticmethod
     @abstractmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+        """The condition of one sample, every tensor (1, ...) by `make(*shape)`."""
+
+    @classmethod
+    @abstractmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
         """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`."""
 
     @classmethod

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...samplers import PhaseGrid, Schedule
+from ..system.machine import same_device
 from ..tiny.bundled import bundled_folder
 
 TOKENS = 77  # that a CLIP text encoder reads, with the marks of start and end
@@ -173,12 +174,19 @@ class Base(ABC):
         return self.network.config.sample_size * 8
 
     def drop_encoders(self) -> None:
-        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU."""
-        self._bring(self.network)
-        self.text_encoders, self.turns = [], None
+        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU.
+
+        The network comes to the device after they have left it: there may be no room for both.
+        """
+        for encoder in self.text_encoders:
+            if encoder.device.type != "cpu":
+                encoder.to("meta")  # their memory there is free, whoever still holds them
+        self.text_encoders = []
         self.vae.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self._bring(self.network)
+        self.turns = None
 
     @property
     def encoder_settings(self) -> str:
@@ -203,7 +211,7 @@ class Base(ABC):
         if self.turns is None:
             return
         for part, device in [*((p, torch.device("cpu")) for p in idle), *((p, self.turns) for p in parts)]:
-            if part.device != device:
+            if not same_device(part.device, device):
                 part.to(device)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:

@@ -156,11 +156,16 @@ class Engine:
             )
             return student, target, self.objective.distance(jumps)
 
-    def updated(self, step: int, before: float, after: float) -> None:
-        """Take in the weights after update `step` (from 1), which took the run from one share done to another."""
+    def updated(self, step: int, before: float, after: float, average: Average | None = None) -> None:
+        """Take in the weights after update `step` (from 1), which took the run from one share done to another.
+
+        average: the run's, from which a later stage begins where the objective wants that.
+        """
         if self.average:
             self.average.update(step)
         if self.objective.stage(after) != self.objective.stage(before):
+            if average and self.objective.averaged_teacher():
+                self.adapter.load(average.weights)
             self.earlier = self.adapter.copy()
 
     def state(self) -> dict[str, dict[str, Tensor]]:

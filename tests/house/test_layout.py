@@ -79,6 +79,12 @@ def test_imports_go_one_way(layer, may_import, never):
             assert module.split(".")[0] not in never, f"{path.name} imports {module}"
 
 
+def test_the_scheduler_for_diffusers_needs_nothing_of_the_trainer():
+    modules = set(imports(ROOT / "trainer" / "inference" / "scheduler.py"))
+    assert {pack_layer(module) for module in modules} == {None, "samplers"}
+    assert TRAINING & {module.split(".")[0] for module in modules} == {"diffusers"}
+
+
 def room_of(module: str) -> str | None:
     """The room of trainer/ that a module stands in, by its folder or its file; None for what is not of trainer/."""
     parts = module.split(".")

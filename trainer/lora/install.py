@@ -23,6 +23,7 @@ from ...samplers.lora_modules import LoraModule
 from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES
+from ..system.machine import best_device
 from .describe import broken_sentence, broken_tensors
 from .layers import Targets, targets_of
 
@@ -55,9 +56,8 @@ def load_for_check(base: str, **options) -> Base:
 def _load(base: str, dtype: str, **options) -> Base:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {k: v for k, v in options.items() if v is not None}
-    loaded = load_base(base, dtype=DTYPES[dtype], device=device, **options)
+    loaded = load_base(base, dtype=DTYPES[dtype], device=best_device(), **options)
     if loaded.untrained:
         raise ValueError(
             f"{base} is a network with random weights. Train it (pcm train --preset {base}), and give the folder that "

@@ -120,8 +120,13 @@ def installed(lora: Path, base: Base, strength: float = 1.0) -> Iterator[Recipe 
     try:
         yield install_whole(lora, base, strength)
     finally:
-        if ADAPTER in getattr(base.network, "peft_config", {}):
-            base.network.delete_adapters(ADAPTER)
+        uninstall(base)
+
+
+def uninstall(base: Base) -> None:
+    """Take the LoRA out that `install_whole` has put into a base, if there is one."""
+    if ADAPTER in getattr(base.network, "peft_config", {}):
+        base.network.delete_adapters(ADAPTER)
 
 
 def header_of_family(file: Path, family: str) -> LoraHeader:

@@ -6,21 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event, Thread
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from ..system.machine import peak_memory
 
@@ -83,6 +76,43 @@ class Reporter:
         return nullcontext()
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a program is told of a run: the thing that goes on, in words, and how far it is.
+
+    what: "training", "evaluating", "caching latents", ..., or "note" for a sentence of the run's. done, total: of the
+    thing's parts; 0 where they are not counted. status: of the run, where it trains.
+    """
+
+    what: str
+    text: str
+    done: int = 0
+    total: int = 0
+    status: Status | None = None
+
+
+class Callback(Reporter):
+    """A `Reporter` that hands each thing on to a function."""
+
+    def __init__(self, function: Callable[[Progress], None]):
+        self.function = function
+
+    def say(self, text: str) -> None:
+        self.function(Progress("note", text))
+
+    def caching(self, what: str, done: int, total: int) -> None:
+        self.function(Progress(f"caching {what}", f"{done} of {total} {what} cached", done, total))
+
+    def update(self, status: Status) -> None:
+        text = f"update {status.step} of {status.steps}: {status.facts}"
+        self.function(Progress("training", text, status.step, status.steps, status))
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        self.function(Progress(what, what))
+        yield
+
+
 def progress_on_stderr() -> ProgressBar | ProgressLines:
     """A bar where stderr is a terminal, else lines; use as a context manager."""
     return ProgressBar() if sys.stderr.isatty() else ProgressLines()
@@ -107,7 +137,7 @@ class ProgressBar(Reporter):
 
     def __init__(self):
         self.console = _console()
-        self.bar = Progress(
+        self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),

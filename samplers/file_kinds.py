@@ -14,7 +14,7 @@ KINDS = (
     (rb"version https://git-lfs", "a git-lfs pointer", "Run git lfs pull, or download the file itself again."),
     (rb"(?i)<(!doctype html|html|head|body)\b", "a web page, such as a site's for signing in", AGAIN),
     (rb"<\?xml|<Error>", "XML, such as a server's message of an error", AGAIN),
-    (rb"[{\[]", "JSON, such as a server's message of an error", AGAIN),
+    (rb"\{|\[\s*[\[{\"\]\d]", "JSON, such as a server's message of an error", AGAIN),
     (rb"GGUF", "a GGUF file, whose weights are quantised", "Take the model in .safetensors, in 16 bits."),
     (rb"PK\x03\x04", "a zip archive or a file of torch.save", PICKLE),
     (rb"\x80[\x02-\x05]", "a pickle, as torch.save wrote it", PICKLE),

@@ -15,8 +15,11 @@ from . import LARGEST_SEED
 def place(text: str) -> str:
     """A path, or the address of something, with `~` as the home folder; the shell leaves that in key=~/value.
 
-    Raises ValueError for one with a line break or the like in it, as TOML makes of backslashes.
+    Raises ValueError for an empty one, as a shell makes of an unset variable, and for one with a line break or the like
+    in it, as TOML makes of backslashes.
     """
+    if not text.strip():
+        raise ValueError("is empty: name a place, or leave the setting out; a shell's variable may not be set")
     if not text.isprintable():
         raise ValueError(
             'holds a line break, a tab or the like; in TOML a backslash between double quotes begins one ("\\n"). '

@@ -223,8 +223,13 @@ def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], comp
 
 def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
     """Raise ValueError for any of these modules of a file that is not two halves that fit, in floating point, and
-    perhaps an alpha: diffusers would take it in part, or as something else."""
+    perhaps an alpha: diffusers would take it in part, or as something else; and where there are none."""
     file = header.path.name
+    if not modules:
+        raise ValueError(
+            f"{file} has nothing for the network: its {len(header.modules)} modules are for text encoders, which are "
+            "not used here. Take a LoRA that was trained with the network."
+        )
     if other := {name: module for name, module in modules.items() if not module.is_plain}:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
         raise ValueError(
@@ -241,7 +246,7 @@ def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
         )
     for name, module in modules.items():
         if module.lacks:
-            half = next(iter(module.keys.values()))
+            half = min(module.keys.items(), key=lambda item: item[0] == "alpha")[1]  # the other half, if it is there
             raise ValueError(f"{file} has {half} and no {module.lacks[0]} half of it. Get the file again.")
         if not module.is_whole:
             shapes = " and ".join(str(module.shapes[part]) for part in ("down", "up"))

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from .families import family_title
 from .known_files import recipe_for_file
-from .lora_file import LoraHeader, family_title
+from .lora_file import LoraHeader
 from .recipe import SOURCES, Recipe
 from .texts import printable
 
@@ -27,9 +28,12 @@ NOTED = {
 }
 
 
-def recipe_of(header: LoraHeader) -> Recipe | None:
-    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file."""
-    return recipe_for_file(str(header.path), header.metadata, header.family)
+def recipe_of(header: LoraHeader, family: str | None = None) -> Recipe | None:
+    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file.
+
+    family: of the model that it is for, where its tensors do not tell.
+    """
+    return recipe_for_file(str(header.path), header.metadata, header.family or family)
 
 
 def facts(header: LoraHeader) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from phased_consistency.samplers import Recipe
-from phased_consistency.samplers.lora_file import family_title, file_hash, read_header, tensor_hash
+from phased_consistency.samplers.families import family_title
+from phased_consistency.samplers.lora_file import file_hash, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 
 ATTENTION = {

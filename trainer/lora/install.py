@@ -16,8 +16,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ...samplers import Recipe
+from ...samplers.families import family_title
 from ...samplers.lora_alphas import PEFT_KEY
-from ...samplers.lora_file import LoraHeader, family_title, read_header
+from ...samplers.lora_file import LoraHeader, read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.lora_modules import LoraModule
 from ...samplers.texts import brief

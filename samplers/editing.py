@@ -162,7 +162,8 @@ def noised(latents: Tensor, noise: Tensor, sigma: Tensor, schedule: Schedule) ->
     noisiest = sigma >= schedule.k_sigma(schedule.ticks) * (1 - 1e-5)
     # At the noisiest level the host takes sqrt(1 + sigma^2) of noise instead of sigma: in the network's units
     # all of it, and the signal that a VP schedule leaves there besides.
-    added = noise / schedule.k_scale(sigma).to(noise) if noisiest else sigma.to(noise) * noise
+    amount = schedule.k_scale(sigma).reciprocal() if noisiest else sigma
+    added = amount.to(noise) * noise
     return schedule.k_alpha(sigma).to(noise) * latents + added
 
 

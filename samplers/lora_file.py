@@ -188,6 +188,10 @@ def header_text(path: Path) -> bytes:
     Raises FileNotFoundError, or ValueError for another format, or a file cut short within its header.
     """
     path = lora_file(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder without {PEFT_WEIGHTS}, so it is no LoRA of PEFT's. Name a .safetensors file in it."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
     size = path.stat().st_size

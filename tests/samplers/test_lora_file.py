@@ -263,7 +263,7 @@ def test_metadata_is_read(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="No file at .*only .safetensors"):
         read_header(tmp_path / "gone.safetensors")
-    with pytest.raises(FileNotFoundError, match="No file at"):
+    with pytest.raises(FileNotFoundError, match="is a folder without adapter_model.safetensors, so it is no LoRA"):
         read_header(tmp_path)
 
 

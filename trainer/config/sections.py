@@ -15,8 +15,11 @@ from . import LARGEST_SEED
 def place(text: str) -> str:
     """A path, or the address of something, with `~` as the home folder; the shell leaves that in key=~/value.
 
-    Raises ValueError for one with a line break or the like in it, as TOML makes of backslashes.
+    Raises ValueError for an empty one, as a shell makes of an unset variable, and for one with a line break or the like
+    in it, as TOML makes of backslashes.
     """
+    if not text.strip():
+        raise ValueError("is empty: name a place, or leave the setting out; a shell's variable may not be set")
     if not text.isprintable():
         raise ValueError(
             'holds a line break, a tab or the like; in TOML a backslash between double quotes begins one ("\\n"). '
@@ -159,8 +162,10 @@ class TrainConfig(Section):
     batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per update")
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update"
+    lr_schedule: Literal["constant", "cosine", "stages"] = Field(
+        "constant",
+        description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update; stages: so "
+        "in each stage of progressive distillation",
     )
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay of the LoRA")

@@ -68,10 +68,18 @@ def quantize(network: nn.Module, format: str) -> str:
     share = sum(layer.weight.nbytes for layer in layers.values()) / before
     settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
     quantize_(network, settings, filter_fn=lambda _, path: path in layers)
+    for path in layers:
+        network.get_submodule(path).register_forward_pre_hook(_in_own_dtype)
     return (
         f"{format} base: {len(layers)} layers, {share:.0%} of its weights, "
         f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
     )
+
+
+def _in_own_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A quantised layer's input in the dtype that its weight was of: autocast, which would see to that, passes it by,
+    and what comes in as fp32, such as a norm's output, would go out so."""
+    return inputs[0].to(layer.weight.dtype), *inputs[1:]
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -117,6 +117,7 @@ class Engine:
         # The target's pass on all rows, though some are their own target: each size of batch would be compiled anew.
         self.whole_target = False
         self.earlier: dict[str, Tensor] = {}  # the adapter's weights that are the teacher's, after the first stage
+        self.evaluations = 0  # samples that went through the network, one for each pass that it took them through
 
     def step(self, batch: Batch) -> Losses:
         """The losses, differentiable in the adapter's weights (the discriminator's in the heads')."""
@@ -127,6 +128,7 @@ class Engine:
             generator, discriminator = self.adversary.losses(
                 student, target, batch.levels.s, batch.judged, batch.condition
             )
+            self.evaluations += 2 * len(student)
             return Losses(distance, generator, discriminator)
 
     @torch.no_grad()
@@ -155,11 +157,16 @@ class Engine:
             )
             return student, target, self.objective.distance(jumps)
 
-    def updated(self, step: int, before: float, after: float) -> None:
-        """Take in the weights after update `step` (from 1), which took the run from one share done to another."""
+    def updated(self, step: int, before: float, after: float, average: Average | None = None) -> None:
+        """Take in the weights after update `step` (from 1), which took the run from one share done to another.
+
+        average: the run's, from which a later stage begins where the objective wants that.
+        """
         if self.average:
             self.average.update(step)
         if self.objective.stage(after) != self.objective.stage(before):
+            if average and self.objective.averaged_teacher():
+                self.adapter.load(average.weights)
             self.earlier = self.adapter.copy()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -222,14 +229,14 @@ class Engine:
         """The teacher's (x0, eps) at ticks (B,): uncond + g (cond - uncond) of each, where the batch has a g."""
         tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
         if batch.guidance is None:
-            return predict(self.base, x, tick, batch.condition)
+            return self._predict(x, tick, batch.condition)
 
         both = self.base.with_null(batch.condition, self.null)
         if self.batched:
-            x0, eps = (half.chunk(2) for half in predict(self.base, torch.cat([x, x]), tick.repeat(2), both))
+            x0, eps = (half.chunk(2) for half in self._predict(torch.cat([x, x]), tick.repeat(2), both))
         else:
             halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
-            passes = (predict(self.base, x, tick, dict(zip(both, half, strict=True))) for half in halves)
+            passes = (self._predict(x, tick, dict(zip(both, half, strict=True))) for half in halves)
             x0, eps = zip(*passes, strict=True)
 
         g = rows(batch.guidance, x)
@@ -257,5 +264,10 @@ class Engine:
         """J(x, tick -> to) = alpha_to x0 + sigma_to eps, with the network's own (x0, eps) in x: the phase jump."""
         if self.objective.target_time:
             condition = condition | self.base.target_time(to)
-        x0, eps = predict(self.base, x, tick, condition, self.objective.clamp())
+        x0, eps = self._predict(x, tick, condition, self.objective.clamp())
         return jump(x0, eps, *self._level(to))
+
+    def _predict(self, x: Tensor, tick: Tensor, condition: Condition, min_alpha: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The network's (x0, eps) in points (B, C, h, w) at ticks (B,), counted."""
+        self.evaluations += len(x)
+        return predict(self.base, x, tick, condition, min_alpha)

@@ -7,6 +7,7 @@ with whatever schedule the host has for it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # families of noise prediction, and SD3, which a LoRA's tensors or name tell
 FAMILIES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
@@ -25,6 +26,11 @@ FLOW_FAMILIES = {
     "krea2": "Krea 2",
     "hunyuan_video": "HunyuanVideo",
 }
+# models that were made of one of a family and have LoRAs of their own, by words of a base's name
+CHILDREN = {
+    "sdxl": {"Illustrious": r"illustrious", "NoobAI": r"noob ?ai", "Pony": r"pony", "Animagine": r"animagine"},
+}
+BASES = ("ss_sd_model_name", "ss_base_model_name")  # entries of a LoRA's header with the name of what it was made from
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
 
 
@@ -33,6 +39,16 @@ def family_title(family: str | None) -> str:
     if family is None:
         return "an unknown family"
     return FAMILIES.get(family) or FLOW_FAMILIES.get(family) or family
+
+
+def base_title(family: str | None, metadata: Mapping[str, str]) -> str:
+    """`family_title`, with the child of it that a LoRA's header says it is for: "SDXL (NoobAI, v-prediction)"."""
+    names = re.sub(r"[^a-z0-9]+", " ", " ".join(metadata.get(key, "") for key in BASES).lower())
+    child = next((child for child, words in CHILDREN.get(family or "", {}).items() if re.search(words, names)), None)
+    if child is None:
+        return family_title(family)
+    predicts = ", v-prediction" if metadata.get("ss_v_parameterization", "").lower() == "true" else ""
+    return f"{family_title(family)} ({child}{predicts})"
 
 
 def family_problem(family: str, prediction: str) -> str | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from .families import family_title
+from .families import base_title
 from .known_files import recipe_for_file
 from .lora_file import LoraHeader
 from .recipe import SOURCES, Recipe
@@ -68,7 +68,8 @@ def sentences(values: dict[str, Any]) -> list[str]:
     modules = f"{values['modules']} module{'s' * (values['modules'] != 1)}"
     if set(values["kinds"]) != {"LoRA"}:
         modules += f" ({', '.join(f'{n} {kind}' for kind, n in values['kinds'].items())})"
-    lines = [f"{family_title(values['family'])} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
+    title = base_title(values["family"], values["metadata"])
+    lines = [f"{title} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
     if values["recipe"]:
         lines += [values["usage"], f"Recipe from {SOURCES[values['recipe']['source']]}."]
     else:

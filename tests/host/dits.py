@@ -56,7 +56,7 @@ FILES = {
     "Hyper-FLUX.1-dev-8steps-lora": "flux",
     "FLUX.1-Turbo-Alpha": "flux",
     "flux.2-turbo-lora": "flux2",
-    "Qwen-Image-Lightning-4steps-V2.0": "qwen",
+    "Qwen-Image-Lightning-4steps-V1.0": "qwen",
     "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16": "qwen",
     "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI": "zimage",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise": "wan",

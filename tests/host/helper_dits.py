@@ -1,4 +1,4 @@
-"""A node for the host tests alone: small random transformers, built by the host from its own configs."""
+"""Nodes for the host tests alone: small random transformers, built by the host from its own configs."""
 
 import comfy.model_management as memory
 import comfy.model_patcher
@@ -74,4 +74,19 @@ class TestTransformer:
         return (comfy.model_patcher.ModelPatcher(model, memory.get_torch_device(), torch.device("cpu")),)
 
 
-NODE_CLASS_MAPPINGS = {"TestTransformer": TestTransformer}
+class TestAutoencoder:
+    """The VAE of a checkpoint alone."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "load", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": ("STRING", {})}}
+
+    def load(self, ckpt_name):
+        import nodes
+
+        return (nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)[2],)
+
+
+NODE_CLASS_MAPPINGS = {"TestTransformer": TestTransformer, "TestAutoencoder": TestAutoencoder}

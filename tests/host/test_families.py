@@ -13,7 +13,7 @@ from host.graphs import core_sampler, custom, ksampler, sample, scheduler
 from host.server import Graph, out
 
 FLUX, TURBO, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "FLUX.1-Turbo-Alpha", "flux.2-turbo-lora"
-QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V2.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
+QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V1.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
 ZIMAGE = "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI"
 HIGH, LOW = (f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise" for noise in ("high", "low"))
 WAN21 = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"

@@ -53,6 +53,7 @@ def load_for_check(base: str, **options) -> Base:
 
 
 def _load(base: str, dtype: str, **options) -> Base:
+    """The base as it is sampled: with no LoRA in it yet."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,20 +17,31 @@ from ..families import Base, Condition
 from ..inference.edit import STEPS_ALONE, Edited, Editor
 from ..inference.sample import draw_rows
 from ..lora.install import Installed, install_for_sample, load_for_sample, null_of, uninstall
+from ..lora.merged import merge_into
 from ..pictures import Pictures, hole_notes, read_pictures, to_image, with_mask
 
 Picture = Image | str | Path  # Pillow's, or a file
 Draw = Callable[[Editor, Condition, int, float], Edited]  # the prompt's encoding, the seed, how far to go
 
 
-def load_base(base: str | Path, *, lora: str | Path | None = None, dtype: str = "fp32", **reading: Any) -> Base:
+def load_base(
+    base: str | Path,
+    *,
+    lora: str | Path | None = None,
+    loras: Sequence[str] = (),
+    dtype: str = "fp32",
+    **reading: Any,
+) -> Base:
     """A base on the best device: a diffusers folder, a single .safetensors file, a hub id, or a bundled tiny one.
 
-    lora: that it is to be sampled with, whose recipe may say how the base is read. dtype: "fp32", "bf16" or "fp16".
+    lora: that it is to be sampled with, whose recipe may say how the base is read. loras: style LoRAs to merge into it,
+    as in `base.loras`. dtype: "fp32", "bf16" or "fp16".
     reading: those of `pcm sample` by name: family, tokenizer, config, parts, t5.
     Raises ValueError or FileNotFoundError for what cannot be read.
     """
-    return load_for_sample(os.path.expanduser(base), dtype, _file(lora), **reading)
+    loaded = load_for_sample(os.path.expanduser(base), dtype, _file(lora), **reading)
+    merge_into(loaded, loras)
+    return loaded
 
 
 def sample(

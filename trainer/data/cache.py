@@ -141,7 +141,7 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
     identity: what tells the pictures from others, or the prompts of which the teacher makes latents.
     """
     data = config.data
-    content = {"format": FORMAT, "base": base.base_hash, "encoders": base.encoder_settings}
+    content = {"format": FORMAT, "base": base.weights_hash, "encoders": base.encoder_settings}
     content |= {"size": buckets or data.resolution, "data": identity}
     if data.has_pictures:
         content |= {"captions": data.captions}

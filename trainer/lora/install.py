@@ -55,6 +55,7 @@ def load_for_check(base: str, **options) -> Base:
 
 
 def _load(base: str, dtype: str, **options) -> Base:
+    """The base as it is sampled: with no LoRA in it yet."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
     options = {k: v for k, v in options.items() if v is not None}

@@ -49,6 +49,7 @@ PLACES = (
     ("base", "tokenizer"),
     ("base", "config"),
     ("base", "parts"),
+    ("base", "loras"),
     ("data", "images"),
     ("data", "shards"),
     ("data", "prompts"),

@@ -122,12 +122,13 @@ def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations in its block make, while they are alive.
 
-    On a CPU and on the meta device no allocator tells. now: bytes alive; most: the most that were alive at
-    once.
+    On a CPU and on the meta device no allocator tells. device: the type of device whose tensors count; None: all of
+    them. now: bytes alive; most: the most that were alive at once.
     """
 
-    def __init__(self):
+    def __init__(self, device: str | None = None):
         super().__init__()
+        self.device = device
         self.numbers: set[int] = set()
         self.now = self.most = 0
 
@@ -135,7 +136,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        for storage in _storages(result):
+        for storage in _storages(result, self.device):
             # a view or an operation in place makes no new storage
             if storage._cdata not in inputs and storage._cdata not in self.numbers:
                 self.numbers.add(storage._cdata)
@@ -149,8 +150,10 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+def _storages(tree: object, device: str | None = None) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and device in (None, leaf.device.type):
+            yield leaf.untyped_storage()
 
 
 class _AsOnGPU(TorchFunctionMode):

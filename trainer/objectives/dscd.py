@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...samplers import Schedule
+from ...samplers.schedule import rows
 from .distances import nearest_ticks
 from .objective import Distillation, FromNoise, Jumps, Levels
 
@@ -87,7 +88,7 @@ class DSCD(FromNoise, Distillation):
 
     def _normalised(self, g: Tensor) -> Tensor:
         """g / (|g| + c) for each sample, |g| its root mean square."""
-        return g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + self.tangent_c)
+        return g / (g.square().mean(tuple(range(1, g.ndim)), keepdim=True).sqrt() + self.tangent_c)
 
 
 def angle(schedule: Schedule, tick: Tensor) -> Tensor:
@@ -97,10 +98,10 @@ def angle(schedule: Schedule, tick: Tensor) -> Tensor:
 
 def _angles(jumps: Jumps, tick: Tensor) -> Tensor:
     """`angle` of ticks (B,), to be multiplied with points: (B, 1, 1, 1)."""
-    return angle(jumps.schedule, tick).view(-1, 1, 1, 1).to(jumps.x_u)
+    return rows(angle(jumps.schedule, tick), jumps.x_u).to(jumps.x_u)
 
 
 def _on_circle(x: Tensor, schedule: Schedule, tick: Tensor) -> Tensor:
     """Points of the schedule's path on the circle, where alpha^2 + sigma^2 = 1; VP's lie there already."""
     size = torch.hypot(schedule.alpha(tick), schedule.sigma(tick))
-    return x / size.view(-1, 1, 1, 1).to(x)
+    return x / rows(size, x).to(x)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ...samplers import eps_of, extrapolated, jump
+from ...samplers.schedule import rows
 from ..families import Base, Condition
 from ..families.generate import predict
 from ..lora.adapter import Average, Learner
@@ -215,11 +216,11 @@ class Engine:
                 elif solver == "heun":
                     x0_at_end, _ = self._guided(jump(x0, eps, *end), lower, batch)
                     # at the clean end there is no noise to tell x0 by: the first half alone counts there
-                    along = torch.where(_rows(lower > 0), (x0 + x0_at_end) / 2, x0)
+                    along = torch.where(rows(lower > 0, x), (x0 + x0_at_end) / 2, x0)
                 eps = eps if along is x0 else eps_of(x, along, *start)
 
                 # rows that have arrived, as those with u = r from the start, stay as they are
-                x = torch.where(_rows(lower < tick), jump(along, eps, *end), x)
+                x = torch.where(rows(lower < tick, x), jump(along, eps, *end), x)
                 earlier = (x0, start)
                 tick = lower
         return x
@@ -232,13 +233,13 @@ class Engine:
 
         both = self.base.with_null(batch.condition, self.null)
         if self.batched:
-            x0, eps = (half.chunk(2) for half in self._predict(x.repeat(2, 1, 1, 1), tick.repeat(2), both))
+            x0, eps = (half.chunk(2) for half in self._predict(torch.cat([x, x]), tick.repeat(2), both))
         else:
             halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
             passes = (self._predict(x, tick, dict(zip(both, half, strict=True))) for half in halves)
             x0, eps = zip(*passes, strict=True)
 
-        g = _rows(batch.guidance)
+        g = rows(batch.guidance, x)
         x0, eps = (uncond + g * (cond - uncond) for cond, uncond in (x0, eps))
         return x0, eps
 
@@ -249,14 +250,14 @@ class Engine:
         """J(x_r, r -> s); x_r itself in rows where r = s, which need no pass of the network."""
         r, s, inner = batch.levels.r, batch.levels.s, batch.inner
         if self.whole_target:
-            return torch.where(_rows(r > s), self._jump(x_r, r.clamp(min=1), s, batch.condition), x_r)
+            return torch.where(rows(r > s, x_r), self._jump(x_r, r.clamp(min=1), s, batch.condition), x_r)
         inner = (r > s).nonzero().squeeze(1) if inner is None else inner
         if len(inner) == len(r):
             return self._jump(x_r, r, s, batch.condition)
         target = x_r.clone()
         if len(inner):
-            rows = {k: v[inner] for k, v in batch.condition.items()}
-            target[inner] = self._jump(x_r[inner], r[inner], s[inner], rows)
+            condition = {k: v[inner] for k, v in batch.condition.items()}
+            target[inner] = self._jump(x_r[inner], r[inner], s[inner], condition)
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:
@@ -270,8 +271,3 @@ class Engine:
         """The network's (x0, eps) in points (B, C, h, w) at ticks (B,), counted."""
         self.evaluations += len(x)
         return predict(self.base, x, tick, condition, min_alpha)
-
-
-def _rows(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), which broadcasts over points."""
-    return values.view(-1, 1, 1, 1)

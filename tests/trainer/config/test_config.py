@@ -102,7 +102,6 @@ def test_points_must_divide_the_ticks():
         ("output=2026-01-31", "2026-01-31"),
         ("name=plain", "plain"),
         (" name = spaced", "spaced"),
-        ("data.prompts=", ""),
     ],
 )
 def test_overrides_need_no_quotes(override, value):

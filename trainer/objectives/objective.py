@@ -310,11 +310,11 @@ class OwnTarget(Objective):
 def per_output(jumps: Jumps, min_alpha: float = 0.0) -> Tensor:
     """|d x_s / d output|: by how much the student's point at s moves when its network's output at u moves by 1.
 
-    (B, 1, 1, 1). A jump is linear in the output; min_alpha: the clamp of x0's divisor in it.
+    (B, 1, ...), as many dimensions as a point. A jump is linear in the output; min_alpha: the clamp of x0's divisor.
     """
     schedule, levels = jumps.schedule, jumps.levels
     level = schedule.alpha(levels.u), schedule.sigma(levels.u)
-    ones = torch.ones(len(levels.u), 1, 1, 1, device=jumps.x_u.device)
+    ones = torch.ones(len(levels.u), *(1,) * (jumps.x_u.dim() - 1), device=jumps.x_u.device)
     x0, eps = x0_eps_from_output(ones, torch.zeros_like(ones), *level, jumps.prediction, min_alpha)
     return jump(x0, eps, schedule.alpha(levels.s), schedule.sigma(levels.s)).abs()
 

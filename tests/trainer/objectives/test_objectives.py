@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,9 @@ def test_the_clamp_of_one_phase_is_in_the_units_of_the_output():
     jumps = Jumps(x, x, x, 0 * x, Levels(u, 0 * u, 0 * u), VP, "epsilon", 0.5)
     expected = VP.alpha(u).clamp(min=0.5) / VP.sigma(u)
     torch.testing.assert_close(row.compared(jumps)[0].mean((1, 2, 3)), expected.float())
+    film = x.unsqueeze(2)
+    frames = replace(jumps, x_u=film, x_r=film, student=film, target=0 * film)
+    assert torch.equal(row.compared(frames)[0], row.compared(jumps)[0].unsqueeze(2)), "of a film's frames too"
 
 
 # --- the networks' weights

@@ -2,9 +2,11 @@
 
 import comfy.model_management as memory
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models as supported
 import torch
 from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.wan.vae import WanVAE
 
 HEADS = 4
 WIDTH = 64  # of the network, so that a head has 16
@@ -92,4 +94,27 @@ class TestAutoencoder:
         return (nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)[2],)
 
 
-NODE_CLASS_MAPPINGS = {"TestTransformer": TestTransformer, "TestAutoencoder": TestAutoencoder}
+class TestClipAutoencoder:
+    """A small random VAE of Wan's and Qwen-Image's kind, whose latents have frames."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+            for weight in network.parameters():
+                # the host makes its layers with whatever is in memory
+                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1)
+        return (comfy.sd.VAE(sd=network.state_dict()),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestTransformer": TestTransformer,
+    "TestAutoencoder": TestAutoencoder,
+    "TestClipAutoencoder": TestClipAutoencoder,
+}

@@ -26,12 +26,12 @@ def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None
     """Raise ValueError for a LoRA that is of another family (as far as known), or of which this model takes nothing."""
     file = header.path.name
     title = model_title(model)
-    # Transformers have no names and shapes in common by chance: there the matched modules tell, as in the host.
-    is_known = family in FAMILIES or model_family(model) in FAMILIES
-    if family is not None and is_known and family != model_family(model):
+    # Between transformers the matched modules tell, as in the host: Chroma takes much of what is made for FLUX.1.
+    is_certain = family in FAMILIES or model_family(model) in FAMILIES or not matched.places
+    if family is not None and is_certain and family != model_family(model):
         raise ValueError(
             f"{file} is a LoRA for {family_title(family)}, but the model is {title}. "
-            f"Load an {family_title(family)} checkpoint, or a LoRA made for {title}."
+            f"Load a model of {family_title(family)}, or a LoRA made for {title}."
         )
     if not matched.places:
         why = " ".join(matched.sentences()) or "it is for text encoders alone, which this node does not patch."

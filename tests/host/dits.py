@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from host.server import Graph, out
+from host.server import Graph, Server, out
 
 RANK = 4
 W, Z = 64, 256  # widths of the networks, Z of that of Z-Image
@@ -63,7 +64,9 @@ FILES = {
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise": "wan",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32": "wan",
     "something_of_tomorrow": "wan",
+    "a_style": "qwen",
 }
+HEADERS = {"a_style": {"modelspec.architecture": "Qwen-Image/lora"}}
 TEXT_WIDTH = 32
 LATENTS = {
     "flux": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
@@ -93,7 +96,7 @@ def lora(kind: str, seed: int) -> dict[str, Tensor]:
 def write_dit_loras(folder: Path) -> None:
     """Write the files of `FILES`."""
     for seed, (name, kind) in enumerate(FILES.items()):
-        save_file(lora(kind, seed), folder / f"{name}.safetensors")
+        save_file(lora(kind, seed), folder / f"{name}.safetensors", HEADERS.get(name))
 
 
 def transformer(
@@ -110,6 +113,20 @@ def transformer(
     node, size = LATENTS[kind]
     links["latent"] = out(graph.add(node, batch_size=1, **size))
     return graph, links
+
+
+def skip_without(server: Server, kind: str) -> None:
+    """Skip the test where the host is older than this kind of transformer."""
+    node = server.get("/object_info/TestTransformer")["TestTransformer"]
+    if kind not in node["input"]["required"]["architecture"][0]:
+        pytest.skip(f"this host has no {kind}")
+
+
+def skip_where_lcm_repeats_its_noise(server: Server) -> None:
+    """Skip the test where the host's lcm draws fresh noise at the seed of the first, which is then the same."""
+    sampling = server.folder / "comfy" / "k_diffusion" / "sampling.py"
+    if "seed += 1" not in sampling.read_text(encoding="utf-8"):
+        pytest.skip("this host's lcm does not add 1 to the seed")
 
 
 def loaded_on(graph: Graph, model: list, file: str, **widgets: Any) -> dict[str, list]:

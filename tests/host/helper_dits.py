@@ -2,8 +2,11 @@
 
 import comfy.model_management as memory
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.wan.vae import WanVAE
 
 HEADS = 4
 WIDTH = 64  # of the network, so that a head has 16
@@ -12,6 +15,7 @@ FLUX = {
     **{"mlp_ratio": 4.0, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "txt_ids_dims": []},
     **{"context_in_dim": 32, "vec_in_dim": 24, "patch_size": 2, "in_channels": 16, "guidance_embed": True},
 }
+FLUX = {name: value for name, value in FLUX.items() if name in FluxParams.__dataclass_fields__}  # 0.3.64 has fewer
 WAN = {
     **{"image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "ffn_dim": 128, "freq_dim": 256, "text_dim": 32},
     **{"num_heads": HEADS, "num_layers": 2, "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2)},
@@ -56,7 +60,8 @@ class TestTransformer:
 
     @classmethod
     def INPUT_TYPES(cls):
-        required = {"architecture": (list(KINDS),), "seed": ("INT", {"default": 0})}
+        known = [kind for kind, (name, _) in KINDS.items() if hasattr(supported, name)]
+        required = {"architecture": (known,), "seed": ("INT", {"default": 0})}
         return {"required": required, "optional": {"unet_name": ("STRING", {"default": ""})}}
 
     def make(self, architecture, seed, unet_name=""):
@@ -89,4 +94,27 @@ class TestAutoencoder:
         return (nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)[2],)
 
 
-NODE_CLASS_MAPPINGS = {"TestTransformer": TestTransformer, "TestAutoencoder": TestAutoencoder}
+class TestClipAutoencoder:
+    """A small random VAE of Wan's and Qwen-Image's kind, whose latents have frames."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+            for weight in network.parameters():
+                # the host makes its layers with whatever is in memory
+                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1)
+        return (comfy.sd.VAE(sd=network.state_dict()),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestTransformer": TestTransformer,
+    "TestAutoencoder": TestAutoencoder,
+    "TestClipAutoencoder": TestClipAutoencoder,
+}

@@ -131,7 +131,7 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
         ),
         Mistake(
             "a LoRA of another family",
-            "sdxl.safetensors is a LoRA for SDXL, but the model is SD1.5. Load an SDXL checkpoint, or a LoRA made for "
+            "sdxl.safetensors is a LoRA for SDXL, but the model is SD1.5. Load a model of SDXL, or a LoRA made for "
             "SD1.5.",
             "a checkpoint of its family",
             another_family,

@@ -21,7 +21,7 @@ LEAST_FACTOR = 0.1  # of Prodigy's rate, below which it hardly learns
 SCHEDULE_FREE, PRODIGY = "schedulefree", "prodigy"
 
 
-class Source(NamedTuple):
+class Library(NamedTuple):
     """Where an optimizer comes from: its class, the module, the package to install, and the extra that brings it."""
 
     name: str
@@ -31,12 +31,12 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "adamw": Source("AdamW", "torch.optim"),
-    "adafactor": Source("Adafactor", "torch.optim"),
-    "adamw8bit": Source("AdamW8bit", "bitsandbytes.optim", "bitsandbytes", "quantize"),
-    "lion": Source("Lion", "lion_pytorch", "lion-pytorch", "optimizers"),
-    PRODIGY: Source("Prodigy", "prodigyopt", "prodigyopt", "optimizers"),
-    SCHEDULE_FREE: Source("AdamWScheduleFree", "schedulefree", "schedulefree", "optimizers"),
+    "adamw": Library("AdamW", "torch.optim"),
+    "adafactor": Library("Adafactor", "torch.optim"),
+    "adamw8bit": Library("AdamW8bit", "bitsandbytes.optim", "bitsandbytes", "quantize"),
+    "lion": Library("Lion", "lion_pytorch", "lion-pytorch", "optimizers"),
+    PRODIGY: Library("Prodigy", "prodigyopt", "prodigyopt", "optimizers"),
+    SCHEDULE_FREE: Library("AdamWScheduleFree", "schedulefree", "schedulefree", "optimizers"),
 }
 # in torch.optim, and not for a LoRA: they want a function of the loss, or gradients that are mostly 0
 UNFIT = ("LBFGS", "SparseAdam")

@@ -20,7 +20,7 @@ def small_files(monkeypatch):
 class StubBase:
     """Encodes a picture as its mean colours and a prompt as its length; knows no network."""
 
-    base_hash, prediction, encoder_settings, null = "0" * 64, "epsilon", "", "empty"
+    weights_hash, prediction, encoder_settings, null = "0" * 64, "epsilon", "", "empty"
     schedule_settings = [False, None]
     spread = None
 

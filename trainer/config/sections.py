@@ -203,16 +203,19 @@ class TrainConfig(Section):
     batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per update")
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
-    lr_schedule: Literal["constant", "cosine", "stages"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "restarts", "stages"] = Field(
         "constant",
-        description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update; stages: so "
-        "in each stage of progressive distillation",
+        description="how the learning rate goes on after the warm-up; linear, cosine: down to 0 at the last update; "
+        "restarts: as cosine, several times; stages: so in each stage of progressive distillation",
     )
+    lr_restarts: int = Field(3, ge=1, description="how often lr_schedule=restarts begins anew")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay of the LoRA")
+    weight_decay: float = Field(1e-3, ge=0, description="the optimizer's weight decay of the LoRA, where it has one")
     max_grad_norm: float = Field(1.0, gt=0, description="norm to which a larger gradient is clipped")
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit keeps its averages in 8 bits, and needs bitsandbytes (extra quantize)"
+    optimizer: str = Field(
+        "adamw",
+        description="adamw; adamw8bit, whose averages are in 8 bits (extra quantize); adafactor; lion, prodigy (with "
+        "lr=1) or schedulefree (extra optimizers); or any class of torch.optim by its name, such as RMSprop",
     )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of an averaged adapter, which is then what is saved; 0: none"

@@ -25,7 +25,9 @@ from .activations import Activations, kept_activations, most_bytes
 from .blocks import blocks_of
 from .quantize import ROW_BYTES, quantizable
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
+# of an optimizer's state a parameter, where it is not AdamW's two averages in fp32
+ADAMW_BYTES = 8
+OPTIMIZER_BYTES = {"adamw8bit": 2, "lion": 4, "prodigy": 16, "adafactor": 1, "SGD": 0}
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 NETWORKS = {"unet": "UNet", "transformer": "transformer"}
 CONTEXT = GIB // 2  # what CUDA and its libraries are taken to hold; it differs between GPUs
@@ -108,7 +110,7 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
     """Bytes by what holds them while a run trains, with these blocks computed again."""
     train, batch = config.train, config.train.batch_size
     title = NETWORKS[family.component]
-    per_parameter = 4 + 4 + OPTIMIZER_BYTES[train.optimizer]  # weight, gradient, moments
+    per_parameter = 4 + 4 + OPTIMIZER_BYTES.get(train.optimizer, ADAMW_BYTES)  # weight, gradient, moments
 
     # teacher and student never hold their activations at the same time
     kept = sizes.activations.bytes(again) * batch

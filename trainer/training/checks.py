@@ -36,7 +36,7 @@ from ..reporting.trackers import available
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
-from .update import adamw_8bit
+from .optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,9 @@ def _check_folder(config: Config, newest: Facts | None, processes: int, accept: 
 
 
 def _check_packages(config: Config) -> None:
-    """Raise ValueError for a setting whose package is not installed."""
+    """Raise ValueError for a setting whose package is not installed, or that its package cannot do."""
     available(config.train.trackers, say=lambda _: None)
-    if config.train.optimizer == "adamw8bit":
-        adamw_8bit()
+    check_optimizer(config)
     if config.base.quantize:
         check_quantizer(config.base.quantize)
 

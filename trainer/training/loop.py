@@ -25,11 +25,12 @@ from .checkpoint import State, check_same_base, load_latest_state
 from .checks import check_run, notes_on_device, split_of
 from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
+from .optimizers import lr_factor
 from .outputs import Outputs
 from .plan import short_of_space
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .state import Trained
-from .update import Outcome, Updater, lr_factor
+from .update import Outcome, Updater
 from .validation import Validation, verdict
 
 # Updates under way before the first one's numbers are read, so that no GPU waits for the host.

@@ -10,7 +10,7 @@ import torch
 
 from ..config.config import Config
 from ..data.held_out import most_held_out
-from ..efficiency.memory import estimate_memory, switches
+from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
 from ..objectives import Objective
@@ -153,7 +153,7 @@ def short_of_space(config: Config, trained: Trained, step: int) -> str | None:
     """
     sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in trained.learners().items()}
     copies = 1 + bool(trained.average) + bool(trained.engine.average)
-    moments = 2 if config.train.optimizer == "adamw" else 0.5  # of four bytes each
+    moments = OPTIMIZER_BYTES.get(config.train.optimizer, ADAMW_BYTES) / 4  # of four bytes each
     checkpoint = 4 * (sum(sizes.values()) * (1 + moments) + sizes["adapter"] * (copies - 1))
     lora = sizes["adapter"] * (4 if trained.engine.base.whole else DTYPES[config.lora.dtype].itemsize)
 

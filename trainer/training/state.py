@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.config import Config
 from ..lora.adapter import Average, Learner
 from .engine import Engine
-from .update import Learners, make_optimizer
+from .optimizers import SCHEDULE_FREE, Learners, ScheduleFreeWeights, make_optimizer
 
 
 class Trained:
@@ -23,9 +23,13 @@ class Trained:
         self.adapter = adapter
         self.engine = engine
         self.accelerator = accelerator
-        self.average = Average(adapter, config.train.ema) if config.train.ema else None
         optimizer = make_optimizer(config, self.learners(), engine.base.device)
         self.optimizer = accelerator.prepare(optimizer)
+        self.average: Average | ScheduleFreeWeights | None = None
+        if config.train.optimizer == SCHEDULE_FREE:
+            self.average = ScheduleFreeWeights(adapter, optimizer)
+        elif config.train.ema:
+            self.average = Average(adapter, config.train.ema)
 
     def learners(self) -> Learners:
         """The weights that the optimizer changes: the adapter's, and those of the discriminator's heads."""
@@ -51,12 +55,13 @@ class Trained:
         groups = {
             "adapter": self.adapter.state(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
-            "average": self.average.weights if self.average else {},
+            "average": self.average.weights if isinstance(self.average, Average) else {},
             "discriminator": self.learners().get("discriminator", {}),
             **self.engine.state(),
         }
         scaler = self.accelerator.scaler
-        return groups, {"scaler": scaler.state_dict() if scaler else None}
+        facts = {"kind": type(self.optimizer.optimizer).__name__, "numbers": group_numbers(self.optimizer.optimizer)}
+        return groups, {"scaler": scaler.state_dict() if scaler else None, "optimizer": facts}
 
     def load(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], changed: bool = False) -> list[str]:
         """Put a checkpoint's `state` back, and return what it held nothing for, which begins anew.
@@ -65,11 +70,13 @@ class Trained:
         another adapter, and unless `changed` for one that lacks something.
         """
         self._load_adapter(groups["adapter"])
-        anew = [] if self._load_optimizer(groups.get("optimizer", {}), changed) else ["the optimizer's state"]
+        of_optimizer = facts.get("optimizer", {"kind": "", "numbers": []})  # earlier versions wrote none
+        kept = self._load_optimizer(groups.get("optimizer", {}), of_optimizer, changed)
+        anew = [] if kept else ["the optimizer's state"]
 
         needed = {
             "discriminator": bool(self.engine.adversary),
-            "average": bool(self.average),
+            "average": isinstance(self.average, Average),
             "target": bool(self.engine.average),
         }
         lacking = [group for group, is_needed in needed.items() if is_needed and not groups.get(group)]
@@ -82,7 +89,7 @@ class Trained:
         if self.engine.adversary and "discriminator" not in lacking:
             self._load_heads(groups["discriminator"])
         # an average that is new here begins at the weights that the run has come to
-        if self.average:
+        if isinstance(self.average, Average):
             saved = groups["adapter" if "average" in lacking else "average"]
             self.average.weights = {n: w.to(self.engine.base.device) for n, w in saved.items()}
         self.engine.load(groups | ({"target": groups["adapter"]} if "target" in lacking else {}))
@@ -106,18 +113,20 @@ class Trained:
             for name, parameter in heads.items():
                 parameter.copy_(saved[name])
 
-    def _load_optimizer(self, saved: dict[str, Tensor], changed: bool) -> bool:
+    def _load_optimizer(self, saved: dict[str, Tensor], facts: dict[str, Any], changed: bool) -> bool:
         """Put the optimizer's state back; returns whether that could be done.
 
-        changed: with other settings some weights may be new, or the whole optimizer.
+        facts: its class, and the numbers of its groups. changed: with other settings some weights may be new, or the
+        whole optimizer.
         """
-        names = self._names()
+        names, optimizer = self._names(), self.optimizer.optimizer
         if changed:
-            in_8_bits = "8bit" in type(self.optimizer.optimizer).__name__
-            if saved and in_8_bits != any(key.endswith("/state1") for key in saved):
-                return False
+            if facts["kind"] != type(optimizer).__name__:
+                return not saved
             saved = {key: value for key, value in saved.items() if key.split("/")[0] in names}
-        load_optimizer_tensors(self.optimizer.optimizer, saved, names)
+        load_optimizer_tensors(optimizer, saved, names)
+        for group, numbers in zip(optimizer.param_groups, facts["numbers"], strict=not changed):
+            group.update(numbers)
         return True
 
     def _names(self) -> list[str]:
@@ -132,13 +141,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     return {f"{names[i]}/{entry}": value for i, entries in states.items() for entry, value in _flat(entries)}
 
 
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """What an optimizer counts and estimates for each of its groups: every number that is no setting of the run's."""
+    settings = ("lr", "full_lr", "weight_decay")
+    return [
+        {key: value for key, value in group.items() if isinstance(value, int | float) and key not in settings}
+        for group in optimizer.param_groups
+    ]
+
+
 def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of every entry of one parameter's state, nested ones by their path."""
     for entry, value in entries.items():
         if isinstance(value, dict):
             # cloned: bitsandbytes' tables are one tensor for all parameters, which a file cannot hold twice
             yield from ((path, tensor.clone()) for path, tensor in _flat(value, f"{prefix}{entry}/"))
-        else:
+        elif value is not None:
             yield f"{prefix}{entry}", torch.as_tensor(value)
 
 

@@ -6,7 +6,6 @@ as an `Outcome`, to be read when the next update is under way.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,8 @@ from torch import Tensor
 from ..config.config import Config
 from ..system.clock import Clock
 from ..system.processes import Processes
-from .adversary import BETAS, WEIGHT_DECAY
 from .engine import Batch, Engine, Losses
-
-# "adapter" or "discriminator" -> its parameters by name
-Learners = dict[str, dict[str, torch.nn.Parameter]]
+from .optimizers import Learners, lr_factor
 
 
 @dataclass(frozen=True)
@@ -144,44 +140,3 @@ class Updater:
         landed = torch.cuda.Event()
         landed.record()
         return *copies, landed
-
-
-def lr_factor(config: Config, step: int) -> float:
-    """Warm-up and schedule at update `step` (from 1), the same for every learner."""
-    train, objective = config.train, config.objective
-    warm = min(1.0, step / (train.warmup + 1))
-    if train.lr_schedule == "constant":
-        return warm
-    done = (step - 1) / train.steps
-    if train.lr_schedule == "stages":
-        done = done * objective.stage_count() - objective.stage(done)
-    return warm * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(config: Config, learners: Learners, device: torch.device) -> torch.optim.Optimizer:
-    """One optimizer with a group for each learner, so that fp16's one gradient scaler serves both.
-
-    Raises ValueError where its library is missing.
-    """
-    settings = {
-        "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
-        "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
-    }
-    groups = [
-        {"params": list(parameters.values()), "full_lr": settings[name]["lr"], **settings[name]}
-        for name, parameters in learners.items()
-    ]
-    if config.train.optimizer == "adamw8bit":
-        return adamw_8bit()(groups)
-    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
-
-
-def adamw_8bit() -> type[torch.optim.Optimizer]:
-    """bitsandbytes' AdamW, whose state is in 8 bits. Raises ValueError where bitsandbytes is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw."
-        ) from error
-    return AdamW8bit

@@ -179,7 +179,7 @@ def test_changed_data_make_a_new_cache(folder, build, change):
 
 def test_another_resolution_or_base_makes_a_new_cache(build):
     other = StubBase()
-    other.base_hash = "1" * 64
+    other.weights_hash = "1" * 64
     assert len({build().folder, build(data__resolution=64).folder, build(other).folder}) == 3
 
 

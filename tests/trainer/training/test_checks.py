@@ -77,7 +77,7 @@ def nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(setup, "load_base", load)
     monkeypatch.setattr(checks, "check_compiler", lambda device: None)
     monkeypatch.setattr(checks, "check_quantizer", lambda format: None)
-    monkeypatch.setattr(checks, "adamw_8bit", lambda: None)
+    monkeypatch.setattr(checks, "check_optimizer", lambda config: None)
     real = trackers.find_spec
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else real(name))
 

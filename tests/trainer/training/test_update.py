@@ -12,7 +12,7 @@ from phased_consistency.trainer.system.clock import Clock
 from phased_consistency.trainer.training import loop, validation
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import Run, RunFailed, train
-from phased_consistency.trainer.training.update import lr_factor
+from phased_consistency.trainer.training.optimizers import lr_factor
 from support.runs import Notes, sha256, small_config
 
 # What makes a host wait for a GPU: a number read from a tensor, and shapes that depend on values.

@@ -148,7 +148,9 @@ class ProjectedLatent:
                 "project through the picture. In latents alone only inpainting and outpainting work."
             )
         height, width = (CELL * side for side in known.shape[-2:])
-        return cls(known, operator.cells(CELL, (height, width)))
+        cells = operator.cells(CELL, (height, width))
+        between = [1] * (known.ndim - cells.ndim)  # time, in the latents of models for video
+        return cls(known, cells.view(*cells.shape[:2], *between, *cells.shape[2:]))
 
     def __call__(self, x0: Tensor, steps_left: int) -> Tensor:
         return torch.where(self.cells.to(x0.device) > 0, x0, self.known.to(x0))
@@ -160,7 +162,8 @@ def noised(latents: Tensor, noise: Tensor, sigma: Tensor, schedule: Schedule) ->
     noisiest = sigma >= schedule.k_sigma(schedule.ticks) * (1 - 1e-5)
     # At the noisiest level the host takes sqrt(1 + sigma^2) of noise instead of sigma: in the network's units
     # all of it, and the signal that a VP schedule leaves there besides.
-    added = noise / schedule.k_scale(sigma).to(noise) if noisiest else sigma.to(noise) * noise
+    amount = schedule.k_scale(sigma).reciprocal() if noisiest else sigma
+    added = amount.to(noise) * noise
     return schedule.k_alpha(sigma).to(noise) * latents + added
 
 

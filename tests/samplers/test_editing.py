@@ -234,8 +234,9 @@ def test_noising_is_the_forward_process(schedule, tick):
 
 @SCHEDULES
 def test_at_the_noisiest_level_the_network_sees_the_noise_whole(schedule):
+    """Times its unit in the host's convention: a product, as the host and diffusers have it."""
     noise, sigma = noises(1, picture())[0], schedule.k_sigma(1000)
-    assert torch.equal(noised(0 * noise, noise, sigma, schedule), noise / schedule.k_scale(sigma))
+    assert torch.equal(noised(0 * noise, noise, sigma, schedule), noise * (1 / schedule.k_scale(sigma)))
 
 
 @SCHEDULES

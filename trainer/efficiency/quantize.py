@@ -106,7 +106,7 @@ def predictions(base: Base, learner: Learner, probe: Probe, guidance: float) -> 
         for level in LEVELS:
             tick = torch.full((len(x0),), round(level * schedule.ticks), device=x0.device)
             x = jump(x0, noise, schedule.alpha(tick), schedule.sigma(tick))
-            with_prompt, without = base.denoise(x.repeat(2, 1, 1, 1), tick.repeat(2), both).chunk(2)
+            with_prompt, without = base.denoise(torch.cat([x, x]), tick.repeat(2), both).chunk(2)
             plain.append(with_prompt)
             guided.append(without + guidance * (with_prompt - without))
 

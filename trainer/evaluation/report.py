@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from ...samplers.lora_file import file_hash, read_header
 from ..families import Base, family_of
 from ..lora.install import installed, load_for_sample, mismatches, remarks
+from ..lora.merged import merge_into
 from ..pictures import draw_grid, save_image
 from ..system.files import write_text
 from ..system.machine import best_device, package_version
@@ -59,6 +60,7 @@ def evaluate(
     clip: Path | None = None,
     resolution: int | None = None,
     dtype: str = "fp32",
+    merged: Sequence[str] = (),
     say: Callable[[str], None] = print,
     **loading,
 ) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def evaluate(
 
     steps: the numbers of steps for the LoRAs. guidance: the teacher's CFG; default: see `teacher_guidance`.
     features: names or folders (see `find_features`); default: `FEATURES`, and a bundled base's own. clip: folder for
-    the CLIP score. loading: keywords of
+    the CLIP score. merged: style LoRAs that are of the base, as in `base.loras`. loading: keywords of
     `load_for_sample`. say: called with each line of progress. Raises ValueError or FileNotFoundError for bad
     input, before anything is loaded where it can be seen by then.
     """
@@ -89,6 +91,8 @@ def evaluate(
 
     guidance = teacher_guidance(contestants, base) if guidance is None else guidance
     loaded = load_for_sample(base, dtype, tells_most(contestants).file, **loading)
+    for line in merge_into(loaded, merged):
+        say(line)
     warnings = [line for c in contestants for line in _fits(c, loaded, guidance)]
 
     judge = Judge(loaded, spaces, chosen, scorer)
@@ -102,6 +106,7 @@ def evaluate(
         "base": loaded.path,
         "family": loaded.name,
         "base_hash": loaded.base_hash,
+        "base_loras": [Path(place).name for place in merged],
         "loras": [_facts(c) for c in contestants],
         "pictures": pictures,
         "noises": NOISES,

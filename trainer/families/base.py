@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -64,6 +65,7 @@ class Base(ABC):
     null: what stands for "no prompt" in guidance: "zeros" or the encoding of the "empty" prompt.
     path, base_hash: where it came from; SHA-256 of the file, or of the folder's weight files together.
     supplied: SHA-256 of the weights that `base.parts` supplied to a single file, or nothing.
+    merged: hashes and strengths of what was merged into the weights (`base.loras`), or nothing.
     turns: where network and text encoders work in turn, each on the CPU while the other does; None: all stay in place.
     """
 
@@ -78,6 +80,7 @@ class Base(ABC):
     path: str
     base_hash: str
     supplied: str = ""
+    merged: str = ""
     turns: torch.device | None = None
 
     name: ClassVar[str]
@@ -192,6 +195,11 @@ class Base(ABC):
     def encoder_settings(self) -> str:
         """What, besides the weights, decides the encodings: a cache is good for one such setting."""
         return f"parts {self.supplied}" if self.supplied else ""
+
+    @property
+    def weights_hash(self) -> str:
+        """A hash of the weights as they are used: the base's, or with what was merged into it one of both."""
+        return hashlib.sha256(f"{self.base_hash} {self.merged}".encode()).hexdigest() if self.merged else self.base_hash
 
     @property
     def schedule_settings(self) -> list:

@@ -95,7 +95,7 @@ class Run:
         with reporter.stage("loading the base"):
             self.base = open_base(config, self.processes, self.say)
         if checked.newest and not accept_changes:
-            check_same_base(checked.newest[1], self.base.path, self.base.base_hash)
+            check_same_base(checked.newest[1], self.base.path, self.base.weights_hash)
 
         # The cache before all that is trained: at its end the encoders leave the memory that training needs.
         self.cache = fill_cache(config, self.base, self.processes, reporter)
@@ -215,7 +215,7 @@ class Run:
 
     def _at_end(self) -> dict[str, Any]:
         """What a start of the run says of itself when it ends."""
-        end: dict[str, Any] = {"step": self.step}
+        end: dict[str, Any] = {"step": self.step, "evaluations": self.engine.evaluations}
         with suppress(RuntimeError):  # a GPU that has failed tells no more
             end["parts"] = {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()}
             end["peak memory"] = peak_memory()
@@ -304,7 +304,7 @@ class Run:
             "samples per update": self.split.update,
             "samples per process": train.batch_size * train.accumulation,
             "cache": self.cache.folder.name,
-            "base": self.base.base_hash,
+            "base": self.base.weights_hash,
             "settings": self.config.what_decides_the_weights(),
             "changes": self.changes,
         }

@@ -23,6 +23,7 @@ from ..objectives.discriminator import Discriminator
 from ..system.machine import GIB
 from .activations import Activations, kept_activations, most_bytes
 from .blocks import blocks_of
+from .half import add_in_one_product
 from .quantize import ROW_BYTES, quantizable
 
 # of an optimizer's state a parameter, where it is not AdamW's two averages in fp32
@@ -283,7 +284,10 @@ def _adapted(
     network.requires_grad_(False)
     parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
     with torch.device("meta"):
-        return network, parameters, blocks, learner(network, family, rank, rank, seed=0)
+        trained = learner(network, family, rank, rank, seed=0)
+    if not family.whole and network.dtype != torch.float32:
+        add_in_one_product(trained)  # a run has autocast off, too, which the meta device does not know
+    return network, parameters, blocks, trained
 
 
 @lru_cache(maxsize=8)
@@ -293,7 +297,7 @@ def _student(family: type[Base], folder: Path, dtype: str, resolution: int, rank
     network, *_ = _adapted(family, folder, dtype, rank)
     inputs = _inputs(family, folder, dtype, resolution)
     run = lambda: network(**inputs)  # noqa: E731
-    return kept_activations(network, run), most_bytes(network, run)
+    return kept_activations(network, run), most_bytes(run)
 
 
 def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:
@@ -343,8 +347,8 @@ def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tu
                 model = VAES[settings["_class_name"]].from_config(settings)
                 latents = torch.empty(1, model.config.latent_channels, resolution // 8, resolution // 8)
                 pixels = torch.empty(1, model.config.in_channels, resolution, resolution)
-                encoding = most_bytes(model, lambda m=model, x=pixels: m.encode(x))
-                decoding = most_bytes(model, lambda m=model, x=latents: m.decode(x))
+                encoding = most_bytes(lambda m=model, x=pixels: m.encode(x))
+                decoding = most_bytes(lambda m=model, x=latents: m.decode(x))
                 vae_bytes = 4 * sum(p.numel() for p in model.parameters())
                 continue
             kind = getattr(transformers, settings["architectures"][0])

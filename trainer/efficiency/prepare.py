@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import Learner
 from ..system.machine import GIB
 from .blocks import Offload, blocks_of, compile_blocks, recompute, shard
 from .folding import fold_where_cheaper
+from .half import run_in_half
 from .memory import recomputed
 from .quantize import Probe, guided_error, predictions, quantize
 
@@ -22,8 +25,11 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
     sentences = []
     if config.base.quantize:
         sentences += _quantize(config, base, learner, probe)
-    elif not (base.whole or config.train.compile):
-        fold_where_cheaper(learner)
+    if not base.whole:
+        if base.dtype != torch.float32:
+            run_in_half(learner)
+        elif not (config.base.quantize or config.train.compile):
+            fold_where_cheaper(learner)
 
     if config.train.compile:
         if not base.whole:

@@ -213,5 +213,5 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after update `step` (from 1)."""
         decay = min(self.decay, (step - 1) / (step + 9))
-        for name, parameter in self.adapter.named_parameters().items():
-            self.weights[name].lerp_(parameter, 1 - decay)
+        parameters = self.adapter.named_parameters()
+        torch._foreach_lerp_([self.weights[name] for name in parameters], list(parameters.values()), 1 - decay)

@@ -40,9 +40,13 @@ def test_a_small_update_by_part(pcm, tmp_path, dtype):
 
 # launches, 1e12 operations, GiB moved and at the peak, of one pass and the optimizer's step: docs/measurements/speed.md
 FIGURES = {
-    ("sd15-4step",): (15_167, 107.1, 923.6, 9.44),
-    ("sdxl-4step",): (41_946, 88.1, 664.7, 9.27),
-    ("sdxl-4step", "base.quantize=int8"): (59_803, 88.1, 1152.2, 7.56),
+    ("sd15-4step",): (10_451, 107.1, 483.1, 7.06),
+    ("sdxl-4step",): (28_651, 88.1, 361.1, 8.52),
+    ("sdxl-4step-adv",): (32_889, 111.3, 441.3, 8.75),
+    ("sdxl-4step", "base.quantize=int8"): (39_571, 88.1, 503.6, 6.49),
+    ("sdxl-4step", "train.offload=true"): (28_999, 88.1, 377.5, 3.85),
+    ("sd3-4step",): (15_551, 111.0, 348.5, 5.81),
+    ("sd3-4step-adv",): (19_358, 161.6, 468.3, 6.79),
 }
 
 
@@ -54,7 +58,8 @@ def test_updates_of_full_size(settings):
     counted = total["launches"], total["flop"] / 1e12, total["moved"] / GIB, total["peak"] / GIB
     assert counted == pytest.approx(FIGURES[settings], rel=0.03)
     assert total["waits"] == 0
-    assert (total["peak"] + CONTEXT) / report["estimate"] == pytest.approx(1, rel=0.05)
+    # the estimate lays gradients, of which a backward pass has few while it holds much, on top of all activations
+    assert 0.85 < (total["peak"] + CONTEXT) / report["estimate"] < 1.01
 
 
 def test_what_is_trained_whole_is_counted_too():

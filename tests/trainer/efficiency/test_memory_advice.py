@@ -56,7 +56,7 @@ def test_what_autograd_keeps_of_a_known_network():
     activations = kept_activations(network, lambda: network(x))
     # x, its product, the square, its product: each 16 x 8 numbers of 4 bytes; the last square is only an output
     assert activations.bytes(()) == 4 * 16 * 8 * 4
-    assert most_bytes(network, lambda: network(x)) == 3 * 16 * 8 * 4, "a layer's input, its output, the square"
+    assert most_bytes(lambda: network(x)) == 3 * 16 * 8 * 4, "a layer's input, its output, the square"
 
 
 def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):

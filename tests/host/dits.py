@@ -52,6 +52,13 @@ NAMES = {
             **{"blocks.1.cross_attn.k": (W, W), "blocks.1.ffn.0": (2 * W, W), "blocks.1.ffn.2": (W, 2 * W)},
         },
     ),
+    "ltxav": (
+        ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+        {
+            **{f"transformer_blocks.0.attn1.to_{part}": (W, W) for part in "qkv"},
+            **{"transformer_blocks.1.audio_attn1.to_q": (W // 2, W // 2), "transformer_blocks.1.ff.net.2": (W, 4 * W)},
+        },
+    ),
 }
 FILES = {
     "Hyper-FLUX.1-dev-8steps-lora": "flux",
@@ -63,6 +70,7 @@ FILES = {
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise": "wan",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise": "wan",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32": "wan",
+    "ltx-2-19b-distilled-lora-384": "ltxav",
     "something_of_tomorrow": "wan",
     "a_style": "qwen",
 }
@@ -74,6 +82,7 @@ LATENTS = {
     "qwen": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "zimage": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "wan": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "ltxav": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
 }
 
 

@@ -22,6 +22,7 @@ from host.server import Graph, out
 FLUX, TURBO, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "FLUX.1-Turbo-Alpha", "flux.2-turbo-lora"
 QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V1.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
 ZIMAGE = "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI"
+LTX2 = "ltx-2-19b-distilled-lora-384"
 HIGH, LOW = (f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise" for noise in ("high", "low"))
 WAN21 = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"
 UNKNOWN = "something_of_tomorrow"
@@ -91,6 +92,27 @@ def test_flux2_turbo_is_shifted_by_the_size_of_the_picture(server):
     assert (latents[0] - latents[1]).abs().max() < CLOSE
     assert run.outputs[shown]["sigmas"] == pytest.approx([*sigmas, 0], abs=1e-6)
     assert run.warnings(ours) == []
+
+
+def test_video_and_sound_in_one_latent(server):
+    """LTX-2 by its authors' list of levels, as core's euler with the list; both parts are drawn."""
+    skip_without(server, "ltxav")
+    graph, links = transformer("ltxav", LTX2)
+    both = graph.add(
+        "LTXVConcatAVLatent", video_latent=links["latent"], audio_latent=out(graph.add("TestSound", length=8))
+    )
+    links["latent"] = out(both)
+    ours = sample(graph, links)
+    sigmas = "1 0.99375 0.9875 0.98125 0.975 0.909375 0.725 0.421875 0"
+    levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas=sigmas)
+    core = {**links, "model": core_lora(graph, links["base"], LTX2)}
+    euler = custom(graph, core, core_sampler(graph, "euler"), out(levels, 1))
+    parts = [graph.add("LTXVSeparateAVLatent", av_latent=out(node)) for node in (ours, euler)]
+    run, (video, sound, *other) = server.tensors(graph, *(out(part, slot) for part in parts for slot in (0, 1)))
+    assert video.shape == (1, 128, 2, 3, 4) and sound.shape == (1, 8, 8, 16)
+    for part, same in zip((video, sound), other, strict=True):
+        assert part.std() > 0.1 and (part - same).abs().max() < CLOSE
+    assert run.warnings(ours) == run.warnings(links["model"][0]) == []
 
 
 def two_experts(low: str = LOW) -> tuple[Graph, dict[str, list]]:

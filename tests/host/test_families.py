@@ -162,6 +162,41 @@ def test_two_experts_are_cores_two_samplers(server):
     ]
 
 
+def test_a_picture_set_in_motion_by_two_experts(server):
+    """Wan 2.2's I2V, whose networks take the first frame beside the latent: the second expert has it too."""
+    skip_without(server, "flux2")  # an older host's VAE for clips has one size alone
+    high, low = (f"wan2.2_i2v_lightx2v_4steps_lora_v1_{noise}_noise" for noise in ("high", "low"))
+    graph, links = transformer("wan_i2v", high)
+    second = out(graph.add("TestTransformer", architecture="wan_i2v", seed=1, unet_name=""))
+    more = {"low_noise_model": loaded_on(graph, second, low)["model"]}
+    still = graph.add("TestPicture", width=128, height=96, channels=3, batch=1, seed=5, mask="middle")
+    vae = out(graph.add("TestClipAutoencoder", seed=0))
+    prompts = {name: links[name] for name in ("positive", "negative")}
+    size = {"width": 128, "height": 96, "length": 9, "batch_size": 1}
+    start = graph.add("WanImageToVideo", **prompts, **size, vae=vae, start_image=out(still))
+    blank = sample(graph, links, **more)
+    links |= {"positive": out(start), "negative": out(start, 1), "latent": out(start, 2)}
+    ours = sample(graph, links, **more)
+    models = [shifted(graph, core_lora(graph, *pair), "wan", 5.0) for pair in ((links["base"], high), (second, low))]
+    run, latents = server.latents(graph, ours, core_experts(graph, *models, links), blank)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert (latents[0] - latents[2]).abs().max() > 0.01
+    assert run.text(ours).splitlines()[0] == "2 steps by the high-noise model, 2 by the low-noise one."
+    assert run.warnings(ours) == []
+
+
+def test_a_distilled_model_is_known_by_its_name(server):
+    """FLUX.1 schnell needs no LoRA: PCM Recipe gives its levels, which are the host's own."""
+    graph, links = transformer("schnell", unet_name="flux1-schnell.safetensors")
+    widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    node = graph.add("PCMRecipe", model=links["base"], **widgets)
+    ours = sample(graph, links | {"model": out(node), "recipe": out(node, 1)})
+    core = ksampler(graph, links | {"model": links["base"]})
+    run, latents = server.latents(graph, ours, core)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert run.warnings(ours) == run.warnings(node) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

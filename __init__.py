@@ -5,7 +5,6 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipelines import PCMScheduler as PCMScheduler
     from .samplers import PhaseGrid as PhaseGrid
     from .samplers import Recipe as Recipe
     from .trainer.api import configure as configure
@@ -17,11 +16,12 @@ if TYPE_CHECKING:
     from .trainer.api import plan as plan
     from .trainer.api import sample as sample
     from .trainer.api import train as train
+    from .trainer.inference.scheduler import PCMScheduler as PCMScheduler
 
 # What a program imports from here (docs/python.md) -> the module that has it, imported when the name is first used: in
 # the host nobody waits for diffusers.
 NAMES = {
-    "PCMScheduler": ".pipelines",
+    "PCMScheduler": ".trainer.inference.scheduler",
     **dict.fromkeys(("PhaseGrid", "Recipe"), ".samplers"),
     **dict.fromkeys(("configure", "plan", "train"), ".trainer.api"),
     **dict.fromkeys(("load_base", "sample", "edit"), ".trainer.api"),
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or __name__).partition(".")[0] == __name__:
             raise
-        extra = "diffusers" if NAMES[name] == ".pipelines" else "train"
+        extra = "diffusers" if NAMES[name] == ".trainer.inference.scheduler" else "train"
         raise ModuleNotFoundError(
             f'{name} needs {error.name}, which is not installed. Run: pip install "phased-consistency[{extra}]"',
             name=error.name,

@@ -21,15 +21,25 @@ from .file_kinds import kind_of
 from .lora_alphas import PEFT_KEY, peft_alphas
 from .lora_modules import DTYPES, SCALED, SINGLE, LoraModule
 from .lora_names import host_suffix, is_encoders, path_of, split_key
-from .recipe import FAMILIES, HEADER_KEY, Recipe
+from .recipe import HEADER_KEY, Recipe
 from .texts import brief
 
-ARCHITECTURES = (
-    ("stable-diffusion-v1", "sd15"),
-    ("stable-diffusion-v2", "sd2"),
-    ("stable-diffusion-xl", "sdxl"),
-    ("stable-diffusion-v3", "sd3"),
-    ("stable-diffusion-3", "sd3"),
+# Entries in which trainers say what they trained on, and how those begin without their punctuation.
+BASE_ENTRIES = ("modelspec.architecture", "ss_base_model_version")
+BASE_MARKS = (
+    ("sd15", r"(?:stablediffusion|sd)v?1"),
+    ("sd2", r"(?:stablediffusion|sd)v?2"),
+    ("sdxl", r"(?:stablediffusion|sd)xl"),
+    ("sd3", r"(?:stablediffusion|sd)v?3"),
+    ("flux2", r"flux2"),
+    ("flux", r"flux(?:1|$)"),
+    ("chroma", r"chroma"),
+    ("qwen_image", r"qwenimage"),
+    ("lumina2", r"zimage"),
+    ("wan2.1", r"wan2"),
+    ("ltxav", r"ltx2"),
+    ("hunyuan_video", r"hunyuanvideo"),
+    ("anima", r"anima(?!gine)"),
 )
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
@@ -188,6 +198,10 @@ def header_text(path: Path) -> bytes:
     Raises FileNotFoundError, or ValueError for another format, or a file cut short within its header.
     """
     path = lora_file(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder without {PEFT_WEIGHTS}, so it is no LoRA of PEFT's. Name a .safetensors file in it."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
     size = path.stat().st_size
@@ -281,23 +295,12 @@ def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:
 
 
 def family_from_metadata(metadata: dict[str, str]) -> str | None:
-    """Family by `pcm.recipe`, `modelspec.architecture` or `ss_base_model_version`; None when none tells."""
+    """Family by `pcm.recipe`, else by the first of `BASE_ENTRIES` that tells; None when none does."""
     if HEADER_KEY in metadata:
         return Recipe.from_header(metadata[HEADER_KEY]).family
-    architecture = metadata.get("modelspec.architecture", "")
-    for prefix, family in ARCHITECTURES:
-        if architecture.startswith(prefix):
-            return family
-    version = metadata.get("ss_base_model_version", "").lower()
-    for mark, family in (("sdxl", "sdxl"), ("sd_1", "sd15"), ("sd_v1", "sd15"), ("sd_2", "sd2"), ("sd3", "sd3")):
-        if version.startswith(mark):
-            return family
-    return None
-
-
-def family_title(family: str | None) -> str:
-    """A family as people write it."""
-    return FAMILIES.get(family, "an unknown family") if family else "an unknown family"
+    bases = [re.sub(r"[^a-z0-9]", "", metadata.get(entry, "").lower()) for entry in BASE_ENTRIES]
+    families = (family for base in bases for family, mark in BASE_MARKS if re.match(mark, base))
+    return next(families, None)
 
 
 def tensor_hash(path: str | Path) -> str:

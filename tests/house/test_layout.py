@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("nodes", "pipelines", "samplers", "trainer")
+LAYERS = ("nodes", "samplers", "trainer")
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
 TRAINING = {"accelerate", "diffusers", "peft", "transformers"}
 # The rooms of trainer/, from the top down: a room imports from rooms on lower floors only (docs/architecture.md).
@@ -69,7 +69,6 @@ def run_python(code: str, cwd: Path, *folders: Path) -> subprocess.CompletedProc
     [
         ("samplers", {"samplers"}, HOST | TRAINING),
         ("trainer", {"samplers", "trainer"}, HOST),
-        ("pipelines", {"samplers", "pipelines"}, HOST | TRAINING - {"diffusers"}),
         ("nodes", {"samplers", "nodes"}, TRAINING - {"transformers"}),  # which the host requires
     ],
 )
@@ -78,6 +77,12 @@ def test_imports_go_one_way(layer, may_import, never):
         for module in imports(path):
             assert pack_layer(module) in {None} | may_import, f"{path.name} imports {module}"
             assert module.split(".")[0] not in never, f"{path.name} imports {module}"
+
+
+def test_the_scheduler_for_diffusers_needs_nothing_of_the_trainer():
+    modules = set(imports(ROOT / "trainer" / "inference" / "scheduler.py"))
+    assert {pack_layer(module) for module in modules} == {None, "samplers"}
+    assert TRAINING & {module.split(".")[0] for module in modules} == {"diffusers"}
 
 
 def room_of(module: str) -> str | None:

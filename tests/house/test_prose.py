@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("nodes", "pipelines", "samplers", "trainer")
+LAYERS = ("nodes", "samplers", "trainer")
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 # The tense of a verb, where the name of a thing is due.
 TENSES = {"found", "told", "how", "asked", "own"}

@@ -67,7 +67,7 @@ def test_the_pictures_are_what_the_registry_shows(root, pyproject, key, sides):
 
 
 def test_what_the_nodes_and_the_trainer_need_is_packed(root, packed):
-    folders = ("nodes", "pipelines", "samplers", "trainer", "locales", "workflows")
+    folders = ("nodes", "samplers", "trainer", "locales", "workflows")
     needed = chain.from_iterable((root / folder).rglob("*") for folder in folders)
     files = {str(path.relative_to(root)) for path in needed if path.is_file() and "__pycache__" not in path.parts}
     shown_by_the_registry = {"nodes/web/icon.png", "nodes/web/banner.png"}

@@ -1,23 +1,32 @@
-"""`pcm bench`: what a run's updates take, beside a loop like the published scripts'; `pcm bench-data`: what a large
-cache takes."""
+"""`pcm bench`: what a run's updates take, beside a loop like the published scripts', or counted at full size without a
+GPU; `pcm bench-data`: what a large cache takes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Json, Settings, answer, configured, preset_option
 
+if TYPE_CHECKING:
+    from ..config.config import Config
+
 
 def bench(
     settings: Settings = None,
     preset: Annotated[str, preset_option("Start from this preset; default without a file: demo.")] = None,
-    updates: Annotated[int, typer.Option(min=1, help="Updates to time, of each loop.")] = 20,
-    warmup: Annotated[int, typer.Option(min=1, help="Updates before, in which passes are counted.")] = 3,
-    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Run the reference loop too.")] = True,
+    count: Annotated[
+        str,
+        preset_option("Time nothing: count what an update of this preset, or CONFIG.toml, asks of a GPU, without one."),
+    ] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Updates to time, of each loop; default: 20.")] = None,
+    warmup: Annotated[int, typer.Option(min=1, help="Updates before, in which passes are counted; default: 3.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Run the reference loop too; default: yes.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.txt.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -27,23 +36,60 @@ def bench(
     updates too. The reference loop has two networks, encodes in every iteration, and trains a discriminator and the
     student in turn; both loops run in one process, a few updates each in turn.
 
+    With --count the networks are of full size and hold nothing, on a CUDA device that need not be there: launches,
+    operations, bytes moved, peak memory, copies between host and GPU and waits, by part of the update, in a minute.
+    It needs Linux, a C++ compiler and torch's build for CPUs.
+
     Example: pcm bench --preset demo adversarial.weight=0.1 --updates 20
+
+    Example: pcm bench --count sdxl-4step base.quantize=int8
     """
-    config = configured(settings, preset, default="demo")
+    if count is not None:
+        details, text = _counted(count, settings, preset, updates, warmup, reference)
+    else:
+        details, text = _compared(configured(settings, preset, default="demo"), updates, warmup, reference)
 
-    from ..bench.comparison import bench as compare
-    from ..bench.report import bench_text
-    from ..reporting.progress import progress_on_stderr
-    from ..system.files import write_text
-
-    with progress_on_stderr() as bar:
-        details = compare(config, updates=updates, warmup=warmup, reference=reference, reporter=bar)
-    text = bench_text(details)
     if out:
+        from ..system.files import write_text
+
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(details, indent=2) + "\n")
         write_text(out / "bench.txt", text + "\n")
     answer(details, as_json, text)
+
+
+def _counted(
+    name: str, settings: list[str] | None, preset: str | None, *timing: int | bool | None
+) -> tuple[dict[str, Any], str]:
+    """What `pcm bench --count` answers. Raises ValueError for options that are about time."""
+    if any(option is not None for option in timing):
+        raise ValueError("--count times nothing: leave --updates, --warmup and --reference out.")
+    if name.endswith(".toml"):
+        config = configured([name, *(settings or [])], preset)
+    elif preset is not None:
+        raise ValueError(f"--count {name} and --preset {preset} name two presets: leave --preset out.")
+    else:
+        config = configured(settings, name)
+
+    from ..bench.count import count, count_text
+
+    details = count(config)
+    return details, count_text(details)
+
+
+def _compared(
+    config: Config, updates: int | None, warmup: int | None, reference: bool | None
+) -> tuple[dict[str, Any], str]:
+    """What `pcm bench` answers without --count."""
+    from ..bench.comparison import bench as compare
+    from ..bench.report import bench_text
+    from ..reporting.progress import progress_on_stderr
+
+    with progress_on_stderr() as bar:
+        details = compare(
+            config, updates=updates or 20, warmup=warmup or 3, reference=reference is not False, reporter=bar
+        )
+    return details, bench_text(details)
 
 
 def bench_data(

@@ -83,6 +83,10 @@ def _read_toml(file: str) -> dict[str, Any]:
     if not path.is_file():
         if close := difflib.get_close_matches(Path(file).stem, list(PRESETS), n=1, cutoff=0.8):
             raise ValueError(f"No config file at {file}. For the preset of that name use --preset {close[0]}.")
+        if path.is_dir():
+            raise ValueError(f"{file} is a folder; expected a config file, settings as key=value, or --preset.")
+        if file.partition(".")[0] in Config.model_fields and path.suffix != ".toml":
+            raise ValueError(f"{file} is a setting without a value. Write {file}=VALUE, without spaces.")
         raise ValueError(
             f"No config file at {file}. Write one (pcm train --preset NAME --write-config {file}), or use --preset; "
             "`pcm presets` lists them."

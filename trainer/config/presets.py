@@ -204,6 +204,16 @@ PRESETS: dict[str, Preset] = {
         source="Tuned on the bundled emoji base (docs/measurements/demo.md).",
         cost="7.5 minutes on 2 CPU cores, 9.5 with the report",
     ),
+    "demo-1step": Preset(
+        ({"name": "demo-1step", "output": "out/demo-1step", **DEMO}, {"objective": {"phases": 1, "points": 8}}),
+        source="As demo, with one phase on the coarse grid of the family's study (docs/measurements/family.md).",
+        cost="about as long as demo",
+    ),
+    "demo-2step": Preset(
+        ({"name": "demo-2step", "output": "out/demo-2step", **DEMO}, {"objective": {"phases": 2, "points": 8}}),
+        source="As demo, with two phases on the coarse grid of the family's study (docs/measurements/family.md).",
+        cost="about as long as demo",
+    ),
     "demo-sd15": Preset(
         (
             {"name": "demo-sd15", "output": "out/demo-sd15", **DEMO},

@@ -16,8 +16,11 @@ from . import LARGEST_SEED
 def place(text: str) -> str:
     """A path, or the address of something, with `~` as the home folder; the shell leaves that in key=~/value.
 
-    Raises ValueError for one with a line break or the like in it, as TOML makes of backslashes.
+    Raises ValueError for an empty one, as a shell makes of an unset variable, and for one with a line break or the like
+    in it, as TOML makes of backslashes.
     """
+    if not text.strip():
+        raise ValueError("is empty: name a place, or leave the setting out; a shell's variable may not be set")
     if not text.isprintable():
         raise ValueError(
             'holds a line break, a tab or the like; in TOML a backslash between double quotes begins one ("\\n"). '
@@ -215,10 +218,10 @@ class TrainConfig(Section):
     batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per update")
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
-    lr_schedule: Literal["constant", "linear", "cosine", "restarts"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "restarts", "stages"] = Field(
         "constant",
         description="how the learning rate goes on after the warm-up; linear, cosine: down to 0 at the last update; "
-        "restarts: as cosine, several times",
+        "restarts: as cosine, several times; stages: so in each stage of progressive distillation",
     )
     lr_restarts: int = Field(3, ge=1, description="how often lr_schedule=restarts begins anew")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")

@@ -23,6 +23,10 @@ CHOICES = {
 }
 
 
+# What a file of latents says of its pictures: how many have a colour profile that counts for nothing.
+STRANGE = "strange profiles"
+
+
 def latents_name(part: int, piece: int, last: bool) -> str:
     """The file of a piece of a part of the data. A part's last piece says so, which shows whether all are there."""
     return f"latents-{part:05d}-{piece:05d}{'-last' * last}.safetensors"
@@ -64,12 +68,13 @@ def write_index(
     columns: dict[str, list[np.ndarray]] = {"shape": [], "row": [], "prompt": [], "sizes": []}
     counts, skipped, spread = [0], [], False
     several: dict[int, list[int]] = {}  # by sample, the numbers of the prompts of which one is drawn
-    number = lines = varied = 0
+    number = lines = varied = strange = 0
     for name in files:
         with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
             captions, shapes_here, left_out = (strings(facts[key]) for key in ("captions", "shapes", "skipped"))
             skipped += left_out
+            strange += int(facts.get(STRANGE, 0))
             counts.append(len(captions))
             if not captions:
                 continue
@@ -107,6 +112,11 @@ def write_index(
     if tags:
         most = max(map(len, several.values()), default=1)
         notes.append(f"{varied} of the {number} samples have captions of tags, in up to {most} variants each")
+    if strange:
+        notes.append(
+            f"{strange} of the {number} pictures have a colour profile that is damaged or of other colours than the "
+            "picture: they are taken as sRGB"
+        )
     if several:
         places = np.cumsum([0, *map(len, several.values())])
         table |= zip(SEVERAL, (np.array(list(several)), places, np.concatenate(list(several.values()))), strict=True)

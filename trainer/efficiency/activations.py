@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .blocks import blocks_of
 
-# Of the functions that these networks call, those that CUDA's autocast runs in low precision, and in fp32.
-TO_LOW = (F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm)
-TO_FULL = (F.group_norm, F.layer_norm, F.rms_norm)
 OUTSIDE = ""  # the path of all that is in no block
 # A storage's number -> its bytes. Tensors that share a storage count once.
 Storages = dict[int, int]
@@ -71,7 +67,7 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     flops: dict[str, int] = {}
     inside = [OUTSIDE]  # paths of the blocks that the pass is in, the innermost last
     counter = FlopCounterMode(display=False)
-    gpu = _AsOnGPU(network.dtype)
+    gpu = _AsOnGPU()
 
     def note(tensor: Tensor, into: dict[int, torch.UntypedStorage]) -> None:
         storage = tensor.untyped_storage()
@@ -111,10 +107,10 @@ def _sizes(by_path: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Sto
     return {path: {number: s.nbytes() for number, s in storages.items()} for path, storages in by_path.items()}
 
 
-def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
+def most_bytes(run: Callable[[], object]) -> int:
     """The most bytes that are alive at once in `run`, a pass without gradients on the meta device."""
     live = LiveBytes()
-    with torch.no_grad(), _AsOnGPU(network.dtype), live:
+    with torch.no_grad(), _AsOnGPU(), live:
         run()
     return live.most
 
@@ -122,12 +118,13 @@ def most_bytes(network: nn.Module, run: Callable[[], object]) -> int:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations in its block make, while they are alive.
 
-    On a CPU and on the meta device no allocator tells. now: bytes alive; most: the most that were alive at
-    once.
+    On a CPU and on the meta device no allocator tells. device: the type of device whose tensors count; None: all of
+    them. now: bytes alive; most: the most that were alive at once.
     """
 
-    def __init__(self):
+    def __init__(self, device: str | None = None):
         super().__init__()
+        self.device = device
         self.numbers: set[int] = set()
         self.now = self.most = 0
 
@@ -135,7 +132,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        for storage in _storages(result):
+        for storage in _storages(result, self.device):
             # a view or an operation in place makes no new storage
             if storage._cdata not in inputs and storage._cdata not in self.numbers:
                 self.numbers.add(storage._cdata)
@@ -149,37 +146,28 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+def _storages(tree: object, device: str | None = None) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and device in (None, leaf.device.type):
+            yield leaf.untyped_storage()
 
 
 class _AsOnGPU(TorchFunctionMode):
-    """A pass on the meta device as it runs on a GPU: CUDA's autocast to `dtype`, and attention by fused kernels.
+    """A pass on the meta device as it runs on a GPU: attention by fused kernels, where torch falls back without them to
+    the form of attention that keeps its matrices."""
 
-    Without weights torch has no autocast, and falls back to the form of attention that keeps its matrices.
-    """
-
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self):
         super().__init__()
-        self.dtype = dtype
         self.attention_flops = 0  # of fused kernels, which torch's own counter does not see
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.dtype != torch.float32 and func in TO_LOW + TO_FULL:
-            dtype = self.dtype if func in TO_LOW else torch.float32
-            args = [_cast(a, dtype) for a in args]
-            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             query, key, value = (arguments[name] for name in ("query", "key", "value"))
             self.attention_flops += sdpa_flop_count(query.shape, key.shape, value.shape)
             return _Attention.apply(query, key, value)
         return func(*args, **kwargs)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Attention(torch.autograd.Function):

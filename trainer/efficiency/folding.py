@@ -3,7 +3,7 @@
 The two are the same up to rounding. In a full-size network the factors beside a weight cost little; where
 layers are not much wider than the rank they cost as much as the layer itself. Weights are folded in fp32
 alone: what the factors add is often smaller than a weight's own last digit in bf16 or fp16, and would be lost
-in the sum.
+in the sum (see `half.py`).
 """
 
 from __future__ import annotations

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import Learner
 from ..system.machine import GIB
 from .blocks import Offload, blocks_of, compile_blocks, recompute, shard
 from .folding import fold_where_cheaper
+from .half import run_in_half
 from .memory import recomputed
 from .quantize import Probe, guided_error, predictions, quantize
 
 
-def prepare(config: Config, base: Base, learner: Learner, probe: Probe) -> list[str]:
+def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -> list[str]:
     """Do what base.quantize and train's compile, offload, shard and gradient_checkpointing ask for; sentences on it.
 
-    learner: in the network already, with its first weights. probe: the run's own data, on which a quantised
-    base is measured. The order matters: weights are quantised before anything takes them along, and each of
-    the others puts itself around what a block does so far, compiled graphs innermost and computing again
-    outermost.
+    learner: in the network already, with its first weights. probe: the run's own data, on which a quantised base is
+    measured; None: it is not. The order matters: weights are quantised before anything takes them along, and each of
+    the others puts itself around what a block does so far, compiled graphs innermost and computing again outermost.
     """
     sentences = []
     if config.base.quantize:
         sentences += _quantize(config, base, learner, probe)
-    elif not (base.whole or config.train.compile):
-        fold_where_cheaper(learner)
+    if not base.whole:
+        if base.dtype != torch.float32:
+            run_in_half(learner)
+        elif not (config.base.quantize or config.train.compile):
+            fold_where_cheaper(learner)
 
     if config.train.compile:
         if not base.whole:
@@ -47,8 +52,10 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe) -> list[
     return sentences
 
 
-def _quantize(config: Config, base: Base, learner: Learner, probe: Probe) -> list[str]:
+def _quantize(config: Config, base: Base, learner: Learner, probe: Probe | None) -> list[str]:
     """Quantise the base; sentences on how much of it, and by how much its predictions on the probe are off since."""
+    if probe is None:
+        return [quantize(base.network, config.base.quantize)]
     guidance = max(config.objective.guidance) if config.objective.guided() else config.data.teacher_guidance
     before = predictions(base, learner, probe, guidance)
     sentence = quantize(base.network, config.base.quantize)

@@ -23,7 +23,7 @@ from ..lora.install import installed, load_for_sample, mismatches, remarks
 from ..lora.merged import merge_into
 from ..pictures import draw_grid, save_image
 from ..system.files import write_text
-from ..system.machine import package_version
+from ..system.machine import best_device, package_version
 from . import plots
 from .contest import Contest, cost
 from .contestants import (
@@ -83,7 +83,7 @@ def evaluate(
     steps = sorted(set(steps))
     contestants = find_contestants(loras, family_of(base, loading.get("family")), steps)
     chosen = choose_prompts(prompts, base, pictures)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     spaces, left_out = find_features(features or FEATURES, device)
     if features is None:
         spaces = own_spaces(chosen.language) + spaces

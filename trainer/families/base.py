@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...samplers import PhaseGrid, Schedule
+from ..system.machine import same_device
 from ..tiny.bundled import bundled_folder
 
 TOKENS = 77  # that a CLIP text encoder reads, with the marks of start and end
@@ -98,6 +99,8 @@ class Base(ABC):
     stores_alpha: ClassVar[bool] = True
     # Whether the network is told each picture's true size and crop ("time_ids" in a condition).
     knows_sizes: ClassVar[bool] = False
+    # Whether the network's convolutions are given their memory format that a GPU likes.
+    channels_last: ClassVar[bool] = True
     # Whether all its weights are trained, by an objective without a teacher; else it is the teacher of a LoRA.
     whole: ClassVar[bool] = False
     alone: ClassVar[Alone] = Alone()
@@ -174,12 +177,19 @@ class Base(ABC):
         return self.network.config.sample_size * 8
 
     def drop_encoders(self) -> None:
-        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU."""
-        self._bring(self.network)
-        self.text_encoders, self.turns = [], None
+        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU.
+
+        The network comes to the device after they have left it: there may be no room for both.
+        """
+        for encoder in self.text_encoders:
+            if encoder.device.type != "cpu":
+                encoder.to("meta")  # their memory there is free, whoever still holds them
+        self.text_encoders = []
         self.vae.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self._bring(self.network)
+        self.turns = None
 
     @property
     def encoder_settings(self) -> str:
@@ -209,7 +219,7 @@ class Base(ABC):
         if self.turns is None:
             return
         for part, device in [*((p, torch.device("cpu")) for p in idle), *((p, self.turns) for p in parts)]:
-            if part.device != device:
+            if not same_device(part.device, device):
                 part.to(device)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
@@ -302,7 +312,12 @@ class Base(ABC):
 
     @staticmethod
     @abstractmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+        """The condition of one sample, every tensor (1, ...) by `make(*shape)`."""
+
+    @classmethod
+    @abstractmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
         """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`."""
 
     @classmethod

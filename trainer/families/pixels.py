@@ -144,9 +144,14 @@ class Pixels(Base):
         return network_config.in_channels, resolution // PATCH, resolution // PATCH
 
     @staticmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
-        sample = make(1, *Pixels.latent_shape_of(network_config, resolution))
-        return {"sample": sample, "timestep": make(1), "class_labels": make(1).long()}
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+        return {"label": make(1)}
+
+    @classmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        sample = make(1, *cls.latent_shape_of(network_config, resolution))
+        label = cls.dummy_condition(network_config, make)["label"]
+        return {"sample": sample, "timestep": make(1), "class_labels": label.long()}
 
     @staticmethod
     def feature_blocks(network: UNet2DModel) -> list[nn.Module]:

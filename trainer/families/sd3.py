@@ -79,6 +79,7 @@ class SD3(Base):
     lora_targets = LORA_TARGETS
     lora_parts = {"lora_A": "lora_A", "lora_B": "lora_B"}
     stores_alpha = False
+    channels_last = False
     text_prefixes = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
     fuses_qkv = True
     parity_options = {"t5": False}  # 19 GB in fp32
@@ -263,12 +264,20 @@ class SD3(Base):
         return network_config.in_channels, resolution // 8, resolution // 8
 
     @staticmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
         tokens = 77 + T5_LENGTH
         return {
-            "hidden_states": make(1, *SD3.latent_shape_of(network_config, resolution)),
-            "encoder_hidden_states": make(1, tokens, network_config.joint_attention_dim),
-            "pooled_projections": make(1, network_config.pooled_projection_dim),
+            "hidden": make(1, tokens, network_config.joint_attention_dim),
+            "pooled": make(1, network_config.pooled_projection_dim),
+        }
+
+    @classmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        condition = cls.dummy_condition(network_config, make)
+        return {
+            "hidden_states": make(1, *cls.latent_shape_of(network_config, resolution)),
+            "encoder_hidden_states": condition["hidden"],
+            "pooled_projections": condition["pooled"],
             "timestep": make(1),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -61,7 +62,12 @@ class SDXL(UNetBase):
         return {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": sizes.float()}
 
     @staticmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict:
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
         pooled = network_config.projection_class_embeddings_input_dim - 6 * network_config.addition_time_embed_dim
-        added = {"text_embeds": make(1, pooled), "time_ids": make(1, 6)}
-        return UNetBase.dummy_inputs(network_config, resolution, make) | {"added_cond_kwargs": added}
+        return UNetBase.dummy_condition(network_config, make) | {"pooled": make(1, pooled), "time_ids": make(1, 6)}
+
+    @classmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+        condition = cls.dummy_condition(network_config, make)
+        added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+        return super().dummy_inputs(network_config, resolution, make) | {"added_cond_kwargs": added}

@@ -180,11 +180,15 @@ class UNetBase(Base):
         return network_config.in_channels, resolution // 8, resolution // 8
 
     @staticmethod
-    def dummy_inputs(network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+        return {"hidden": make(1, 77, network_config.cross_attention_dim)}
+
+    @classmethod
+    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
         return {
-            "sample": make(1, *UNetBase.latent_shape_of(network_config, resolution)),
+            "sample": make(1, *cls.latent_shape_of(network_config, resolution)),
             "timestep": make(1),
-            "encoder_hidden_states": make(1, 77, network_config.cross_attention_dim),
+            "encoder_hidden_states": cls.dummy_condition(network_config, make)["hidden"],
         }
 
     @staticmethod

@@ -6,7 +6,8 @@ Kinds of lines, by "kind":
     update      "step", "seconds" since the start, losses, gradient norms, lr, samples per second
     validation  "step", "figures" by name, "plain" where the others are of an average, "best"
     saved       "step", "file", "sentence" of its self-test
-    end         "step", "seconds", "how" (finished, stopped, failed or killed), "reason", "parts" of the time
+    end         "step", "seconds", "how" (finished, stopped, failed or killed), "reason", "parts" of the time,
+                "evaluations": samples that the process took through the network, counted once a pass
 
 A run that goes on takes up at its last checkpoint: the figures of updates after it are dropped, and come
 again. Lines are written as they come. What cannot be written is said once, and the run goes on.

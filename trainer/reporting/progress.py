@@ -187,12 +187,13 @@ class ProgressBar(Reporter):
 class ProgressLines(Reporter):
     """A `Reporter` for logs, files and pipes: a line at the first update, at the last, and every minute between.
 
-    What takes longer than a minute without an update says that it goes on. Use as a context manager.
+    A stage says that it goes on where nothing has been said for a minute. Use as a context manager.
     """
 
     def __init__(self):
         self.console = _console()
         self.last: dict[str, float] = {}  # when there was a line on each thing
+        self.spoken = -math.inf  # when there was the last line
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -200,6 +201,7 @@ class ProgressLines(Reporter):
     def __exit__(self, *_) -> None: ...
 
     def say(self, text: str) -> None:
+        self.spoken = time.monotonic()
         self.console.print(text, soft_wrap=True, markup=False)
 
     def caching(self, what: str, done: int, total: int) -> None:
@@ -216,8 +218,13 @@ class ProgressLines(Reporter):
         ended, begun = Event(), time.monotonic()
 
         def remind() -> None:
-            while not ended.wait(EVERY):
-                self.say(f"Still {what}, for {duration(time.monotonic() - begun)} now.")
+            wait = EVERY
+            while not ended.wait(wait):
+                now = time.monotonic()
+                wait = max(begun, self.spoken) + EVERY - now
+                if wait <= 0:
+                    self.say(f"Still {what}, for {duration(now - begun)} now.")
+                    wait = EVERY
 
         reminder = Thread(target=remind, daemon=True)
         reminder.start()

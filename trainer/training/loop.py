@@ -216,7 +216,7 @@ class Run:
 
     def _at_end(self) -> dict[str, Any]:
         """What a start of the run says of itself when it ends."""
-        end: dict[str, Any] = {"step": self.step}
+        end: dict[str, Any] = {"step": self.step, "evaluations": self.engine.evaluations}
         with suppress(RuntimeError):  # a GPU that has failed tells no more
             end["parts"] = {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()}
             end["peak memory"] = peak_memory()

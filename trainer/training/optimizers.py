@@ -145,15 +145,19 @@ class ScheduleFreeWeights:
 
 def lr_factor(config: Config, step: int) -> float:
     """Warm-up and schedule at update `step` (from 1), the same for every learner."""
-    train = config.train
+    train, objective = config.train, config.objective
     warm = min(1.0, step / (train.warmup + 1))
     done = (step - 1) / train.steps
     if train.lr_schedule == "restarts":
         done = done * (train.lr_restarts + 1) % 1
+    if train.lr_schedule == "stages":
+        done = done * objective.stage_count() - objective.stage(done)
+    by_cosine = 0.5 * (1 + math.cos(math.pi * done))
     falling = {
         "constant": 1.0,
         "linear": 1 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "restarts": 0.5 * (1 + math.cos(math.pi * done)),
+        "cosine": by_cosine,
+        "restarts": by_cosine,
+        "stages": by_cosine,
     }
     return warm * falling[train.lr_schedule]

@@ -6,15 +6,13 @@ import os
 import shutil
 from typing import Any
 
-import torch
-
 from ..config.config import Config
 from ..data.held_out import most_held_out
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
 from ..objectives import Objective
-from ..system.machine import GIB
+from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
 from .state import Trained
 from .validation import passes_of
@@ -25,7 +23,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
 
     Raises ValueError and FileNotFoundError for whatever the run itself would refuse, see `check_run`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     # as many processes as a launcher has started; else the one that this is
     checked = check_run(config, device, int(os.environ.get("WORLD_SIZE", 1)), accept_changes)
 

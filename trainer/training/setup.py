@@ -70,7 +70,8 @@ def open_base(config: Config, processes: Processes, say: Say) -> Base:
 
 def fill_cache(config: Config, base: Base, processes: Processes, reporter: Reporter) -> LatentCache:
     """The run's cache, made where it lacks something; the encoders are dropped afterwards."""
-    with processes.by_first(only_filler(config.cache_folder, reporter.say)):
+    # a batch of pictures or of the teacher's latents may itself take minutes, on a CPU hours
+    with processes.by_first(only_filler(config.cache_folder, reporter.say)), reporter.stage("filling the cache"):
         cache = build_cache(
             config,
             base,

@@ -16,11 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from phased_consistency.pipelines import PCMScheduler
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.families import Base, load_base
 from phased_consistency.trainer.families.generate import draw, unit_noise
+from phased_consistency.trainer.inference.scheduler import PCMScheduler
 from phased_consistency.trainer.lora.install import installed
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 from support.sharing_files import kohya_file
@@ -142,7 +142,7 @@ def test_a_saved_pipeline_remembers_its_scheduler(tiny_base, tmp_path):
     pipe.scheduler = PCMScheduler.from_recipe(Recipe(family="sd15", phases=2))
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["phased_consistency.pipelines.scheduler", "PCMScheduler"]
+    assert index["scheduler"] == ["phased_consistency.trainer.inference.scheduler", "PCMScheduler"]
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert again.scheduler.recipe == Recipe(family="sd15", phases=2)
     base = load_base(str(tmp_path))  # which reads the betas, as of any scheduler

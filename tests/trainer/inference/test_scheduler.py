@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from phased_consistency.pipelines import PCMScheduler
 from phased_consistency.samplers import Recipe, recipe_for_file, sample_phased, seeded_noise, x0_eps_from_output
 from phased_consistency.samplers.editing import noised
 from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.inference.scheduler import PCMScheduler
 
 RECIPES = {
     "pcm": Recipe(family="sd15"),
@@ -27,7 +27,7 @@ RECIPES = {
 ALL = pytest.mark.parametrize("name", RECIPES)
 SHAPE = (2, 4, 8, 8)
 PICTURE, NOISE = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(2))
-WARNINGS = "phased_consistency.pipelines.scheduler"
+WARNINGS = "phased_consistency.trainer.inference.scheduler"
 
 
 def network(point, timestep):

@@ -23,12 +23,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..samplers import FlowSchedule, LevelPlan, Recipe, VPSchedule, sample_phased, seeded_noise, x0_eps_from_output
-from ..samplers.editing import noised
-from ..samplers.lora_file import read_header
-from ..samplers.lora_info import recipe_of
-from ..samplers.sampling import NoiseSampler
-from ..samplers.schedule import TICKS, Schedule
+from ...samplers import FlowSchedule, LevelPlan, Recipe, VPSchedule, sample_phased, seeded_noise, x0_eps_from_output
+from ...samplers.editing import noised
+from ...samplers.lora_file import read_header
+from ...samplers.lora_info import recipe_of
+from ...samplers.sampling import NoiseSampler
+from ...samplers.schedule import TICKS, Schedule
 
 # what a network predicts, as diffusers' configs have it -> as recipes do
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow"}

@@ -1,0 +1,108 @@
+"""`pcm bench --count`: an update's figures on a GPU that is not there, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from phased_consistency.trainer.bench.count import count
+from phased_consistency.trainer.config.load import load_config
+from phased_consistency.trainer.efficiency.memory import CONTEXT
+from phased_consistency.trainer.system.machine import GIB
+
+
+def by_part(report, figure):
+    return {name: part[figure] for name, part in report["parts"].items()}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_small_update_by_part(pcm, tmp_path, dtype):
+    """Every part is there, nothing waits, and teacher and target are passes of a like network."""
+    settings = (f"base.dtype={dtype}", "adversarial.weight=0.1", "train.batch_size=4", "data.resolution=64")
+    result = pcm("bench", "--count", "demo-sd15", *settings, "--out", tmp_path, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report == json.loads((tmp_path / "bench.json").read_text())
+    parts = {"data", "teacher", "target", "student", "discriminator", "backward", "optimizer", "other"}
+    assert report["parts"].keys() == parts and report["passes"] == 1
+    assert report["total"]["waits"] == 0
+    flop = by_part(report, "flop")
+    assert flop["teacher"] > flop["target"] > 0, "both halves of guidance, without the LoRA"
+    assert flop["backward"] > flop["student"] > 0 == flop["optimizer"]
+    assert sum(by_part(report, "moved").values()) == report["total"]["moved"]
+    assert report["total"]["peak"] == max(by_part(report, "peak").values()) > report["resident"] > 0
+    for line in ("Counted, not measured: one update", "in all", "What moves the most bytes"):
+        assert line in (tmp_path / "bench.txt").read_text()
+
+
+# launches, 1e12 operations, GiB moved and at the peak, of one pass and the optimizer's step: docs/measurements/speed.md
+FIGURES = {
+    ("sd15-4step",): (10_451, 107.1, 483.1, 7.06),
+    ("sdxl-4step",): (28_651, 88.1, 361.1, 8.52),
+    ("sdxl-4step-adv",): (32_889, 111.3, 441.3, 8.75),
+    ("sdxl-4step", "base.quantize=int8"): (39_571, 88.1, 503.6, 6.49),
+    ("sdxl-4step", "train.offload=true"): (28_999, 88.1, 377.5, 3.85),
+    ("sd3-4step",): (15_551, 111.0, 348.5, 5.81),
+    ("sd3-4step-adv",): (19_358, 161.6, 468.3, 6.79),
+}
+
+
+@pytest.mark.parametrize("settings", FIGURES, ids=" ".join)
+def test_updates_of_full_size(settings):
+    preset, *overrides = settings
+    report = count(load_config(overrides=overrides, preset=preset))
+    total = report["total"]
+    counted = total["launches"], total["flop"] / 1e12, total["moved"] / GIB, total["peak"] / GIB
+    assert counted == pytest.approx(FIGURES[settings], rel=0.03)
+    assert total["waits"] == 0
+    # the estimate lays gradients, of which a backward pass has few while it holds much, on top of all activations
+    assert 0.85 < (total["peak"] + CONTEXT) / report["estimate"] < 1.01
+
+
+def test_what_is_trained_whole_is_counted_too():
+    report = count(load_config(preset="digits"))
+    assert report["total"]["waits"] == 0 and report["total"]["launches"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sdxl-4step", "train.compile=true"), "train.compile=true, but what torch.compile makes"),
+        (("sdxl-4step", "train.shard=true"), "it counts one process: set train.shard=false"),
+        (("sdxl-4step", "train.optimizer=adamw8bit"), "set train.optimizer=adamw"),
+        (("sdxl-4step", "data.resolution=1000"), "resolution 1000 is not a multiple of 32"),
+        (("demo-sd15", "train.gradient_checkpointing=auto"), "Set train.memory_limit_gib"),
+        (("sdxl-4stpe",), "Unknown preset 'sdxl-4stpe'.*sdxl-4step"),
+        (("none.toml",), "No config file at none.toml"),
+        (("sdxl-4step", "--preset", "sd3-4step"), "name two presets: leave --preset out"),
+        (("sdxl-4step", "--updates", "3"), "leave --updates, --warmup and --reference out"),
+        (("sdxl-4step", "--no-reference"), "leave --updates, --warmup and --reference out"),
+    ],
+)
+def test_what_cannot_be_counted_is_said(fails, monkeypatch, arguments, message):
+    monkeypatch.setattr(subprocess, "run", None)  # before anything is started
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search(message, fails(2, "bench", "--count", *arguments))
+
+
+def test_compilers_that_are_not_there_or_cannot(monkeypatch, tmp_path):
+    config = load_config(preset="demo-sd15")
+    monkeypatch.delenv("CXX", raising=False)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="needs a C.. compiler: apt-get install g"):
+        patch.setattr(shutil, "which", lambda _: None)
+        count(config)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="cannot start the C.. compiler .*none: No such file"):
+        count(config)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(ValueError, match="false does not compile what it needs .no reason given.*C..20"):
+        count(config)
+
+
+def test_another_build_of_torch_is_said(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match="works on Linux with torch's build for CPUs.*download.pytorch.org/whl/cpu"):
+        count(load_config(preset="demo-sd15"))

@@ -138,6 +138,14 @@ class DataConfig(Section):
         description="of a picture's several captions (lines of its text, or a list): the first, one drawn at each "
         "visit, or all joined to one",
     )
+    tag_variants: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="variants of each caption of tags, shuffled, of which one is drawn at each visit; 0: as it is",
+    )
+    keep_tags: int = Field(1, ge=0, description="first tags of a caption that every variant keeps in their places")
+    drop_tags: float = Field(0.0, ge=0, lt=1, description="share of the other tags that a variant goes without")
     batch_size: int = Field(8, ge=1, description="batch of the encoders and of the teacher while caching")
     workers: int = Field(
         min(8, os.cpu_count() or 1), ge=0, description="threads that read pictures while caching; 0: none beside it"
@@ -156,6 +164,13 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        of_tags = {"keep_tags", "drop_tags"} & self.model_fields_set
+        if of_tags and not self.tag_variants:
+            raise ValueError(
+                f"data.{min(of_tags)} is for captions of tags in variants: set data.tag_variants, such as 4"
+            )
+        if self.tag_variants and not self.has_pictures:
+            raise ValueError("data.tag_variants is for captions of pictures; prompts have wildcards. Leave it out")
         if self.images is not None and self.shards:
             raise ValueError("data.images and data.shards are both set: set the one that holds the pictures")
         if self.buckets and (self.images in (None, DIGITS) and not self.shards):

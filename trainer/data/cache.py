@@ -33,6 +33,7 @@ from .prompts import prompts_of
 from .reading import ahead, stop_or_skip
 from .sources import Source, open_source
 from .store import FORMAT, INDEX, PROMPTS, SHARD, TEXTS, LatentCache, prompts_name, reading
+from .tags import Tags
 
 TEACHER = PhaseGrid(points=1000, phases=1)
 # A base's reading is tried on latents made in so many steps, where they have a smaller standard deviation than this.
@@ -99,7 +100,7 @@ def build_cache(
 
     # The index numbers the prompts, and the files of their encodings go by these numbers: so it comes before them.
     if rank == 0 and not ((folder / INDEX).is_file() and (folder / TEXTS).is_file()):
-        write_index(folder, buckets, listed=isinstance(data.buckets, tuple), choice=data.captions)
+        write_index(folder, buckets, listed=isinstance(data.buckets, tuple), choice=data.captions, tags=Tags.of(data))
     wait()
     _cache_prompts(folder, base, data.batch_size, share, progress)
     wait()
@@ -145,6 +146,8 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
     content |= {"size": buckets or data.resolution, "data": identity}
     if data.has_pictures:
         content |= {"captions": data.captions}
+        if tags := Tags.of(data):
+            content |= {"tags": list(tags)}
     else:
         content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "null": base.null}
         content |= {"prediction": base.prediction, "schedule": base.schedule_settings}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ...samplers.texts import brief, printable
 from .listing import Listing, one_form
+from .tags import Tags
 
 TEXTS = (".txt", ".caption", ".cap")  # of text files beside pictures
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -46,10 +47,12 @@ class Table:
     bad: list[str] = field(default_factory=list)
 
 
-def chosen(captions: str, choice: str) -> list[str]:
-    """Which of a picture's captions, a line each, a run takes by its setting `data.captions`."""
+def chosen(captions: str, choice: str, tags: Tags | None = None) -> list[str]:
+    """Which of a picture's captions, a line each, a run takes by its setting `data.captions`, with the variants of each
+    where these are captions of tags."""
     lines = captions.split("\n")
-    return lines[:1] if choice == "first" else [" ".join(lines)] if choice == "joined" else lines
+    lines = lines[:1] if choice == "first" else [" ".join(lines)] if choice == "joined" else lines
+    return lines if tags is None else list(dict.fromkeys(v for line in lines for v in tags.varied(line)))
 
 
 def lines_of(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from ..system.files import write_tensors
 from .buckets import Buckets, bucket_notes
 from .captions import chosen
 from .store import INDEX, LATENTS, PROMPTS, SEVERAL, TEXTS, hashes_of, numbers, open_file, reading, strings
+from .tags import Tags
 
 # What becomes of several captions, by the setting `data.captions`.
 CHOICES = {
@@ -51,11 +52,14 @@ def is_whole(pieces: dict[int, bool]) -> bool:
     return bool(last) and all(piece in pieces for piece in range(last[0]))
 
 
-def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str = "first") -> None:
+def write_index(
+    folder: Path, buckets: Buckets | None, listed: bool, choice: str = "first", tags: Tags | None = None
+) -> None:
     """Write the index and the texts of a folder whose latents are all there.
 
     buckets: the sizes that were used, if any. listed: whether the user named them. choice: `data.captions`, which
-    of several captions count. Raises ValueError for a listed bucket that no picture went to.
+    of several captions count. tags: how variants are made of them. Raises ValueError for a listed bucket that no
+    picture went to, and where no caption has tags to vary.
     """
     files = latents_files(folder)
     # shapes and prompts are numbered in the order in which they first come; the empty prompt is number 0
@@ -64,7 +68,7 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str
     columns: dict[str, list[np.ndarray]] = {"shape": [], "row": [], "prompt": [], "sizes": []}
     counts, skipped, spread = [0], [], False
     several: dict[int, list[int]] = {}  # by sample, the numbers of the prompts of which one is drawn
-    number = lines = strange = 0
+    number = lines = varied = strange = 0
     for name in files:
         with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
@@ -79,12 +83,14 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str
             shape_numbers = np.array([shapes.setdefault(s, len(shapes)) for s in shapes_here], np.int16)
             prompt_numbers = []
             for caption in captions:
-                some = [prompts.setdefault(text, len(prompts)) for text in chosen(caption, choice)]
+                texts = chosen(caption, choice, tags)
+                some = [prompts.setdefault(text, len(prompts)) for text in texts]
                 prompt_numbers.append(some[0])
                 if len(some) > 1:
                     several[number] = some
                 number += 1
                 lines += "\n" in caption
+                varied += texts != chosen(caption, choice)
             columns["shape"].append(shape_numbers[shape])
             columns["row"].append(_rows(shape))
             columns["prompt"].append(np.array(prompt_numbers, np.int32))
@@ -98,6 +104,14 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str
     notes = bucket_notes(sizes) if buckets and len(sizes) else []
     if lines:
         notes.append(f"{lines} of the {number} samples have several captions (lines, or a list): {CHOICES[choice]}")
+    if tags and not varied:
+        raise ValueError(
+            f"data.tag_variants is {tags.variants}, and none of the {number} captions has more than data.keep_tags="
+            f"{tags.keep} tags with commas between. Leave it out, or lower data.keep_tags."
+        )
+    if tags:
+        most = max(map(len, several.values()), default=1)
+        notes.append(f"{varied} of the {number} samples have captions of tags, in up to {most} variants each")
     if strange:
         notes.append(
             f"{strange} of the {number} pictures have a colour profile that is damaged or of other colours than the "

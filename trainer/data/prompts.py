@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config.config import Config
 from ..tiny.bundled import own_prompts
 from .captions import lines_of
+from .wildcards import expanded, has_wildcards
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 
@@ -35,6 +36,14 @@ def read_prompts(file: str | None) -> list[str]:
 def prompts_of(config: Config) -> list[str]:
     """The prompts that a run's teacher makes latents of, `data.count` at most.
 
-    They are those of `data.prompts`, else the base's own, else the list that ships. Raises as `read_prompts`.
+    They are those of `data.prompts`, else the base's own, else the list that ships; where these have wildcards, so many
+    as there are latents, each with its own choice. Raises as `read_prompts` and `expanded`.
     """
-    return read_prompts(config.data.prompts or own_prompts(config.base.path))[: config.data.count]
+    file, count = config.data.prompts or own_prompts(config.base.path), config.data.count
+    return prompts_in(file, count)[:count]
+
+
+def prompts_in(file: str | None, number: int) -> list[str]:
+    """The prompts of a file, as `read_prompts`; where they have wildcards, `number` of them without (`expanded`)."""
+    prompts = read_prompts(file)
+    return expanded(prompts, number, Path(file or PROMPTS).parent) if has_wildcards(prompts) else prompts

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...samplers import Recipe
 from ...samplers.lora_info import recipe_of
-from ..data.prompts import read_prompts
+from ..data.prompts import prompts_in, read_prompts
 from ..families import Base
 from ..lora.install import header_of_family
 from ..tiny.bundled import bundled_folder, own_prompts
@@ -168,4 +168,4 @@ def choose_prompts(file: str | None, base: str, number: int) -> Prompts:
         source = f"held-out captions, none of them a training prompt of {base}"
         return Prompts(unseen_prompts(base, number), source, language)
     source = file and Path(file).name or "the trainer's default list, which LoRAs made without data.prompts learnt on"
-    return Prompts(list(islice(cycle(read_prompts(file)), number)), source)
+    return Prompts(list(islice(cycle(prompts_in(file, number)), number)), source)

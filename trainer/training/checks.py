@@ -24,6 +24,7 @@ from ..data.prompts import prompts_of
 from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
 from ..data.sources import absent, pictures_of
+from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
@@ -267,7 +268,9 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
         return _check_shards(config)
     if data.images:
         pictures, skipped, notes = pictures_of(config)
-        captions = (caption for picture in pictures for caption in chosen(picture.caption, data.captions))
+        captions = (
+            caption for picture in pictures for caption in chosen(picture.caption, data.captions, Tags.of(data))
+        )
         family.check_prompts(config.base.path, captions)
         left_out = "; ".join([f"{len(skipped)} left out", *notes])
         source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"

@@ -12,27 +12,27 @@ from torch import Tensor
 from ..config.config import Config
 from ..lora.adapter import Average, Learner
 from .engine import Engine
-from .update import Learners, make_optimizer
+from .update import STUDENT, Learners, make_optimizer
 
 
 class Trained:
-    """What training changes: the adapter with its average, the discriminator's heads, the optimizer, fp16's scale, and
-    what the objective keeps of earlier weights."""
+    """What training changes: the adapter with its average, its opponent, the optimizer, fp16's scale, and what the
+    objective keeps of earlier weights."""
 
     def __init__(self, config: Config, accelerator: Accelerator, adapter: Learner, engine: Engine):
         self.adapter = adapter
         self.engine = engine
         self.accelerator = accelerator
         self.average = Average(adapter, config.train.ema) if config.train.ema else None
-        optimizer = make_optimizer(config, self.learners(), engine.base.device)
+        optimizer = make_optimizer(config, self.learners(), engine.opponent, engine.base.device)
         self.optimizer = accelerator.prepare(optimizer)
 
     def learners(self) -> Learners:
-        """The weights that the optimizer changes: the adapter's, and those of the discriminator's heads."""
-        learners = {"adapter": self.adapter.named_parameters()}
-        if self.engine.adversary:
-            learners["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
-        return learners
+        """The weights that the optimizer changes: the adapter's, and those of its opponent."""
+        opponent = self.engine.opponent
+        return {STUDENT: self.adapter.named_parameters()} | (
+            {opponent.name: opponent.named_parameters()} if opponent else {}
+        )
 
     def updated(self, step: int, steps: int) -> None:
         """Take in the weights after update `step` (from 1) of `steps`."""
@@ -52,7 +52,7 @@ class Trained:
             "adapter": self.adapter.state(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
             "average": self.average.weights if self.average else {},
-            "discriminator": self.learners().get("discriminator", {}),
+            **(self.engine.opponent.state() if self.engine.opponent else {}),
             **self.engine.state(),
         }
         scaler = self.accelerator.scaler
@@ -67,8 +67,9 @@ class Trained:
         self._load_adapter(groups["adapter"])
         anew = [] if self._load_optimizer(groups.get("optimizer", {}), changed) else ["the optimizer's state"]
 
+        opponent = self.engine.opponent
         needed = {
-            "discriminator": bool(self.engine.adversary),
+            **({opponent.name: True} if opponent else {}),
             "average": bool(self.average),
             "target": bool(self.engine.average),
         }
@@ -79,8 +80,8 @@ class Trained:
                 "as it was. Use another output folder to start anew, or delete the folder."
             )
 
-        if self.engine.adversary and "discriminator" not in lacking:
-            self._load_heads(groups["discriminator"])
+        if opponent and opponent.name not in lacking:
+            opponent.load(groups)
         # an average that is new here begins at the weights that the run has come to
         if self.average:
             saved = groups["adapter" if "average" in lacking else "average"]
@@ -97,14 +98,6 @@ class Trained:
             raise ValueError(
                 f"{error} A run's base and lora.rank cannot change. Set them back, or use another output folder."
             ) from error
-
-    def _load_heads(self, saved: dict[str, Tensor]) -> None:
-        heads = self.learners()["discriminator"]
-        if {n: t.shape for n, t in heads.items()} != {n: t.shape for n, t in saved.items()}:
-            raise ValueError("The checkpoint's discriminator is of another shape: set adversarial.width back.")
-        with torch.no_grad():
-            for name, parameter in heads.items():
-                parameter.copy_(saved[name])
 
     def _load_optimizer(self, saved: dict[str, Tensor], changed: bool) -> bool:
         """Put the optimizer's state back; returns whether that could be done.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,12 @@ from . import inputs
 from .edit_kinds import image_of
 from .guidance import schedule_in
 from .host import fit_to_model, menu_of, show, speaking
-from .lora_on_model import recipe_for
-from .sampling import advice, draw
+from .lora_on_model import pixels_of, recipe_at, recipe_for
+from .sampling import advice, draw, shifted
 from .vae import check_family, decode_last
 
 SMALLEST = 14  # pixels: the least height of the labels' letters
+CLIP_FRAMES = 3  # of a clip, that the grid shows
 PAPER = 0.1  # the grey behind them, 0 to 1
 
 
@@ -66,6 +67,7 @@ class PCMCompare(io.ComfyNode):
                 inputs.cfg(),
                 inputs.denoise(),
                 inputs.last_decode(),
+                inputs.low_noise_model(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="A row for each setting, with its name and its cost."),
@@ -88,23 +90,26 @@ class PCMCompare(io.ComfyNode):
         denoise: float,
         last_decode: str = inputs.LAST_DECODES[0],
         recipe: Recipe | None = None,
+        low_noise_model=None,
     ) -> io.NodeOutput:
         check_family(vae, model)
-        recipe = recipe_for(model, recipe)
+        latent = fit_to_model(model, latent_image)
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
         cfg = cfg or recipe.guidance
         rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
 
         # Faults before anything is drawn. Each row's own settings, the last
         # sentence, stand beside its picture.
-        warnings = [advice(cls, model, recipe, recipe.steps, cfg, plan)[:-1] for _, _, plan in rows]
+        warnings = [advice(cls, model, recipe, recipe.steps, cfg, plan, positive)[:-1] for _, _, plan in rows]
         lines = list(dict.fromkeys(line for of_row in warnings for line in of_row))
         show(cls, lines or [f"{len(rows)} settings to draw."])
 
-        latent = fit_to_model(model, latent_image)
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
         schedule = schedule_in(model)
         cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
-        model, evaluations = counted(model)
+        evaluations: list[int] = []
+        model = counted(model, evaluations)
+        second = {"low_noise_model": low_noise_model and counted(low_noise_model, evaluations)}
 
         total = sum(plan.steps for _, _, plan in rows)
         show_step = latent_preview.prepare_callback(model, total)
@@ -114,8 +119,9 @@ class PCMCompare(io.ComfyNode):
         costs = []
         for steps, variant, plan in rows:
             evaluations.clear()
-            progress = _shifted(show_step, steps_done, total)
-            drawn.append(draw(model, variant, plan, cfg, positive, negative, latent, noise, seed, callback=progress))
+            progress = shifted(show_step, steps_done, total)
+            prompts = (positive, negative)
+            drawn.append(draw(model, variant, plan, cfg, *prompts, latent, noise, seed, callback=progress, **second))
             steps_done += plan.steps
 
             setting = (steps_text(steps, plan), variant.mode_text)
@@ -127,30 +133,36 @@ class PCMCompare(io.ComfyNode):
         # so that none differs by its decode.
         pixels, notes = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
         images = image_of(pixels)
-        grid = labelled_grid(images.chunk(len(rows)), labels)
+        grid = labelled_grid([columns(strip, drawn[0]) for strip in images.chunk(len(rows))], labels)
         return io.NodeOutput(grid, images, ui=show(cls, [*notes, *lines, *costs]))
 
 
-def counted(model: Any) -> tuple[Any, list[int]]:
-    """A clone of a host MODEL, and a list that grows at each step by the number of prompts evaluated, 1 or 2.
+def counted(model: Any, evaluations: list[int]) -> Any:
+    """A clone of a host MODEL at each of whose steps the list grows by the number of prompts evaluated, 1 or 2.
 
     Counted where the host hands prompts to the network, so that a CFG schedule
     and a negative prompt left out show.
     """
     model = model.clone()
-    evaluations: list[int] = []
 
     def count(executor: Callable[..., Any], network: Any, conds: list, *rest: Any, **more: Any) -> Any:
         evaluations.append(sum(cond is not None for cond in conds))
         return executor(network, conds, *rest, **more)
 
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pcm_compare", count)
-    return model, evaluations
+    return model
 
 
-def _shifted(show_step: Callable[..., None], steps_before: int, total: int) -> Callable[..., None]:
-    """The host's callback for one run of several, after so many steps of `total` in the runs before."""
-    return lambda step, x0, x, _: show_step(steps_before + step, x0, x, total)
+def columns(images: Tensor, latent: Tensor) -> Tensor:
+    """The pictures of a row that the grid shows: all, but of each clip no more than its first, middle and last frame.
+
+    images: (B or B * T, H, W, C). latent: what they were decoded from, (B, C, t, h, w) for clips.
+    """
+    frames = len(images) // len(latent)
+    if frames <= CLIP_FRAMES:
+        return images
+    shown = sorted({0, frames // 2, frames - 1})
+    return images.unflatten(0, (len(latent), frames))[:, shown].flatten(0, 1)
 
 
 def read_step_counts(text: str) -> list[int]:
@@ -201,7 +213,7 @@ def cost_text(evaluations: int) -> str:
     return f"{evaluations} evaluation{'s' * (evaluations != 1)}"
 
 
-def labelled_grid(rows: tuple[Tensor, ...], labels: list[list[str]]) -> Tensor:
+def labelled_grid(rows: Sequence[Tensor], labels: list[list[str]]) -> Tensor:
     """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its label at the left.
 
     The letters grow with the pictures; beside small ones they keep a size

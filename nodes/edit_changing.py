@@ -13,13 +13,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Recipe, seeded_noise
-from ..samplers.editing import begin, denoising, estimated_noise, slerp, slerped, stroke_plan
+from ..samplers.editing import begin, canvas, denoising, estimated_noise, slerp, slerped, stroke_plan
 from ..samplers.operators import Identity
 from . import inputs
 from .edit_keeping import edit_schema, edited
 from .edit_kinds import image_input, image_of, picture, remarks
 from .host import fit_to_model, menu_of, show, speaking
-from .lora_on_model import recipe_for
+from .lora_on_model import pixels_of, recipe_at, recipe_for
 from .sampling import advice, draw
 from .vae import HostVAE, ModelVAE, check_family, decode_last
 
@@ -63,7 +63,7 @@ class PCMStroke(io.ComfyNode):
         **shared: Any,
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
-        recipe = recipe_for(model, recipe)
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
@@ -71,7 +71,7 @@ class PCMStroke(io.ComfyNode):
         plan = grid.plan(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
         plan = replace(plan, notes=tuple(note.replace("denoise", "strength", 1) for note in plan.notes))
 
-        lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan)
+        lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan, shared["positive"])
         lines += [f"The strength is {plan.denoise:g}.", *remarks(operator)]
         return edited(cls, operator, plan, lines, model=model, recipe=recipe, cfg=cfg, **shared)
 
@@ -117,7 +117,7 @@ class PCMDenoise(io.ComfyNode):
         operator = Identity(picture(image))
         std = noise / LEVELS or estimated_noise(operator.start)
         estimate = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
-        recipe = recipe_for(model, recipe)
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         codec = ModelVAE(vae, model.model)
@@ -127,7 +127,8 @@ class PCMDenoise(io.ComfyNode):
             text = show(cls, [*estimate, "There is none to take out: the picture is given back as it is."])
             return io.NodeOutput(image, {"samples": begin(operator, HostVAE(vae))}, ui=text)
 
-        lines = [*estimate, *advice(cls, model, recipe, steps or recipe.steps, cfg, plan), *remarks(operator)]
+        lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan, shared["positive"])
+        lines = [*estimate, *lines, *remarks(operator)]
         return edited(
             cls,
             operator,
@@ -196,15 +197,18 @@ class PCMInterpolate(io.ComfyNode):
         recipe: Recipe | None = None,
     ) -> io.NodeOutput:
         check_family(vae, model)
-        recipe = recipe_for(model, recipe)
+        latent = fit_to_model(model, latent_image)
+        start = latent["samples"]
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, start))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        lines = [*advice(cls, model, recipe, steps, cfg, plan), f"{frames} frames, each of them sampled by itself."]
+        lines = [
+            *advice(cls, model, recipe, steps, cfg, plan, positive),
+            f"{frames} frames, each of them sampled by itself.",
+        ]
         text = show(cls, lines)
 
-        latent = fit_to_model(model, latent_image)
-        start = latent["samples"]
         batch_index = latent.pop("batch_index", None)
         if len(start) != 1:
             raise ValueError(f"latent_image holds {len(start)} latents; the frames are all made of one.")

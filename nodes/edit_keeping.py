@@ -8,15 +8,15 @@ import comfy.sample
 from comfy_api.latest import io
 
 from ..samplers import LevelPlan, Recipe
-from ..samplers.editing import begin
+from ..samplers.editing import begin, canvas
 from ..samplers.operators import Operator
 from . import inputs
 from .edit_kinds import COLORIZE, INPAINT, OUTPAINT, SUPER_RESOLUTION, Edit, EditKind, finished, remarks
 from .host import menu_of, show, speaking, warned
 from .inpainting import mask_faults, with_picture
-from .lora_on_model import recipe_for
+from .lora_on_model import recipe_at, recipe_for
 from .sampling import advice, draw
-from .vae import HostVAE, check_family
+from .vae import HostVAE, check_family, check_pictures
 
 
 def edit_schema(
@@ -78,6 +78,7 @@ def edited(
     only the start matters. amount: of the noise to add, as a share of all of the first level's.
     Raises ValueError for a VAE of another family.
     """
+    check_pictures(model)
     check_family(vae, model)  # the host would fail later, with words of tensors' sizes
     text = show(node, lines)
 
@@ -142,7 +143,7 @@ class EditNode(io.ComfyNode):
         **kind_inputs: Any,
     ) -> io.NodeOutput:
         operator = cls.KIND.make(**kind_inputs)
-        recipe = recipe_for(model, recipe)
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
@@ -154,7 +155,7 @@ class EditNode(io.ComfyNode):
             cls,
             operator,
             plan,
-            [*remarks(operator), *warned(mask_faults(model)), *advice(cls, model, recipe, steps, cfg, plan)],
+            [*remarks(operator), *warned(mask_faults(model)), *advice(cls, model, recipe, steps, cfg, plan, positive)],
             model=model,
             recipe=recipe,
             vae=vae,

@@ -112,6 +112,16 @@ def has_negative_words(graph: Graph | None, node: str) -> bool:
     return False
 
 
+def conditioning_path(graph: Graph | None, node: str, name: str) -> list[dict[str, Any]]:
+    """Entries that a prompt of a node, its input `name`, has come through, the last first; none where the graph does
+    not show them."""
+    path, entry = [], (graph or {}).get(node)
+    while entry and (entry := _before(graph, entry, name)) and entry not in path:
+        path.append(entry)
+        name = name if name in entry["inputs"] else "conditioning"
+    return path
+
+
 def _before(graph: Graph, entry: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The entry that an input is linked to; None where it is not linked."""
     return _links(graph, entry).get(name, (None, 0))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -65,10 +66,16 @@ def show(
     return {"text": (text,)} | ({} if later is None else {"warnings": (later,)})
 
 
+def flow_shift(model_sampling: Any) -> float:
+    """The linear time shift of a host's flow `model_sampling`: some have mu in its place, of which it is exp(mu)."""
+    shift = float(model_sampling.shift)
+    return math.exp(shift) if isinstance(model_sampling, comfy.model_sampling.ModelSamplingFlux) else shift
+
+
 def schedule_of(model_sampling: Any) -> Schedule:
     """The noise schedule of the model that is running, from the host's `model_sampling`."""
     if isinstance(model_sampling, comfy.model_sampling.CONST):
-        return FlowSchedule(model_sampling.shift)
+        return FlowSchedule(flow_shift(model_sampling))
     return VPSchedule.from_k_sigmas(model_sampling.sigmas)
 
 

@@ -123,7 +123,7 @@ def copy_of(lora: str, name: str) -> Path:
 def fit(header: LoraHeader, model) -> list[str]:
     """The share of a LoRA that has a place in a host MODEL, or the reason why nothing has, in sentences."""
     matched = lora_patches.match(header, model)
-    recipe = recipe_of(header)
+    recipe = recipe_of(header, lora_on_model.flow_family(model))
     try:
         lora_report.check(header, matched, model, header.family or (recipe.family if recipe else None))
     except ValueError as error:

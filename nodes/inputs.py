@@ -121,7 +121,58 @@ def recipe_widgets(auto: str, methods: Iterable[str] = ()) -> list[io.Input]:
             tooltip="even: timesteps 999, 749, 499, 249 for 4 steps, as PCM, Hyper-SD, Lightning and DMD2. "
             f"lcm: 999, 759, 499, 259, as LCM and TCD. {by_widgets}",
         ),
+        *given_levels(by_widgets),
     ]
+
+
+def given_levels(by_widgets: str) -> list[io.Input]:
+    """The levels of a recipe by hand where its authors give them one by one, and what moves and divides them."""
+    lists = {
+        "sigmas": "Noise levels from noisy to clean, such as 1, 0.65, 0.44, 0.29, where the authors list them: they "
+        "are used as they are, whatever the shift. They take the place of phases and levels.",
+        "timesteps": "The same as timesteps, such as 1000, 750, 500, 250; of a flow model before its shift, which "
+        "then moves them.",
+    }
+    return [
+        *(
+            supported(io.String.Input, name, optional=True, default="", advanced=True, tooltip=f"{text} {by_widgets}")
+            for name, text in lists.items()
+        ),
+        supported(
+            io.Float.Input,
+            "shift",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Time shift of a flow model that the LoRA was made for, such as 3 for Qwen-Image-Lightning and 5 "
+            f"for Wan Lightning; of one that is told as mu, exp(mu). 0: as the model has it. {by_widgets}",
+        ),
+        supported(
+            io.Float.Input,
+            "boundary",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            round=False,
+            advanced=True,
+            tooltip="For two experts: the noise level at and above which the high-noise model is in charge; Wan 2.2 "
+            f"has 0.875 for text to video, 0.9 for image to video. 0: one model. {by_widgets}",
+        ),
+    ]
+
+
+def low_noise_model() -> io.Input:
+    return io.Model.Input(
+        "low_noise_model",
+        optional=True,
+        tooltip="For models of two experts, such as Wan 2.2 14B: the low-noise one, with its own LoRA, while model is "
+        "the high-noise one. The recipe tells at which noise level the second one takes over.",
+    )
 
 
 def vae(tooltip: str = "The VAE of the checkpoint, or another of its family.") -> io.Input:
@@ -174,6 +225,25 @@ def denoise(default: float = 1.0, start: str = "the given latent") -> io.Input:
         tooltip=f"1 draws from noise alone; below 1 keeps more of {start}. The start moves to the nearest phase "
         "edge of the LoRA, so fewer steps run, and the node says which strength that is.",
     )
+
+
+def picture_size() -> list[io.Input]:
+    """The size of the picture, where no latent tells it; `Recipe.at_size` reads it."""
+    return [
+        supported(
+            io.Int.Input,
+            name,
+            optional=True,  # graphs of earlier versions have none
+            default=1024,
+            min=16,
+            max=16384,
+            step=8,
+            advanced=True,
+            tooltip=f"{name.capitalize()} of the picture in pixels. Read only for a recipe whose shift hangs on it, "
+            "such as those of FLUX.1 LoRAs.",
+        )
+        for name in ("width", "height")
+    ]
 
 
 def mode() -> list[io.Input]:

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..samplers.lora_file import read_header
 from ..samplers.lora_info import recipe_of
 from . import inputs, lora_on_model, lora_patches, lora_report
+from .experts import wrong_expert
 from .graph import model_path
 from .host import RecipeType, menu_of, show, speaking, warned
 from .loras_in_graph import doubled
@@ -62,7 +63,7 @@ class PCMLoadLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora: str, strength: float, recipe: str, **widgets: Any) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
-        recipe_in_file = recipe_of(header) if recipe == "auto" else None
+        recipe_in_file = recipe_of(header, lora_on_model.flow_family(model)) if recipe == "auto" else None
         family = header.family or (recipe_in_file.family if recipe_in_file else None)
 
         # By the header alone: a file that does not fit is refused before any of its tensors is read.
@@ -83,7 +84,8 @@ class PCMLoadLora(io.ComfyNode):
 
         path = model_path(cls.hidden.prompt, cls.hidden.unique_id)
         fast_already = doubled(path, lora_on_model.model_family(model))
-        lines = warned(refused) + lora_report.report(header, matched, used, strength, model, patched, fast_already)
+        faults = [*refused, *wrong_expert(path, used)]
+        lines = warned(faults) + lora_report.report(header, matched, used, strength, model, patched, fast_already)
         settled = recipe_in_file is not None or recipe != "auto"
         if not settled:
             unknown = "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets."

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import comfy.model_sampling
 import comfy.supported_models
+from torch import Tensor
 
 from ..samplers import Recipe
-from ..samplers.recipe import DISTILLED_POINTS, FAMILIES
+from ..samplers.families import FAMILIES, FLOW_FAMILIES
+from ..samplers.recipe import DISTILLED_POINTS, same_shift
 from ..samplers.schedule import TICKS
+from .host import flow_shift
 
 CONFIGS = {
     "sd15": comfy.supported_models.SD15,
@@ -33,68 +39,111 @@ NO_RECIPE = (
     "For a model with a few-step LoRA merged in, put PCM Recipe after its loader."
 )
 EDM_BASE = "An EDM model (CosXL, Playground 2.5): no LoRA here knows its noise levels. Take another."
+NO_NOISE = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # 0.3.64 has none
 EDM = (comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.ModelSamplingDiscreteEDM)
 MOVED = "ModelSamplingDiscrete (lcm) moves timesteps by up to 10: remove that node."
 ZERO_TERMINAL_SIGMA = 1000  # an ordinary VP schedule ends at 14.6, one with zero terminal SNR at about 4500
 
 
-def model_family(model: Any) -> str | None:
-    """Family of a host MODEL, a key of `FAMILIES`; None for any other."""
+def model_family(model: Any) -> str:
+    """Family of a host MODEL: a key of `FAMILIES`, else what the host calls its kind of network."""
     config = model.model.model_config
-    return next((family for family, kind in CONFIGS.items() if isinstance(config, kind)), None)
+    family = next((family for family, kind in CONFIGS.items() if isinstance(config, kind)), None)
+    name = str(config.unet_config.get("image_model", type(config).__name__))
+    return family or re.sub(r"[^a-z0-9_.-]+", "_", name.lower())
+
+
+def flow_family(model: Any) -> str | None:
+    """`model_family` of a host MODEL whose LoRAs do not tell it by their tensors; None where they do."""
+    family = model_family(model)
+    return None if family in FAMILIES else family
 
 
 def model_title(model: Any) -> str:
-    """The family of a host MODEL as people write it, or the host's own name for it."""
+    """The family of a host MODEL as people write it, or the host's own name for the model."""
     family = model_family(model)
-    return FAMILIES[family] if family else type(model.model.model_config).__name__
+    return FAMILIES.get(family) or FLOW_FAMILIES.get(family) or type(model.model.model_config).__name__
 
 
 def prediction_of(model_sampling: Any) -> str:
-    """The prediction of the network behind a host `model_sampling`, one of `schedule.PREDICTIONS`."""
+    """The prediction of the network behind a host `model_sampling`, one of `schedule.PREDICTIONS`; "none" for one that
+    starts from a picture and no noise."""
     if isinstance(model_sampling, comfy.model_sampling.CONST):
-        return "flow"
+        return "none" if isinstance(model_sampling, NO_NOISE) else "flow"
     return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
 
 
 def known_family(model: Any) -> str:
-    """`model_family`. Raises ValueError for a model of no family known here."""
+    """`model_family`. Raises ValueError for a model that is neither a flow model nor of a family known here."""
     family = model_family(model)
-    if family is None:
+    if family not in FAMILIES and prediction_of(model.get_model_object("model_sampling")) != "flow":
         raise ValueError(
-            f"No recipe can be made for a {model_title(model)} model; known: {', '.join(FAMILIES.values())}."
+            f"No recipe can be made for a {model_title(model)} model; known: {', '.join(FAMILIES.values())}, and any "
+            "flow model, such as FLUX, Qwen-Image, Z-Image and Wan."
         )
     return family
 
 
 def recipe_from_widgets(
-    model: Any, phases: int, mode: str, cfg: float, gamma: float = 1.0, levels: str = LEVELS[0]
+    model: Any,
+    phases: int,
+    mode: str,
+    cfg: float,
+    gamma: float = 1.0,
+    levels: str = LEVELS[0],
+    sigmas: str = "",
+    timesteps: str = "",
+    shift: float = 0.0,
+    boundary: float = 0.0,
 ) -> Recipe:
     """A recipe for a file that carries none, on the schedule of the model it is used with.
 
     The widgets are those of `inputs.recipe_widgets`; gamma: for the mode "stochastic".
-    Raises ValueError when the model is of no family known here, or phases is out of range.
+    Raises ValueError when no recipe can be made for the model, phases is out of range, or the levels are no list of
+    what this model takes.
     """
-    distilled = levels == LEVELS[1]
     sampling = model.get_model_object("model_sampling")
     prediction = prediction_of(sampling)
+    given = {
+        "sigmas": numbers_in("sigmas", sigmas),
+        "timesteps": numbers_in("timesteps", timesteps, has_clean_end=prediction == "flow"),
+    }
+    has_list = any(given.values())
+    distilled = levels == LEVELS[1] and not has_list
     recipe = Recipe(
         family=known_family(model),
         objective="unknown",
         mode=mode,
         points=100 if prediction == "flow" else 40,
         phases=phases if mode == "deterministic" else 1,
-        steps=phases,
+        steps=None if has_list else phases,
+        **given,
         gamma=0.0 if mode == "deterministic" else gamma,
         sampling_points=DISTILLED_POINTS if distilled else None,
         sampling_from_noise=distilled,
         prediction=prediction,
-        shift=sampling.shift if prediction == "flow" else None,
+        shift=shift or (flow_shift(sampling) if prediction == "flow" else None),
+        boundary=boundary or None,
         guidance=cfg,
         guidance_min=min(cfg, 1.0),
         guidance_max=cfg + 1,
     )
     return on_schedule_of(model, recipe)
+
+
+def numbers_in(name: str, text: str, has_clean_end: bool = True) -> tuple[float, ...] | None:
+    """The levels in a widget's text, such as "1, 0.65, 0.3, 0"; None for an empty one.
+
+    has_clean_end: whether a 0 at the end is no level but the clean end, which recipes leave out.
+    Raises ValueError for other text.
+    """
+    words = [word for word in re.split(r"[\s,;\[\]()]+", text) if word]
+    try:
+        numbers = tuple(map(float, words))
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r:.200}: write numbers with commas, such as 1, 0.75, 0.5.") from error
+    ends_clean = has_clean_end and len(numbers) > 1 and numbers[-1] == 0
+    return (numbers[:-1] if ends_clean else numbers) or None
 
 
 def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
@@ -161,6 +210,38 @@ def on_schedule_if_set(model: Any, recipe: Recipe) -> Recipe:
     return recipe if awaits else on_schedule_of(model, recipe)
 
 
+def pixels_of(model: Any, latent: Tensor) -> tuple[int, int]:
+    """Height and width of what a host latent is of, in pixels; of video and sound in one, the video's."""
+    latent = latent.unbind()[0] if latent.is_nested else latent
+    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # 0.3.64 has none
+    height, width = latent.shape[-2:]
+    return ratio * height, ratio * width
+
+
+def recipe_at(model: Any, recipe: Recipe, height: int, width: int) -> tuple[Any, Recipe]:
+    """A host MODEL and a recipe with the shift that the recipe has for a size in pixels (`Recipe.at_size`).
+
+    The model keeps a shift that a node after the loader has set.
+    """
+    if recipe.mu_by_size is None:
+        return model, recipe
+    sized = recipe.at_size(width, height)
+    if same_shift(shift_of(model) or 0, recipe.shift):
+        model = model.clone()
+        set_shift(model, sized.shift)
+    return model, sized
+
+
+def recipe_seen(model: Any, recipe: Recipe, latent: Tensor) -> Recipe:
+    """The recipe by which a host MODEL as it is can be sampled right: with the shift for this latent's size where the
+    model has that, else with the usual one."""
+    if recipe.mu_by_size is None:
+        return recipe
+    height, width = pixels_of(model, latent)
+    sized = recipe.at_size(width, height)
+    return sized if same_shift(shift_of(model) or 0, sized.shift) else recipe
+
+
 def is_on_base_schedule(model: Any, recipe: Recipe) -> bool:
     """Whether the model's noisiest level is that of the recipe's base; with AnimateDiff's betas it is another."""
     last = float(model.get_model_object("model_sampling").sigma_max)
@@ -176,7 +257,7 @@ def moves(model: Any, ticks: tuple[int, ...]) -> bool:
 def shift_of(model: Any) -> float | None:
     """The flow time shift that a host MODEL has now; None for other kinds of model."""
     sampling = model.get_model_object("model_sampling")
-    return float(sampling.shift) if prediction_of(sampling) == "flow" else None
+    return flow_shift(sampling) if prediction_of(sampling) == "flow" else None
 
 
 def set_shift(model: Any, shift: float | None) -> None:
@@ -186,9 +267,14 @@ def set_shift(model: Any, shift: float | None) -> None:
     levels are sigmas and need no such thing. It is for what goes by the model: schedulers of the host, gamma,
     and the step ranges of ControlNets and prompts.
     """
-    if shift is None or shift_of(model) in (shift, None):
+    now = shift_of(model)
+    if shift is None or now is None or same_shift(shift, now):
         return
     # A copy, since clones of a MODEL share the object, and setting it would reach those without the LoRA.
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
-    sampling.set_parameters(shift=shift, multiplier=sampling.multiplier)
+    is_mu = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
+    parameters = inspect.signature(sampling.set_parameters).parameters
+    parameters = inspect.signature(sampling.set_parameters).parameters
+    kept = {name: getattr(sampling, name) for name in parameters if hasattr(sampling, name)}
+    sampling.set_parameters(**kept | {"shift": math.log(shift) if is_mu else shift})
     model.add_object_patch("model_sampling", sampling)

@@ -120,7 +120,7 @@ class Weights:
         if any(COMPILED in key for key in self.stored):
             return "compiled"
         # the host has a smaller cut of a family, such as SSD-1B, as a kind of it
-        is_cut = self.family is not None and type(self.model.model_config) is not CONFIGS[self.family]
+        is_cut = self.family in CONFIGS and type(self.model.model_config) is not CONFIGS[self.family]
         return "cut" if is_cut else "place"
 
     def takes(self, target: Target, patch: Any) -> bool:

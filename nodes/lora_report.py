@@ -6,10 +6,11 @@ from collections import Counter
 from typing import Any
 
 from ..samplers import Recipe
+from ..samplers.families import FAMILIES, family_title
 from ..samplers.lora_file import LoraHeader
 from ..samplers.lora_modules import SCALED
 from ..samplers.phases import count_steps
-from ..samplers.recipe import FAMILIES, SOURCES
+from ..samplers.recipe import SOURCES
 from .host import warned
 from .lora_on_model import BY_NODE, LOADED, model_family, model_title, sampling_fault, shift_of
 from .lora_patches import LoraMatch
@@ -25,10 +26,12 @@ def check(header: LoraHeader, matched: LoraMatch, model: Any, family: str | None
     """Raise ValueError for a LoRA that is of another family (as far as known), or of which this model takes nothing."""
     file = header.path.name
     title = model_title(model)
-    if family is not None and family != model_family(model):
+    # Transformers have no names and shapes in common by chance: there the matched modules tell, as in the host.
+    is_known = family in FAMILIES or model_family(model) in FAMILIES
+    if family is not None and is_known and family != model_family(model):
         raise ValueError(
-            f"{file} is a LoRA for {FAMILIES[family]}, but the model is {title}. "
-            f"Load an {FAMILIES[family]} checkpoint, or a LoRA made for {title}."
+            f"{file} is a LoRA for {family_title(family)}, but the model is {title}. "
+            f"Load an {family_title(family)} checkpoint, or a LoRA made for {title}."
         )
     if not matched.places:
         why = " ".join(matched.sentences()) or "it is for text encoders alone, which this node does not patch."
@@ -54,11 +57,11 @@ def report(
     lines = [
         *warned(_problems(header, matched, recipe, strength, model, fast_already) if strength else [OFF]),
         f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
-        f"{FAMILIES[recipe.family]} {recipe.method}, {len(matched.places)} of {matched.total} modules matched.",
+        f"{family_title(recipe.family)} {recipe.method}, {len(matched.places)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):
-        lines.append(f"Shift set to {shift_of(patched):g}, the LoRA's; it was {shift_of(model):g}.")
+        lines.append(f"Shift set to {shift_of(patched):.4g}, the LoRA's; it was {shift_of(model):.4g}.")
     return lines + _facts(header, matched, recipe)
 
 
@@ -91,7 +94,7 @@ def _problems(
     loaded = model.get_attachment(LOADED)
     twice = FAST_BY_NODE if loaded == BY_NODE else TWICE.format(loaded)
     lines = [*([twice] if loaded else []), *fast_already][:1]
-    lines += filter(None, [sampling_fault(model, recipe)])
+    lines += filter(None, [recipe.family_warning(model_family(model)), sampling_fault(model, recipe)])
     share = strength / recipe.strength
     if recipe.source != "settings" and not USUAL[0] <= share <= USUAL[1]:
         lines.append(f"Made for strength {recipe.strength:g}, not {strength:g}: set strength to {recipe.strength:g}.")

@@ -112,5 +112,5 @@ def report(recipe: Recipe, name: str, model: Any, patched: Any, fast: list[str])
         f"{name}: {recipe.method}, by {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):
-        lines.append(f"Shift set to {shift_of(patched):g}, the recipe's; it was {shift_of(model):g}.")
+        lines.append(f"Shift set to {shift_of(patched):.4g}, the recipe's; it was {shift_of(model):.4g}.")
     return lines

@@ -14,12 +14,25 @@ from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
-from ..samplers.sampling import Projection, block_noise, clamp_factor, seeded_noise
+from ..samplers.sampling import NoiseSampler, Projection, block_noise, clamp_factor, seeded_noise
 from . import inputs
+from .embedded import embedded_warnings
+from .experts import Relay, expert_note, expert_warnings, parts_of
 from .graph import has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, guides_at_one, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking, warned
-from .lora_on_model import LOADED, MOVED, NO_RECIPE, model_family, moves, recipe_for, sampling_fault, shift_of
+from .lora_on_model import (
+    LOADED,
+    MOVED,
+    NO_RECIPE,
+    model_family,
+    moves,
+    pixels_of,
+    recipe_at,
+    recipe_for,
+    sampling_fault,
+    shift_of,
+)
 from .loras_in_graph import TWICE, few_step_loras
 
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
@@ -48,20 +61,25 @@ class PCMScheduler(io.ComfyNode):
                     tooltip="The levels that the LoRA's authors sample at, or the edges it was trained on. They differ "
                     "only for some published files, such as PCM's for SD1.5 and SD3.",
                 ),
+                *inputs.picture_size(),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, steps: int, denoise: float, edges: str, recipe: Recipe | None = None) -> io.NodeOutput:
+    def execute(
+        cls, steps: int, denoise: float, edges: str, recipe: Recipe | None = None, width: int = 1024, height: int = 1024
+    ) -> io.NodeOutput:
         if recipe is None:
             raise ValueError(NO_RECIPE)
+        recipe = recipe.at_size(width, height)
         steps = steps or recipe.steps
         plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
         # The recipe's own schedule, since no model is linked here: nothing on a model can move these levels.
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
-        lines = [*warned(recipe.step_warnings(steps)), *plan.notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
+        notes = [*plan.notes, *expert_note(recipe, plan)]
+        lines = [*warned(recipe.step_warnings(steps)), *notes, f"{count_steps(plan.steps)}, sigmas {levels}."]
         return io.NodeOutput(sigmas, ui=show(cls, lines))
 
 
@@ -113,6 +131,7 @@ class PCMSample(io.ComfyNode):
                     "latent_image", tooltip="An empty latent for text to image, an encoded picture for image to image."
                 ),
                 inputs.denoise(),
+                inputs.low_noise_model(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent, for VAE Decode.")],
         )
@@ -129,26 +148,31 @@ class PCMSample(io.ComfyNode):
         latent_image,
         denoise: float,
         recipe: Recipe | None = None,
+        low_noise_model=None,
     ) -> io.NodeOutput:
-        recipe = recipe_for(model, recipe)
+        latent = fit_to_model(model, latent_image)
+        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan(steps, denoise)
-        latent = fit_to_model(model, latent_image)
 
         # The node says what is wrong before it samples, so that one can stop it.
-        lines = advice(cls, model, recipe, steps, cfg, plan)
+        lines = warned(expert_warnings(model, low_noise_model, recipe))
+        lines += advice(cls, model, recipe, steps, cfg, plan, positive)
         if denoise < 1 and is_empty(latent["samples"]):
             lines += warned(["The latent is empty: set denoise to 1, or connect a picture by VAE Encode."])
         text = show(cls, lines)
 
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
-        latent["samples"] = draw(model, recipe, plan, cfg, positive, negative, latent, noise, seed)
+        experts = {"low_noise_model": low_noise_model}
+        latent["samples"] = draw(model, recipe, plan, cfg, positive, negative, latent, noise, seed, **experts)
         return io.NodeOutput(latent, ui=text)
 
 
 def is_empty(latent: Tensor) -> bool:
     """Whether there is nothing in a latent, as in those of core's empty latent nodes."""
+    if latent.is_nested:  # video and sound in one
+        return all(map(is_empty, latent.unbind()))
     return bool(latent.min() == latent.max())
 
 
@@ -177,7 +201,15 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     return warnings
 
 
-def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg: float, plan: LevelPlan) -> list[str]:
+def advice(
+    node: type[io.ComfyNode],
+    model: Any,
+    recipe: Recipe,
+    steps: int,
+    cfg: float,
+    plan: LevelPlan,
+    positive: list,
+) -> list[str]:
     """The sentences of a node that samples: faults of its links and settings, notes of the plan, settings."""
     warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
     if fault := sampling_fault(model, recipe):
@@ -185,10 +217,13 @@ def advice(node: type[io.ComfyNode], model: Any, recipe: Recipe, steps: int, cfg
     elif moves(model, plan.ticks):
         warnings.append(MOVED)
 
+    warnings += embedded_warnings(node, recipe, positive)
+
     schedule = schedule_in(model)
     cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
     settings = f"{count_steps(plan.steps)} at {cfg_text}, {recipe.mode_text}."
-    return [*warned([*wiring(node, model, recipe, cfg), *warnings]), *plan.notes, settings]
+    notes = [*plan.notes, *expert_note(recipe, plan)]
+    return [*warned([*wiring(node, model, recipe, cfg), *warnings]), *notes, settings]
 
 
 def draw(
@@ -202,26 +237,38 @@ def draw(
     noise: Tensor,
     seed: int,
     callback: Callable[..., None] | None = None,
+    low_noise_model: Any | None = None,
     **hooks: Any,
 ) -> Tensor:
-    """Sample a host latent from this noise as a recipe wants it, on the plan's levels; returns (B, C, h, w).
+    """Sample a host latent from this noise as a recipe wants it, on the plan's levels; returns one of its shape.
 
-    callback: of the host's kind; by default the one that shows previews. hooks: as in `sampler`.
+    callback: of the host's kind; by default the one that shows previews. low_noise_model: the second expert, where the
+    recipe has a boundary. hooks: as in `sampler`. Raises as `experts.parts_of`.
     """
-    return comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        sampler(recipe.gamma, recipe.min_alpha, judged=True, indices=latent.get("batch_index"), **hooks),
-        recipe.schedule().k_sigma(plan.ticks),
-        positive,
-        negative,
-        latent["samples"],
-        noise_mask=latent.get("noise_mask"),
-        callback=callback or latent_preview.prepare_callback(model, plan.steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    callback = callback or latent_preview.prepare_callback(model, plan.steps)
+    options = {"judged": True, "indices": latent.get("batch_index"), "relay": Relay(), **hooks}
+    drawn = latent["samples"]
+    for part in parts_of(model, low_noise_model, recipe, recipe.schedule().k_sigma(plan.ticks)):
+        drawn = comfy.sample.sample_custom(
+            part.model,
+            noise,
+            cfg,
+            sampler(recipe.gamma, recipe.min_alpha, **options),
+            part.sigmas,
+            positive,
+            negative,
+            latent["samples"],
+            noise_mask=latent.get("noise_mask"),
+            callback=shifted(callback, part.before, plan.steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    return drawn
+
+
+def shifted(callback: Callable[..., None], before: int, total: int) -> Callable[..., None]:
+    """A callback of the host's kind for one run of several, after so many steps of `total` in the runs before."""
+    return lambda step, x0, x, _: callback(before + step, x0, x, total)
 
 
 def gamma_of(title: str, mode: str, gamma: float, recipe: Recipe | None) -> float:
@@ -244,8 +291,8 @@ def sampler(gamma: float, min_alpha: float, **hooks: Any) -> comfy.samplers.KSAM
 
     hooks: project_for, a `ProjectionMaker`, in an edit; noise_sampler, where the noise between steps is not
     to come from the seed; indices, of the pictures in the batch that they are of; by_block, for noise that is drawn
-    as core draws it; judged, where the node that samples says itself which settings do not fit, so that the loader's
-    `Watch` need not.
+    as core draws it; relay, where several models go on with one run; judged, where the node that samples says itself
+    which settings do not fit, so that the loader's `Watch` need not.
     """
     return comfy.samplers.KSAMPLER(_sample, {"gamma": gamma, "min_alpha": min_alpha, **hooks})
 
@@ -265,6 +312,7 @@ def _sample(
     indices: list[int] | None = None,
     by_block: bool = False,
     judged: bool = False,
+    relay: Relay | None = None,
     **options: Any,
 ) -> Tensor:
     """`sample_phased` as the host calls a sampler; `judged` is for `options_of` alone.
@@ -275,11 +323,23 @@ def _sample(
     guider = model.inner_model
     schedule = schedule_of(guider.inner_model.model_sampling)
     options["project"] = project_for(guider, x) if project_for else None
-    if options.get("noise_sampler") is None and (seed := options["extra_args"].get("seed")) is not None:
-        options["noise_sampler"] = block_noise(x, seed) if by_block else seeded_noise(x, seed, indices)
+    relay = relay or Relay()
+    noise_sampler = options.get("noise_sampler") or relay.noise_sampler
+    if noise_sampler is None and (seed := options["extra_args"].get("seed")) is not None:
+        noise_sampler = block_noise(x, seed) if by_block else seeded_noise(x, seed, indices)
+        noise_sampler = scaled(noise_sampler, getattr(guider.inner_model.model_sampling, "noise_scale", 1.0))
+    options["noise_sampler"] = relay.noise_sampler = noise_sampler
     if min_alpha and options["extra_args"].get("denoise_mask") is not None:
         model = _unclamped_rest(model, schedule, min_alpha)
-    return sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
+    # The host has put the noise into x anew: an expert goes on from where the one before it has come to.
+    x = x if relay.x is None else relay.x.to(x)
+    relay.x = sample_phased(model, x, sigmas, schedule=schedule, min_alpha=min_alpha, **options)
+    return relay.x
+
+
+def scaled(noise_sampler: NoiseSampler, scale: float) -> NoiseSampler:
+    """Noise as strong as the model knows it: some pixel models have `scale` times that of others."""
+    return noise_sampler if scale == 1 else lambda *levels: scale * noise_sampler(*levels)
 
 
 def _unclamped_rest(model: Any, schedule: Schedule, min_alpha: float) -> Callable[..., Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as memory
+import torch
 from torch import Tensor
 
+from ..samplers.editing import CELL
 from ..samplers.sampling import Projection
 from . import inputs
 from .host import warned
@@ -31,11 +33,14 @@ class HostVAE:
 
     def encode(self, pixels: Tensor) -> Tensor:
         memory.throw_exception_if_processing_interrupted()
-        return self.vae.encode(pixels.movedim(1, -1)).to(pixels.device)
+        images = pixels.movedim(1, -1)
+        # A VAE for video would take a batch of pictures for the frames of one clip.
+        parts = images.split(1) if getattr(self.vae, "latent_dim", 2) == 3 else (images,)
+        return torch.cat([self.vae.encode(part) for part in parts]).to(pixels.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         memory.throw_exception_if_processing_interrupted()
-        return self.vae.decode(latents).movedim(-1, 1).to(latents.device)
+        return pictures(self.vae.decode(latents)).to(latents.device)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,12 @@ class TiledVAE(HostVAE):
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels = self.vae.decode_tiled(latents, tile_x=TILE, tile_y=TILE, overlap=OVERLAP)
-        return pixels.movedim(-1, 1).to(latents.device)
+        return pictures(pixels).to(latents.device)
+
+
+def pictures(images: Tensor) -> Tensor:
+    """What a host VAE decodes, (B, H, W, C) or of clips (B, T, H, W, C), as pictures (B or B * T, C, H, W)."""
+    return images.flatten(0, -4).movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -124,4 +134,16 @@ def check_family(vae: Any, model: Any) -> None:
         raise ValueError(
             f"The VAE's latents have {vae.latent_channels} channels, the model's {channels}: "
             "use the VAE of the model's own family."
+        )
+
+
+def check_pictures(model: Any) -> None:
+    """Raise ValueError for a host MODEL whose latents are not of pictures, in cells of 8 x 8 pixels as edits go by."""
+    latent_format = model.get_model_object("latent_format")
+    cell = getattr(latent_format, "spacial_downscale_ratio", CELL)  # 0.3.64 has none
+    if getattr(latent_format, "latent_dimensions", 2) == 1 or cell != CELL:
+        kind = f"cells of {cell} pixels" if cell != CELL else "no picture"
+        raise ValueError(
+            f"Edits are made in latents with cells of {CELL} pixels, and this model's have {kind}: take a model such "
+            "as SD1.5, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image, or Sample PCM with VAE Encode and a mask."
         )

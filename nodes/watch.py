@@ -15,12 +15,21 @@ from server import PromptServer
 from torch import Tensor
 
 from ..samplers import Recipe
-from ..samplers.recipe import is_whole
+from ..samplers.recipe import is_whole, same_shift
 from ..samplers.schedule import TICKS
 from .graph import model_path, running_graph
 from .guidance import cfg_of, cfg_to_judge
 from .host import show, warned
-from .lora_on_model import MOVED, is_on_base_schedule, model_family, moves, on_schedule_of, sampling_fault, shift_of
+from .lora_on_model import (
+    MOVED,
+    is_on_base_schedule,
+    model_family,
+    moves,
+    on_schedule_of,
+    recipe_seen,
+    sampling_fault,
+    shift_of,
+)
 from .loras_in_graph import TWICE, few_step_loras
 from .sampling import is_empty, options_of
 
@@ -120,7 +129,7 @@ def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: T
     if len(sigmas) < 2 or sigmas[0] <= sigmas[-1] or is_judged(sampler):
         return []
 
-    recipe = on_schedule_of(model, recipe)
+    recipe = recipe_seen(model, on_schedule_of(model, recipe), latent)
     ticks = recipe.schedule().tick(sigmas.cpu()).tolist()
     steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
     cfg = cfg_to_judge(model, recipe, cfg_of(guider))
@@ -162,8 +171,9 @@ def _level_misfit(recipe: Recipe, model: Any, ticks: list[float], empty: bool) -
         return [MOVED]
     if is_known or not is_on_base_schedule(model, recipe):
         return []
-    if (shift := shift_of(model)) != recipe.shift:
-        return [f"Shift {shift:g} is not this LoRA's: remove the node that sets it."]
+    shift = shift_of(model)
+    if shift is not None and not same_shift(shift, recipe.shift):
+        return [f"Shift {shift:.4g} is not this LoRA's: remove the node that sets it."]
     simple_fits = _simple_fits(recipe, model)
     if is_whole(ticks) or empty:
         simple = "scheduler simple, or " if simple_fits else ""

@@ -148,7 +148,9 @@ class ProjectedLatent:
                 "project through the picture. In latents alone only inpainting and outpainting work."
             )
         height, width = (CELL * side for side in known.shape[-2:])
-        return cls(known, operator.cells(CELL, (height, width)))
+        cells = operator.cells(CELL, (height, width))
+        between = [1] * (known.ndim - cells.ndim)  # time, in the latents of models for video
+        return cls(known, cells.view(*cells.shape[:2], *between, *cells.shape[2:]))
 
     def __call__(self, x0: Tensor, steps_left: int) -> Tensor:
         return torch.where(self.cells.to(x0.device) > 0, x0, self.known.to(x0))

@@ -21,7 +21,7 @@ from .file_kinds import kind_of
 from .lora_alphas import PEFT_KEY, peft_alphas
 from .lora_modules import DTYPES, SCALED, SINGLE, LoraModule
 from .lora_names import host_suffix, is_encoders, path_of, split_key
-from .recipe import FAMILIES, HEADER_KEY, Recipe
+from .recipe import HEADER_KEY, Recipe
 from .texts import brief
 
 ARCHITECTURES = (
@@ -188,6 +188,10 @@ def header_text(path: Path) -> bytes:
     Raises FileNotFoundError, or ValueError for another format, or a file cut short within its header.
     """
     path = lora_file(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder without {PEFT_WEIGHTS}, so it is no LoRA of PEFT's. Name a .safetensors file in it."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
     size = path.stat().st_size
@@ -293,11 +297,6 @@ def family_from_metadata(metadata: dict[str, str]) -> str | None:
         if version.startswith(mark):
             return family
     return None
-
-
-def family_title(family: str | None) -> str:
-    """A family as people write it."""
-    return FAMILIES.get(family, "an unknown family") if family else "an unknown family"
 
 
 def tensor_hash(path: str | Path) -> str:

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from .families import base_title
 from .known_files import recipe_for_file
-from .lora_file import LoraHeader, family_title
+from .lora_file import LoraHeader
 from .recipe import SOURCES, Recipe
 from .texts import printable
 
@@ -27,9 +28,12 @@ NOTED = {
 }
 
 
-def recipe_of(header: LoraHeader) -> Recipe | None:
-    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file."""
-    return recipe_for_file(str(header.path), header.metadata, header.family)
+def recipe_of(header: LoraHeader, family: str | None = None) -> Recipe | None:
+    """The recipe of a LoRA file, from its header, or by its name and family where it is a known file.
+
+    family: of the model that it is for, where its tensors do not tell.
+    """
+    return recipe_for_file(str(header.path), header.metadata, header.family or family)
 
 
 def facts(header: LoraHeader) -> dict[str, Any]:
@@ -64,7 +68,8 @@ def sentences(values: dict[str, Any]) -> list[str]:
     modules = f"{values['modules']} module{'s' * (values['modules'] != 1)}"
     if set(values["kinds"]) != {"LoRA"}:
         modules += f" ({', '.join(f'{n} {kind}' for kind, n in values['kinds'].items())})"
-    lines = [f"{family_title(values['family'])} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
+    title = base_title(values["family"], values["metadata"])
+    lines = [f"{title} {method}LoRA, {modules}, {values['bytes'] / 1e6:.1f} MB."]
     if values["recipe"]:
         lines += [values["usage"], f"Recipe from {SOURCES[values['recipe']['source']]}."]
     else:

@@ -15,7 +15,9 @@ the levels of n steps, so what was trained and what is sampled cannot differ. Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,12 +29,12 @@ from .schedule import TICKS
 class LevelPlan:
     """The levels of one run of a sampler.
 
-    ticks: from the start down to the clean end 0, one more than there are steps.
+    ticks: from the start down to the clean end 0, one more than there are steps; whole, but for a grid at given levels.
     denoise: the strength that the run really has, ticks[0] / T.
     notes: what differs from what the user set, as sentences; empty when nothing does.
     """
 
-    ticks: tuple[int, ...]
+    ticks: tuple[float, ...]
     denoise: float
     notes: tuple[str, ...] = ()
 
@@ -49,8 +51,10 @@ class PhaseGrid:
     s_m, m in 0..M, is point floor(m * N / M); with `from_noise` the rounding is counted from the noisy end
     instead, which is how LCM's and the published SD3 scheduler count. With 40 points the edges of 1, 2, 4 and
     8 phases are exact. distilled: whether the model lands on the edges; a plain one goes from level to level.
+    at: the ticks of the edges above the clean end, from noisy to clean, where they are given one by one; they need not
+    be points, nor whole, and the noisiest may be below T.
     Raises ValueError when the points do not divide T (the grid would miss the noisy
-    end) or are fewer than the phases.
+    end) or are fewer than the phases, and for given edges that do not fall from T at most to above 0, a phase each.
     """
 
     points: int = 40
@@ -58,6 +62,7 @@ class PhaseGrid:
     from_noise: bool = False
     ticks: int = TICKS
     distilled: bool = True
+    at: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.points < 1 or self.ticks % self.points:
@@ -69,10 +74,17 @@ class PhaseGrid:
             )
         if not 1 <= self.phases <= self.points:
             raise ValueError(f"phases must be between 1 and points = {self.points}; got {self.phases}.")
+        if self.at is not None and (len(self.at) != self.phases or not falls(self.at, self.ticks)):
+            raise ValueError(
+                f"the levels {', '.join(f'{tick:g}' for tick in self.at) or '(none)'} are no edges of {self.phases} "
+                f"phases: they have to be as many, and to fall from {self.ticks} at most to above 0."
+            )
 
     @property
-    def edges(self) -> tuple[int, ...]:
-        """The edges s_0 = 0 to s_M = T, as M + 1 ticks."""
+    def edges(self) -> tuple[float, ...]:
+        """The edges s_0 = 0 to s_M, as M + 1 ticks; s_M is T, unless they are given (`at`)."""
+        if self.at is not None:
+            return (0, *reversed(self.at))
         return tuple(self._cut(m, self.phases) for m in range(self.phases + 1))
 
     @property
@@ -125,7 +137,7 @@ class PhaseGrid:
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise must be above 0 and at most 1; got {denoise}.")
 
-        if self.phases == 1 and self.distilled:
+        if self.phases == 1 and self.distilled and self.at is None:
             return self._one_phase(steps, denoise)
         levels = self._levels(steps)
         entries = levels[1:] if self.phases == 1 else [tick for tick in levels[1:] if tick in self.edges]
@@ -133,7 +145,8 @@ class PhaseGrid:
         ticks = tuple(reversed(levels[: levels.index(start) + 1]))
 
         strength = start / self.ticks
-        if abs(strength - denoise) <= 1e-6:
+        is_all = denoise == 1 and start == levels[-1]  # given levels may begin below pure noise
+        if is_all or abs(strength - denoise) <= 1e-6:
             return LevelPlan(ticks, strength)
         kind = "level" if self.phases == 1 else "phase edge"
         note = f"denoise {denoise:g} starts at the nearest {kind}, which is {strength:g}: "
@@ -153,32 +166,41 @@ class PhaseGrid:
             notes.append(f"{count_steps(taken)} of {steps}: there are no more levels below denoise {strength:g}.")
         return LevelPlan(ticks, strength, tuple(notes))
 
-    def _levels(self, steps: int) -> list[int]:
+    def _levels(self, steps: int) -> list[float]:
         """Ticks of so many steps all the way, from the clean end 0 up to T."""
         if steps < self.phases:
             # Rounding up leaves the noisy phases whole. An error of eps moves the point that a jump lands on
             # by sigma_s - alpha_s sigma_t / alpha_t, which is least near the clean end (SD1.5: 6.9 from tick
             # 1000 to 500, 1.6 from 500 to 0), so there a jump across two phases costs least.
             return [self.edges[-(-i * self.phases // steps)] for i in range(steps + 1)]
-        if self.phases == 1:
+        if self.phases == 1 and self.at is None:
             return [self._cut(i, steps) for i in range(steps + 1)]
         return self._subdivided(steps)
 
-    def _subdivided(self, steps: int) -> list[int]:
+    def _subdivided(self, steps: int) -> list[float]:
         """Levels for more steps than phases, from clean to noisy, every edge among them."""
         parts_each, left_over = divmod(steps, self.phases)
         edges = self.edges
 
         # The steps left over go to the noisiest phases, of those wide enough to be cut once more.
-        divisible = [m for m in range(self.phases) if edges[m + 1] - edges[m] > parts_each]
+        divisible = [m for m in range(self.phases) if self.at is not None or edges[m + 1] - edges[m] > parts_each]
         divided_more = divisible[len(divisible) - left_over :]
 
         levels = [0]
         for m in range(self.phases):
             low, high = edges[m], edges[m + 1]
             parts = parts_each + (m in divided_more)
-            levels += [low + (high - low) * i // parts for i in range(1, parts + 1)]
+            levels += [low + self._part(high - low, i, parts) for i in range(1, parts)] + [high]
         return levels
+
+    def _part(self, width: float, i: int, parts: int) -> float:
+        """The first i of so many even parts of a width in ticks, in whole ticks unless the edges are given."""
+        return width * i // parts if self.at is None else width * i / parts
+
+
+def falls(levels: Sequence[float], most: float) -> bool:
+    """Whether levels fall from one to the next, from `most` at most to above 0."""
+    return bool(levels) and most >= levels[0] and levels[-1] > 0 and all(a > b for a, b in pairwise(levels))
 
 
 def count_steps(steps: int) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
+from .families import family_problem, family_title
+from .field_kinds import Numbers, Pairs, frozen, wrong_kind
+from .given_levels import level_problems, mu_at, ticks_of
 from .phases import PhaseGrid, count_steps
 from .schedule import PREDICTIONS, TICKS, FlowSchedule, Schedule, VPSchedule
 
 HEADER_KEY = "pcm.recipe"
-FAMILIES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
+VERSION = 2  # of the header: those who know an earlier one alone would sample at other levels
+SINCE_2 = ("timesteps", "sigmas", "mu_by_size", "boundary", "expert", "embedded_guidance")
 MODES = ("deterministic", "stochastic")
+EXPERTS = ("", "high", "low")
 GUIDANCE_MODES = ("smallcfg", "normalcfg")
 # phases of a normalcfg LoRA -> CFG (best, low, high), after the model card of wangfuyun/PCM_Weights
 NORMALCFG = {4: (3.0, 2.5, 3.5), 8: (4.5, 3.0, 6.0), 16: (5.0, 2.0, 9.0)}
@@ -23,6 +29,9 @@ METHODS = {
     "turbo": "Turbo",
     "ufogen": "UFOGen",
     "progressive": "progressive distillation",
+    "distilled": "distilled",
+    "schnell": "schnell",
+    "klein": "klein",
     "dscd": "dsCD",
     "unknown": "LoRA",
 }
@@ -44,11 +53,7 @@ SOFTWARE = {
 }
 DISTILLED_POINTS = 50  # of the DDIM grid that LCM and TCD are trained and sampled on
 MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plainer
-# a field's annotation -> what it may be; a bool is no number
-KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
-KINDS |= {"float | None": (int, float, type(None))}
-GREATEST = 1e6  # a number in a recipe is less
-LONGEST = 1000  # characters of a text in a recipe
+SAME_SHIFT = 0.005  # share by which two shifts may differ: mu 1.1 is 3.004
 SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm_uniform's by 1, at shift 3 by up to 3
 
 
@@ -56,7 +61,7 @@ SLACK = 3  # ticks of 1000 by which a scheduler's rounding moves its levels: sgm
 class Recipe:
     """The facts of a LoRA that sampling needs: how it was trained, and how it is sampled best.
 
-    family: base model family, a key of `FAMILIES`.
+    family: base model family, a key of `families.FAMILIES`, or any other for a flow model.
     objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
         another; "unknown" where the settings are the user's.
     mode: "deterministic" (phase jumps, a step for each phase) or "stochastic"
@@ -68,7 +73,15 @@ class Recipe:
     steps: recommended number of steps.
     prediction: what the base predicts: "epsilon", "v_prediction" or "flow".
     zero_terminal_snr: whether the base's schedule ends in pure noise.
-    shift: flow time shift; None for VP.
+    shift: flow time shift; None for VP. Where it is given as mu, this is exp(mu).
+    mu_by_size: mu by the size of the picture: pairs of (positions of 16 x 16 pixels, mu) on a broken line, whose
+        outermost pieces go on beyond its ends; `shift` is then that of the usual size (`at_size`).
+    timesteps, sigmas: the levels to sample at where they are given one by one, from noisy to clean without the clean
+        end: as the network's time before any shift, or as noise levels in the host's convention after it. At most
+        one of them; each level is a phase, and `phases` is how many there are.
+    boundary: of two experts, the noise level at and above which the high-noise one is in charge (Wan 2.2).
+    expert: which of them the LoRA is for, "high" or "low"; "" for models of one network.
+    embedded_guidance: the guidance that the network takes as an input (FluxGuidance in ComfyUI); None for others.
     min_alpha: eps-prediction's divisor is at least this, for one-phase models (arXiv 2405.18407, Eq. 39); 0
         leaves it alpha.
     guidance_mode: "smallcfg" (guidance distilled in) or "normalcfg" (CFG and negative prompts work as usual).
@@ -100,33 +113,44 @@ class Recipe:
     strength: float = 1.0
     sampling_points: int | None = None
     sampling_from_noise: bool = False
+    timesteps: Numbers | None = None
+    sigmas: Numbers | None = None
+    mu_by_size: Pairs | None = None
+    boundary: float | None = None
+    expert: str = ""
+    embedded_guidance: float | None = None
     base_name: str = ""
     base_hash: str = ""
     source: str = "settings"
 
     def __post_init__(self):
+        for name in ("timesteps", "sigmas", "mu_by_size"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         # Types first: the comparisons of `_problems` need them to be right.
-        kinds = (_wrong_kind(f.name, getattr(self, f.name), f.type) for f in fields(self))
+        kinds = (wrong_kind(f.name, getattr(self, f.name), f.type) for f in fields(self))
         if wrong_kinds := [clause for clause in kinds if clause]:
             raise ValueError("Not a usable recipe: " + "; ".join(wrong_kinds) + ".")
+        if self.levels_given:
+            object.__setattr__(self, "phases", len(self.levels_given))
         if problems := self._problems():
             raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
 
         # Defaults that hang on other fields. A header may hold null for them, as a caller may None.
         if self.steps is None:
-            object.__setattr__(self, "steps", self.phases if self.mode == "deterministic" else 4)
+            object.__setattr__(self, "steps", self.phases if self.has_own_steps else 4)
         if self.gamma is None:
             object.__setattr__(self, "gamma", 0.0 if self.mode == "deterministic" else 1.0)
 
     def _problems(self) -> list[str]:
         """Faults in the values of the fields, each as a clause of an error's sentence."""
-        problems = [
-            f"{name} is {value!r}; available: {', '.join(allowed)}"
+        problems = [clause] if (clause := family_problem(self.family, self.prediction)) else []
+        problems += [
+            f"{name} is {value!r}; available: {', '.join(filter(None, allowed))}"
             for name, value, allowed in (
-                ("family", self.family, FAMILIES),
                 ("mode", self.mode, MODES),
                 ("prediction", self.prediction, PREDICTIONS),
                 ("guidance_mode", self.guidance_mode, GUIDANCE_MODES),
+                ("expert", self.expert, EXPERTS),
             )
             if value not in allowed
         ]
@@ -157,17 +181,38 @@ class Recipe:
             most = self.sampling_points or self.points
             problems.append(f"steps is {self.steps}; at least 1, and at most {most}, the number of points")
 
-        # The grids and the schedule know what they can be: each is made once, for its own sentence.
-        parts = (self.grid, lambda: self.grid(trained=True), lambda: self.shift is None or FlowSchedule(self.shift))
-        for make_part in parts:
+        # The schedule and the grids know what they can be: each is made once, for its own sentence.
+        wrong_levels = level_problems(self)
+        problems += wrong_levels
+        grids = () if wrong_levels else (self.grid, lambda: self.grid(trained=True))
+        for make_part in (lambda: self.shift is None or FlowSchedule(self.shift), *grids):
             try:
                 make_part()
             except ValueError as error:
                 problems.append(str(error).rstrip("."))
         return problems
 
+    @property
+    def levels_given(self) -> Numbers | None:
+        """The levels that are given one by one, in whichever way."""
+        return self.timesteps or self.sigmas
+
+    @property
+    def has_own_steps(self) -> bool:
+        """Whether it was made for one number of steps, that of its phases."""
+        return self.mode == "deterministic" or bool(self.levels_given)
+
+    def at_size(self, width: int, height: int) -> Recipe:
+        """The recipe with the shift for pictures of this size in pixels, where it hangs on that."""
+        if self.mu_by_size is None:
+            return self
+        positions = (width // 16) * (height // 16)
+        return replace(self, shift=math.exp(mu_at(positions, self.mu_by_size)), mu_by_size=None)
+
     def grid(self, trained: bool = False) -> PhaseGrid:
         """The levels to sample at; with `trained`, the edges of training even where the authors sample elsewhere."""
+        if self.levels_given:
+            return PhaseGrid(self.points, self.phases, at=ticks_of(self))
         if trained or self.sampling_points is None:
             return PhaseGrid(self.points, self.phases)
         return PhaseGrid(self.sampling_points, self.phases, from_noise=self.sampling_from_noise)
@@ -199,12 +244,9 @@ class Recipe:
         family, shift: of the model that is to be sampled, where they are known.
         """
         warnings = []
-        if family is not None and family != self.family:
-            warnings.append(
-                f"This LoRA is for {FAMILIES[self.family]}, the model is {FAMILIES.get(family, family)}: "
-                "load a matching one."
-            )
-        if shift is not None and self.shift is not None and shift != self.shift:
+        if sentence := self.family_warning(family):
+            warnings.append(sentence)
+        if shift is not None and self.shift is not None and not same_shift(shift, self.shift):
             warnings.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
         warnings += self.step_warnings(steps)
         if guidance > self.guidance_max:
@@ -216,9 +258,17 @@ class Recipe:
             warnings.append(f"CFG {guidance:g} is below {self.guidance_min:g}{unused}: set CFG to {self.guidance:g}.")
         return warnings
 
+    def family_warning(self, family: str | None) -> str | None:
+        """The sentence for a model of another family; None for the right one, or one that is not known."""
+        if family in (None, self.family):
+            return None
+        return (
+            f"This LoRA is for {family_title(self.family)}, the model is {family_title(family)}: load a matching one."
+        )
+
     def step_warnings(self, steps: int) -> list[str]:
         """Faults of this number of steps alone, as in `warnings`."""
-        if self.mode == "deterministic" and steps != self.phases:
+        if self.has_own_steps and steps != self.phases:
             return [f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}."]
         if self.gamma == 1 and steps > MOST_FRESH:
             return [f"More than {MOST_FRESH} steps make this LoRA's pictures plainer: set steps to {self.steps}."]
@@ -245,7 +295,7 @@ class Recipe:
         grids = {self.grid(), self.grid(trained=True)}
         steps = len(ticks) - 1
         whole = is_whole(ticks)
-        counts: Sequence[int] = (self.steps,) if self.mode == "deterministic" else range(1, DISTILLED_POINTS + 1)
+        counts: Sequence[int] = (self.steps,) if self.has_own_steps else range(1, DISTILLED_POINTS + 1)
         if whole:
             counts = (steps,)
         if ticks[-1] == 0 and (self.phases == 1 or (whole and steps != self.steps)):
@@ -255,12 +305,18 @@ class Recipe:
 
     def usage_hint(self) -> str:
         """The settings in one sentence, for people and for `modelspec.usage_hint`."""
-        any_number = "" if self.mode == "deterministic" else " (any small number works)"
-        shift = "" if self.shift is None else f", shift {self.shift:g}"
+        any_number = "" if self.has_own_steps else " (any small number works)"
+        shift = "" if self.shift is None else f", shift {self.shift:.4g}"
+        if self.mu_by_size:
+            shift += " at 1024 x 1024"
+        if self.embedded_guidance is not None:
+            shift += f", FluxGuidance {self.embedded_guidance:g}"
+        if self.boundary is not None:
+            shift += f", high-noise model down to sigma {self.boundary:g}"
         return (
             f"{count_steps(self.steps)}{any_number}, CFG {self.guidance:g} ({self.guidance_min:g} to "
             f"{self.guidance_max:g}), LoRA strength {self.strength:g}{shift}; {self._software()}. "
-            f"{FAMILIES[self.family]} only."
+            f"{family_title(self.family)} only."
         )
 
     def _software(self) -> str:
@@ -283,26 +339,35 @@ class Recipe:
             host = host if fits else ""
         if self.zero_terminal_snr:
             scheduler += " (rescale_betas_zero_snr)"
-        if flow:  # left to itself, diffusers takes other levels
-            scheduler += f" at sigmas=[{', '.join(f'{tick / TICKS:g}' for tick in ticks)}]"
+        if self.sigmas and flow:
+            scheduler += f" with shift 1 at sigmas=[{', '.join(f'{sigma:.5g}' for sigma in self.sigmas)}]"
+        elif flow:  # left to itself, diffusers takes other levels
+            scheduler += f" at sigmas=[{', '.join(f'{tick / TICKS:.5g}' for tick in ticks)}]"
         elif self.gamma and not self.distilled:
-            scheduler += f" at timesteps=[{', '.join(str(tick - 1) for tick in ticks)}]"
+            scheduler += f" at timesteps=[{', '.join(f'{tick - 1:g}' for tick in ticks)}]"
         elif self.gamma == 1:
             host += " after ModelSamplingDiscrete (lcm)"
         host = host and f"ComfyUI sampler and scheduler {host}, "
         return f"{host}diffusers {scheduler}, or the PCM nodes"
 
     def to_header(self) -> str:
-        """JSON for the `pcm.recipe` header key."""
+        """JSON for the `pcm.recipe` header key, of the earliest version whose readers sample it right."""
         values = asdict(self)
         del values["source"]
-        return json.dumps({"version": 1, **values})
+        new = {name: values.pop(name) for name in SINCE_2}
+        used = {f.name for f in fields(self) if f.name in new and new[f.name] != f.default}
+        return json.dumps({"version": VERSION, **values, **new} if used else {"version": 1, **values})
 
     @classmethod
     def from_header(cls, text: str) -> Recipe:
-        """Read a `pcm.recipe` header. Fields of later versions are ignored; raises ValueError if it cannot be read."""
+        """Read a `pcm.recipe` header of any version. Unknown fields are ignored.
+
+        Raises ValueError if it cannot be read, or is of a version whose fields must not be ignored.
+        """
         try:
             values = json.loads(text)
+            if (version := values.get("version", 1)) > VERSION:
+                raise ValueError(f"its version is {version}, this pack reads up to {VERSION}: update the pack")
             known = {f.name for f in fields(cls)} - {"source"}
             return cls(**{k: v for k, v in values.items() if k in known}, source="header")
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -312,15 +377,9 @@ class Recipe:
             ) from error
 
 
-def _wrong_kind(name: str, value: object, kind: str) -> str | None:
-    """The fault in a field's value by its type, as a clause, or None; JSON has other types, and NaN."""
-    if not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "bool"):
-        return f"{name} is {value!r:.60}; expected {kind.replace(' | ', ' or ')}"
-    if kind.startswith("float") and value is not None and abs(value) >= GREATEST:
-        return f"{name} is {value!r:.60}; expected a number of less than {GREATEST:g}"
-    if kind == "str" and len(value) > LONGEST:
-        return f"{name} has {len(value)} characters; expected at most {LONGEST}"
-    return None
+def same_shift(a: float, b: float) -> bool:
+    """Whether two flow shifts are one for a sampler, but for their rounding."""
+    return math.isclose(a, b, rel_tol=SAME_SHIFT)
 
 
 def is_whole(ticks: Sequence[float]) -> bool:

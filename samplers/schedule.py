@@ -244,7 +244,12 @@ def _holds_on_cpu(condition: Tensor) -> bool:
 def _columns(coefficient: Tensor, like: Tensor) -> Tensor:
     """A coefficient () or (B,), in fp32, shaped to multiply `like` (B, ...) sample by sample, on its device."""
     c = coefficient.to(like.device, torch.float32)
-    return c.view(-1, *(1,) * (like.ndim - 1)) if c.ndim else c
+    return rows(c, like) if c.ndim else c
+
+
+def rows(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B,), shaped to be broadcast over `like` (B, ...) sample by sample: (B, 1, 1, 1) for pictures."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 def jump(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

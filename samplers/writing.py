@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .families import family_title
 from .lora_alphas import PEFT_KEY
-from .lora_file import family_title, header_text, read_header
+from .lora_file import header_text, read_header
 from .lora_modules import DTYPES
 from .recipe import HEADER_KEY, Recipe
 

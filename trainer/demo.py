@@ -31,6 +31,7 @@ from .lora.install import installed
 from .pictures import draw_grid, save_image
 from .reporting.progress import progress_on_stderr
 from .system.files import write_text
+from .system.machine import best_device
 from .training.loop import train
 
 NOISE = 1234  # the seed of the report's
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(config: Config, out: Path, number: int) -> dict[str, Any]:
     """Write grid.png and return the report of out/lora.safetensors on `number` held-out prompts."""
-    base = load_base(config.base.path)
+    base = load_base(config.base.path, device=best_device())
     gauge = Gauge.on_held_out(base, number, NOISE, REFERENCE)
     samples = {REFERENCE: gauge.floor}
     with installed(out / "lora.safetensors", base) as recipe:

@@ -110,17 +110,18 @@ def _without_texts(file: Path | BytesIO) -> Path | BytesIO:
 class Pictures(NamedTuple):
     """Pictures of one size, from files.
 
-    files: where they came from. pixels: (B, 3, H, W) in [0, 1], with a fourth channel where any has
+    files: where they came from, or Pillow's own. pixels: (B, 3, H, W) in [0, 1], with a fourth channel where any has
     transparency. profiles: the ICC profile of each, or None.
     """
 
-    files: list[Path]
+    files: list[Path | Image.Image]
     pixels: Tensor
     profiles: list[bytes | None]
 
 
-def read_pictures(files: list[Path]) -> Pictures:
-    """Read picture files of one size, turned as their EXIF orientation says; an animated one's first frame.
+def read_pictures(files: Sequence[Path | Image.Image]) -> Pictures:
+    """Read picture files, or take Pillow's pictures, of one size, turned as their EXIF orientation says; an animated
+    one's first frame.
 
     Raises FileNotFoundError for a missing one and ValueError for one that cannot be read, and for several sizes.
     """
@@ -135,14 +136,14 @@ def read_pictures(files: list[Path]) -> Pictures:
     return Pictures(list(files), pixels, profiles)
 
 
-def read_masks(files: list[Path]) -> Tensor:
+def read_masks(files: Sequence[Path | Image.Image]) -> Tensor:
     """(B, 1, H, W) how light these pictures are, in [0, 1]; transparent parts are dark. Raises as `read_pictures`."""
     pixels = read_pictures(files).pixels
     opacity = pixels[:, 3:] if pixels.shape[1] == 4 else 1.0
     return pixels[:, :3].mean(1, keepdim=True) * opacity
 
 
-def with_mask(pictures: Pictures, masks: list[Path] | None) -> tuple[Tensor, Tensor]:
+def with_mask(pictures: Pictures, masks: Sequence[Path | Image.Image] | None) -> tuple[Tensor, Tensor]:
     """(pixels, mask (B, 1, H, W)) to inpaint: by mask files, or opaque pixels where these are transparent.
 
     Raises ValueError for pictures without transparent parts and without masks.
@@ -198,8 +199,10 @@ def sheet(frames: Tensor) -> Tensor:
     return torch.cat([torch.cat([*row], -1) for row in rows], -2)[None]
 
 
-def _opened(file: Path) -> Image.Image:
-    """A picture file, upright. Raises as `read_pictures`."""
+def _opened(file: Path | Image.Image) -> Image.Image:
+    """A picture, upright. Raises as `read_pictures`."""
+    if isinstance(file, Image.Image):
+        return ImageOps.exif_transpose(file)
     if not file.is_file():
         raise FileNotFoundError(f"No file at {file}.")
     try:
@@ -213,7 +216,7 @@ def _is_transparent(image: Image.Image) -> bool:
     return "transparency" in image.info or image.getbands()[-1] in ("A", "a")
 
 
-def _pixels(image: Image.Image, file: Path, alpha: bool) -> Tensor:
+def _pixels(image: Image.Image, file: Path | Image.Image, alpha: bool) -> Tensor:
     """(3, or with `alpha` 4, H, W) in [0, 1]; grey of 16 bits keeps them all."""
     if image.mode.startswith("I"):
         grey = torch.from_numpy(np.asarray(image).astype(np.float32))[None] / 65535

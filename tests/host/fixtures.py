@@ -14,6 +14,7 @@ from host.server import hosts, start
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The small files, made once: their folder, and the LoRAs in them as tensors by module."""
+    from host.dits import write_dit_loras
     from host.lora_kinds import write_kinds
     from host.stand_ins import add_stand_ins
     from host.tiny import make_checkpoint, make_controlnet, make_loras
@@ -35,6 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         sd3_loras=make_sd3(*places),
     )
     write_kinds(folder / "loras", unet)
+    write_dit_loras(folder / "loras")
     add_stand_ins(folder)
     return models
 

@@ -19,15 +19,33 @@ STAND_INS = {
     },
     "controlnet": {"control_v11p_sd15_canny_fp16": "tiny"},
 }
+# Files of transformers, which are never read: `make_small` puts a small one in their place, of this kind.
+NETWORKS = {
+    "flux1-dev": "flux",
+    "qwen_image_fp8_e4m3fn": "qwen",
+    "z_image_turbo_bf16": "zimage",
+    "wan2.2_t2v_high_noise_14B_fp8_scaled": "wan",
+    "wan2.2_t2v_low_noise_14B_fp8_scaled": "wan",
+}
+UNREAD = {
+    "diffusion_models": tuple(NETWORKS),
+    "text_encoders": (
+        *("clip_l", "t5xxl_fp8_e4m3fn_scaled", "qwen_2.5_vl_7b_fp8_scaled", "qwen_3_4b"),
+        "umt5_xxl_fp8_e4m3fn_scaled",
+    ),
+    "vae": ("ae", "qwen_image_vae", "wan_2.1_vae"),
+}
 # The stand-ins have no text encoders; what takes their place is this wide.
 TEXT_WIDTHS = {
     "v1-5-pruned-emaonly-fp16": {"width": 768, "pooled": 768},
     "sd_xl_base_1.0": {"width": 2048, "pooled": 1280},
     "sd3_medium_incl_clips_t5xxlfp8": {"width": 4096, "pooled": 2048},
 }
+DIT_WIDTHS = {"width": 32, "pooled": 24}  # of the text of the small transformers
 SMALL = {  # so that they take seconds
     "EmptyLatentImage": {"width": 64, "height": 64},
     "EmptySD3LatentImage": {"width": 64, "height": 64},
+    "EmptyHunyuanLatentVideo": {"width": 64, "height": 64, "length": 5},
     "ImageScale": {"width": 64},
     "KSampler": {"steps": 2},
     "PCMOutpaint": {"left": 16, "right": 16},
@@ -40,13 +58,25 @@ def add_stand_ins(models: Path) -> None:
     for kind, names in STAND_INS.items():
         for name, file in names.items():
             (models / kind / f"{name}.safetensors").symlink_to(f"{file}.safetensors")
+    for kind, names in UNREAD.items():
+        (models / kind).mkdir(exist_ok=True)
+        for name in names:
+            (models / kind / f"{name}.safetensors").symlink_to(models / "loras" / "unnamed.safetensors")
 
 
 def make_small(graph: dict[str, Any]) -> None:
-    """Give a graph small sizes, and random text conditioning for its prompts: the stand-ins have no text encoders."""
-    checkpoint = next(node["inputs"]["ckpt_name"] for node in graph.values() if "ckpt_name" in node["inputs"])
+    """Give a graph small sizes, small transformers, and random text conditioning for its prompts: the stand-ins have no
+    text encoders."""
+    checkpoints = [node["inputs"]["ckpt_name"] for node in graph.values() if "ckpt_name" in node["inputs"]]
     for i, node in graph.items():
-        if node["class_type"] == "CLIPTextEncode":
-            widths = TEXT_WIDTHS[checkpoint.removesuffix(".safetensors")]
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "CLIPTextEncode":
+            widths = TEXT_WIDTHS[checkpoints[0].removesuffix(".safetensors")] if checkpoints else DIT_WIDTHS
             node |= {"class_type": "TestConditioning", "inputs": {"seed": int(i), **widths}}
-        node["inputs"] |= SMALL.get(node["class_type"], {})
+        elif kind == "UNETLoader":
+            name = inputs["unet_name"]
+            small = {"architecture": NETWORKS[name.removesuffix(".safetensors")], "seed": int(i), "unet_name": name}
+            node |= {"class_type": "TestTransformer", "inputs": small}
+        elif kind == "VAELoader":
+            node |= {"class_type": "TestAutoencoder", "inputs": {"ckpt_name": "sd3.safetensors"}}
+        node["inputs"] |= SMALL.get(kind, {})

@@ -211,6 +211,16 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             lambda: core_loader("after", by_core=True),
         ),
         Shown(
+            "CFG above 1 for a LoRA whose guidance is distilled in, such as FLUX's",
+            "CFG 1, and FluxGuidance for the rest: Sample PCM and Load PCM LoRA say so",
+            "test_family_mistakes.py::test_true_cfg_on_distilled_guidance",
+        ),
+        Shown(
+            "FluxGuidance missing, far off, or there twice",
+            "one FluxGuidance, with the number that Sample PCM says",
+            "test_family_mistakes.py::test_guidance_of_the_network",
+        ),
+        Shown(
             "another one by rgthree's, Efficiency's or Lora-Manager's loaders, by a stacker, or in a prompt's words",
             "one of them: Load PCM LoRA and Sample PCM say which",
             "test_loader.py::test_a_few_step_lora_of_another_packs_loader_is_told",
@@ -441,6 +451,16 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "the LoRA's own sigmas are not the scheduler's",
             "PCM Scheduler, or Sample PCM",
             "test_flow.py::test_sigmas_follow_the_recipes_shift",
+        ),
+        Shown(
+            "one of Wan 2.2's experts is missing, or the two are swapped",
+            "both, each with its own LoRA: Sample PCM says which is where",
+            "test_families.py::test_two_experts_are_cores_two_samplers",
+        ),
+        Shown(
+            "FLUX.2 Turbo's numbers taken for noise levels",
+            "Sample PCM: they are shifted by the size of the picture first",
+            "test_families.py::test_flux2_turbo_is_shifted_by_the_size_of_the_picture",
         ),
     ),
 }

@@ -18,7 +18,7 @@ from phased_consistency.trainer.tiny.comfy import write_files
 
 TITLE = 30  # pixels that a node's title takes above it
 FOUR = "4 steps, CFG 1 (1 to 2), deterministic."
-WHOLE = "4 steps at CFG 1, deterministic."
+WHOLE, EIGHT = (f"{steps} steps at CFG 1, deterministic." for steps in (4, 8))
 ONLY = "Only for the checkpoint pcm_demo_emoji."
 SAID = {  # all that the nodes after Load PCM LoRA say, in their order: a warning would be more
     "00_demo": f"{ONLY}\nEmpty: no prompt, as for a negative.\n{ONLY}\n{WHOLE}",
@@ -40,10 +40,19 @@ SAID = {  # all that the nodes after Load PCM LoRA say, in their order: a warnin
     "15_cfg_schedule": "The other steps are at CFG 1, below the LoRA's 3.\n"
     "CFG 4.5 on steps 1 to 4 of 8, else 1: 12 evaluations; with CFG on all 16, with none 8.\n"
     "8 steps at CFG 4.5 on steps 1 to 4 of 8, else 1, deterministic.",
+    "16_flux_turbo": EIGHT,
+    "17_qwen_image_lightning": WHOLE,
+    "18_z_image_turbo": EIGHT,
+    "19_wan22_two_experts": "4 steps, CFG 1 \\(1 to 1\\), deterministic.\n(.+\n)+"
+    f"2 steps by the high-noise model, 2 by the low-noise one.\n{WHOLE}",
 }
 LOADED = {  # what Load PCM LoRA says first
     "03_text_to_image_sd3": "4 steps, CFG 1.2 (1 to 2), deterministic.",
     "15_cfg_schedule": "8 steps, CFG 4.5 (3 to 6), deterministic.",
+    "16_flux_turbo": "8 steps, CFG 1 (1 to 1), deterministic.",
+    "17_qwen_image_lightning": "4 steps, CFG 1 (1 to 1), deterministic.",
+    "18_z_image_turbo": "8 steps, CFG 1 (1 to 1), deterministic.",
+    "19_wan22_two_experts": "4 steps, CFG 1 (1 to 1), deterministic.",
 }
 SIZES = {  # of what comes out, where it is not that of what goes in; None: as the labels are
     "00_demo": (512, 512),

@@ -37,9 +37,15 @@ class Node:
 
     def __init__(self, kind: str, height: int, title: str = "", /, **inputs: Any):
         self.kind, self.height, self.title, self.inputs = kind, height, title, inputs
+        self.models: tuple[dict[str, str], ...] = ()
 
     def __getitem__(self, slot: int) -> Out:
         return Out(self, slot)
+
+    def of(self, *models: dict[str, str]) -> Node:
+        """The node, which tells where its files are: name, url and directory of each."""
+        self.models = models
+        return self
 
 
 class Column:
@@ -139,6 +145,8 @@ def _saved(node: Node, i: int, place: tuple[int, int, int], kind: dict[str, Any]
     properties = {"Node name for S&R": node.kind, "cnr_id": "comfy-core"}
     if node.kind.startswith("PCM"):
         properties |= {"cnr_id": "phased-consistency", "ver": VERSION}
+    if node.models:
+        properties["models"] = list(node.models)
     return {
         "id": i,
         "type": node.kind,

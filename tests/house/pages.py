@@ -20,7 +20,7 @@ from typing import Any
 import typer
 
 from phased_consistency.samplers import Recipe, recipe_for_file
-from phased_consistency.samplers.recipe import FAMILIES
+from phased_consistency.samplers.families import family_title
 from phased_consistency.trainer.cli.main import app
 from phased_consistency.trainer.config.config import MAY_CHANGE
 from phased_consistency.trainer.config.load import flat, load_config
@@ -111,7 +111,7 @@ def settings_table() -> str:
         recipes = [recipe_for_file(f"{name}.safetensors", {}) for name in names]
         cells = [
             (
-                FAMILIES[recipe.family],
+                family_title(recipe.family),
                 f"{recipe.steps}" if recipe.mode == "deterministic" else f"{recipe.steps} (any)",
                 f"{recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})",
                 "yes" if recipe.negative_prompts else "no",

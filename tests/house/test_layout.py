@@ -23,7 +23,7 @@ TRAINING = {"accelerate", "diffusers", "peft", "transformers"}
 # The rooms of trainer/, from the top down: a room imports from rooms on lower floors only (docs/architecture.md).
 FLOORS = (
     ("__main__",),
-    ("cli",),
+    ("api", "cli"),
     ("bench", "demo", "studies"),
     ("training",),
     ("reporting",),

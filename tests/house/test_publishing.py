@@ -72,7 +72,16 @@ def test_what_the_nodes_and_the_trainer_need_is_packed(root, packed):
     files = {str(path.relative_to(root)) for path in needed if path.is_file() and "__pycache__" not in path.parts}
     shown_by_the_registry = {"nodes/web/icon.png", "nodes/web/banner.png"}
     not_for_comfyui = {file for file in files if file.startswith(("trainer/tiny/sd15/", "trainer/tiny/sdxl/"))}
-    others = {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "BENCHMARKS.md", "CHANGELOG.md", "Makefile"}
+    others = {
+        "__init__.py",
+        "py.typed",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "BENCHMARKS.md",
+        "CHANGELOG.md",
+        "Makefile",
+    }
     pages = {str(path.relative_to(root)) for path in (root / "docs").rglob("*") if path.is_file()}
     assert packed == files - shown_by_the_registry - not_for_comfyui | others | pages
 

@@ -19,6 +19,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665f7f1\nsize 34
         (b"<?xml version='1.0'?><Error><Code>AccessDenied", rf"is XML, .*{AGAIN}"),
         (b'{"error": "Unauthorized", "message": "log in"}', rf"is JSON, .*{AGAIN}"),
         (b"{}", rf"is JSON, .*{AGAIN}"),
+        (b'[\n {"error": 1}]', rf"is JSON, .*{AGAIN}"),
+        (b"[base]\npath = 1\n", rf"is a text that begins .*{AGAIN}"),
         (b"Entry not found, try later", rf"is a text that begins 'Entry not found, try later'.*{AGAIN}"),
         (b"GGUF\x03\0\0\0\1\2\3", r"is a GGUF file, whose weights are quantised, .*in 16 bits\.$"),
         (b"PK\x03\x04\0\0\0\0archive/data.pkl", r"is a zip archive or a file of torch\.save, .*: convert it\.$"),

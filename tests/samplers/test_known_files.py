@@ -225,7 +225,7 @@ def test_a_known_file_is_known_in_any_folder(folder):
         *("Hyper-SDXL-3steps-lora", "Hyper-SDXL-12steps-lora", "Hyper-SD21-8steps-lora"),
         *("sdxl_lightning_1step_x0", "sdxl_lightning_16step_lora", "Hyper-SD15-4steps-CFG-lora"),
         # other models' files of the same methods, and files of no family
-        *("Hyper-FLUX.1-dev-8steps-lora", "Qwen-Image-Lightning-4steps-V1.0", "Wan2.2-Lightning_T2V-4steps-lora"),
+        *("Hyper-FLUX.1-dev-4steps-lora", "Qwen-Image-Lightning-3steps-V1.0", "Wan2.2-Lightning_T2V-4steps-lora"),
         *("lcm_lora", "tcd", "lightning_4step_lora", "pytorch_lora_weights"),
         # styles and the like with a method's name in theirs
         *(f"sdxl_{method}_style_watercolor" for method in ("lcm", "tcd", "turbo")),
@@ -378,7 +378,7 @@ def test_what_tells_that_a_checkpoint_is_made_for_few_steps():
     assert few_step_source("mine.safetensors", {HEADER_KEY: "unreadable"}, "sd15") == "header"
     assert few_step_source("mine.safetensors", {"modelspec.title": "sd_xl_turbo_1.0"}, "sdxl") == "known title"
     assert few_step_source("dmd2_sdxl_4step_unet.safetensors", {}, "sdxl") == "known file"
-    for name, family in (("sd_turbo", "sd2"), ("sd3.5_large_turbo", "sd3")):
+    for name, family in (("sd_turbo", "sd2"), ("sd3.5_medium_turbo", "sd3")):
         assert few_step_source(f"{name}.safetensors", {}, family) == "method in a name", "though no recipe is known"
     assert few_step_source("lightningMix_sd15.safetensors", {}, "sd15") is None, "there is none for SD1.5"
 

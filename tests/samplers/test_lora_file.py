@@ -13,7 +13,8 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from phased_consistency.samplers import Recipe
-from phased_consistency.samplers.lora_file import family_title, file_hash, read_header, tensor_hash
+from phased_consistency.samplers.families import base_title, family_title
+from phased_consistency.samplers.lora_file import file_hash, read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 
 ATTENTION = {
@@ -211,6 +212,21 @@ def test_family_by_metadata(write, metadata, family):
     assert read_header(write(lora({"mid_block.resnets.0.conv1": (8, 8)}), metadata)).family == family
 
 
+@pytest.mark.parametrize(
+    ("name", "entries", "title"),
+    [
+        ("noobaiXLNAIXL_vPred10Version.safetensors", {"ss_v_parameterization": "True"}, "SDXL (NoobAI, v-prediction)"),
+        ("Illustrious-XL-v1.0.safetensors", {}, "SDXL (Illustrious)"),
+        ("ponyDiffusionV6XL.safetensors", {"ss_v_parameterization": "False"}, "SDXL (Pony)"),
+        ("animagine-xl-4.0.safetensors", {}, "SDXL (Animagine)"),
+        ("sd_xl_base_1.0.safetensors", {}, "SDXL"),
+    ],
+)
+def test_sdxls_children_are_named_where_the_header_tells(name, entries, title):
+    assert base_title("sdxl", {"ss_sd_model_name": name} | entries) == title
+    assert base_title("sd15", {"ss_sd_model_name": name}) == "SD1.5"
+
+
 def test_family_titles():
     assert [family_title(f) for f in ("sd15", "sdxl", None)] == ["SD1.5", "SDXL", "an unknown family"]
 
@@ -247,7 +263,7 @@ def test_metadata_is_read(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="No file at .*only .safetensors"):
         read_header(tmp_path / "gone.safetensors")
-    with pytest.raises(FileNotFoundError, match="No file at"):
+    with pytest.raises(FileNotFoundError, match="is a folder without adapter_model.safetensors, so it is no LoRA"):
         read_header(tmp_path)
 
 

@@ -40,9 +40,16 @@ def test_header_round_trip():
         assert "source" not in json.loads(recipe.to_header())
 
 
-def test_fields_of_later_versions_are_ignored():
-    header = json.loads(Recipe(family="sd15").to_header()) | {"version": 7, "solver_of_the_future": "x", "source": "me"}
+def test_unknown_fields_are_ignored():
+    header = json.loads(Recipe(family="sd15").to_header()) | {"solver_of_the_future": "x", "source": "me"}
     assert Recipe.from_header(json.dumps(header)) == Recipe(family="sd15", source="header")
+
+
+def test_a_header_of_a_later_version_is_refused():
+    """Its version is raised only where those who do not know it would sample at other levels."""
+    header = json.loads(Recipe(family="sd15").to_header()) | {"version": 7}
+    with pytest.raises(ValueError, match=r"cannot be read \(its version is 7, .* up to 2: update the pack\)"):
+        Recipe.from_header(json.dumps(header))
 
 
 def test_headers_without_the_newer_fields_are_read():

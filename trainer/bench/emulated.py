@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +71,12 @@ def pretend() -> None:
     }
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-    torch.cuda.Event = lambda *_, **__: SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
+    stream = SimpleNamespace(record_event=lambda *_: event, wait_event=lambda _: None)
+    torch.cuda.Event = lambda *_, **__: event
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *_, **__: stream
+    torch.cuda.stream = lambda _: nullcontext()
+    torch.Tensor.record_stream = lambda *_: None
     nn.Module._apply = _apply
 
 

@@ -28,6 +28,7 @@ from ..families import Base, load_base
 from ..families.base import DTYPES
 from ..families.generate import predict
 from ..lora.adapter import Adapter
+from ..lora.merged import merge_into
 from ..objectives import Jumps
 from ..system.clock import Clock
 from ..training.adversary import BETAS, WEIGHT_DECAY, mean_of
@@ -205,8 +206,12 @@ def check_reference(config: Config) -> None:
 def _load(config: Config, device: torch.device) -> tuple[Base, Base]:
     """(teacher, student): two copies of the base, of which the teacher has the encoders."""
     low, full = DTYPES[config.base.dtype], torch.float32
-    options = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
-    load = lambda dtype: load_base(config.base.path, dtype=dtype, device=device, **options)  # noqa: E731
+
+    def load(dtype: torch.dtype) -> Base:
+        base = load_base(config.base.path, dtype=dtype, device=device, **config.base.reading())
+        merge_into(base, config.base.loras)
+        return base
+
     teacher = load(full)
     low_student = teacher.published_in_low_precision
     if low_student and not config.adversarial.weight:

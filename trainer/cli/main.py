@@ -239,6 +239,7 @@ def evaluate(
         config=base.config,
         parts=base.parts,
         t5=base.t5,
+        merged=base.base_lora or (),
         resolution=resolution,
         clip=clip,
         features=features,

@@ -82,6 +82,13 @@ ConfigsFolder = Annotated[
 PartsFolder = Annotated[
     str, place_option(help="Diffusers folder that supplies what a single file lacks.", rich_help_panel=READING)
 ]
+BaseLoras = Annotated[
+    list[str],
+    place_option(
+        help="Style LoRA merged into the base, as in training: FILE or FILE:STRENGTH. Repeat for several.",
+        rich_help_panel=READING,
+    ),
+]
 T5 = Annotated[bool, typer.Option(help="SD3 only; default: with T5 where the base has it.", rich_help_panel=READING)]
 
 
@@ -101,12 +108,14 @@ class BaseOptions:
     config: ConfigsFolder = None
     parts: PartsFolder = None
     t5: T5 = None
+    base_lora: BaseLoras = None
 
     def load(self, lora: Path | None) -> Base:
-        """The base, as `load_for_sample` reads it for this LoRA."""
+        """The base, as `load_for_sample` reads it for this LoRA, with its style LoRAs merged in."""
         from ..lora.install import load_for_sample
+        from ..lora.merged import merge_into
 
-        return load_for_sample(
+        base = load_for_sample(
             self.path,
             self.dtype,
             lora,
@@ -116,6 +125,8 @@ class BaseOptions:
             parts=self.parts,
             t5=self.t5,
         )
+        merge_into(base, self.base_lora or ())
+        return base
 
 
 @dataclass(kw_only=True)

@@ -49,6 +49,7 @@ PLACES = (
     ("base", "tokenizer"),
     ("base", "config"),
     ("base", "parts"),
+    ("base", "loras"),
     ("data", "images"),
     ("data", "shards"),
     ("data", "prompts"),
@@ -133,6 +134,20 @@ class Config(Section):
                 f"{name} is set, and the objective {self.objective.name} learns from prompts alone: no picture would "
                 f"be looked at. Leave {name} out; for its captions, write them into a text file, one a line, and name "
                 "that in data.prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stages(self):
+        if self.train.lr_schedule == "stages" and self.objective.stage_count() == 1:
+            raise ValueError(
+                f"train.lr_schedule = stages: this run of the objective {self.objective.name} is one stage. Set "
+                "train.lr_schedule=cosine, which falls over it all"
+            )
+        if self.objective.averaged_teacher() and not self.train.ema:
+            raise ValueError(
+                "objective.average_teaches is true, and there is no average: train.ema is 0. Set train.ema=0.98, or "
+                "objective.average_teaches=false"
             )
         return self
 

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ MOST_PROBLEMS = 50  # that one error lists
 LONGEST = 200  # characters of a value or a key in an error
 
 
-def load_config(file: str | None = None, overrides: list[str] = (), preset: str | None = None) -> Config:
+def load_config(
+    file: str | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), preset: str | None = None
+) -> Config:
     """Read a run's configuration from a preset, then a TOML file, then overrides, each laid over the one before.
 
-    file: path of the TOML file, which may name its preset. overrides: "section.key=value" each. preset: its
+    file: path of the TOML file, which may name its preset. overrides: "section.key=value" each, or values by
+    "section.key". preset: its
     name, which counts before the file's. Where one of them changes the objective, the settings before stay
     that the new one has too. Raises ValueError that lists every problem at once, with the nearest known key
     for each unknown one.
@@ -49,13 +52,9 @@ def load_config(file: str | None = None, overrides: list[str] = (), preset: str 
     _lay(values, document)
 
     overridden: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            words = _short(repr(item))
-            raise ValueError(f"Cannot read the override {words}: write key=value, for example train.steps=2000.")
-        _set(overridden, key.strip(), _parse_value(text.strip()))
-        _check_depth(overridden, f"The override {_short(item)}")
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides):
+        _set(overridden, key, value)
+        _check_depth(overridden, f"The override of {_short(key)}")
     _lay(values, overridden)
 
     # a missing section would be told as such; with it there, its missing keys are
@@ -84,6 +83,10 @@ def _read_toml(file: str) -> dict[str, Any]:
     if not path.is_file():
         if close := difflib.get_close_matches(Path(file).stem, list(PRESETS), n=1, cutoff=0.8):
             raise ValueError(f"No config file at {file}. For the preset of that name use --preset {close[0]}.")
+        if path.is_dir():
+            raise ValueError(f"{file} is a folder; expected a config file, settings as key=value, or --preset.")
+        if file.partition(".")[0] in Config.model_fields and path.suffix != ".toml":
+            raise ValueError(f"{file} is a setting without a value. Write {file}=VALUE, without spaces.")
         raise ValueError(
             f"No config file at {file}. Write one (pcm train --preset NAME --write-config {file}), or use --preset; "
             "`pcm presets` lists them."
@@ -126,6 +129,15 @@ def _check_depth(value: Any, where: str) -> None:
         ]
     if values:
         raise ValueError(f"{where} nests more than {DEEPEST} levels of sections and lists; settings take fewer.")
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    """The key and the value of "section.key=value"; ValueError without a "="."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        words = _short(repr(item))
+        raise ValueError(f"Cannot read the override {words}: write key=value, for example train.steps=2000.")
+    return key.strip(), _parse_value(text.strip())
 
 
 def _parse_value(text: str) -> Any:

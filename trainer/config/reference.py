@@ -100,7 +100,8 @@ def presets() -> dict[str, PresetRow]:
 
 
 def _is_section(annotation: Any) -> bool:
-    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
+    # for Python 3.10 a list[int] is a class, too
+    return get_origin(annotation) is None and inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
 
 def _cells(key: str, field: FieldInfo) -> tuple[str, str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,11 @@ from . import LARGEST_SEED
 def place(text: str) -> str:
     """A path, or the address of something, with `~` as the home folder; the shell leaves that in key=~/value.
 
-    Raises ValueError for one with a line break or the like in it, as TOML makes of backslashes.
+    Raises ValueError for an empty one, as a shell makes of an unset variable, and for one with a line break or the like
+    in it, as TOML makes of backslashes.
     """
+    if not text.strip():
+        raise ValueError("is empty: name a place, or leave the setting out; a shell's variable may not be set")
     if not text.isprintable():
         raise ValueError(
             'holds a line break, a tab or the like; in TOML a backslash between double quotes begins one ("\\n"). '
@@ -28,12 +32,43 @@ def place(text: str) -> str:
 Place = Annotated[str, AfterValidator(place)]
 
 
+def lora_and_strength(text: str) -> tuple[str, float]:
+    """The file and the strength of "style.safetensors:0.8"; without a number after the last colon the strength is 1.
+
+    Raises ValueError for a strength of 0, or one that is not finite.
+    """
+    file, colon, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:  # a path alone, which may have a colon of a drive's
+        return text, 1.0
+    if not colon:
+        return text, 1.0
+    if not strength or not math.isfinite(strength):
+        raise ValueError(f"has strength {number}; expected a number other than 0, such as {file}:0.8")
+    return file, strength
+
+
+def lora_place(text: str) -> str:
+    """A `place` with a strength or without; ValueError as `lora_and_strength`."""
+    lora_and_strength(text)
+    return place(text)
+
+
+LoraPlace = Annotated[str, AfterValidator(lora_place)]
+
+
 class BaseConfig(Section):
     """The frozen base model."""
 
     path: Place = Field(
         description="diffusers folder, single .safetensors file, hub id, a bundled tiny-sd15, tiny-sdxl, tiny-emoji, "
         "or digits: a small network with random weights, which is trained whole"
+    )
+    loras: tuple[LoraPlace, ...] = Field(
+        (),
+        description="style LoRAs that are merged into the frozen weights, with their strengths, such as "
+        '["style.safetensors:0.8"]: the teacher is the base with them',
     )
     family: Literal["sd15", "sdxl", "sd3"] | None = Field(
         None, description="model family; default: found from the base"
@@ -61,6 +96,15 @@ class BaseConfig(Section):
     quantize: Literal["int8", "fp8"] | None = Field(
         None, description="weights of the blocks' linear layers in 8 bits, by torchao; the run says what that changes"
     )
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def reading(self) -> dict[str, Any]:
+        """The options of a family's `load` and `look` that are set."""
+        return self.model_dump(exclude={"path", "loras", "dtype", "quantize"}, exclude_none=True)
 
 
 class DataConfig(Section):
@@ -159,8 +203,10 @@ class TrainConfig(Section):
     batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per update")
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update"
+    lr_schedule: Literal["constant", "cosine", "stages"] = Field(
+        "constant",
+        description="how the learning rate goes on after the warm-up; cosine: down to 0 at the last update; stages: so "
+        "in each stage of progressive distillation",
     )
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay of the LoRA")

@@ -28,7 +28,7 @@ from ..families import Base, Condition
 from ..families.generate import generate
 from ..system.files import write_tensors
 from .buckets import Buckets, buckets_for
-from .index import count_texts, is_whole, latents_name, pieces_there, texts_of, write_index
+from .index import STRANGE, count_texts, is_whole, latents_name, pieces_there, texts_of, write_index
 from .prompts import prompts_of
 from .reading import ahead, stop_or_skip
 from .sources import Source, open_source
@@ -143,7 +143,7 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
     identity: what tells the pictures from others, or the prompts of which the teacher makes latents.
     """
     data = config.data
-    content = {"format": FORMAT, "base": base.base_hash, "encoders": base.encoder_settings}
+    content = {"format": FORMAT, "base": base.weights_hash, "encoders": base.encoder_settings}
     content |= {"size": buckets or data.resolution, "data": identity}
     if data.has_pictures:
         content |= {"captions": data.captions}
@@ -177,6 +177,7 @@ class Piece:
     sizes: list[Tensor] = field(default_factory=list)
     frames: list[tuple[int, ...]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    strange_profiles: int = 0
     waiting: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     latents: dict[tuple[int, ...], list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
 
@@ -211,18 +212,24 @@ class Piece:
             order = list(shapes)
             tensors["sizes"] = torch.stack(self.sizes)
             tensors["shape"] = torch.tensor([order.index(frame) for frame in self.frames], dtype=torch.int16)
-        write_latents(path, tensors, list(shapes.values()), self.captions, self.bad)
+        write_latents(path, tensors, list(shapes.values()), self.captions, self.bad, self.strange_profiles)
 
 
 def write_latents(
-    path: Path, tensors: dict[str, Tensor], shapes: list[str], captions: list[str], skipped: list[str]
+    path: Path,
+    tensors: dict[str, Tensor],
+    shapes: list[str],
+    captions: list[str],
+    skipped: list[str],
+    strange_profiles: int = 0,
 ) -> None:
     """Write one file of latents.
 
     tensors: "mean.<shape>" (n, C, h, w) and perhaps "std.<shape>" for each of the shapes ("64x64"), and for
-    each caption, in order, its row of "sizes" (6) and the number of its "shape".
+    each caption, in order, its row of "sizes" (6) and the number of its "shape". strange_profiles: how many of the
+    pictures have a colour profile that counted for nothing.
     """
-    facts = {"captions": captions, "shapes": shapes, "skipped": skipped}
+    facts = {"captions": captions, "shapes": shapes, "skipped": skipped, STRANGE: strange_profiles}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
 
@@ -239,9 +246,9 @@ def _cache_pictures(
 
     def load(item):
         try:
-            return item, item.load(size)
+            return item, item.load(size), item.has_strange_profile()
         except ValueError as error:
-            return item, error
+            return item, error, False
 
     bad: list[str] = []
     for number in parts:
@@ -253,13 +260,14 @@ def _cache_pictures(
             piece = Piece(base, data.batch_size)
             chunk = chain([item], islice(items, SHARD - 1))
             # a stream can only be gone through, but the pictures of a piece that is there are not looked at
-            loads = zip(chunk, repeat(None)) if index in written else ahead(load, chunk, data.workers)
-            for item, loaded in loads:
+            loads = zip(chunk, repeat(None), repeat(False)) if index in written else ahead(load, chunk, data.workers)
+            for item, loaded, strange in loads:
                 seen += 1
                 if isinstance(loaded, ValueError):
                     piece.bad.append(f"{item.name}: {loaded}")
                 elif loaded:
                     piece.add(item.caption, *loaded)
+                    piece.strange_profiles += strange
                 if loaded and seen % data.batch_size == 0:
                     progress(source.what, part.start + min(seen, part.length), source.total)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ...samplers.file_kinds import HEAD, PICTURE, known_kind
 from ...samplers.texts import brief
-from ..pictures import open_picture
+from ..pictures import READERS, open_picture, readable_kinds
 from .buckets import Buckets
 
 # EXIF's tag for how a picture is to be turned; from the value 5 on it is turned by a quarter.
@@ -23,7 +24,10 @@ LARGE = 30_000_000
 _ONE_LARGE = Lock()
 # A profile's colour space -> Pillow's mode.
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+GREY = ("1", "L", "LA", "La")
 WHITE = 65535  # of 16 bits
+# How a file of one of these kinds names its own, from its ninth byte on.
+BRANDS = dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF") | {b"avif": "AVIF", b"avis": "AVIF"}
 
 
 def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Tensor]:
@@ -40,10 +44,32 @@ def load_picture(file: Path | BytesIO, size: int | Buckets) -> tuple[Tensor, Ten
             with _ONE_LARGE if large else nullcontext():
                 return _framed(_in_colours(_upright(image)), size)
     except UnidentifiedImageError as error:
-        raise ValueError("cannot be read (no picture of a known kind)") from error
+        raise ValueError(f"cannot be read ({_what_it_is(file)})") from error
     except Exception as error:  # each of Pillow's decoders fails in its own way
         words = (isinstance(error, OSError) and error.strerror) or brief(error)
         raise ValueError(f"cannot be read ({words})") from error
+
+
+def _what_it_is(file: Path | BytesIO) -> str:
+    """What a file is that Pillow takes for no picture: what a download left in its place, or a kind not read here."""
+    with file.open("rb") if isinstance(file, Path) else BytesIO(file.getbuffer()) as stream:
+        head = stream.read(HEAD)
+    if not head:
+        return "it is empty"
+    kind = BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None
+    if kind and kind not in readable_kinds():
+        return f"its kind, {kind}, is read after {READERS[kind]}"
+    known = known_kind(head)
+    return f"it is {known[0]}, and no picture" if known and known[0] != PICTURE else "no picture of a known kind"
+
+
+def has_strange_profile(file: Path | BytesIO) -> bool:
+    """Whether a picture's colour profile counts for nothing, as it is damaged or of other colours than the picture."""
+    try:
+        with open_picture(file) as image:
+            return bool(image.info.get("icc_profile")) and _profile_of(image) is None
+    except Exception:  # as in load_picture, which says so
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -81,7 +107,7 @@ def _in_colours(image: Image.Image) -> Image.Image:
         return _in_srgb(image)
 
     clear = image.convert("RGBA")
-    colours = image.convert("L") if image.mode in ("1", "L", "LA", "La") else clear
+    colours = image.convert("L") if image.mode in GREY else clear
     white = Image.new("RGB", image.size, "white")
     white.paste(_in_srgb(colours), mask=clear.getchannel("A"))
     return white
@@ -106,17 +132,25 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
     A profile that is damaged or of another kind of colours than the picture's counts for nothing, as in a browser.
     """
-    profile = image.info.get("icc_profile")
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
-        mode = SPACES.get(source.profile.xcolor_space.strip()) if source else None
-        grey, inks = image.mode in ("1", "L"), image.mode == "CMYK"
-        if mode and inks == (mode == "CMYK") and (grey or mode != "L"):
+    with suppress(ImageCms.PyCMSError, OSError):
+        if profile := _profile_of(image):
+            mode = SPACES[profile.profile.xcolor_space.strip()]
             srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        pass
+            return ImageCms.profileToProfile(image.convert(mode), profile, srgb, outputMode="RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _profile_of(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """A picture's colour profile, where it can be read and is of the picture's kind of colours."""
+    content = image.info.get("icc_profile")
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(content)) if content else None
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    mode = SPACES.get(profile.profile.xcolor_space.strip()) if profile else None
+    grey = image.mode in GREY or image.mode.startswith("I")
+    fits = mode and (image.mode == "CMYK") == (mode == "CMYK") and (grey or mode != "L")
+    return profile if fits else None
 
 
 def aspect_of(path: Path) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..tiny.digits import Digit
 from .buckets import Buckets
 from .captions import METADATA, TEXTS, Table, TextFiles, is_table, read_tables, read_text
-from .decoding import load_picture
+from .decoding import has_strange_profile, load_picture
 from .listing import Listing, is_picture, kinds_sentence, list_files
 from .reading import stop_or_skip
 
@@ -31,6 +32,10 @@ class Picture:
     def load(self, size: int | Buckets) -> tuple[Tensor, Tensor]:
         """The picture as `load_picture` gives it."""
         return load_picture(self.path, size)
+
+    def has_strange_profile(self) -> bool:
+        """Whether its colour profile counts for nothing."""
+        return has_strange_profile(self.path)
 
 
 class Folder(NamedTuple):
@@ -68,7 +73,7 @@ def find_pictures(folder: str, skip_bad: bool, apart: Iterable[Path] = ()) -> Fo
             where, what = table.problems[file]
             problem = f"{where}: {what}"
             said.add(problem)
-        lacking.append(f"{listing.name(file)}: {problem or f'no caption {file.stem}{TEXTS[0]}'}")
+        lacking.append(f"{listing.name(file)}: {problem or _no_caption(file)}")
     lines = [line for line in table.bad if line not in said]
 
     others = set(listing.files) - set(files) - texts.used
@@ -76,7 +81,9 @@ def find_pictures(folder: str, skip_bad: bool, apart: Iterable[Path] = ()) -> Fo
     if not files and not listing.bad:
         raise ValueError(_no_pictures(folder, listing, other_kinds))
     count, bad = len(files) + len(listing.bad), [*listing.bad, *lines, *lacking]
-    stop_or_skip(bad, skip_bad, _in_numbers(folder, count, len(lacking), len(listing.bad), len(lines)))
+    where = f"{other_kinds}; captions are read from {', '.join(TEXTS)} and {', '.join(METADATA)}"
+    what = _in_numbers(folder, count, len(lacking), len(listing.bad), len(lines))
+    stop_or_skip(bad, skip_bad, what, where if lacking and other_kinds else "")
     if not pictures:
         raise ValueError(
             f"None of the {count} pictures in {folder} has a caption (same name, {', '.join(TEXTS)}; or a line in "
@@ -103,6 +110,14 @@ def _captions(file: Path, texts: TextFiles, table: Table) -> tuple[list[str], st
     if captions is None:
         return [], f"not UTF-8: {names[0]}"
     return captions, "" if captions else f"empty caption {names[0]}"
+
+
+def _no_caption(picture: Path) -> str:
+    """Why a picture has no caption beside it, as it is said of it."""
+    text = picture.with_suffix(TEXTS[0])
+    if os.path.lexists(text):
+        return f"{text.name} is no file" + (", but a link that leads nowhere" if text.is_symlink() else "")
+    return f"no caption {text.name}"
 
 
 def _in_numbers(folder: str, count: int, lacking: int, unusable: int, lines: int) -> str:

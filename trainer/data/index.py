@@ -22,6 +22,10 @@ CHOICES = {
 }
 
 
+# What a file of latents says of its pictures: how many have a colour profile that counts for nothing.
+STRANGE = "strange profiles"
+
+
 def latents_name(part: int, piece: int, last: bool) -> str:
     """The file of a piece of a part of the data. A part's last piece says so, which shows whether all are there."""
     return f"latents-{part:05d}-{piece:05d}{'-last' * last}.safetensors"
@@ -60,12 +64,13 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str
     columns: dict[str, list[np.ndarray]] = {"shape": [], "row": [], "prompt": [], "sizes": []}
     counts, skipped, spread = [0], [], False
     several: dict[int, list[int]] = {}  # by sample, the numbers of the prompts of which one is drawn
-    number = lines = 0
+    number = lines = strange = 0
     for name in files:
         with reading(folder / name), open_file(folder / name) as file:
             facts = file.metadata()
             captions, shapes_here, left_out = (strings(facts[key]) for key in ("captions", "shapes", "skipped"))
             skipped += left_out
+            strange += int(facts.get(STRANGE, 0))
             counts.append(len(captions))
             if not captions:
                 continue
@@ -93,6 +98,11 @@ def write_index(folder: Path, buckets: Buckets | None, listed: bool, choice: str
     notes = bucket_notes(sizes) if buckets and len(sizes) else []
     if lines:
         notes.append(f"{lines} of the {number} samples have several captions (lines, or a list): {CHOICES[choice]}")
+    if strange:
+        notes.append(
+            f"{strange} of the {number} pictures have a colour profile that is damaged or of other colours than the "
+            "picture: they are taken as sRGB"
+        )
     if several:
         places = np.cumsum([0, *map(len, several.values())])
         table |= zip(SEVERAL, (np.array(list(several)), places, np.concatenate(list(several.values()))), strict=True)

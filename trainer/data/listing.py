@@ -61,7 +61,7 @@ def _visit(listing: Listing, folder: Path, above: set[Path], apart: Collection[P
     for entry in entries:
         path = folder / entry.name
         like_a_picture = path.suffix.lower() in SUFFIXES
-        if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+        if is_systems(entry.name):
             listing.hidden += like_a_picture
         elif _is(entry.is_dir):
             real = path.resolve()
@@ -84,6 +84,11 @@ def _is(test: Callable[[], bool]) -> bool:
         return test()
     except OSError:
         return False
+
+
+def is_systems(name: str) -> bool:
+    """Whether a part of a path is hidden, or a system's own: never data."""
+    return name in SYSTEM_FOLDERS or (name.startswith(".") and name != "..")
 
 
 def one_form(name: str) -> str:

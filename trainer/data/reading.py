@@ -90,12 +90,14 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def stop_or_skip(bad: list[str], skip_bad: bool, what: str) -> None:
+def stop_or_skip(bad: list[str], skip_bad: bool, what: str, note: str = "") -> None:
     """Raise ValueError that names the bad items, unless they may be skipped.
 
-    bad: a line for each. what: the sentence that says how many there are, without its end.
+    bad: a line for each. what: the sentence that says how many there are, without its end. note: what else may
+    explain them, without its end.
     """
     if bad and not skip_bad:
         more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
         lines = "".join(f"  {line}\n" for line in bad[:10] + more)
-        raise ValueError(f"{what}:\n{lines}Mend or remove them, or set data.skip_bad=true to leave them out.")
+        also = f"{note[0].upper()}{note[1:]}.\n" if note else ""
+        raise ValueError(f"{what}:\n{lines}{also}Mend or remove them, or set data.skip_bad=true to leave them out.")

@@ -25,8 +25,8 @@ from ...samplers.texts import printable
 from ..pictures import SUFFIXES
 from .buckets import Buckets
 from .captions import TEXTS, captions_in, read_text, text_in
-from .decoding import load_picture
-from .listing import SYSTEM_FOLDERS
+from .decoding import has_strange_profile, load_picture
+from .listing import is_systems, one_form
 
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 CAPTIONS = (*(suffix[1:] for suffix in TEXTS), "json")
@@ -57,6 +57,10 @@ class Sample:
         if self.problem:
             raise ValueError(self.problem)
         return load_picture(BytesIO(self.data), size)
+
+    def has_strange_profile(self) -> bool:
+        """Whether its picture's colour profile counts for nothing."""
+        return has_strange_profile(BytesIO(self.data))
 
 
 def list_shards(patterns: Iterable[str]) -> list[str]:
@@ -218,7 +222,8 @@ def _files(stream: _Watched, is_wanted: Callable[[tarfile.TarInfo], bool]) -> It
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for info in tar:
             if info.isreg() and is_wanted(info):
-                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": ""}
+                # the name in one form, as an é may be one character in a picture's and two in its caption's
+                yield {"fname": one_form(info.name), "data": tar.extractfile(info).read(), "__url__": ""}
             tar.members = []  # or it holds every name
     yield {}  # tells webdataset's grouping that the last sample is complete
 
@@ -245,7 +250,7 @@ def _is_wanted(strange: list[str], file: tarfile.TarInfo) -> bool:
     """
     kind, name = (tariterators.base_plus_ext(file.name)[1] or "").lower(), printable(file.name)
     parts = Path(file.name).parts
-    if META.match(file.name) or any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):
+    if META.match(file.name) or any(map(is_systems, parts)):
         return False
     if kind.endswith(tuple(f".{known}" for known in PICTURES)):
         strange.append(f"a second dot in the name {name}, which webdataset takes for the kind .{kind}: rename it")

@@ -7,7 +7,9 @@ are called is the order from the inside out (see `prepare.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from functools import wraps
 
 import torch
@@ -18,12 +20,16 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..lora.adapter import Learner
+from ..system.machine import same_device
 
 KINDS = (ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock)
 # Graphs of one kind of block that torch.compile may make before it gives up in silence: one for each size of
 # the picture inside the network, with and without gradients, for the batches of teacher, target and student.
 GRAPHS = 64
+ALIGNED = 256  # numbers, to a multiple of which a weight begins in its piece, as it would in memory of its own
 Pass = Callable[..., object]  # a block's forward
+Pieces = dict[torch.dtype, Tensor]  # a block's frozen weights, those of a dtype in a row
+Placed = tuple[torch.Size, tuple[int, ...], int]  # shape, strides and first number of a tensor in its piece
 
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
@@ -73,45 +79,133 @@ def shard(network: nn.Module, learner: Learner) -> int:
 
 
 class Offload:
-    """Keeps the blocks' frozen weights in main memory, and copies each to `device` for every pass of its block.
+    """Keeps the blocks' frozen weights in main memory, and copies a block's to `device` for every pass of it.
 
-    The weights are pinned where there is a GPU, so that copying them does not wait. bytes: how much of them
-    there is. copies: how many weights have been copied so far. To be followed by `recompute`, without which
-    autograd would hold on to every copy until the backward pass.
+    A block's weights of a dtype are one piece of memory, which takes one copy. On a GPU the pieces are pinned, and the
+    copies are made on a stream of their own: while a block is at work the one that came after it last time, forward or
+    backward, is on its way. bytes: how much of the weights there is. copies: how many pieces have been copied so far.
+    To be followed by `recompute`, without which autograd would hold on to every copy until the backward pass.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
         self.device = device
         self.copies = 0
-        self.bytes = 0
-        for block in blocks_of(network).values():
-            block.forward = self._fetching(block)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stored = {path: _Stored(block, self.stream is not None) for path, block in blocks_of(network).items()}
+        self.bytes = sum(stored.bytes for stored in self.stored.values())
+        # what is on its way, by block; the passes by which the next one is known; events after each block's work
+        self.coming: dict[str, tuple[Pieces, torch.cuda.Event | None]] = {}
+        self.place: tuple[str | None, str | None, bool] = (None, None, False)  # block before, block now, with gradients
+        self.follower: dict[tuple[str | None, str | None, bool], str] = {}
+        self.worked: deque[torch.cuda.Event] = deque()
+        for path, block in blocks_of(network).items():
+            block.forward = self._fetching(path, block)
 
-    def _fetching(self, block: nn.Module) -> Pass:
-        """The block's forward with weights that are fetched first, once they have been moved to main memory."""
-        frozen = {path for path, p in block.named_parameters() if not p.requires_grad}
-        for path in frozen:
-            parent, _, name = path.rpartition(".")
-            weight = getattr(block.get_submodule(parent), name)
-            self.bytes += weight.nbytes
-            setattr(block.get_submodule(parent), name, nn.Parameter(self._stored(weight), requires_grad=False))
-        call = _Call(block)
+    def _fetching(self, path: str, block: nn.Module) -> Pass:
+        """The block's forward with weights that are fetched first."""
+        call, stored = _Call(block), self.stored[path]
 
         @wraps(call.run)
         def forward(*args, **kwargs):
+            weights = stored.weights(self._fetch(path))
             # an adapter that was loaded since lies beside the weights, in main memory
-            waiting = {p: w for p, w in block.named_parameters() if p in frozen or w.device != self.device}
-            self.copies += len(waiting)
-            copies = {f"block.{p}": w.to(self.device, non_blocking=True, copy=True) for p, w in waiting.items()}
-            return functional_call(call, copies, args, kwargs)
+            for name, weight in block.named_parameters():
+                if name not in weights and not same_device(weight.device, self.device):
+                    weights[name] = weight.to(self.device)
+            try:
+                return functional_call(call, {f"block.{name}": w for name, w in weights.items()}, args, kwargs)
+            finally:
+                if self.stream:
+                    self.worked.append(torch.cuda.current_stream(self.device).record_event())
 
         return forward
 
-    def _stored(self, weight: Tensor) -> Tensor:
-        """A weight in main memory."""
-        weight = weight.detach().cpu()
-        # a quantised weight is more than one tensor, which torch cannot pin as one
-        return weight.pin_memory() if self.device.type == "cuda" and type(weight) is Tensor else weight
+    def _fetch(self, path: str) -> Pieces:
+        """The block's pieces on the device; those of the block that is expected next are on their way afterwards."""
+        self.follower[self.place] = path
+        self.place = (self.place[1], path, torch.is_grad_enabled())
+        pieces, landed = self.coming.pop(path, None) or self._copy(path)
+        self.coming.clear()  # of another block than came
+        if not self.stream:
+            return pieces
+
+        # The host does not run on ahead by more than a block: what is copied waits in the GPU's memory for its turn.
+        while len(self.worked) > 1:
+            self.worked.popleft().synchronize()
+        if upcoming := self.follower.get(self.place):
+            self.coming[upcoming] = self._copy(upcoming)
+        work = torch.cuda.current_stream(self.device)
+        work.wait_event(landed)
+        for piece in pieces.values():
+            piece.record_stream(work)
+        return pieces
+
+    def _copy(self, path: str) -> tuple[Pieces, torch.cuda.Event | None]:
+        """The block's pieces on their way to the device, and the event after which they are there."""
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            waiting = self.stored[path].pieces
+            self.copies += len(waiting)
+            pieces = {dtype: piece.to(self.device, non_blocking=True, copy=True) for dtype, piece in waiting.items()}
+        return pieces, self.stream.record_event() if self.stream else None
+
+
+class _Stored:
+    """A block's frozen weights in main memory: those of a dtype in one piece, of which the block's own are views.
+
+    A quantised weight is several tensors, each with its place in the piece of its dtype.
+    """
+
+    def __init__(self, block: nn.Module, pinned: bool):
+        self.frozen = {path: p for path, p in block.named_parameters() if not p.requires_grad}
+        leaves = {path: _leaves(weight.data) for path, weight in self.frozen.items()}
+        self.bytes = sum(leaf.nbytes for some in leaves.values() for leaf in some)
+
+        sizes: Counter[torch.dtype] = Counter()
+        self.places: dict[str, list[tuple[torch.dtype, Placed]]] = {}
+        for path, some in leaves.items():
+            self.places[path] = []
+            for leaf in some:
+                self.places[path].append((leaf.dtype, (leaf.shape, _dense_stride(leaf), sizes[leaf.dtype])))
+                sizes[leaf.dtype] += -(-leaf.numel() // ALIGNED) * ALIGNED
+        self.pieces = {
+            dtype: torch.empty(n, dtype=dtype, device="cpu", pin_memory=pinned) for dtype, n in sizes.items()
+        }
+
+        views = self.weights(self.pieces)
+        for path, some in leaves.items():
+            for view, leaf in zip(_leaves(views[path]), some, strict=True):
+                view.copy_(leaf)
+            parent, _, name = path.rpartition(".")
+            setattr(block.get_submodule(parent), name, nn.Parameter(views[path], requires_grad=False))
+        self.frozen = views
+
+    def weights(self, pieces: Pieces) -> dict[str, Tensor]:
+        """The weights by path, as views of these pieces."""
+        return {
+            path: _rebuilt(weight, iter([pieces[dtype].as_strided(*placed) for dtype, placed in self.places[path]]))
+            for path, weight in self.frozen.items()
+        }
+
+
+def _leaves(weight: Tensor) -> list[Tensor]:
+    """The plain tensors that a weight is made of: several for a quantised one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [leaf for name in weight.__tensor_flatten__()[0] for leaf in _leaves(getattr(weight, name))]
+
+
+def _rebuilt(weight: Tensor, leaves: Iterator[Tensor]) -> Tensor:
+    """A weight like this one of other plain tensors, in the order of `_leaves`."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return next(leaves)
+    names, context = weight.__tensor_flatten__()
+    inner = {name: _rebuilt(getattr(weight, name), leaves) for name in names}
+    return type(weight).__tensor_unflatten__(inner, context, weight.size(), weight.stride())
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides without gaps: its own where it has none, in whatever order its dimensions lie."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 class _Call(nn.Module):

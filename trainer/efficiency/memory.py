@@ -31,6 +31,7 @@ NETWORKS = {"unet": "UNet", "transformer": "transformer"}
 CONTEXT = GIB // 2  # what CUDA and its libraries are taken to hold; it differs between GPUs
 MARGIN = 1.15  # for fragmentation and kernels' workspaces, where an estimate is held against what there is
 TRAINING, PREVIEWS, BEFORE = "training in all, at least", "drawing previews in all", "before: "
+EXCHANGE = "gradients in one piece"
 PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest is what a run needs
 
 
@@ -55,7 +56,8 @@ class Footprint:
 
     parameters: of the network, of its blocks in `blocks`; learnt: the trained ones, in `modules`. activations: of the
     student's pass with one sample; pass_bytes: what a pass without gradients holds for one. features, heads: the
-    discriminator's pass and parameters. vae, text: bytes of weights; decoding: what drawing one picture holds.
+    discriminator's pass and parameters. vae, text: bytes of weights; encoding, decoding: what the VAE holds for one
+    picture.
     """
 
     parameters: int
@@ -68,6 +70,7 @@ class Footprint:
     heads: int
     vae: int
     text: int
+    encoding: int
     decoding: int
 
 
@@ -84,11 +87,14 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
     gib = {name: size / GIB for name, size in _bytes(config, family, sizes, again).items()}
     gib[TRAINING] = sum(gib.values())
     if config.preview.every and sizes.vae:
-        standing = sum(v for k, v in gib.items() if not k.startswith(("activations", "its features", TRAINING)))
-        gib[PREVIEWS] = standing + (sizes.vae + sizes.decoding) / GIB
+        passing = ("activations", "its features", EXCHANGE, TRAINING)
+        standing = sum(v for k, v in gib.items() if not k.startswith(passing))
+        # the weights that are drawn with are a copy
+        gib[PREVIEWS] = standing + (4 * sizes.learnt + sizes.vae + sizes.decoding) / GIB
     network = sizes.parameters * DTYPES[config.base.dtype].itemsize
+    pictures = sizes.encoding * config.data.batch_size if config.data.has_pictures else 0
     gib[f"{BEFORE}the larger of {NETWORKS[family.component]} and encoders"] = (
-        max(network, sizes.text) + sizes.vae
+        max(network, sizes.text, pictures) + sizes.vae
     ) / GIB
     return {
         "gib": {k: round(v, 3) for k, v in gib.items()},
@@ -123,18 +129,21 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
     if sizes.features:
         parts["discriminator, gradients, optimizer"] = sizes.heads * per_parameter
         parts["its features' activations"] = sizes.features.bytes(again) * batch
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        parts[f"{EXCHANGE}, {processes} processes"] = 4 * (sizes.learnt + sizes.heads)
     return parts | {"CUDA context, assumed": CONTEXT}
 
 
 def _frozen_bytes(config: Config, sizes: Footprint) -> int:
-    """Bytes of frozen weights on the device: all of them; of blocks that are offloaded, the largest alone; of those
-    that are shared, this process's part and the largest."""
+    """Bytes of frozen weights on the device: all of them; of blocks that are offloaded, as much as the largest three:
+    one at work, one on its way, one that is not free yet; of those that are shared, this process's part and the
+    largest."""
     width = DTYPES[config.base.dtype].itemsize
     blocks = [block.bytes(width, config.base.quantize) for block in sizes.blocks.values()]
     outside = (sizes.parameters - sum(block.parameters for block in sizes.blocks.values())) * width
     if config.train.shard:
         return (outside + sum(blocks)) // int(os.environ.get("WORLD_SIZE", 1)) + max(blocks, default=0)
-    return outside + (max(blocks, default=0) if config.train.offload else sum(blocks))
+    return outside + (sum(sorted(blocks)[-3:]) if config.train.offload else sum(blocks))
 
 
 def recomputed(config: Config, family: type[Base]) -> list[str]:
@@ -250,7 +259,7 @@ def _measure(
     activations, pass_bytes = _student(family, folder, dtype, resolution, rank)
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
-    vae, text, decoding = _encoders(family, folder, t5, resolution)
+    vae, text, encoding, decoding = _encoders(family, folder, t5, resolution)
     return Footprint(
         parameters=parameters,
         blocks=blocks,
@@ -262,6 +271,7 @@ def _measure(
         heads=sum(p.numel() for p in heads),
         vae=vae,
         text=text,
+        encoding=encoding,
         decoding=decoding,
     )
 
@@ -323,9 +333,10 @@ def _features(
         return channels, kept_activations(network, run)
 
 
-def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tuple[int, int, int]:
-    """Bytes of the VAE and of the text encoders, in fp32, T5 in bf16 as on a GPU; and what decoding a picture holds."""
-    vae_bytes = text = decoding = 0
+def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tuple[int, int, int, int]:
+    """Bytes of the VAE and of the text encoders, in fp32, T5 in bf16 as on a GPU; and what encoding and decoding a
+    picture holds."""
+    vae_bytes = text = encoding = decoding = 0
     for usual in family.configs.iterdir():
         if usual.name != "vae" and not usual.name.startswith("text_encoder"):
             continue
@@ -334,6 +345,8 @@ def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tu
             if usual.name == "vae":
                 model = VAES[settings["_class_name"]].from_config(settings)
                 latents = torch.empty(1, model.config.latent_channels, resolution // 8, resolution // 8)
+                pixels = torch.empty(1, model.config.in_channels, resolution, resolution)
+                encoding = most_bytes(model, lambda m=model, x=pixels: m.encode(x))
                 decoding = most_bytes(model, lambda m=model, x=latents: m.decode(x))
                 vae_bytes = 4 * sum(p.numel() for p in model.parameters())
                 continue
@@ -342,4 +355,4 @@ def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tu
         is_t5 = isinstance(model, transformers.T5EncoderModel)
         if t5 or not is_t5:
             text += (2 if is_t5 else 4) * sum(p.numel() for p in model.parameters())
-    return vae_bytes, text, decoding
+    return vae_bytes, text, encoding, decoding

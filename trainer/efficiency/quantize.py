@@ -68,10 +68,18 @@ def quantize(network: nn.Module, format: str) -> str:
     share = sum(layer.weight.nbytes for layer in layers.values()) / before
     settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
     quantize_(network, settings, filter_fn=lambda _, path: path in layers)
+    for path in layers:
+        network.get_submodule(path).register_forward_pre_hook(_in_own_dtype)
     return (
         f"{format} base: {len(layers)} layers, {share:.0%} of its weights, "
         f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
     )
+
+
+def _in_own_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A quantised layer's input in the dtype that its weight was of: autocast, which would see to that, passes it by,
+    and what comes in as fp32, such as a norm's output, would go out so."""
+    return inputs[0].to(layer.weight.dtype), *inputs[1:]
 
 
 def stored_bytes(weight: Tensor) -> int:
@@ -98,7 +106,7 @@ def predictions(base: Base, learner: Learner, probe: Probe, guidance: float) -> 
         for level in LEVELS:
             tick = torch.full((len(x0),), round(level * schedule.ticks), device=x0.device)
             x = jump(x0, noise, schedule.alpha(tick), schedule.sigma(tick))
-            with_prompt, without = base.denoise(x.repeat(2, 1, 1, 1), tick.repeat(2), both).chunk(2)
+            with_prompt, without = base.denoise(torch.cat([x, x]), tick.repeat(2), both).chunk(2)
             plain.append(with_prompt)
             guided.append(without + guidance * (with_prompt - without))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,10 @@ import torch
 from ...samplers.lora_file import file_hash, read_header
 from ..families import Base, family_of
 from ..lora.install import installed, load_for_sample, mismatches, remarks
+from ..lora.merged import merge_into
 from ..pictures import draw_grid, save_image
 from ..system.files import write_text
-from ..system.machine import package_version
+from ..system.machine import best_device, package_version
 from . import plots
 from .contest import Contest, cost
 from .contestants import (
@@ -59,6 +60,7 @@ def evaluate(
     clip: Path | None = None,
     resolution: int | None = None,
     dtype: str = "fp32",
+    merged: Sequence[str] = (),
     say: Callable[[str], None] = print,
     **loading,
 ) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def evaluate(
 
     steps: the numbers of steps for the LoRAs. guidance: the teacher's CFG; default: see `teacher_guidance`.
     features: names or folders (see `find_features`); default: `FEATURES`, and a bundled base's own. clip: folder for
-    the CLIP score. loading: keywords of
+    the CLIP score. merged: style LoRAs that are of the base, as in `base.loras`. loading: keywords of
     `load_for_sample`. say: called with each line of progress. Raises ValueError or FileNotFoundError for bad
     input, before anything is loaded where it can be seen by then.
     """
@@ -81,7 +83,7 @@ def evaluate(
     steps = sorted(set(steps))
     contestants = find_contestants(loras, family_of(base, loading.get("family")), steps)
     chosen = choose_prompts(prompts, base, pictures)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     spaces, left_out = find_features(features or FEATURES, device)
     if features is None:
         spaces = own_spaces(chosen.language) + spaces
@@ -89,6 +91,8 @@ def evaluate(
 
     guidance = teacher_guidance(contestants, base) if guidance is None else guidance
     loaded = load_for_sample(base, dtype, tells_most(contestants).file, **loading)
+    for line in merge_into(loaded, merged):
+        say(line)
     warnings = [line for c in contestants for line in _fits(c, loaded, guidance)]
 
     judge = Judge(loaded, spaces, chosen, scorer)
@@ -102,6 +106,7 @@ def evaluate(
         "base": loaded.path,
         "family": loaded.name,
         "base_hash": loaded.base_hash,
+        "base_loras": [Path(place).name for place in merged],
         "loras": [_facts(c) for c in contestants],
         "pictures": pictures,
         "noises": NOISES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...samplers import PhaseGrid, Schedule
+from ..system.machine import same_device
 from ..tiny.bundled import bundled_folder
 
 TOKENS = 77  # that a CLIP text encoder reads, with the marks of start and end
@@ -63,6 +65,7 @@ class Base(ABC):
     null: what stands for "no prompt" in guidance: "zeros" or the encoding of the "empty" prompt.
     path, base_hash: where it came from; SHA-256 of the file, or of the folder's weight files together.
     supplied: SHA-256 of the weights that `base.parts` supplied to a single file, or nothing.
+    merged: hashes and strengths of what was merged into the weights (`base.loras`), or nothing.
     turns: where network and text encoders work in turn, each on the CPU while the other does; None: all stay in place.
     """
 
@@ -77,6 +80,7 @@ class Base(ABC):
     path: str
     base_hash: str
     supplied: str = ""
+    merged: str = ""
     turns: torch.device | None = None
 
     name: ClassVar[str]
@@ -173,17 +177,29 @@ class Base(ABC):
         return self.network.config.sample_size * 8
 
     def drop_encoders(self) -> None:
-        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU."""
-        self._bring(self.network)
-        self.text_encoders, self.turns = [], None
+        """Free the text encoders, which no step needs once prompts are cached, and keep the VAE on the CPU.
+
+        The network comes to the device after they have left it: there may be no room for both.
+        """
+        for encoder in self.text_encoders:
+            if encoder.device.type != "cpu":
+                encoder.to("meta")  # their memory there is free, whoever still holds them
+        self.text_encoders = []
         self.vae.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self._bring(self.network)
+        self.turns = None
 
     @property
     def encoder_settings(self) -> str:
         """What, besides the weights, decides the encodings: a cache is good for one such setting."""
         return f"parts {self.supplied}" if self.supplied else ""
+
+    @property
+    def weights_hash(self) -> str:
+        """A hash of the weights as they are used: the base's, or with what was merged into it one of both."""
+        return hashlib.sha256(f"{self.base_hash} {self.merged}".encode()).hexdigest() if self.merged else self.base_hash
 
     @property
     def schedule_settings(self) -> list:
@@ -203,7 +219,7 @@ class Base(ABC):
         if self.turns is None:
             return
         for part, device in [*((p, torch.device("cpu")) for p in idle), *((p, self.turns) for p in parts)]:
-            if part.device != device:
+            if not same_device(part.device, device):
                 part.to(device)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:

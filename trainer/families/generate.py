@@ -10,6 +10,7 @@ from torch import Tensor
 from ...samplers import Recipe, sample_dpmpp_2m, sample_phased, x0_eps_from_output
 from ...samplers.editing import noised
 from ...samplers.sampling import NoiseSampler, Projection
+from ...samplers.schedule import rows
 from ..objectives import tells_target_time
 from . import Base, Condition
 from .base import Alone
@@ -54,14 +55,14 @@ def sampling_model(
 
     def model(x: Tensor, sigma: Tensor, **_) -> Tensor:
         tick = schedule.tick(sigma).round().long()
-        point = x * schedule.k_scale(sigma).to(x.device).view(-1, 1, 1, 1)
+        point = x * rows(schedule.k_scale(sigma).to(x.device), x)
         inputs = condition
         if ends:
             inputs = condition | base.target_time(tick.new_tensor([ends[t] for t in tick.tolist()]))
         if guidance == 1:
             return predict(base, point, tick, inputs)[0]
         both = base.with_null(inputs, null)
-        cond, uncond = predict(base, point.repeat(2, 1, 1, 1), tick.repeat(2), both)[0].chunk(2)
+        cond, uncond = predict(base, torch.cat([point, point]), tick.repeat(2), both)[0].chunk(2)
         return uncond + guidance * (cond - uncond)
 
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ...samplers.file_kinds import kind_of
-from ...samplers.lora_file import LoraHeader, file_hash, not_finite, read_header
+from ...samplers.lora_file import LoraHeader, TensorInfo, file_hash, not_finite, read_header
 from ...samplers.lora_modules import FLOATS
 from ...samplers.texts import brief
 from ..system.comfyui import hosts
@@ -53,6 +53,7 @@ QUANTISED = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
 }
+POSITIONS = "position_ids"  # which older text encoders keep among their weights, as integers
 TAKE_PLAIN = (
     "Give the checkpoint in fp16, bf16 or plain fp8; base.quantize makes the frozen base small when it is loaded."
 )
@@ -222,11 +223,18 @@ def check_weights(root: Path, parts: Iterable[str]) -> None:
             settings = config["quantization_config"]
             method = settings.get("quant_method") if isinstance(settings, dict) else settings
             raise ValueError(f"{root / part} holds quantised weights ({method}), which are not read. {TAKE_PLAIN}")
-        if not weight_files(root / part):
+        files = weight_files(root / part)
+        if not files:
             raise ValueError(
                 f"{root / part} holds no weights in .safetensors, the only kind that is read. "
                 "Get the base in that format."
             )
+        for file in files:
+            try:
+                header = read_header(file)
+            except ValueError as error:
+                raise ValueError(f"{root / part} cannot be loaded: {error}") from error
+            _check_floats(str(file), header.tensors)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -274,16 +282,22 @@ def checkpoint_header(path: Path) -> LoraHeader:
             "Give a full checkpoint file or a diffusers folder."
         )
     needed = (NETWORK_PREFIX, *VAE_PREFIXES, *CLIP_PREFIXES)
-    if beside := next((n for n in header.tensors if n.startswith(needed) and n.endswith(tuple(QUANTISED))), None):
-        method = next(title for end, title in QUANTISED.items() if beside.endswith(end))
-        raise ValueError(f"{path.name} holds {method} weights (it has {beside}), which are not read. {TAKE_PLAIN}")
-    weights = ((n, info) for n, info in header.tensors.items() if n.startswith(NETWORK_PREFIX) and len(info.shape) > 1)
-    if integer := next((n for n, info in weights if info.dtype not in FLOATS), None):
-        kind = header.tensors[integer].dtype
-        raise ValueError(
-            f"{path.name} holds integers for weights ({kind}: {integer}), which are not read. {TAKE_PLAIN}"
-        )
+    _check_floats(path.name, {n: info for n, info in header.tensors.items() if n.startswith(needed)})
     return header
+
+
+def _check_floats(name: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise ValueError for weights that are quantised, by what stands beside them or by their own type.
+
+    name: of the file, for errors. tensors: those of it that a base needs.
+    """
+    if beside := next((n for n in tensors if n.endswith(tuple(QUANTISED))), None):
+        method = next(title for end, title in QUANTISED.items() if beside.endswith(end))
+        raise ValueError(f"{name} holds {method} weights (it has {beside}), which are not read. {TAKE_PLAIN}")
+    weights = ((n, info) for n, info in tensors.items() if len(info.shape) > 1 and not n.endswith(POSITIONS))
+    if integer := next((n for n, info in weights if info.dtype not in FLOATS), None):
+        kind = tensors[integer].dtype
+        raise ValueError(f"{name} holds integers for weights ({kind}: {integer}), which are not read. {TAKE_PLAIN}")
 
 
 def read_tensors(path: Path, names: Iterable[str], prefix: str) -> dict[str, Tensor]:

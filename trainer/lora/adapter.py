@@ -78,15 +78,19 @@ class Learner(ABC):
     def using(self, state: dict[str, Tensor]) -> Iterator[None]:
         """Other weights inside this block (an average, say), the present ones afterwards. Raises as `load` does."""
         self._check(state)
-        parameters = self.named_parameters()
-        present = {name: parameter.data for name, parameter in parameters.items()}
+        present = {name: parameter.data for name, parameter in self.named_parameters().items()}
         try:
-            for name, parameter in parameters.items():
-                parameter.data = state[name].to(parameter.device)
+            self._put(state)
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = present[name]
+            self._put(present)
+
+    def _put(self, state: dict[str, Tensor]) -> None:
+        """Let the parameters be these tensors."""
+        for name, parameter in self.named_parameters().items():
+            parameter.data = state[name].to(parameter.device)
+        # autocast knows a weight by its parameter, and would hand out the low-precision copy of another
+        torch.clear_autocast_cache()
 
     def _check(self, state: dict[str, Tensor]) -> None:
         shapes = {name: parameter.shape for name, parameter in self.named_parameters().items()}
@@ -158,18 +162,26 @@ class Adapter(Learner):
             return
         self.is_off = True
         try:
-            with self._times_zero() if self._strengths else bare(self.network):
-                yield
-        finally:
-            self.is_off = False
-
-    @contextmanager
-    def _times_zero(self) -> Iterator[None]:
-        self._set_strength(False)
-        try:
+            self._switch(on=False)
             yield
         finally:
-            self._set_strength(True)
+            self._switch(on=True)
+            self.is_off = False
+
+    def _switch(self, on: bool) -> None:
+        """Switch the layers by their own flag or number, without a walk through the network: a backward pass that
+        computes the blocks of a discriminator's body again does so at each of them."""
+        if self._strengths:
+            self._set_strength(on)
+        else:
+            for layer in self.layers.values():
+                layer._disable_adapters = not on
+
+    def activate(self) -> None:
+        """Make it the network's adapter again, at its own strength, after another has been."""
+        self.network.set_adapters(NAME)
+        if self._strengths:  # in whose place PEFT has put plain numbers
+            self._set_strength(not self.is_off)
 
     def switch_by_number(self) -> None:
         """From now on `off` multiplies the LoRA's part by 0 instead of leaving it out, so that compiled code stays.

@@ -16,13 +16,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ...samplers import Recipe
+from ...samplers.families import family_title
 from ...samplers.lora_alphas import PEFT_KEY
-from ...samplers.lora_file import LoraHeader, family_title, read_header
+from ...samplers.lora_file import LoraHeader, read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.lora_modules import LoraModule
 from ...samplers.texts import brief
 from ..families import Base, Condition, family_class, family_of, load_base
 from ..families.base import DTYPES
+from ..system.machine import best_device
 from .describe import broken_sentence, broken_tensors
 from .layers import Targets, targets_of
 
@@ -53,11 +55,11 @@ def load_for_check(base: str, **options) -> Base:
 
 
 def _load(base: str, dtype: str, **options) -> Base:
+    """The base as it is sampled: with no LoRA in it yet."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; available: {', '.join(DTYPES)}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {k: v for k, v in options.items() if v is not None}
-    loaded = load_base(base, dtype=DTYPES[dtype], device=device, **options)
+    loaded = load_base(base, dtype=DTYPES[dtype], device=best_device(), **options)
     if loaded.untrained:
         raise ValueError(
             f"{base} is a network with random weights. Train it (pcm train --preset {base}), and give the folder that "
@@ -120,8 +122,13 @@ def installed(lora: Path, base: Base, strength: float = 1.0) -> Iterator[Recipe 
     try:
         yield install_whole(lora, base, strength)
     finally:
-        if ADAPTER in getattr(base.network, "peft_config", {}):
-            base.network.delete_adapters(ADAPTER)
+        uninstall(base)
+
+
+def uninstall(base: Base) -> None:
+    """Take the LoRA out that `install_whole` has put into a base, if there is one."""
+    if ADAPTER in getattr(base.network, "peft_config", {}):
+        base.network.delete_adapters(ADAPTER)
 
 
 def header_of_family(file: Path, family: str) -> LoraHeader:
@@ -218,8 +225,13 @@ def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], comp
 
 def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
     """Raise ValueError for any of these modules of a file that is not two halves that fit, in floating point, and
-    perhaps an alpha: diffusers would take it in part, or as something else."""
+    perhaps an alpha: diffusers would take it in part, or as something else; and where there are none."""
     file = header.path.name
+    if not modules:
+        raise ValueError(
+            f"{file} has nothing for the network: its {len(header.modules)} modules are for text encoders, which are "
+            "not used here. Take a LoRA that was trained with the network."
+        )
     if other := {name: module for name, module in modules.items() if not module.is_plain}:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
         raise ValueError(
@@ -236,7 +248,7 @@ def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
         )
     for name, module in modules.items():
         if module.lacks:
-            half = next(iter(module.keys.values()))
+            half = min(module.keys.items(), key=lambda item: item[0] == "alpha")[1]  # the other half, if it is there
             raise ValueError(f"{file} has {half} and no {module.lacks[0]} half of it. Get the file again.")
         if not module.is_whole:
             shapes = " and ".join(str(module.shapes[part]) for part in ("down", "up"))

@@ -19,7 +19,7 @@ def recipe_for(config: Config, base: BaseFacts) -> Recipe:
         prediction=base.prediction,
         zero_terminal_snr=base.zero_terminal_snr,
         shift=base.shift,
-        base_name=Path(base.path).name,
+        base_name=" + ".join(Path(place).name for place in (base.path, *config.base.loras)),
         base_hash=base.base_hash,
         **(config.objective.sampling() | _guidance_without_teacher(config)),
     )

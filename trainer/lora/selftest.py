@@ -65,7 +65,7 @@ def self_test(path: Path, base: Base, adapter: Adapter, condition: dict[str, Ten
         reloaded = base.denoise(x, tick, condition)
         weights_error = _weights_error(adapter)
     finally:
-        base.network.set_adapters(NAME)
+        adapter.activate()
         base.network.delete_adapters(RELOADED)
 
     difference = (reloaded - meant).abs()

@@ -49,5 +49,5 @@ class CD(SelfConsistency):
 
     def distance(self, jumps: Jumps) -> Tensor:
         if self.metric == "l1":
-            return huber(jumps.student, jumps.target, self.huber_c or 1e-3)
-        return mean_square(jumps.student, jumps.target)
+            return huber(*self.compared(jumps), self.huber_c or 1e-3)
+        return mean_square(*self.compared(jumps))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...samplers import Schedule
 from .distances import SIGMA_MAX, karras_ticks, nearest_ticks, noise_level, vector_huber
-from .objective import Jumps, Levels, Objective
+from .objective import FromNoise, Jumps, Levels
 
 
-class CT(Objective):
+class CT(FromNoise):
     """The neighbour is on the data's own path, with the same noise; levels and their spacing follow a curriculum.
 
     ict: Karras' levels, N = s0 of them at first and twice as many in each later stage, up to s1; their index
@@ -82,6 +82,7 @@ class CT(Objective):
         log_sigma = noise_level(schedule, ticks).double().log()
         below = torch.erf((log_sigma - self.p_mean) / (2**0.5 * self.p_std))  # -1 at the clean end
         n = torch.multinomial(below.diff().clamp(min=1e-12), count, replacement=True, generator=generator) + 1
+        n = self.with_noisiest(n, len(ticks) - 1, generator)
         return ticks[n], ticks[n - 1]
 
     def _easy(
@@ -89,6 +90,7 @@ class CT(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Ticks (u, r) of ECT: t lognormal, and r nearer to it from stage to stage."""
         t = (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp().clamp(max=SIGMA_MAX)
+        t = self.with_noisiest(t, noise_level(schedule, torch.tensor(schedule.ticks)).item(), generator)
         u = nearest_ticks(schedule, t)
 
         stage = math.floor(progress * (self.stages or 8))

@@ -36,4 +36,4 @@ class CTM(TCD):
         cell = self.grid().ticks // self.points
         cells_away = 1 + torch.randint(self.solver_steps, (count,), generator=generator)
         r = (u - cell * cells_away).clamp(min=0)
-        return Levels(u, r, self._anywhere_below(r, generator))
+        return Levels(u, r, self.point_between(torch.zeros_like(r), r, generator))

@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ...samplers import Schedule
+from ...samplers.schedule import rows
 from .distances import nearest_ticks
-from .objective import Distillation, Jumps, Levels
+from .objective import Distillation, FromNoise, Jumps, Levels
 
 
-class DSCD(Distillation):
+class DSCD(FromNoise, Distillation):
     """Lognormal levels, neighbour an angle `delta` cleaner, and the student's own F pushed along the tangent there.
 
     On the circle x = cos(a) x0 + sin(a) eps, a jump to x0 is f = cos(a) x - sin(a) F. With f at both ends of
@@ -33,11 +34,15 @@ class DSCD(Distillation):
     )
     tangent_c: float = Field(0.1, gt=0, description="c of the tangent's normalisation")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the run over which the tangent's second part fades in")
+    cos_power: float = Field(
+        1.0, ge=0, description="networks that predict eps: power of cos(a) by which their step is scaled; 0: not at all"
+    )
 
     loss_tells: ClassVar[bool] = False
 
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
-        u = nearest_ticks(schedule, (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp())
+        sigma = (self.p_mean + self.p_std * torch.randn(count, generator=generator)).exp()
+        u = self.with_noisiest(nearest_ticks(schedule, sigma), schedule.ticks, generator)
         a_r = angle(schedule, u) - self.delta
         r = torch.where(a_r > 0, nearest_ticks(schedule, a_r.tan()), 0)
         return Levels(u, torch.minimum(r, u - 1), torch.zeros_like(u))
@@ -54,9 +59,9 @@ class DSCD(Distillation):
 
         # f = cos(a) x - sin(a) F at a fixed x, so that F changes by -1 / sin(a) of what f does
         change_of_f = -(jumps.student - jumps.student.detach()) / a.sin()  # F - sg(F)
-        # an eps-network's output moves cos(a) times as far as F; measured in its units, no gradient grows with
-        # 1 / cos(a)
-        unit = a.cos() if jumps.prediction == "epsilon" else 1.0
+        # an eps-network's output moves cos(a) times as far as F; measured in its units, by the power 1, its gradient
+        # goes with cos(a) and none grows with 1 / cos(a); by another power with cos(a)^(2 power - 1)
+        unit = a.cos() ** self.cos_power if jumps.prediction == "epsilon" else 1.0
         return (unit * (change_of_f - g)).square().flatten(1).mean(1)
 
     def notes(self, pictures: bool, started: bool) -> list[str]:
@@ -83,7 +88,7 @@ class DSCD(Distillation):
 
     def _normalised(self, g: Tensor) -> Tensor:
         """g / (|g| + c) for each sample, |g| its root mean square."""
-        return g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + self.tangent_c)
+        return g / (g.square().mean(tuple(range(1, g.ndim)), keepdim=True).sqrt() + self.tangent_c)
 
 
 def angle(schedule: Schedule, tick: Tensor) -> Tensor:
@@ -93,10 +98,10 @@ def angle(schedule: Schedule, tick: Tensor) -> Tensor:
 
 def _angles(jumps: Jumps, tick: Tensor) -> Tensor:
     """`angle` of ticks (B,), to be multiplied with points: (B, 1, 1, 1)."""
-    return angle(jumps.schedule, tick).view(-1, 1, 1, 1).to(jumps.x_u)
+    return rows(angle(jumps.schedule, tick), jumps.x_u).to(jumps.x_u)
 
 
 def _on_circle(x: Tensor, schedule: Schedule, tick: Tensor) -> Tensor:
     """Points of the schedule's path on the circle, where alpha^2 + sigma^2 = 1; VP's lie there already."""
     size = torch.hypot(schedule.alpha(tick), schedule.sigma(tick))
-    return x / size.view(-1, 1, 1, 1).to(x)
+    return x / rows(size, x).to(x)

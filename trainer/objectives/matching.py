@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...samplers import Schedule
-from ...samplers.schedule import TICKS
+from ...samplers.schedule import TICKS, rows
 from .distances import huber, noise_level
 from .objective import Distillation, Jumps, Levels, Solver
 
@@ -244,14 +244,13 @@ class Matching(Distillation):
         return 0.5 * (x0 - (x0.detach() - pull)).square().flatten(1).mean(1)
 
     def _weight(self, matched: Matched, target: Tensor) -> Tensor:
-        """(B, 1, 1, 1) what the difference of both x0 is multiplied by."""
+        """(B, 1, ...) what the difference of both x0 is multiplied by."""
         if self.weighting == "distance":
-            return 1 / (matched.x0 - target).abs().mean((1, 2, 3), keepdim=True).clamp(min=NORM_FLOOR)
+            return rows(1 / (matched.x0 - target).abs().flatten(1).mean(1).clamp(min=NORM_FLOOR), target)
         schedule = matched.schedule
-        alpha, sigma = (as_rows(c(matched.tick)) for c in (schedule.alpha, schedule.sigma))
-        along_jump = slope(schedule, matched.u, matched.s)
-        kept = alpha / as_rows(schedule.alpha(matched.s))
-        return along_jump * kept * alpha / sigma**2
+        alpha, sigma = schedule.alpha(matched.tick), schedule.sigma(matched.tick)
+        kept = alpha / schedule.alpha(matched.s)
+        return rows(slope(schedule, matched.u, matched.s) * kept * alpha / sigma**2, target)
 
     def critic_loss(self, seen: Criticised) -> Tensor:
         """(B,) the critic's denoising loss: squares of x0, weighted by the SNR up to `min_snr`."""
@@ -260,13 +259,8 @@ class Matching(Distillation):
 
 
 def slope(schedule: Schedule, u: Tensor, s: Tensor) -> Tensor:
-    """(B, 1, 1, 1) how far the landing of a jump from ticks u to ticks s (B,) moves with the x0 that it is made with.
+    """(B,) how far the landing of a jump from ticks u to ticks s (B,) moves with the x0 that it is made with.
 
     Its point at u stays, so that eps moves against x0: alpha_s - sigma_s alpha_u / sigma_u.
     """
-    return as_rows(schedule.alpha(s) - schedule.sigma(s) * schedule.alpha(u) / schedule.sigma(u))
-
-
-def as_rows(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), which broadcasts over points."""
-    return values.view(-1, 1, 1, 1)
+    return schedule.alpha(s) - schedule.sigma(s) * schedule.alpha(u) / schedule.sigma(u)

@@ -32,7 +32,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ...samplers import PhaseGrid, Schedule, normalcfg_guidance
+from ...samplers import PhaseGrid, Schedule, jump, normalcfg_guidance, x0_eps_from_output
 from .distances import huber
 
 # Whether an objective can have an adversarial loss beside its distance, or is nothing without one.
@@ -134,6 +134,12 @@ class Objective(Section):
         points = self.grid().start_ticks()
         return points[torch.randint(len(points), (count,), generator=generator)]
 
+    def point_between(self, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+        """Ticks (B,), each uniform on the points of the grid from `low` to `high`, both of them points too."""
+        grid = self.grid()
+        cell = grid.ticks // grid.points
+        return low + cell * (torch.rand(high.shape, generator=generator) * ((high - low) // cell + 1)).long()
+
     # --- the networks
 
     def target_decay(self) -> float:
@@ -143,6 +149,14 @@ class Objective(Section):
     def stage(self, progress: float) -> int:
         """Number of the stage, from 0. At the start of each later one the student becomes the teacher."""
         return 0
+
+    def stage_count(self) -> int:
+        """How many stages of one length the run has."""
+        return 1
+
+    def averaged_teacher(self) -> bool:
+        """Whether a later stage's teacher, and its student at first, are the run's averaged weights (train.ema)."""
+        return False
 
     def measured_at(self, progress: float, last: float) -> float:
         """The share of the run that the held-out loss is measured as of. last: that of the last update.
@@ -275,12 +289,50 @@ class OwnTarget(Objective):
     target_ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the averaged weights that make the target; 0: the student's own"
     )
+    distance_in: Literal["point", "output"] = Field(
+        "point",
+        description="what the distance is taken of: the points where the jumps end, or these over what the student's "
+        "output moves them by; then huber_c is in its units too",
+    )
 
     def distance(self, jumps: Jumps) -> Tensor:
-        return huber(jumps.student, jumps.target, self.huber_c)
+        return huber(*self.compared(jumps), self.huber_c)
+
+    def compared(self, jumps: Jumps) -> tuple[Tensor, Tensor]:
+        """Student and target as the distance compares them: points, or points in the units of the network's output."""
+        if self.distance_in == "point":
+            return jumps.student, jumps.target
+        unit = per_output(jumps, self.clamp())
+        return jumps.student / unit, jumps.target / unit
 
     def target_decay(self) -> float:
         return self.target_ema
+
+
+def per_output(jumps: Jumps, min_alpha: float = 0.0) -> Tensor:
+    """|d x_s / d output|: by how much the student's point at s moves when its network's output at u moves by 1.
+
+    (B, 1, 1, 1). A jump is linear in the output; min_alpha: the clamp of x0's divisor in it.
+    """
+    schedule, levels = jumps.schedule, jumps.levels
+    level = schedule.alpha(levels.u), schedule.sigma(levels.u)
+    ones = torch.ones(len(levels.u), 1, 1, 1, device=jumps.x_u.device)
+    x0, eps = x0_eps_from_output(ones, torch.zeros_like(ones), *level, jumps.prediction, min_alpha)
+    return jump(x0, eps, schedule.alpha(levels.s), schedule.sigma(levels.s)).abs()
+
+
+class FromNoise(Objective):
+    """Objectives that draw levels at random, and the noisiest, where every sampling starts, nearly never."""
+
+    noisiest_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the samples that start at the noisiest level; the others' is drawn"
+    )
+
+    def with_noisiest(self, values: Tensor, noisiest: float, generator: torch.Generator) -> Tensor:
+        """The values drawn (B,), with `noisiest` in the place of that share of them."""
+        if not self.noisiest_share:  # and nothing is drawn, so that other draws stay the same
+            return values
+        return torch.where(torch.rand(values.shape, generator=generator) < self.noisiest_share, noisiest, values)
 
 
 class SelfConsistency(OwnTarget, Distillation):

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ...samplers import Schedule
 from .objective import Adversarial, Levels, Phased, SelfConsistency
 
 
@@ -23,7 +24,8 @@ class PCM(Phased, SelfConsistency):
     with sg for "no gradient", the student's own weights in both jumps (the paper: an average), and for d the
     pseudo-Huber of each element (Eq. 10's d, c = 0.001 in the published runs), compared at the edge and
     unweighted. At the lowest point of a phase r is the edge itself, and the target is the teacher's step.
-    Edges are shared by neighbouring phases, so M jumps, each from one edge to the next, lead from noise to x0
+    With `inside` a share of the jumps end at any point from the edge to r, as TCD's do from x0 to r. Edges are
+    shared by neighbouring phases, so M jumps, each from one edge to the next, lead from noise to x0
     without any noise between.
 
     Levels come from `Phased`, guidance from `Distillation`, target and distance from `OwnTarget`, the solver
@@ -38,6 +40,14 @@ class PCM(Phased, SelfConsistency):
     )
     min_alpha: float = Field(
         0.0, ge=0, lt=1, description="one-step clamp of the x0 divisor (0.5 in the paper); 0: none; needs the PCM nodes"
+    )
+
+    inside: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the jumps that end anywhere from the phase's edge to the neighbour, and not at the edge; "
+        "0.5 is for a LoRA that is sampled at more steps than phases as well",
     )
 
     adversarial: ClassVar[Adversarial] = "optional"
@@ -56,15 +66,23 @@ class PCM(Phased, SelfConsistency):
             )
         return self
 
+    def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
+        levels = super().levels(count, schedule, progress, generator)
+        if not self.inside:  # and nothing is drawn, so that other draws stay the same
+            return levels
+        anywhere = self.point_between(levels.s, levels.r, generator)
+        chosen = torch.rand(count, generator=generator) < self.inside
+        return Levels(levels.u, levels.r, torch.where(chosen, anywhere, levels.s))
+
     def clamp(self) -> float:
         """Eq. 39's max(alpha, 0.5): at SD1.5's noisiest level 1 / alpha is 14.6, and makes dots of small errors."""
         return self.min_alpha
 
     def judged_at(self, levels: Levels, generator: torch.Generator) -> Tensor:
-        """Ticks (B,), uniform on the solver points of the start's phase (Sec. 3.3)."""
+        """Ticks (B,), uniform on the solver points of the start's phase (Sec. 3.3) above the jump's end."""
         grid = self.grid()
         points = grid.start_ticks()
-        inside = grid.target(points) == levels.s[:, None]
+        inside = (grid.target(points) == grid.target(levels.u)[:, None]) & (points > levels.s[:, None])
         return points[torch.multinomial(inside.double(), 1, generator=generator).squeeze(1)]
 
     def sampling(self) -> dict[str, Any]:

@@ -29,6 +29,12 @@ class Progressive(Distillation):
     phases: int = Field(4, ge=1, description="steps at last, which is also the number to sample with")
     halvings: int = Field(3, ge=1, le=8, description="stages; the first teacher takes phases * 2^halvings steps")
 
+    average_teaches: bool = Field(
+        False,
+        description="a later stage's teacher, and its student at first, are the average of train.ema, not the last "
+        "weights",
+    )
+
     target_network: ClassVar[bool] = False
 
     @model_validator(mode="after")
@@ -44,7 +50,13 @@ class Progressive(Distillation):
         return PhaseGrid(self.points, self.phases)
 
     def stage(self, progress: float) -> int:
-        return min(math.floor(progress * self.halvings), self.halvings - 1)
+        return min(math.floor(progress * self.stage_count()), self.stage_count() - 1)
+
+    def stage_count(self) -> int:
+        return self.halvings
+
+    def averaged_teacher(self) -> bool:
+        return self.average_teaches
 
     def edges(self, stage: int) -> Tensor:
         """Ticks from 0 to T that the student of a stage steps on.

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ...samplers import Schedule
 from .objective import Levels, SelfConsistency, counted_from_noise
@@ -28,12 +27,7 @@ class TCD(SelfConsistency):
     def levels(self, count: int, schedule: Schedule, progress: float, generator: torch.Generator) -> Levels:
         u = self.start(count, generator)
         r = self.grid().previous(u)
-        return Levels(u, r, self._anywhere_below(r, generator))
+        return Levels(u, r, self.point_between(torch.zeros_like(r), r, generator))
 
     def sampling(self) -> dict[str, Any]:
         return super().sampling() | counted_from_noise(self.points)
-
-    def _anywhere_below(self, tick: Tensor, generator: torch.Generator) -> Tensor:
-        """For ticks of the grid (B,): a point of the grid each, uniform from 0 up to and including it."""
-        cell = self.grid().ticks // self.points
-        return cell * (torch.rand(tick.shape, generator=generator) * (tick // cell + 1)).long()

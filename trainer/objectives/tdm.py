@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...samplers import PhaseGrid
+from ...samplers.schedule import rows
 from .distances import noise_level
-from .matching import HIGHEST, LEAST, Criticised, Matching, Region, as_rows
+from .matching import HIGHEST, LEAST, Criticised, Matching, Region
 
 
 class TDM(Matching):
@@ -67,7 +68,7 @@ class TDM(Matching):
             return self._score_loss(seen)
         if not self.importance:
             return super().critic_loss(seen)
-        alpha, sigma = (as_rows(c(seen.tick)) for c in (seen.schedule.alpha, seen.schedule.sigma))
+        alpha, sigma = (rows(c(seen.tick), seen.x0) for c in (seen.schedule.alpha, seen.schedule.sigma))
         beside = (seen.point - alpha * seen.x0) / sigma
         likely, drawn = (noise.square().flatten(1).mean(1) for noise in (beside, seen.noise))
         return torch.exp((drawn - likely) / 2) * super().critic_loss(seen)
@@ -76,11 +77,12 @@ class TDM(Matching):
         """(B,) as `critic_loss`, with the x0 that the landing's own noise stands for; its spread, which grows where
         little noise was put on, is divided out."""
         schedule = seen.schedule
-        alpha, sigma = (as_rows(c(seen.tick)) for c in (schedule.alpha, schedule.sigma))
-        kept = alpha / as_rows(schedule.alpha(seen.s)) * as_rows(schedule.sigma(seen.s))
+        alpha, sigma = schedule.alpha(seen.tick), schedule.sigma(seen.tick)
+        kept = alpha / schedule.alpha(seen.s) * schedule.sigma(seen.s)
         added = ((sigma - kept) * (sigma + kept)).clamp(min=0).sqrt()
-        target = (seen.point - sigma**2 / added * seen.noise) / alpha
+        of_noise, whole = rows(sigma**2 / added, seen.point), rows(alpha, seen.point)
+        target = (seen.point - of_noise * seen.noise) / whole
 
         snr = noise_level(schedule, seen.tick) ** -2
-        weight = snr.clamp(max=self.min_snr) * (added / sigma).flatten() ** 2
+        weight = snr.clamp(max=self.min_snr) * (added / sigma) ** 2
         return weight * (seen.prediction - target).square().flatten(1).mean(1)

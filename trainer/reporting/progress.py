@@ -6,21 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event, Thread
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from ..system.machine import peak_memory
 
@@ -83,6 +76,43 @@ class Reporter:
         return nullcontext()
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a program is told of a run: the thing that goes on, in words, and how far it is.
+
+    what: "training", "evaluating", "caching latents", ..., or "note" for a sentence of the run's. done, total: of the
+    thing's parts; 0 where they are not counted. status: of the run, where it trains.
+    """
+
+    what: str
+    text: str
+    done: int = 0
+    total: int = 0
+    status: Status | None = None
+
+
+class Callback(Reporter):
+    """A `Reporter` that hands each thing on to a function."""
+
+    def __init__(self, function: Callable[[Progress], None]):
+        self.function = function
+
+    def say(self, text: str) -> None:
+        self.function(Progress("note", text))
+
+    def caching(self, what: str, done: int, total: int) -> None:
+        self.function(Progress(f"caching {what}", f"{done} of {total} {what} cached", done, total))
+
+    def update(self, status: Status) -> None:
+        text = f"update {status.step} of {status.steps}: {status.facts}"
+        self.function(Progress("training", text, status.step, status.steps, status))
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        self.function(Progress(what, what))
+        yield
+
+
 def progress_on_stderr() -> ProgressBar | ProgressLines:
     """A bar where stderr is a terminal, else lines; use as a context manager."""
     return ProgressBar() if sys.stderr.isatty() else ProgressLines()
@@ -107,7 +137,7 @@ class ProgressBar(Reporter):
 
     def __init__(self):
         self.console = _console()
-        self.bar = Progress(
+        self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -157,12 +187,13 @@ class ProgressBar(Reporter):
 class ProgressLines(Reporter):
     """A `Reporter` for logs, files and pipes: a line at the first update, at the last, and every minute between.
 
-    What takes longer than a minute without an update says that it goes on. Use as a context manager.
+    A stage says that it goes on where nothing has been said for a minute. Use as a context manager.
     """
 
     def __init__(self):
         self.console = _console()
         self.last: dict[str, float] = {}  # when there was a line on each thing
+        self.spoken = -math.inf  # when there was the last line
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -170,6 +201,7 @@ class ProgressLines(Reporter):
     def __exit__(self, *_) -> None: ...
 
     def say(self, text: str) -> None:
+        self.spoken = time.monotonic()
         self.console.print(text, soft_wrap=True, markup=False)
 
     def caching(self, what: str, done: int, total: int) -> None:
@@ -186,8 +218,13 @@ class ProgressLines(Reporter):
         ended, begun = Event(), time.monotonic()
 
         def remind() -> None:
-            while not ended.wait(EVERY):
-                self.say(f"Still {what}, for {duration(time.monotonic() - begun)} now.")
+            wait = EVERY
+            while not ended.wait(wait):
+                now = time.monotonic()
+                wait = max(begun, self.spoken) + EVERY - now
+                if wait <= 0:
+                    self.say(f"Still {what}, for {duration(now - begun)} now.")
+                    wait = EVERY
 
         reminder = Thread(target=remind, daemon=True)
         reminder.start()

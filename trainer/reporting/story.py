@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...samplers.lora_file import family_title
+from ...samplers.families import family_title
 from ..config.config import Config
 from ..config.load import flat
 from ..config.presets import PRESETS

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...samplers.lora_file import family_title, file_hash, header_text, read_header, tensor_hash
+from ...samplers.families import family_title
+from ...samplers.lora_file import file_hash, header_text, read_header, tensor_hash
 from ...samplers.writing import MOST_HEADER
 from ..lora.hashes import EMPTY_HASH
 from ..system import pages

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...samplers.families import family_title
 from ...samplers.lora_alphas import PEFT_KEY
 from ...samplers.lora_file import (
     CONTEXT_WIDTHS,
@@ -17,7 +18,6 @@ from ...samplers.lora_file import (
     UNET_CONTEXT,
     LoraHeader,
     family_from_metadata,
-    family_title,
     read_header,
 )
 from ...samplers.lora_info import recipe_of

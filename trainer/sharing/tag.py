@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from ...samplers import Recipe
+from ...samplers.families import family_title
 from ...samplers.lora_file import (
     PEFT_KEY,
     LoraHeader,
     family_from_metadata,
-    family_title,
     header_text,
     read_header,
     tensor_hash,

@@ -1,12 +1,12 @@
 """PCM and its relatives on a tiny base, as many evaluations of the network spent on each: sampled, compared, drawn.
 
     python -m phased_consistency.trainer.studies.family [--out DIR] [--base tiny-emoji] [--rows pcm-4,lcm]
-        [--seeds 0,1,2] [--no-report] [key=value ...]
+        [--seeds 0,1,2] [--no-report] [--no-training] [key=value ...]
 
 Every row is the preset "demo" with its own objective and `COMMON`, on one cache of latents that the teacher
 made with its guidance; so those that learn from data learn guided pictures too, and all are sampled at CFG 1.
 What is finished is not done again: several processes may each take some (--rows, --seeds, --no-report) before
-one reports. Seed after seed, so that one seed of all rows is there early.
+one reports. Seed after seed, so that one seed of all rows is there early, and --no-training reports what there is.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ COMMON = (
     "preview.every=0",
     "validation.every=0",
 )
-PHASED = ("pcm-2", "pcm-4", "pcm-8", "pcm-2-adv", "progressive-4", "tdm-4", "tdm-2")
+PHASED = ("pcm-2", "pcm-4", "pcm-4-inside", "pcm-8", "pcm-2-adv", "progressive-4", "progressive-4-stages")
+PHASED += ("tdm-4", "tdm-2")
 # A sample is a whole trajectory here; the warm-up is for few updates.
 MATCHING = ("objective.scale=2", "objective.critic_warmup=0", "train.batch_size=4")
 # Settings of each row over `COMMON`.
@@ -83,6 +84,20 @@ ROWS: dict[str, tuple[str, ...]] = {
     "dmd-4": ("objective.name=dmd", "objective.steps=4", *MATCHING),
     "dmd-1": ("objective.name=dmd", "objective.steps=1", *MATCHING),
 }
+# Settings to try beside the row that they change; these rows are made where --rows names them.
+TRIALS: dict[str, tuple[str, ...]] = {
+    "pcm-4-inside": (*ROWS["pcm-4"], "objective.inside=0.5"),
+    "lcm-output": (*ROWS["lcm"], "objective.distance_in=output", "objective.huber_c=0.03"),
+    "lcm-average": (*ROWS["lcm"], "objective.target_ema=0.95"),
+    "dscd-noisiest": (*ROWS["dscd"], "objective.noisiest_share=0.2"),
+    "ct-noisiest": (*ROWS["ct"], "objective.noisiest_share=0.2"),
+    "progressive-4-stages": (
+        *ROWS["progressive-4"],
+        "train.lr_schedule=stages",
+        "objective.average_teaches=true",
+    ),
+}
+ALL_ROWS = ROWS | TRIALS
 # 0 is deterministic, 0.3 TCD's, 1 stochastic; phases are chained without noise.
 GAMMAS = {"tcd": (0.0, 0.3), "ctm": (0.0, 0.3)} | dict.fromkeys(PHASED, (0.0,))
 FLOOR = f"{TEACHER}, the floor"  # the reference itself, measured like the others
@@ -104,15 +119,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help="these alone, with commas")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the training, with commas")
     parser.add_argument("--no-report", action="store_true", help="only train and measure")
+    parser.add_argument("--no-training", action="store_true", help="only report, on the runs that are finished")
     parser.add_argument("--pictures", type=int, default=64, help="held-out prompts, two pictures of each")
     parser.add_argument("overrides", nargs="*", help="key=value settings over the preset")
     args = parser.parse_args(argv)
     rows, seeds = args.rows.split(","), [int(seed) for seed in args.seeds.split(",")]
-    if unknown := sorted(set(rows) - set(ROWS)):
-        parser.error(f"no such rows: {', '.join(unknown)}; available: {', '.join(ROWS)}")
+    if unknown := sorted(set(rows) - set(ALL_ROWS)):
+        parser.error(f"no such rows: {', '.join(unknown)}; available: {', '.join(ALL_ROWS)}")
 
     comparison = Comparison(args.base, args.pictures)
     runs = [(row, _config(row, seed, args, comparison.base.schedule)) for seed in seeds for row in rows]
+    if args.no_training:
+        runs = [(row, config) for row, config in runs if _figures_file(config).is_file()]
+        if not runs:
+            parser.error(f"no run in {args.out} is finished: leave out --no-training")
     for row, config in runs:
         if _figures_file(config).is_file():
             continue
@@ -135,7 +155,7 @@ def _config(row: str, seed: int, args: argparse.Namespace, schedule: Schedule) -
         f"data.cache={args.out / 'cache'}",
         f"train.seed={seed}",
         *COMMON,
-        *ROWS[row],
+        *ALL_ROWS[row],
     ]
     config = load_config(overrides=[*settings, *args.overrides], preset="demo")
     steps = max(1, round(EVALUATIONS / (config.train.batch_size * evaluations_a_sample(config, schedule))))
@@ -188,12 +208,19 @@ class Comparison:
         self.prompts = self.gauge.judge.prompts.texts
         self._untrained: dict[Setting, dict[str, Any]] = {}  # many LoRAs are drawn alike
 
-    def of_teacher(self) -> list[dict[str, Any]]:
-        """Rows of figures: the reference itself, which is the floor, and the teacher by each solver, guided and not."""
+    def of_teacher(self, file: Path) -> list[dict[str, Any]]:
+        """Rows of figures: the reference itself, which is the floor, and the teacher by each solver, guided and not.
+
+        file: where they are kept once they are measured, for another report.
+        """
+        if file.is_file():
+            return json.loads(file.read_text())
         settings = [Setting(TEACHER, n, GUIDANCE, solver=s) for s in ("ddim", "euler", "dpm++") for n in STEPS[:-1]]
         settings += [Setting(TEACHER, n, 1.0) for n in STEPS]
         floor = self.gauge.row(self.gauge.reference) | {"name": FLOOR}
-        return [floor, *(self.gauge.row(setting) for setting in settings)]
+        rows = [floor, *(self.gauge.row(setting) for setting in settings)]
+        write_text(file, json.dumps(rows, indent=2) + "\n")
+        return rows
 
     def of_lora(self, row: str, config: Config) -> list[dict[str, Any]]:
         """Rows of figures of one run's LoRA, and of the base without it: every gamma at every number of steps."""
@@ -213,13 +240,13 @@ class Comparison:
 
     def pictures(self, row: str, config: Config) -> list[tuple[str, Tensor]]:
         """Rows of the grid: one run's LoRA at four steps, in each of its ways."""
-        few = self.gauge.trials[0].first(SHOWN)
-        rows = []
         with installed(lora_file(config), self.base) as recipe:
-            for gamma in GAMMAS.get(row, (0.0, 1.0)):
-                latents = few.latents(Setting(row, 4, 1.0, gamma=gamma), self.base, _finer(recipe))
-                rows.append((f"{row}, 4 steps\n{_mode(gamma)}", self.base.decode(latents)))
-        return rows
+            settings = [Setting(row, 4, 1.0, gamma=gamma) for gamma in GAMMAS.get(row, (0.0, 1.0))]
+            return [(f"{row}, 4 steps\n{_mode(s.gamma)}", self.drawn(s, _finer(recipe))) for s in settings]
+
+    def drawn(self, setting: Setting, recipe: Recipe | None = None) -> Tensor:
+        """Pixels of the first prompts; recipe: as in `Gauge.sample`."""
+        return self.base.decode(self.gauge.trials[0].first(SHOWN).latents(setting, self.base, recipe))
 
 
 def _finer(recipe: Recipe) -> Recipe:
@@ -229,8 +256,9 @@ def _finer(recipe: Recipe) -> Recipe:
 
 def write_comparison(out: Path, comparison: Comparison, runs: list[tuple[str, Config]]) -> None:
     """Gather the figures of all runs, and write report.json, table.md, plot.png and grid.png."""
-    rows, trained = comparison.of_teacher(), []
-    pictures = [(f"{TEACHER}\n40 steps, CFG {GUIDANCE:g}", comparison.gauge.floor.examples[:SHOWN])]
+    rows, trained = comparison.of_teacher(out / "teacher.json"), []
+    reference = comparison.gauge.reference
+    pictures = [(reference.label, comparison.drawn(reference))]
     for row, config in runs:
         measured = json.loads(_figures_file(config).read_text())
         rows += measured["rows"]

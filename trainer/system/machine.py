@@ -68,6 +68,16 @@ def package_version() -> str:
         return "unknown"
 
 
+def best_device() -> torch.device:
+    """Where networks compute unless somebody says otherwise: the GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two names mean one device: a process has one GPU, which "cuda" and "cuda:0" both name."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
+
+
 def peak_memory() -> float | None:
     """The most memory in use so far, in GiB: on the GPU, else by this process. None where the system does not tell."""
     if torch.cuda.is_available():

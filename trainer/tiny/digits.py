@@ -52,6 +52,10 @@ class Digit:
         pixels = grey.view(1, resolution, resolution).expand(3, -1, -1).float().div(127.5).sub(1)
         return pixels, torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
 
+    def has_strange_profile(self) -> bool:
+        """Whether its colour profile counts for nothing, as a picture file's may: a drawing has none."""
+        return False
+
 
 def drawn_digits(count: int) -> list[Digit]:
     """The first `count` drawings."""

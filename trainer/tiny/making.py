@@ -76,10 +76,7 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     for token in (*(a + "</w>" for a in alphabet), START, END):
         vocab.setdefault(token, len(vocab))
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    merges = [
-        tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")
-    ]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def sd15_tokenizer() -> CLIPTokenizer:
@@ -110,6 +107,9 @@ def write_prompts(captions: list[str], folder: Path) -> None:
 
 def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write a tokenizer's vocab.json and merges.txt, which transformers 4 and a single file's `base.tokenizer` read."""
+    if not hasattr(tokenizer, "backend_tokenizer"):  # transformers 4
+        tokenizer.save_vocabulary(str(folder))
+        return
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     words = json.dumps(tokenizer.get_vocab(), ensure_ascii=False, separators=(",", ":"))
     (folder / "vocab.json").write_text(words, encoding="utf-8")

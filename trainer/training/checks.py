@@ -29,6 +29,7 @@ from ..efficiency.memory import recomputed
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
 from ..lora.install import check_fit, check_plain, header_of_family
+from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
@@ -73,8 +74,8 @@ def check_run(config: Config, device: torch.device, processes: int, accept_chang
     changes = _check_folder(config, newest, processes, accept_changes)
     _check_packages(config)
 
-    settings = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
-    base = look_at_base(config.base.path, **settings)
+    base = look_at_base(config.base.path, **config.base.reading())
+    check_merged(config.base.loras, base.family)
     if base.family.whole:
         check_whole(config)
     recipe = None if base.family.whole else recipe_for(config, base)

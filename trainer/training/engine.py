@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ...samplers import eps_of, extrapolated, jump
+from ...samplers.schedule import rows
 from ..families import Base, Condition
 from ..families.generate import predict
 from ..lora.adapter import Average, Learner
@@ -173,13 +174,18 @@ class Engine:
             )
             return student, target, self.objective.distance(jumps)
 
-    def updated(self, step: int, before: float, after: float) -> None:
-        """Take in the weights after update `step` (from 1), which took the run from one share done to another."""
+    def updated(self, step: int, before: float, after: float, average: Average | None = None) -> None:
+        """Take in the weights after update `step` (from 1), which took the run from one share done to another.
+
+        average: the run's, from which a later stage begins where the objective wants that.
+        """
         if self.average:
             self.average.update(step)
         if self.opponent:
             self.opponent.updated(step)
         if self.objective.stage(after) != self.objective.stage(before):
+            if average and self.objective.averaged_teacher():
+                self.adapter.load(average.weights)
             self.earlier = self.adapter.copy()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -229,11 +235,11 @@ class Engine:
                 elif solver == "heun":
                     x0_at_end, _ = self._guided(jump(x0, eps, *end), lower, batch)
                     # at the clean end there is no noise to tell x0 by: the first half alone counts there
-                    along = torch.where(_rows(lower > 0), (x0 + x0_at_end) / 2, x0)
+                    along = torch.where(rows(lower > 0, x), (x0 + x0_at_end) / 2, x0)
                 eps = eps if along is x0 else eps_of(x, along, *start)
 
                 # rows that have arrived, as those with u = r from the start, stay as they are
-                x = torch.where(_rows(lower < tick), jump(along, eps, *end), x)
+                x = torch.where(rows(lower < tick, x), jump(along, eps, *end), x)
                 earlier = (x0, start)
                 tick = lower
         return x
@@ -243,7 +249,7 @@ class Engine:
         tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
         if batch.guidance is None:
             return self._predict(x, tick, batch.condition)
-        g = _rows(batch.guidance)
+        g = rows(batch.guidance, x)
         x0, eps = (uncond + g * (cond - uncond) for cond, uncond in self._halves(x, tick, batch))
         return x0, eps
 
@@ -251,7 +257,7 @@ class Engine:
         """x0 with and without the prompt, and eps so, of the network as it stands."""
         both = self.base.with_null(batch.condition, self.null)
         if self.batched:
-            x0, eps = (half.chunk(2) for half in self._predict(x.repeat(2, 1, 1, 1), tick.repeat(2), both))
+            x0, eps = (half.chunk(2) for half in self._predict(torch.cat([x, x]), tick.repeat(2), both))
         else:
             halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
             passes = (self._predict(x, tick, dict(zip(both, half, strict=True))) for half in halves)
@@ -265,14 +271,14 @@ class Engine:
         """J(x_r, r -> s); x_r itself in rows where r = s, which need no pass of the network."""
         r, s, inner = batch.levels.r, batch.levels.s, batch.inner
         if self.whole_target:
-            return torch.where(_rows(r > s), self._jump(x_r, r.clamp(min=1), s, batch.condition), x_r)
+            return torch.where(rows(r > s, x_r), self._jump(x_r, r.clamp(min=1), s, batch.condition), x_r)
         inner = (r > s).nonzero().squeeze(1) if inner is None else inner
         if len(inner) == len(r):
             return self._jump(x_r, r, s, batch.condition)
         target = x_r.clone()
         if len(inner):
-            rows = {k: v[inner] for k, v in batch.condition.items()}
-            target[inner] = self._jump(x_r[inner], r[inner], s[inner], rows)
+            condition = {k: v[inner] for k, v in batch.condition.items()}
+            target[inner] = self._jump(x_r[inner], r[inner], s[inner], condition)
         return target
 
     def _jump(self, x: Tensor, tick: Tensor, to: Tensor, condition: Condition) -> Tensor:
@@ -286,8 +292,3 @@ class Engine:
         """The network's (x0, eps) in points (B, C, h, w) at ticks (B,), counted."""
         self.evaluations += len(x)
         return predict(self.base, x, tick, condition, min_alpha)
-
-
-def _rows(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), which broadcasts over points."""
-    return values.view(-1, 1, 1, 1)

@@ -95,7 +95,7 @@ class Run:
         with reporter.stage("loading the base"):
             self.base = open_base(config, self.processes, self.say)
         if checked.newest and not accept_changes:
-            check_same_base(checked.newest[1], self.base.path, self.base.base_hash)
+            check_same_base(checked.newest[1], self.base.path, self.base.weights_hash)
 
         # The cache before all that is trained: at its end the encoders leave the memory that training needs.
         self.cache = fill_cache(config, self.base, self.processes, reporter)
@@ -304,7 +304,7 @@ class Run:
             "samples per update": self.split.update,
             "samples per process": train.batch_size * train.accumulation,
             "cache": self.cache.folder.name,
-            "base": self.base.base_hash,
+            "base": self.base.weights_hash,
             "settings": self.config.what_decides_the_weights(),
             "changes": self.changes,
         }

@@ -17,6 +17,7 @@ from ..efficiency.quantize import Probe
 from ..families import Base, BaseFacts, Condition, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
+from ..lora.merged import merge_into
 from ..lora.recipe import recipe_for
 from ..objectives import Objective
 from ..reporting.journal import Journal
@@ -54,15 +55,16 @@ def open_journal(config: Config, processes: Processes, say: Say) -> Journal:
 def open_base(config: Config, processes: Processes, say: Say) -> Base:
     """The frozen base, loaded. Raises ValueError, before anything is cached, for what only its files could tell."""
     say(f"Loading {config.base.path}.")
-    settings = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
     base = load_base(
         config.base.path,
         dtype=DTYPES[config.base.dtype],
         device=processes.accelerator.device,
         in_turn=True,
-        **settings,
+        **config.base.reading(),
     )
     check_loaded(config, base)
+    for line in merge_into(base, config.base.loras):
+        say(line)
     for note in config.notes():
         say(note)
     return base
@@ -70,7 +72,8 @@ def open_base(config: Config, processes: Processes, say: Say) -> Base:
 
 def fill_cache(config: Config, base: Base, processes: Processes, reporter: Reporter) -> LatentCache:
     """The run's cache, made where it lacks something; the encoders are dropped afterwards."""
-    with processes.by_first(only_filler(config.cache_folder, reporter.say)):
+    # a batch of pictures or of the teacher's latents may itself take minutes, on a CPU hours
+    with processes.by_first(only_filler(config.cache_folder, reporter.say)), reporter.stage("filling the cache"):
         cache = build_cache(
             config,
             base,

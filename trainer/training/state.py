@@ -38,7 +38,7 @@ class Trained:
         """Take in the weights after update `step` (from 1) of `steps`."""
         if self.average:
             self.average.update(step)
-        self.engine.updated(step, (step - 1) / steps, step / steps)
+        self.engine.updated(step, (step - 1) / steps, step / steps, self.average)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to export, on the CPU: the average where there is one."""

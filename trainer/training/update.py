@@ -201,10 +201,14 @@ def _gradients(learners: Learners) -> list[Tensor]:
 
 def lr_factor(config: Config, step: int) -> float:
     """Warm-up and schedule at update `step` (from 1), the same for every learner."""
-    train = config.train
+    train, objective = config.train, config.objective
     warm = min(1.0, step / (train.warmup + 1))
-    falling = 0.5 * (1 + math.cos(math.pi * (step - 1) / train.steps)) if train.lr_schedule == "cosine" else 1.0
-    return warm * falling
+    if train.lr_schedule == "constant":
+        return warm
+    done = (step - 1) / train.steps
+    if train.lr_schedule == "stages":
+        done = done * objective.stage_count() - objective.stage(done)
+    return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(

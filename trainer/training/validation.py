@@ -282,7 +282,7 @@ class Validation:
     def against(self) -> str:
         """Hash of all that decides the reference, or without one the held-out loss."""
         base, config, batches = self.base, self.config, self.batches
-        content = [base.base_hash, base.encoder_settings, base.prediction, base.schedule_settings, base.null]
+        content = [base.weights_hash, base.encoder_settings, base.prediction, base.schedule_settings, base.null]
         content += [config.base.dtype, config.base.quantize]
         if self.steps:
             content += [asdict(self.reference), self.prompts, self.trial.seed, list(self.trial.noise.shape)]

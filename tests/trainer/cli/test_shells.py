@@ -173,6 +173,21 @@ def test_a_preset_in_place_of_a_file(fails):
     assert "`pcm presets` lists them" in fails(2, "train", "mine.toml")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.steps", "5"], "train.steps is a setting without a value. Write train.steps=VALUE, without spaces."),
+        (["."], ". is a folder; expected a config file, settings as key=value, or --preset."),
+        (["base.toml"], "No config file at base.toml."),
+        (["data.images="], "data.images = '' is empty: name a place, or leave the setting out"),
+        (["output= "], "output = '' is empty"),
+        (['data.shards=[""]'], "data.shards.0 = '' is empty"),
+    ],
+)
+def test_words_that_name_nothing_get_a_sentence(fails, words, message):
+    assert message in fails(2, "train", "--preset", "demo", *words)
+
+
 def test_names_may_hold_spaces():
     for name in ("my lora", "v1.5 é", "a", "_x-1", "日本"):
         assert load_config(overrides=["base.path=b", f"name={name}"]).name == name

@@ -102,7 +102,6 @@ def test_points_must_divide_the_ticks():
         ("output=2026-01-31", "2026-01-31"),
         ("name=plain", "plain"),
         (" name = spaced", "spaced"),
-        ("data.prompts=", ""),
     ],
 )
 def test_overrides_need_no_quotes(override, value):
@@ -311,6 +310,18 @@ def test_a_change_of_objective_keeps_what_both_know(tmp_path):
 def test_an_objective_refuses_what_it_does_not_take(given, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         load_config(overrides=["base.path=x", *(f"objective.{item}" for item in given)])
+
+
+def test_what_wants_stages_or_an_average_says_so():
+    base = ["base.path=x", "objective.name=progressive"]
+    with pytest.raises(ValueError, match="this run of the objective pcm is one stage. Set train.lr_schedule=cosine"):
+        load_config(overrides=["base.path=x", "train.lr_schedule=stages"])
+    with pytest.raises(ValueError, match="there is no average: train.ema is 0. Set train.ema=0.98"):
+        load_config(overrides=[*base, "objective.average_teaches=true"])
+    staged = load_config(
+        overrides=[*base, "objective.average_teaches=true", "train.ema=0.9", "train.lr_schedule=stages"]
+    )
+    assert staged.objective.stage_count() == 3 and staged.objective.averaged_teacher()
 
 
 def test_the_adversarial_loss_is_of_two_objectives():

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from phased_consistency.trainer.data import cache, reading
 from phased_consistency.trainer.data.folders import find_pictures
@@ -199,3 +200,14 @@ def test_what_is_wrong_in_a_metadata_file_is_named(folder):
         ValueError, match="2 of the 9 pictures in .* lack a good caption, 4 lines of metadata are wrong:"
     ):
         find_pictures(str(folder), skip_bad=False)
+
+
+def test_profiles_that_count_for_nothing_are_counted(folder):
+    for number in (0, 3, 4):
+        picture = Image.open(folder / f"{number}.png")
+        picture.save(folder / f"{number}.png", icc_profile=b"broken")
+    sentence = (
+        "3 of the 9 pictures have a colour profile that is damaged or of other colours than the picture: they are"
+    )
+    assert build(folder).notes == [f"{sentence} taken as sRGB"]
+    assert build(folder).notes == [f"{sentence} taken as sRGB"], "from the cache, too"

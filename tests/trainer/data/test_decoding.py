@@ -1,6 +1,7 @@
 """A picture as the network sees it: of every kind, in sRGB, on white, upright, with whatever else its file holds."""
 
 import itertools
+import re
 import struct
 import warnings
 import zlib
@@ -12,8 +13,9 @@ import torch
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 from phased_consistency.trainer import pictures
+from phased_consistency.trainer.data import decoding
 from phased_consistency.trainer.data.buckets import Buckets
-from phased_consistency.trainer.data.decoding import aspect_of, load_picture
+from phased_consistency.trainer.data.decoding import aspect_of, has_strange_profile, load_picture
 from phased_consistency.trainer.pictures import MOST_PIXELS, open_picture
 
 SIDE = 8
@@ -255,3 +257,49 @@ def test_a_kind_that_no_picture_has_is_not_opened(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "TGA")
     with pytest.raises(OSError, match="cannot identify"), open_picture(tmp_path / "a.png"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n",
+            "it is a git-lfs pointer, and no picture",
+        ),
+        (b"<!DOCTYPE html><html>Not found", "it is a web page, such as a site's for signing in, and no picture"),
+        (b'{"error": "Unauthorized"}', "it is JSON, such as a server's message of an error, and no picture"),
+        (b"GIF8", "no picture of a known kind"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "its kind, HEIF, is read after pip install pillow-heif"),
+    ],
+)
+def test_what_stands_in_a_pictures_place_is_called_what_it_is(tmp_path, monkeypatch, content, words):
+    kinds = tuple(kind for kind in pictures.readable_kinds() if kind != "HEIF")
+    monkeypatch.setattr(pictures, "readable_kinds", lambda: kinds)
+    monkeypatch.setattr(decoding, "readable_kinds", lambda: kinds)
+    (tmp_path / "a.jpg").write_bytes(content)
+    for file in (tmp_path / "a.jpg", BytesIO(content)):
+        with pytest.raises(ValueError, match=re.escape(f"cannot be read ({words})")):
+            load_picture(file, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "strange"),
+    [
+        ("RGB", PROFILE["P3"], False),
+        ("RGB", None, False),
+        ("L", PROFILE["grey"], False),
+        ("LA", PROFILE["grey"], False),
+        ("P", PROFILE["P3"], False),
+        ("RGB", b"broken", True),
+        ("RGB", PROFILE["grey"], True),
+        ("CMYK", PROFILE["P3"], True),
+        ("RGB", PROFILE["P3"][:140], True),
+    ],
+)
+def test_profiles_that_count_for_nothing_are_seen(tmp_path, mode, profile, strange):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    Image.new(mode, (8, 8)).save(tmp_path / "a", kind, icc_profile=profile)
+    assert has_strange_profile(tmp_path / "a") is strange
+    (tmp_path / "none").write_bytes(b"no picture")
+    assert not has_strange_profile(tmp_path / "none")

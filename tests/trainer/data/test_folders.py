@@ -392,3 +392,29 @@ def test_pictures_of_every_suffix_are_data(tmp_path):
         write(tmp_path, name)
         Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
     assert captions(tmp_path).keys() == kinds.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("g0.json", ".json"), ("captions.csv", ".csv"), ("metadata.parquet", ".parquet")]
+)
+def test_what_may_hold_the_captions_is_named_where_they_lack(folder, name, kind):
+    (folder / "g0.txt").unlink()
+    (folder / name).write_text("x")
+    words = rf"g0.png: no caption g0.txt\n1 file of another kind is not used: 1 \{kind}; captions are read from .txt, "
+    with pytest.raises(ValueError, match=words + r".caption, .cap and metadata.jsonl, metadata.csv\.\nMend"):
+        find_pictures(str(folder), False)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.symlink_to("gone"), "g0.txt is no file, but a link that leads nowhere"),
+        (lambda path: path.mkdir(), "g0.txt is no file\n"),
+        (os.mkfifo, "g0.txt is no file\n"),
+    ],
+)
+def test_a_caption_that_is_no_file_is_said(folder, make, words):
+    (folder / "g0.txt").unlink()
+    make(folder / "g0.txt")
+    with pytest.raises(ValueError, match=f"g0.png: {words}"):
+        find_pictures(str(folder), False)

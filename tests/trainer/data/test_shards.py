@@ -351,3 +351,9 @@ def test_a_shard_is_never_whole_in_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20, "of 64 MiB"
+
+
+def test_names_in_two_forms_and_with_dots_are_read(tmp_path, build):
+    files = [("caf\u00e9.png", PICTURES["red"]), ("cafe\u0301.txt", b"coffee")]
+    files += [("set/../b.png", PICTURES["red"]), ("set/../b.txt", b"beyond")]
+    assert list(build(tar_of(tmp_path / "set.tar", files)).captions) == ["coffee", "beyond"]

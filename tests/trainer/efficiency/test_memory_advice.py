@@ -11,6 +11,8 @@ from phased_consistency.trainer.efficiency import memory
 from phased_consistency.trainer.efficiency.activations import kept_activations, most_bytes
 from phased_consistency.trainer.efficiency.blocks import Offload, blocks_of
 from phased_consistency.trainer.efficiency.memory import (
+    BEFORE,
+    PREVIEWS,
     TRAINING,
     estimate_memory,
     explain_out_of_memory,
@@ -90,13 +92,44 @@ def test_estimated_weights_are_the_bytes_that_are_there(tmp_path, format, dtype)
     assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == there
 
 
-def test_offloaded_weights_leave_all_but_the_largest_block(tmp_path):
+def test_offloaded_weights_leave_all_but_the_largest_blocks(tmp_path):
+    """Three of them: one at work, one on its way, one whose memory is not free yet."""
     config = small_config(tmp_path, base__path=TINY, train__offload="true")
     network = load_base(TINY).network
     blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(network).values()]
     everything = sum(p.nbytes for p in network.parameters())
-    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == everything - sum(blocks) + max(blocks)
+    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == everything - sum(blocks) + sum(
+        sorted(blocks)[-3:]
+    )
     assert Offload(network, torch.device("cpu")).bytes == sum(blocks)
+
+
+def test_pictures_that_are_encoded_count_before_training(tmp_path):
+    """By the batch in which they are, in fp32: twice as many hold twice as much."""
+    few, many = (full_size(f"data.images={tmp_path}", f"data.batch_size={n}") for n in (8, 16))
+    before = {
+        n: estimate_memory(c, SD15)["gib"][f"{BEFORE}the larger of UNet and encoders"]
+        for n, c in ((8, few), (16, many))
+    }
+    sizes = memory._footprint(few, SD15)
+    assert sizes.encoding > 512 * 512 * 128 * 4 * 2, "at least the first convolution's output and what it is made of"
+    assert before[16] - before[8] == pytest.approx(8 * sizes.encoding / GIB, abs=2e-3)
+    assert estimate_memory(full_size(), SD15)["gib"][f"{BEFORE}the larger of UNet and encoders"] < before[8]
+
+
+def test_previews_are_drawn_with_a_copy_of_the_weights():
+    small, large = (full_size(f"lora.rank={rank}") for rank in (64, 128))
+    gib = [estimate_memory(config, SD15)["gib"][PREVIEWS] for config in (small, large)]
+    assert gib[1] - gib[0] == pytest.approx(67_252_224 * (16 + 4) / GIB, abs=2e-3), "trained, and drawn with"
+
+
+def test_several_processes_send_their_gradients_in_one_piece(monkeypatch):
+    alone = total(full_size())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = full_size()
+    assert total(config) - alone == pytest.approx(67_252_224 * 4 / GIB, abs=2e-3)
+    gib = estimate_memory(config, SD15)["gib"]
+    assert gib["gradients in one piece, 2 processes"] == pytest.approx(67_252_224 * 4 / GIB, abs=2e-3)
 
 
 def test_the_optimizers_saving_is_six_bytes_a_parameter():

@@ -85,6 +85,27 @@ def test_the_weights_take_a_byte_each_and_a_scale_a_row(format, row, dtype):
     assert sentence.startswith(f"{format} base: {len(layers)} layers, ")
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_quantised_layers_answer_in_the_base_s_dtype(format):
+    """After a norm too, whose output autocast on a GPU leaves in fp32: so do what autograd keeps, and the gradient."""
+    base = load_base("tiny-sd15", dtype=torch.bfloat16)
+    quantize(base.network, format)
+    path, layer = next(iter(quantizable_once(base).items()))
+    x = torch.randn(4, layer.in_features, requires_grad=True)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t)
+    with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.float32 not in kept
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.any()
+
+
+def quantizable_once(base):
+    """The layers that have been quantised, by path."""
+    return {path: m for path, m in base.network.named_modules() if hasattr(getattr(m, "weight", None), "qdata")}
+
+
 def test_teacher_and_student_share_the_quantised_base():
     """With the adapter off, what is left is the quantised base, to the bit."""
     base, adapter = adapted()

@@ -77,7 +77,7 @@ def clip(tmp_path_factory):
     return folder
 
 
-def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
+def test_the_whole_verb(pcm, lora, prompts, clip, without_plots, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--features", clip, "--clip", clip, "--out", out)
     small = ("--steps", "4,1", "--pictures", "4", "--resolution", "32", "--json")
@@ -109,6 +109,14 @@ def test_the_whole_verb(pcm, lora, prompts, clip, tmp_path):
     text = (out / "report.md").read_text()
     assert text.count(f"| {lora.stem} | 4 | 1 | 4 |") == text.count(f"| untrained, as {lora.stem} | 4 | 1 | 4 |") == 3
     assert "seed 0, from 3 prompts: prompts.txt" in text
+
+
+def test_its_plots_and_pictures(pcm, lora, prompts, tmp_path):
+    out = tmp_path / "report"
+    options = ("--prompts", prompts, "--features", "latents", "--steps", "2,1", "--pictures", "4", "--resolution", "32")
+    run = pcm("evaluate", "--base", TINY, "--lora", lora, *options, "--out", out)
+    assert run.code == 0, run.err
+    text = (out / "report.md").read_text()
     for name in ("quality.png", "consistency.png", "guidance.png", "grid.png"):
         assert f"]({name})" in text
         with Image.open(out / name) as picture:

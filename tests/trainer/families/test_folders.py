@@ -204,3 +204,39 @@ def test_a_text_encoder_that_lacks_weights_is_refused(folder, shared):
     save_file({name: t for name, t in tensors.items() if name not in lacking} or {"other": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"text_encoder lacks \d+ CLIPTextModel weights \(such as .*\). Get the file"):
         loading.load_part(folder, "text_encoder", CLIPTextModel, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "beside", "words"),
+    [
+        ("unet", "SCB", "holds bitsandbytes int8 weights .*SCB"),
+        ("text_encoder_2", "scale_weight", "holds scaled fp8 weights .*scale_weight"),
+        ("unet", None, "holds integers for weights"),
+        ("vae", None, "holds integers for weights"),
+    ],
+)
+def test_quantised_weights_in_a_folder_are_refused_without_a_word_in_its_config(folder, part, beside, words):
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+    tensors[name] = tensors[name].to(torch.int8)
+    more = {f"{name.rpartition('.')[0]}.{beside}": torch.ones(2)} if beside else {}
+    save_file(tensors | more, file)
+    for verb in (look_at_base, load_base):
+        with pytest.raises(ValueError, match=rf"{part}.*{words}.*base\.quantize makes"):
+            verb(str(folder))
+
+
+def test_positions_of_older_text_encoders_are_no_quantised_weights(folder):
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(file) | positions, file, {"format": "pt"})
+    loading.check_weights(folder, WEIGHED)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs.github.com/spec/v1"])
+def test_what_stands_in_a_components_place_is_called_what_it_is(folder, content):
+    (file,) = (folder / "vae").glob("*.safetensors")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vae cannot be loaded: .*safetensors is a (web page|git-lfs pointer)"):
+        look_at_base(str(folder))

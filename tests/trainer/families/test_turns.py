@@ -15,7 +15,8 @@ class Place:
         self.device, self.moves = CPU, 0
 
     def to(self, device):
-        self.device, self.moves = torch.device(device), self.moves + 1
+        device = torch.device(device)
+        self.device, self.moves = GPU if device.type == "cuda" else device, self.moves + 1
 
     def parameters(self):
         yield self
@@ -46,7 +47,9 @@ def test_one_of_them_is_on_the_device_at_a_time(base):
     assert places(base) == [CPU, GPU, GPU]
 
 
-def test_what_is_in_place_is_not_moved(base):
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])
+def test_what_is_in_place_is_not_moved(base, monkeypatch, device):
+    monkeypatch.setattr(base, "turns", torch.device(device))
     for _ in range(3):
         base.denoise(None, None, {})
     assert [part.moves for part in (base.network, *base.text_encoders)] == [1, 0, 0]
@@ -56,6 +59,26 @@ def test_the_network_stays_once_the_encoders_are_dropped(base):
     base.encode_prompts(["a"])
     base.drop_encoders()
     assert base.network.device == GPU and base.text_encoders == [] and base.device == GPU
+
+
+def test_the_network_comes_once_the_encoders_have_left(base, monkeypatch):
+    """With the VAE, too: on 16 GB there is no room for SD3's T5 and its transformer at once."""
+    together = []
+    vae = Place()
+    monkeypatch.setattr(base, "vae", vae)
+    parts = {"network": base.network, "vae": vae, "first": base.text_encoders[0], "second": base.text_encoders[1]}
+    move = Place.to
+
+    def watched(part, device):
+        move(part, device)
+        together.append({name for name, part in parts.items() if part.device.type == "cuda"})
+
+    monkeypatch.setattr(Place, "to", watched)
+    base._bring(base.vae)
+    base.encode_prompts(["a"])
+    base.drop_encoders()
+    assert together[-1] == {"network"} and {"vae", "first", "second"} in together
+    assert not any("network" in there and len(there) > 1 for there in together)
 
 
 def test_a_base_that_is_asked_for_nothing_leaves_all_in_place():

@@ -1,6 +1,7 @@
 """The LoRA on the one base: the identity at first, gone when off, and averaged as the formula says."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -87,6 +88,63 @@ def test_off_ends_with_an_exception():
     with pytest.raises(RuntimeError, match="in the teacher"), adapter.off():
         raise RuntimeError("in the teacher")
     assert torch.equal(output(unet), student)
+
+
+def test_off_is_a_flag_on_its_own_layers(monkeypatch):
+    """Not a walk through the network: a backward pass may switch at every block."""
+    unet = small_unet()
+    plain = output(unet)
+    adapter = adapt(unet)
+    disturb(adapter)
+    student = output(unet)
+    switched = ExitStack()
+
+    def without_a_walk(switch, *arguments):
+        with monkeypatch.context() as patch:
+            for walk in ("modules", "named_modules", "disable_adapters", "enable_adapters", "apply"):
+                patch.setattr(unet, walk, None)
+            switch(*arguments)
+
+    without_a_walk(switched.enter_context, adapter.off())
+    without_a_walk(switched.enter_context, adapter.off())
+    assert torch.equal(output(unet), plain)
+    assert all(p.requires_grad for p in adapter.parameters())
+    without_a_walk(switched.close)
+    assert torch.equal(output(unet), student)
+
+
+def test_other_weights_are_seen_inside_one_autocast_block():
+    """Autocast keeps low-precision copies by parameter, whatever it holds by then."""
+    unet = small_unet(torch.bfloat16)
+    adapter = adapt(unet)
+    disturb(adapter)
+    own, other = adapter.copy(), {name: 3 * w for name, w in adapter.copy().items()}
+
+    def alone(state):
+        with torch.no_grad(), adapter.using(state), torch.autocast("cpu", dtype=torch.bfloat16):
+            return output(unet)
+
+    meant = [alone(state) for state in (own, other, own)]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first = output(unet)
+        with adapter.using(other):
+            second = output(unet)
+        third = output(unet)
+    assert not meant[0].equal(meant[1])
+    assert [a.equal(b) for a, b in zip((first, second, third), meant, strict=True)] == [True] * 3
+
+
+def test_the_number_that_switches_stays_one_after_another_adapter():
+    unet = small_unet()
+    adapter = adapt(unet)
+    adapter.switch_by_number()
+    strength = adapter.layers[next(iter(adapter.layers))].scaling["default"]
+    unet.add_adapter(unet.peft_config["default"], "second")
+    unet.set_adapters("second")
+    adapter.activate()
+    unet.delete_adapters("second")
+    assert all(layer.scaling["default"] is strength for layer in adapter.layers.values())
+    assert all(layer.active_adapters == ["default"] for layer in adapter.layers.values())
 
 
 def test_alpha_over_rank_is_the_strength():

@@ -85,6 +85,29 @@ def test_what_diffusers_would_take_in_part_is_refused_by_name(lora, part, pcm, t
         assert name in result.err
 
 
+def test_a_lora_of_text_encoders_alone_is_refused_by_name(pcm, tmp_path):
+    halves = {f"{ENCODER}.lora_down.weight": torch.ones(4, 64), f"{ENCODER}.lora_up.weight": torch.ones(256, 4)}
+    save_file(halves, alone := tmp_path / "alone.safetensors")
+    for run in (
+        ("check", alone, "--base", TINY),
+        ("sample", "--base", TINY, "--lora", alone, "--prompt", "x", "--out", tmp_path / "x.png"),
+        ("train", "--preset", "demo-sd15", f"lora.init={alone}", f"output={tmp_path / 'run'}", "--dry-run"),
+    ):
+        result = pcm(*run)
+        assert result.code == 2 and "alone.safetensors has nothing for the network: its 1 modules are" in result.err
+    assert pcm("convert", alone, tmp_path / "out.safetensors", "--to", "kohya", "--family", "sd15").code == 0
+
+
+@pytest.mark.parametrize(("half", "other"), [("down", "up"), ("up", "down")])
+def test_the_half_that_is_there_is_named(half, other, lora, fails, tmp_path):
+    name = "lora_unet_" + MODULES[0].replace(".", "_")
+    tensors = load_file(lora)
+    del tensors[f"{name}.lora_{other}.weight"]
+    save_file(tensors, lora)
+    said = fails(2, "convert", lora, tmp_path / "out.safetensors", "--to", "diffusers", "--family", "sd15")
+    assert f"has {name}.lora_{half}.weight and no {other} half of it" in said
+
+
 def test_a_text_encoders_dora_is_not_written_without_its_magnitudes(lora, fails, tmp_path):
     parts = {"lora_down__weight": (4, 64), "lora_up__weight": (256, 4), "dora_scale": (256, 1)}
     more = with_tensors(lora, **{f"{ENCODER}__{part}": torch.ones(shape) for part, shape in parts.items()})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from phased_consistency.trainer.objectives import CT, OBJECTIVES, Levels, Progressive, UFOGen
+from phased_consistency.trainer.objectives import CT, DSCD, OBJECTIVES, PCM, Levels, Progressive, UFOGen
 from phased_consistency.trainer.objectives.distances import karras_ticks, nearest_ticks, noise_level
 from support.closed_form import SCHEDULES, VP, seeded
 
@@ -30,6 +30,41 @@ def test_what_each_objective_jumps_to():
     share = tcd.s / tcd.r.clamp(min=1)
     assert (tcd.s % 20 == 0).all() and share[tcd.r > 500].mean() == pytest.approx(0.5, abs=0.02)
     assert (tcd.s == tcd.r).any() and (tcd.s[tcd.r > 0] == 0).any()
+
+
+def test_a_share_of_pcms_jumps_ends_anywhere_down_to_the_edge():
+    """Half at the edge, and half on the points from there to the neighbour, each as often: of 5 cells at the phase's
+    top, the edge is the end of 1/2 + 1/2 * 1/5."""
+    rows = [PCM(points=20, phases=4, inside=share).levels(60_000, VP, 0.0, seeded()) for share in (0.0, 0.5, 1.0)]
+    plain, half, all_inside = rows
+    assert all(torch.equal(row.u, plain.u) and torch.equal(row.r, plain.r) for row in rows)
+    for row in rows:
+        assert ((row.s >= plain.s) & (row.s <= row.r)).all() and not (row.s % 50).any()
+    top = plain.u % 250 == 0
+    ends = [((row.s - plain.s)[top] // 50).bincount(minlength=5) / top.sum() for row in rows]
+    torch.testing.assert_close(ends[0], torch.tensor([1.0, 0, 0, 0, 0]))
+    torch.testing.assert_close(ends[1], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]), atol=0.01, rtol=0)
+    torch.testing.assert_close(ends[2], torch.full((5,), 0.2), atol=0.01, rtol=0)
+
+
+def test_what_ends_inside_a_phase_is_judged_above_its_end():
+    row = PCM(points=20, phases=4, inside=1.0)
+    levels = row.levels(5000, VP, 0.0, seeded())
+    judged, grid = row.judged_at(levels, seeded()), row.grid()
+    assert (judged > levels.s).all() and torch.equal(grid.target(judged), grid.target(levels.u))
+
+
+@pytest.mark.parametrize("row", [CT, CT(curriculum="ict"), DSCD], ids=["ect", "ict", "dscd"])
+def test_a_share_of_the_samples_starts_where_sampling_does(row):
+    kind, settings = (type(row), row.model_dump(exclude={"noisiest_share"})) if isinstance(row, CT) else (row, {})
+    never, often = (
+        kind(**settings | {"noisiest_share": share}).levels(40_000, VP, 0.3, seeded()) for share in (0.0, 0.25)
+    )
+    before = (never.u == 1000).float().mean().item()
+    assert before < 0.1 and (often.u == 1000).float().mean() == pytest.approx(0.25 + 0.75 * before, abs=0.01)
+    others = often.u < 1000
+    assert torch.equal(often.u[others], never.u[others]), "the other draws are the same"
+    assert torch.equal(often.r[others], never.r[others]) and (often.r < often.u).all()
 
 
 def test_icts_scales_double():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phased_consistency.samplers import jump, x0_eps_from_output
 from phased_consistency.trainer.objectives import (
     CD,
     CT,
@@ -22,7 +23,7 @@ from phased_consistency.trainer.objectives import (
     Progressive,
     UFOGen,
 )
-from phased_consistency.trainer.objectives.distances import vector_huber
+from phased_consistency.trainer.objectives.distances import huber, vector_huber
 from phased_consistency.trainer.objectives.dscd import angle
 from phased_consistency.trainer.training.adversary import Judged
 from phased_consistency.trainer.training.engine import Batch, Engine
@@ -252,6 +253,53 @@ def test_dscds_loss_pushes_by_the_normalised_tangent():
     row.distance(jumps).sum().backward()
     push = student.grad.flatten(1).norm(dim=1)
     assert push[0].item() == pytest.approx(push[1].item(), rel=0.05) and (student.grad > 0).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+def test_dscds_gradient_goes_with_a_power_of_cos(power):
+    """cos(a)^(2 power - 1) in an eps-network's output; one that predicts v does not know of it."""
+    for schedule, prediction, exponent in ((VP, "epsilon", 2 * power - 2), (FLOW, "flow", 0.0)):
+        u, r = torch.tensor([700, 400, 100]), torch.tensor([650, 350, 50])
+        x = torch.randn(3, 4, 2, 2, generator=seeded())
+        gradients = []
+        for row in (DSCD(warmup=0, cos_power=power, **PLAIN), DSCD(warmup=0, **PLAIN)):
+            student = x.clone().requires_grad_()
+            jumps = Jumps(x, 0.9 * x, student, 0.5 * x, Levels(u, r, 0 * u), schedule, prediction, 1.0)
+            row.distance(jumps).sum().backward()
+            gradients.append(student.grad)
+        cos = angle(schedule, u).cos().view(-1, 1, 1, 1).to(x)
+        torch.testing.assert_close(gradients[0], gradients[1] * cos**exponent)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("to", [0, 300])
+@pytest.mark.parametrize("row", [PCM(distance_in="output"), CD(distance_in="output")], ids=["pcm", "cd"])
+def test_distances_can_be_of_the_networks_output(row, to, schedule, prediction):
+    """Two outputs that differ by d, jumped from one point to one end, are d apart whatever their levels are."""
+    u = torch.tensor([990, 700, 350])
+    s = torch.full_like(u, to)
+    shape = (3, 4, 2, 2)
+    x, output, d = (torch.randn(shape, generator=seeded(i)) for i in range(3))
+    level = schedule.alpha(u), schedule.sigma(u)
+    ends = [
+        jump(*x0_eps_from_output(o, x, *level, prediction), schedule.alpha(s), schedule.sigma(s))
+        for o in (output, output + d)
+    ]
+    jumps = Jumps(x, x, *ends, Levels(u, s, s), schedule, prediction, 0.5)
+    student, target = row.compared(jumps)
+    torch.testing.assert_close((target - student).abs(), d.abs(), atol=1e-4, rtol=1e-4)
+    by_hand = d.square().flatten(1).mean(1) if isinstance(row, CD) else huber(d, 0 * d, row.huber_c)
+    torch.testing.assert_close(row.distance(jumps), by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_the_clamp_of_one_phase_is_in_the_units_of_the_output():
+    """dx0 / deps is sigma / max(alpha, 0.5): at the noisiest levels about 2."""
+    u = torch.tensor([1000, 300])
+    row = PCM(phases=1, min_alpha=0.5, distance_in="output")
+    x = torch.ones(2, 4, 2, 2)
+    jumps = Jumps(x, x, x, 0 * x, Levels(u, 0 * u, 0 * u), VP, "epsilon", 0.5)
+    expected = VP.alpha(u).clamp(min=0.5) / VP.sigma(u)
+    torch.testing.assert_close(row.compared(jumps)[0].mean((1, 2, 3)), expected.float())
 
 
 # --- the networks' weights

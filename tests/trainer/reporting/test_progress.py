@@ -82,6 +82,16 @@ def test_a_long_stage_says_that_it_goes_on(lines, monkeypatch):
     assert set(lines()) == {"Still loading the base, for 0 s now."} and len(lines()) == count
 
 
+def test_a_stage_is_silent_while_others_speak(lines, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.2)
+    reporter = ProgressLines()
+    with reporter.stage("filling the cache"):
+        for done in range(60):
+            reporter.say(f"{done}")
+            time.sleep(0.005)
+    assert lines() == [f"{done}" for done in range(60)]
+
+
 def test_a_short_stage_says_nothing_and_an_error_in_it_goes_on(lines):
     with pytest.raises(ValueError, match="no base"), ProgressLines().stage("loading the base"):
         raise ValueError("no base")

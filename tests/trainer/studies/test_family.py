@@ -61,6 +61,8 @@ def test_the_comparison_measures_draws_and_writes(tmp_path):
     before = measured.stat().st_mtime_ns
     assert main([*options, "--rows", "pcm-4,lcm", *SMALL]) == 0
     assert measured.stat().st_mtime_ns == before, "what is measured is not measured again"
+    assert main([*options, "--rows", "pcm-4,lcm,cd", "--no-training", *SMALL]) == 0, "cd is left out, and not trained"
+    assert not (tmp_path / "cd-seed0").exists()
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     of = grouped(rows, "kernel")
     assert set(of) >= {("pcm-4", "deterministic"), ("lcm", "stochastic"), ("teacher", "dpm++, CFG 4")}
@@ -89,6 +91,9 @@ def test_a_cell_is_the_mean_within_all_the_intervals():
 
 
 def test_unknown_rows_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--rows", "pcm-4", "--base", speck().name, "--out", "nowhere", "--no-training"])
+    assert "no run in nowhere is finished: leave out --no-training" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--rows", "pcm-4,lcn"])
     assert "no such rows: lcn; available: pcm-4," in capsys.readouterr().err

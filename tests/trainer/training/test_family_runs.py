@@ -75,6 +75,19 @@ def test_in_a_later_stage_the_teacher_is_the_student_that_was(cache, tmp_path):
     assert any(not torch.equal(run.adapter.state()[n], w) for n, w in left.items())
 
 
+def test_the_average_can_teach_the_next_stage(cache, tmp_path):
+    """And its student begins as it: at the boundary teacher, student and average are one."""
+    settings = {"objective__name": "progressive", "objective__halvings": 2, "train__steps": 4, "train__ema": 0.9}
+    run = Run(small_config(tmp_path, data__cache=cache, objective__average_teaches="true", **settings), Reporter())
+    run.update()
+    before = run.adapter.state()
+    run.update()
+    average = run.trained.weights()
+    assert all(torch.equal(run.engine.earlier[n].cpu(), w) for n, w in average.items())
+    assert all(torch.equal(run.adapter.state()[n], w) for n, w in average.items())
+    assert any(not torch.equal(before[n], w) for n, w in average.items())
+
+
 # --- starting from a LoRA
 
 

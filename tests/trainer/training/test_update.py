@@ -156,3 +156,14 @@ def test_the_rate_warms_up_and_falls():
     assert [lr_factor(constant, step) for step in (1, 2, 4, 10)] == [0.25, 0.5, 1, 1]
     cosine = small_config("nowhere", train__lr_schedule="cosine", train__steps=10)
     assert lr_factor(cosine, 1) == 1 and lr_factor(cosine, 6) == pytest.approx(0.5)
+
+
+def test_the_rate_falls_in_each_stage():
+    """As a cosine's over a run of that stage alone, wherever the stages begin."""
+    progressive = {"objective__name": "progressive", "objective__halvings": 3, "train__lr_schedule": "stages"}
+    staged = small_config("nowhere", train__steps=30, **progressive)
+    alone = small_config("nowhere", train__steps=10, train__lr_schedule="cosine")
+    expected = [lr_factor(alone, step) for step in range(1, 11)]
+    assert [lr_factor(staged, step) for step in range(1, 31)] == pytest.approx(expected * 3)
+    stages = [staged.objective.stage((step - 1) / 30) for step in range(1, 31)]
+    assert stages == [0] * 10 + [1] * 10 + [2] * 10, "the teacher changes where the rate is back"

@@ -1,0 +1,92 @@
+"""Nodes for the host tests alone: small random transformers, built by the host from its own configs."""
+
+import comfy.model_management as memory
+import comfy.model_patcher
+import comfy.supported_models as supported
+import torch
+
+HEADS = 4
+WIDTH = 64  # of the network, so that a head has 16
+FLUX = {
+    **{"out_channels": 16, "hidden_size": WIDTH, "num_heads": HEADS, "depth": 2, "depth_single_blocks": 2},
+    **{"mlp_ratio": 4.0, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "txt_ids_dims": []},
+    **{"context_in_dim": 32, "vec_in_dim": 24, "patch_size": 2, "in_channels": 16, "guidance_embed": True},
+}
+WAN = {
+    **{"image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "ffn_dim": 128, "freq_dim": 256, "text_dim": 32},
+    **{"num_heads": HEADS, "num_layers": 2, "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2)},
+}
+# kind -> the host's class, and its network's shape at a size for tests
+KINDS = {
+    "flux": ("Flux", {"image_model": "flux", **FLUX}),
+    "schnell": ("FluxSchnell", {"image_model": "flux", **FLUX, "guidance_embed": False}),
+    "flux2": (
+        "Flux2",
+        {
+            **{"image_model": "flux2", **FLUX, "in_channels": 128, "out_channels": 128, "patch_size": 1},
+            **{"axes_dim": [4, 4, 4, 4], "theta": 2000, "qkv_bias": False, "mlp_ratio": 3.0, "vec_in_dim": None},
+            **{"global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "txt_ids_dims": [3]},
+        },
+    ),
+    "qwen": (
+        "QwenImage",
+        {
+            **{"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 16},
+            **{"num_attention_heads": HEADS, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)},
+        },
+    ),
+    "zimage": (
+        "ZImage",
+        {
+            **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "n_layers": 2},
+            **{"cap_feat_dim": 32, "qk_norm": True, "n_heads": HEADS, "n_kv_heads": HEADS, "axes_dims": [16, 24, 24]},
+            **{"axes_lens": [64, 64, 64], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "time_scale": 1000.0},
+            **{"z_image_modulation": True, "n_refiner_layers": 1, "pad_tokens_multiple": 32},
+        },
+    ),
+    "wan": ("WAN21_T2V", WAN),
+    "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
+}
+
+
+class TestTransformer:
+    """A random transformer of a kind in `KINDS`. The name is for the graph alone, as a loader has it."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        required = {"architecture": (list(KINDS),), "seed": ("INT", {"default": 0})}
+        return {"required": required, "optional": {"unet_name": ("STRING", {"default": ""})}}
+
+    def make(self, architecture, seed, unet_name=""):
+        name, config = KINDS[architecture]
+        config = getattr(supported, name)(config)
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, device=torch.device("cpu")).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, weight in model.diffusion_model.named_parameters():
+                if weight.ndim > 1:
+                    weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
+                else:
+                    weight.fill_(0.0 if key.endswith("bias") else 1.0)
+        return (comfy.model_patcher.ModelPatcher(model, memory.get_torch_device(), torch.device("cpu")),)
+
+
+class TestAutoencoder:
+    """The VAE of a checkpoint alone."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "load", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": ("STRING", {})}}
+
+    def load(self, ckpt_name):
+        import nodes
+
+        return (nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)[2],)
+
+
+NODE_CLASS_MAPPINGS = {"TestTransformer": TestTransformer, "TestAutoencoder": TestAutoencoder}

@@ -1,0 +1,188 @@
+"""Today's transformers, small and random, built by the host from its own configs: with the authors' files and settings
+Sample PCM draws what core's samplers draw."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from host.dits import FILES, LATENTS, core_lora, loaded_on, transformer
+from host.graphs import core_sampler, custom, ksampler, sample, scheduler
+from host.server import Graph, out
+
+FLUX, TURBO, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "FLUX.1-Turbo-Alpha", "flux.2-turbo-lora"
+QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V1.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
+ZIMAGE = "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI"
+HIGH, LOW = (f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise" for noise in ("high", "low"))
+WAN21 = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"
+UNKNOWN = "something_of_tomorrow"
+CLOSE = 1e-4
+
+
+def flux_guided(graph: Graph, links: dict[str, list], guidance: float) -> dict[str, list]:
+    """The links with FluxGuidance on the positive prompt."""
+    return links | {"positive": out(graph.add("FluxGuidance", conditioning=links["positive"], guidance=guidance))}
+
+
+def shifted(graph: Graph, model: list, kind: str, shift: float) -> list:
+    """A model with the shift that core's workflows give it."""
+    if kind == "flux":
+        size = LATENTS[kind][1]
+        return out(graph.add("ModelSamplingFlux", model=model, max_shift=1.15, base_shift=0.5, **size))
+    node = "ModelSamplingSD3" if kind == "wan" else "ModelSamplingAuraFlow"
+    return out(graph.add(node, model=model, shift=shift))
+
+
+@pytest.mark.parametrize(
+    ("file", "strength", "shift", "steps", "sampler"),
+    [
+        (FLUX, 0.125, None, 8, "euler"),
+        (TURBO, 1.0, None, 8, "euler"),
+        (QWEN, 1.0, 3.0, 4, "euler"),
+        (QWEN_EDIT, 1.0, 3.0, 8, "euler"),
+        (ZIMAGE, 0.8, 3.0, 8, "euler"),
+        (WAN21, 1.0, 5.0, 4, "lcm"),
+    ],
+)
+def test_sample_pcm_is_cores_sampler_with_the_authors_settings(server, file, strength, shift, steps, sampler):
+    kind = FILES[file]
+    graph, links = transformer(kind, file, strength=strength)
+    if kind == "flux":
+        links = flux_guided(graph, links, 3.5)
+    ours = sample(graph, links)
+    model = shifted(graph, core_lora(graph, links["base"], file, strength), kind, shift)
+    core = ksampler(graph, {**links, "model": model}, steps=steps, sampler_name=sampler)
+    bare = sample(graph, {**links, "model": links["base"]})
+    run, latents = server.latents(graph, ours, core, bare)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert (latents[0] - latents[2]).abs().max() > 0.01
+    assert run.warnings(ours) == run.warnings(links["model"][0]) == []
+
+
+def test_flux2_turbo_is_shifted_by_the_size_of_the_picture(server):
+    """Its authors' numbers go through diffusers' pipeline, which shifts them by FLUX.2's mu for so many positions."""
+    numbers = (1.0, 0.6509, 0.4374, 0.2932, 0.1893, 0.1108, 0.0495, 0.00031)
+    positions, steps = 8 * 6, 8
+    line_10, line_200 = 8.73809524e-05 * positions + 1.89833333, 0.00016927 * positions + 0.45666666
+    alpha = math.exp(line_200 + (line_10 - line_200) * (200 - steps) / 190)
+    sigmas = [alpha * u / (1 + (alpha - 1) * u) for u in numbers]
+
+    graph, links = transformer("flux2", FLUX2)
+    links = flux_guided(graph, links, 2.5)
+    ours = sample(graph, links)
+    core = core_lora(graph, links["base"], FLUX2)
+    levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas=" ".join(map(repr, [*sigmas, 0.0])))
+    euler = custom(graph, {**links, "model": core}, core_sampler(graph, "euler"), out(levels, 1))
+    shown = graph.add("TestSigmas", sigmas=out(scheduler(graph, links, width=128, height=96)))
+    run, latents = server.latents(graph, ours, euler)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert run.outputs[shown]["sigmas"] == pytest.approx([*sigmas, 0], abs=1e-6)
+    assert run.warnings(ours) == []
+
+
+def two_experts(low: str = LOW) -> tuple[Graph, dict[str, list]]:
+    """Wan 2.2's two experts, each with its LoRA; low_noise_model is among the links."""
+    graph, links = transformer("wan", HIGH)
+    second = out(graph.add("TestTransformer", architecture="wan", seed=1))
+    links |= {"low_base": second, "low_noise_model": loaded_on(graph, second, low)["model"]}
+    return graph, links
+
+
+def core_experts(graph: Graph, high: list, low: list, links: dict[str, list], split: int = 2) -> str:
+    """Core's way: two KSamplerAdvanced, the second going on with the noisy latent of the first."""
+    shared = {"noise_seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    shared |= {"positive": links["positive"], "negative": links["negative"]}
+    first = graph.add(
+        "KSamplerAdvanced",
+        **shared | {"model": high, "add_noise": "enable", "return_with_leftover_noise": "enable"},
+        latent_image=links["latent"],
+        start_at_step=0,
+        end_at_step=split,
+    )
+    return graph.add(
+        "KSamplerAdvanced",
+        **shared | {"model": low, "add_noise": "disable", "return_with_leftover_noise": "disable"},
+        latent_image=out(first),
+        start_at_step=split,
+        end_at_step=10000,
+    )
+
+
+def test_two_experts_are_cores_two_samplers(server):
+    graph, links = two_experts()
+    ours = sample(graph, links, low_noise_model=links["low_noise_model"])
+    swapped = sample(graph, links | {"model": links["low_noise_model"]}, low_noise_model=links["model"])
+    high = shifted(graph, core_lora(graph, links["base"], HIGH), "wan", 5.0)
+    low = shifted(graph, core_lora(graph, links["low_base"], LOW), "wan", 5.0)
+    run, latents = server.latents(graph, ours, core_experts(graph, high, low, links), swapped)
+    assert latents[0].shape == (1, 16, 3, 12, 16)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert (latents[0] - latents[2]).abs().max() > 0.01
+    assert run.text(ours).splitlines() == [
+        "2 steps by the high-noise model, 2 by the low-noise one.",
+        "4 steps at CFG 1, deterministic.",
+    ]
+    assert run.warnings(swapped) == [
+        "The LoRA on model is for the low-noise expert: swap model and low_noise_model.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "This recipe is for two experts, and noise levels below 0.875 are the low-noise one's: connect that"),
+        ({"recipe": None}, "A low-noise model is connected, but the recipe tells no boundary: set it"),
+    ],
+)
+def test_a_second_expert_too_few_or_too_many_is_a_sentence(server, settings, message):
+    graph, links = two_experts()
+    more = {}
+    if settings:
+        links |= loaded_on(graph, links["base"], UNKNOWN, recipe="widgets")
+        more = {"low_noise_model": links["low_noise_model"]}
+    server_run = server.run(with_saved(graph, sample(graph, links, **more)))
+    assert server_run.error["exception_message"].startswith(message)
+
+
+def with_saved(graph: Graph, node: str) -> Graph:
+    graph.add("SaveLatent", samples=out(node), filename_prefix="test")
+    return graph
+
+
+def test_fresh_noise_goes_on_through_both_experts(server):
+    """A run over two equal models is the run of one, with fresh noise between its steps and under a mask too."""
+    graph, links = transformer("wan", UNKNOWN, recipe="widgets", mode="stochastic", timesteps="1000, 750, 500, 250")
+    mask = graph.add("TestPicture", width=128, height=96, channels=3, batch=1, seed=5, mask="middle")
+    links["latent"] = out(graph.add("SetLatentNoiseMask", samples=links["latent"], mask=out(mask, 1)))
+    one = sample(graph, links)
+    by_hand = {"mode": "stochastic", "timesteps": "1000, 750, 500, 250", "boundary": 0.9}
+    split = loaded_on(graph, links["base"], UNKNOWN, recipe="widgets", **by_hand)
+    both = sample(graph, links | split, low_noise_model=links["model"])
+    run, latents = server.latents(graph, one, both)
+    assert (latents[0] - latents[1]).abs().max() < 1e-5
+    assert run.text(both).splitlines()[0].startswith("2 steps by the high-noise model, 2 by")
+
+
+def test_a_family_of_tomorrow_works_by_hand(server):
+    """A file that nobody knows, on a model as the host has it: levels and shift are the widgets'."""
+    graph, links = transformer("wan", UNKNOWN, recipe="widgets", sigmas="1.0, 0.8, 0.3, 0")
+    ours = sample(graph, links)
+    levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas="1 0.8 0.3 0")
+    model = core_lora(graph, links["base"], UNKNOWN)
+    euler = custom(graph, {**links, "model": model}, core_sampler(graph, "euler"), out(levels, 1))
+    run, latents = server.latents(graph, ours, euler)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert run.text(links["model"][0]).splitlines()[0] == "3 steps, CFG 1 (1 to 2), deterministic."
+
+
+def test_loras_take_what_core_takes(server):
+    """Also biases and norms, which lightx2v's files have: with every file the model is core's with it."""
+    for kind, file in (("flux", TURBO), ("flux2", FLUX2), ("qwen", QWEN), ("zimage", ZIMAGE), ("wan", HIGH)):
+        graph, links = transformer(kind, file)
+        model = core_lora(graph, links["base"], file)
+        nodes = [ksampler(graph, {**links, "model": each}, steps=1) for each in (links["model"], model, links["base"])]
+        _, latents = server.latents(graph, *nodes)
+        assert torch.equal(latents[0], latents[1]) or (latents[0] - latents[1]).abs().max() < 1e-6, kind
+        assert (latents[0] - latents[2]).abs().max() > 0.01, kind

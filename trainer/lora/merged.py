@@ -1,0 +1,76 @@
+"""Style LoRAs merged into a base's frozen weights: "my checkpoint with my style LoRA" as the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...samplers.lora_file import LoraHeader, file_hash
+from ...samplers.lora_info import recipe_of
+from ..config.sections import lora_and_strength
+from ..families import Base
+from .describe import broken_sentence, broken_tensors
+from .install import check_fit, check_plain, header_of_family, left_out
+
+
+def check_merged(loras: Sequence[str], family: type[Base]) -> list[LoraHeader]:
+    """The headers of LoRAs that are to be merged into a base of this family; their weights are not read.
+
+    loras: as in `base.loras`. Raises FileNotFoundError, or ValueError for a LoRA of another family or of few steps, for
+    one that is no plain LoRA, and for a network that has no frozen weights.
+    """
+    if loras and family.whole:
+        raise ValueError(f"base.loras is for a frozen base, and all of {family.title} is trained. Leave it out.")
+    headers = []
+    for file, _ in map(lora_and_strength, loras):
+        header = header_of_family(Path(file), family.name)
+        check_plain(header, header.network)
+        if recipe := recipe_of(header):
+            raise ValueError(
+                f"{header.path.name} is a few-step LoRA ({recipe.method}): merged into the teacher, it would be no "
+                "teacher of many steps any more. Put it into lora.init to go on from it."
+            )
+        headers.append(header)
+    return headers
+
+
+@torch.no_grad()
+def merge_into(base: Base, loras: Sequence[str]) -> list[str]:
+    """Add LoRAs to a base's weights, each times its strength, in fp32; returns a sentence on each.
+
+    loras: as in `base.loras`. Modules of text encoders are left out, and that is said. Raises as `check_merged` and
+    `check_fit`, and ValueError for numbers that are not finite, and for a LoRA that changes nothing.
+    """
+    lines = []
+    for text, header in zip(loras, check_merged(loras, type(base)), strict=True):
+        _, strength = lora_and_strength(text)
+        name = header.path.name
+        if broken := broken_tensors(header):
+            raise ValueError(f"{name}: {broken_sentence(broken)} Get it again.")
+        targets, alphas, tensors = check_fit(header, base), header.alphas(), load_file(header.path)
+
+        # the whole before the first weight is changed
+        deltas = {}
+        for module_name, (_, layer) in targets.layers.items():
+            module = targets.modules[module_name]
+            scale = strength * alphas.get(module_name, module.rank) / module.rank
+            deltas[layer] = _delta(tensors[module.keys["down"]], tensors[module.keys["up"]], scale, layer.weight)
+        if not any(delta.any() for delta in deltas.values()):
+            raise ValueError(f"{name} changes nothing: all that it adds to {len(deltas)} layers is 0. Leave it out.")
+        for layer, delta in deltas.items():
+            layer.weight.copy_(layer.weight.float() + delta)
+
+        base.merged += f"{file_hash(header.path)} {strength:g}\n"
+        notes = "".join(f" {line}" for line in left_out(header))
+        lines.append(f"Merged into the base: {name} at strength {strength:g}, {len(deltas)} modules.{notes}")
+    return lines
+
+
+def _delta(down: Tensor, up: Tensor, scale: float, weight: Tensor) -> Tensor:
+    """What a module adds to a weight (out, in, *kernel), in fp32 on its device."""
+    down, up = (half.to(weight.device, torch.float32).flatten(1) for half in (down, up))
+    return scale * (up @ down).view(weight.shape)

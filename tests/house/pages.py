@@ -200,6 +200,7 @@ def objectives_table() -> str:
     for name, kind in OBJECTIVES.items():
         source = "the teacher" if kind.needs_teacher else "your pictures"
         judge = ", and a discriminator" if kind.adversarial == "required" else ""
+        judge += ", and a critic, on prompts alone" if kind.matching else ""
         paper = re.search(r"arXiv (\d+\.\d+)", sys.modules[kind.__module__].__doc__)[1]
         link = f"[{paper}](https://arxiv.org/abs/{paper})"
         rows.append([f"`{name}`", kind.model_fields["name"].description, source + judge, _sampled(kind()), link])

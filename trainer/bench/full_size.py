@@ -18,8 +18,10 @@ from ..families.base import DTYPES
 from ..lora.adapter import learner
 from ..objectives import Levels
 from ..system.processes import Processes
-from ..training.adversary import Adversary, Judged
-from ..training.engine import Batch, Engine
+from ..training.adversary import Judged
+from ..training.critic import Critic
+from ..training.engine import Batch
+from ..training.setup import assemble
 from ..training.state import Trained
 from ..training.update import Updater
 from .ledger import GPU, Ledger, LedgerClock
@@ -91,6 +93,11 @@ def _batch(config: Config, base: Base) -> Batch:
     count, objective = config.train.batch_size, config.objective
     shape = base.latent_shape(config.data.resolution)
     generator = torch.Generator().manual_seed(0)
+    condition = base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(count, *rest))
+    if objective.matching:
+        levels = objective.levels(count, base.schedule, 0.0, generator)
+        guidance, draws = objective.draw_guidance(count, 0.0, generator), objective.draws(levels, shape, generator)
+        return Batch(None, torch.zeros(count, *shape), levels, guidance, condition, draws=draws)
     levels = objective.levels(DRAWN * count, base.schedule, 0.0, generator)
     chosen = (levels.r > levels.s).int().argsort(descending=True)[:count]
     levels = Levels(levels.u[chosen], levels.r[chosen], levels.s[chosen])
@@ -102,7 +109,7 @@ def _batch(config: Config, base: Base) -> Batch:
         noise=torch.zeros(count, *shape),
         levels=levels,
         guidance=objective.draw_guidance(count, 0.0, generator),
-        condition=base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(count, *rest)),
+        condition=condition,
         judged=judged,
         inner=(levels.r > levels.s).nonzero().squeeze(1),
     )
@@ -115,18 +122,16 @@ def _made(config: Config, base: Base, batch: Batch, ledger: Ledger) -> tuple[Upd
     adapter = learner(base.network, type(base), lora.rank, lora.alpha, config.train.seed)
     on_gpu = lambda *shape: torch.zeros(shape, device=GPU)  # noqa: E731
     null = {name: row for name, row in base.dummy_condition(base.network.config, on_gpu).items() if name != "time_ids"}
+    critic = Critic(config, base, adapter) if config.objective.matching else None
     notes = prepare(config, base, adapter, None)
-    adversary = None
-    if config.adversarial.weight:
-        adversary = Adversary(base, adapter, null, config.data.resolution, config.adversarial.width, config.train.seed)
-    engine = Engine(base, adapter, config.objective, null, adversary, LedgerClock(ledger))
+    engine = assemble(config, base, adapter, null, critic, LedgerClock(ledger))
     trained = Trained(config, processes.accelerator, adapter, engine)
 
     learners = trained.learners()
     for parameters in learners.values():
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-    coming = iter([([*range(len(batch.x0))], batch)])
+    coming = iter([([*range(len(batch.noise))], batch)])
     return Updater(config, engine, coming, 1, trained.optimizer, learners, processes), trained, notes
 
 

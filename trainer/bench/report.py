@@ -17,7 +17,8 @@ PEAKS = {
     r"NVIDIA GeForce RTX 4090": 165e12,
     r"NVIDIA GeForce RTX 3090": 71e12,
 }
-PARTS = ("data", "teacher", "student", "target", "discriminator", "backward", "optimizer", "other")
+PARTS = ("data", "trajectory", "critic", "teacher", "student", "target", "discriminator")
+PARTS += ("backward", "optimizer", "other")
 MIB = 2**20
 
 

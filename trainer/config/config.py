@@ -117,6 +117,27 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_warmup(self):
+        warmup, steps = getattr(self.objective, "critic_warmup", 0), self.train.steps
+        if warmup >= steps:
+            raise ValueError(
+                f"objective.critic_warmup = {warmup} leaves the LoRA none of train.steps = {steps} updates to learn in."
+                f" Set objective.critic_warmup to less than {steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pictures(self):
+        name = "data.images" if self.data.images is not None else "data.shards"
+        if self.objective.matching and self.data.has_pictures:
+            raise ValueError(
+                f"{name} is set, and the objective {self.objective.name} learns from prompts alone: no picture would "
+                f"be looked at. Leave {name} out; for its captions, write them into a text file, one a line, and name "
+                "that in data.prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_stages(self):
         if self.train.lr_schedule == "stages" and self.objective.stage_count() == 1:
             raise ValueError(

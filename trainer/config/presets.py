@@ -123,6 +123,37 @@ RELATIVES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 }
 
 
+# Distribution matching: objective -> (the setting that says in how many steps, the numbers of them, the rest, where
+# the numbers come from).
+MATCHING_TRAIN = {"steps": 2000, "warmup": 50, "lr_schedule": "cosine", "weight_decay": 0.0, "ema": 0.98}
+MATCHING: dict[str, tuple[str, tuple[int, ...], dict[str, dict[str, Any]], str]] = {
+    "dmd": (
+        "steps",
+        (1, 4),
+        {
+            "objective": {"name": "dmd", "critic_updates": 4, "critic_warmup": 50},
+            "train": MATCHING_TRAIN | {"lr": 5e-5},
+        },
+        "DMD2's script for an SDXL LoRA: lr 5e-5 of both; its critic's updates and head start are anima_lora's.",
+    ),
+    "tdm": (
+        "phases",
+        (2, 4),
+        {
+            "objective": {"name": "tdm", "critic_updates": 4, "critic_warmup": 50},
+            "train": MATCHING_TRAIN | {"lr": 2e-5},
+        },
+        "TDM's command: lr 2e-5 of both, levels within the phase; the critic's updates and start are anima_lora's.",
+    ),
+}
+# family -> the CFG scale that is matched, and where it comes from
+MATCHED_SCALES = {
+    "sd15": (1.75, "Scale 1.75 as in DMD2's SD1.5 script."),
+    "sdxl": (8.0, "Scale 8 as in DMD2's SDXL scripts."),
+    "sd3": (4.5, "Scale 4.5 as in TDM's command, for PixArt; none is published for SD3."),
+}
+
+
 # (relative, family) -> what differs there from `RELATIVES`, and a sentence on it.
 ELSEWHERE: dict[tuple[str, str], tuple[dict[str, dict[str, Any]], str]] = {
     ("lcm", "sdxl"): ({"objective": {"guidance": [4.0, 16.0]}}, " The SDXL script's CFG is 4 to 16."),
@@ -172,6 +203,14 @@ def _presets_of(family: str) -> dict[str, Preset]:
         elsewhere, sentence = ELSEWHERE.get((name, family), ({}, ""))
         lora = f"{name}-{family}"
         rows.append(_preset(lora, lora, family, note + sentence, alpha, changes, elsewhere))
+
+    scale, sentence = MATCHED_SCALES[family]
+    for name, (key, counts, changes, note) in MATCHING.items():
+        for steps in counts:
+            preset, settings = f"{family}-{steps}step-{name}", {"objective": {"name": name, key: steps, "scale": scale}}
+            rows.append(
+                _preset(preset, f"{name}-{family}-{steps}step", family, f"{note} {sentence}", alpha, changes, settings)
+            )
     return dict(rows)
 
 
@@ -221,6 +260,18 @@ PRESETS: dict[str, Preset] = {
         ),
         source="Tuned on the bundled base of SD1.5's type (docs/measurements/demo.md).",
         cost="6 minutes on 2 CPU cores",
+    ),
+    "tdm-demo": Preset(
+        (
+            {"name": "tdm-demo", "output": "out/tdm-demo/run", **DEMO},
+            {
+                "objective": {"name": "tdm", "phases": 4, "scale": 2.0},
+                "train": {"steps": 300, "batch_size": 8, "lr": 1e-3, "save_every": 100},
+                "preview": {"every": 100},
+            },
+        ),
+        source="A trial's settings on a base like it, not tuned on this one.",
+        cost="as many evaluations as the demo's and a third more",
     ),
     "lcf-demo": Preset(
         (

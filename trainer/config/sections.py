@@ -164,11 +164,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        of_tags = {"keep_tags", "drop_tags"} & self.model_fields_set
+        fields = type(self).model_fields
+        of_tags = [key for key in ("drop_tags", "keep_tags") if getattr(self, key) != fields[key].default]
         if of_tags and not self.tag_variants:
-            raise ValueError(
-                f"data.{min(of_tags)} is for captions of tags in variants: set data.tag_variants, such as 4"
-            )
+            raise ValueError(f"data.{of_tags[0]} is for captions of tags in variants: set data.tag_variants, such as 4")
         if self.tag_variants and not self.has_pictures:
             raise ValueError("data.tag_variants is for captions of pictures; prompts have wildcards. Leave it out")
         if self.images is not None and self.shards:

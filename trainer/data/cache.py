@@ -24,7 +24,7 @@ from ...samplers import PhaseGrid
 from ...samplers.lora_file import read_header
 from ..config.config import Config
 from ..config.sections import DataConfig
-from ..families import Base
+from ..families import Base, Condition
 from ..families.generate import generate
 from ..system.files import write_tensors
 from .buckets import Buckets, buckets_for
@@ -82,7 +82,7 @@ def build_cache(
     folder = config.cache_folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     damaged = _drop_damaged(folder) if rank == 0 else []
-    parts = len(source.parts) if source else -(-data.count // SHARD)
+    parts = len(source.parts) if source else -(-(len(prompts) if config.objective.matching else data.count) // SHARD)
     lacking = _lacking(folder, parts)
     if rank == 0:
         if lacking:
@@ -93,6 +93,8 @@ def build_cache(
     bad: list[str] = []
     if source:
         bad = _cache_pictures(folder, base, data, source, buckets or data.resolution, missing, progress)
+    elif config.objective.matching:
+        _cache_no_latents(folder, base, data.resolution, prompts, missing)
     elif missing:
         _cache_teacher_latents(folder, base, config, prompts, missing, progress)
     wait()
@@ -148,6 +150,8 @@ def _content(config: Config, base: Base, buckets: Buckets | None, identity: list
         content |= {"captions": data.captions}
         if tags := Tags.of(data):
             content |= {"tags": list(tags)}
+    elif config.objective.matching:
+        content |= {"latents": "none", "prediction": base.prediction, "schedule": base.schedule_settings}
     else:
         content |= {"steps": data.teacher_steps, "guidance": data.teacher_guidance, "null": base.null}
         content |= {"prediction": base.prediction, "schedule": base.schedule_settings}
@@ -315,11 +319,39 @@ def _cache_teacher_latents(
             latents.append(x0.half().cpu())
             progress("teacher's latents", numbers[-1] + 1, data.count)
 
-        # nothing was cropped: original height and width, top and left, height and width of the result
-        sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(len(captions), 1)
-        tensors = {f"mean.{name}": torch.cat(latents), "sizes": sizes}
-        tensors["shape"] = torch.zeros(len(captions), dtype=torch.int16)
+        tensors = {f"mean.{name}": torch.cat(latents)} | _of_squares(side, len(captions))
         write_latents(folder / latents_name(part, 0, last=True), tensors, [name], captions, [])
+
+
+def _of_squares(side: int, count: int) -> dict[str, Tensor]:
+    """Sizes and shape numbers of as many square pictures that nothing was cropped of."""
+    # original height and width, top and left, height and width of the result
+    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)
+    return {"sizes": sizes, "shape": torch.zeros(count, dtype=torch.int16)}
+
+
+def _cache_no_latents(folder: Path, base: Base, side: int, prompts: list[str], parts: Iterable[int]) -> None:
+    """Write the samples of a run that makes its own from noise: a prompt each, without a latent.
+
+    Raises as `_check_reading`.
+    """
+    shape = base.latent_shape(side)
+    if parts:
+        _check_reading(base, prompts[:2], shape)
+    name = "x".join(map(str, shape[1:]))
+    for part in parts:
+        captions = prompts[part * SHARD : (part + 1) * SHARD]
+        tensors = _of_squares(side, len(captions))
+        write_latents(folder / latents_name(part, 0, last=True), tensors, [name], captions, [])
+
+
+@torch.no_grad()
+def teacher_trial(base: Base, condition: Condition, shape: tuple[int, int, int]) -> Tensor:
+    """A few latents (B, C, h, w) of the base as it stands, in few steps and without guidance, the same at each call."""
+    # not the noise that check_prediction will add, which would cancel against what is left of it in these latents
+    count = len(next(iter(condition.values())))
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+    return generate(base, condition, condition, noise, TEACHER.plan(TRIAL_STEPS).ticks)
 
 
 @torch.no_grad()
@@ -334,9 +366,7 @@ def _check_reading(base: Base, prompts: list[str], shape: tuple[int, int, int]) 
     if other is None:
         return
     condition = base.encode_prompts(prompts)
-    # not the noise that check_prediction will add, which would cancel against what is left of it in these latents
-    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(1))
-    x0 = generate(other, condition, condition, noise, TEACHER.plan(TRIAL_STEPS).ticks)
+    x0 = teacher_trial(other, condition, shape)
     if x0.std() < PLAUSIBLE_STD:
         base.check_prediction(x0, condition)
 

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..lora.adapter import NAME, Adapter
+from ..lora.adapter import CRITIC, NAME, Adapter
 
 
 def fold_where_cheaper(adapter: Adapter) -> None:
     """Let each layer of the adapter choose between the two in every pass, by how many multiplications they take.
 
-    It chooses while no other adapter is on. Layers that are not plain (quantised ones, say) stay as they are.
+    It chooses while an adapter that a run trains is on, and no other. Layers that are not plain (quantised
+    ones, say) stay as they are.
     """
     for layer in adapter.layers.values():
         base = layer.get_base_layer()
@@ -36,15 +37,16 @@ def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
 
     @wraps(unfolded)
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        alone = not layer.disable_adapters and layer.active_adapters == [NAME]
+        alone = not layer.disable_adapters and layer.active_adapters in ([NAME], [CRITIC])
         if not alone or base.weight.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return unfolded(x, *args, **kwargs)
 
-        a, b = layer.lora_A[NAME].weight.flatten(1), layer.lora_B[NAME].weight.flatten(1)
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
         if not cheaper(_places(base, x), a.shape[1], len(b), len(a), torch.is_grad_enabled()):
             return unfolded(x, *args, **kwargs)
 
-        weight = base.weight + layer.scaling[NAME] * (b @ a).view_as(base.weight)
+        weight = base.weight + layer.scaling[name] * (b @ a).view_as(base.weight)
         if isinstance(base, nn.Linear):
             return F.linear(x, weight, base.bias)
         return base._conv_forward(x, weight, base.bias)

@@ -124,6 +124,11 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
     copies = bool(config.objective.target_decay()) + (config.objective.stage(1.0) > 0)
     if copies:
         parts["averaged or earlier weights"] = sizes.learnt * 4 * copies
+    if config.objective.matching:
+        # where its rank is another, so is its share of the same modules
+        critic = sizes.learnt * (config.objective.critic_rank or config.lora.rank) / config.lora.rank
+        averaged = 4 if config.objective.critic_ema else 0
+        parts["critic, gradients, optimizer"] = critic * (per_parameter + averaged)
     if sizes.features:
         parts["discriminator, gradients, optimizer"] = sizes.heads * per_parameter
         parts["its features' activations"] = sizes.features.bytes(again) * batch

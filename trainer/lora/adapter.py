@@ -6,6 +6,7 @@ keep their dtype, trained ones are fp32.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..families import Base
 
 NAME = "default"
+CRITIC = "critic"  # the second adapter of a run whose objective has a critic
 
 
 @contextmanager
@@ -101,19 +103,25 @@ class Learner(ABC):
 class Adapter(Learner):
     """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
 
-    Starts as the identity: B is zero. `seed` fixes A. Raises ValueError when no module matches.
+    Starts as the identity: B is zero. `seed` fixes A. A second one, of another name, is off until it stands `in_place`
+    of the first. Raises ValueError when no module matches.
     """
 
-    def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int):
+    def __init__(
+        self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int, name: str = NAME
+    ):
         self.network = network
         self.rank = rank
         self.alpha = alpha
+        self.name = name
         self.is_off = False
+        self.stand_in: Adapter | None = None  # the other adapter that is on in its place
         self._strengths: dict[bool, Tensor] = {}  # the LoRA's part off and on, where a number switches it
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second one is meant
             torch.manual_seed(seed)
             network.add_adapter(
-                LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True), NAME
+                LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True), name
             )
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         if not self.layers:
@@ -121,6 +129,30 @@ class Adapter(Learner):
         # PEFT makes them in the base's dtype, in which steps as small as a learning rate's would round to nothing
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        if name != NAME:
+            network.set_adapter(NAME)
+            for parameter in self.parameters():  # which that has frozen, as of one that is not active
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def in_place(self, other: Adapter) -> Iterator[None]:
+        """This adapter on inside this block, and learning, instead of another of the same network.
+
+        The switch is a flag of each layer, not a walk through the network.
+        """
+        for parameter in self.parameters():  # PEFT freezes what is not active whenever it switches adapters itself
+            parameter.requires_grad_(True)
+        other.stand_in = self
+        self._activate()
+        try:
+            yield
+        finally:
+            other._activate()
+            other.stand_in = None
+
+    def _activate(self) -> None:
+        for layer in self.layers.values():
+            layer._active_adapter = [self.name]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -167,6 +199,8 @@ class Adapter(Learner):
             layer.scaling[NAME] = self._strengths[on]
 
     def as_it_is(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        if self.stand_in:
+            return nullcontext(), self.stand_in.in_place(self)
         return nullcontext(), self.off() if self.is_off else nullcontext()
 
     def sentence(self) -> str:
@@ -175,7 +209,7 @@ class Adapter(Learner):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
         return {
-            f"{name}.{part}": getattr(layer, part)[NAME].weight
+            f"{name}.{part}": getattr(layer, part)[self.name].weight
             for name, layer in self.layers.items()
             for part in ("lora_A", "lora_B")
         }

@@ -13,17 +13,20 @@ from pydantic import Field
 from .cd import CD
 from .ct import CT
 from .ctm import CTM
+from .dmd import DMD
 from .dscd import DSCD
 from .lcf import LCF
 from .lcm import LCM
+from .matching import Criticised, Draws, Matched, Matching
 from .objective import Distillation, Jumps, Levels, Objective, Section
 from .pcm import PCM
 from .progressive import Progressive
 from .tcd import TCD
+from .tdm import TDM
 from .ufogen import UFOGen
 
 # In the order in which errors and tables list them.
-CLASSES = (PCM, LCM, LCF, CT, CD, TCD, CTM, UFOGen, Progressive, DSCD)
+CLASSES = (PCM, LCM, LCF, CT, CD, TCD, CTM, UFOGen, Progressive, DSCD, DMD, TDM)
 OBJECTIVES: dict[str, type[Objective]] = {kind.model_fields["name"].default: kind for kind in CLASSES}
 AnyObjective = Annotated[Union[CLASSES], Field(discriminator="name")]  # noqa: UP007 (| takes no tuple)
 
@@ -41,9 +44,13 @@ def tells_target_time(objective: str) -> bool:
 __all__ = [
     "OBJECTIVES",
     "AnyObjective",
+    "Criticised",
     "Distillation",
+    "Draws",
     "Jumps",
     "Levels",
+    "Matched",
+    "Matching",
     "Objective",
     "Section",
     "known_to",

@@ -100,6 +100,8 @@ class Objective(Section):
     # Whether the target takes a pass of the network; false where always r = s.
     target_network: ClassVar[bool] = True
     adversarial: ClassVar[Adversarial] = "none"
+    # Whether it matches distributions (`matching.py`): prompts alone are its data, and a critic learns beside the LoRA.
+    matching: ClassVar[bool] = False
     # Whether the distance falls as the student learns, so that a curve of it says something.
     loss_tells: ClassVar[bool] = True
     # The share of fresh noise that its LoRA is sampled with: TCD's gamma, 0 for none, 1 for all (LCM's way).

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..evaluation.plots import logarithmic, plain
-from .log import LOSS, LogLine
+from .log import DISTANCE, DIVERSITY, LOSS, RECALL, LogLine
 
 WIDTH, HEIGHT = 5.2, 3.1
 BINS = 300  # a curve of more updates than that is drawn as the spread in so many bins
@@ -30,7 +30,8 @@ def curves(
     stops: Sequence[int] = (),
     loss_tells: bool = True,
 ) -> dict[str, str]:
-    """SVG by title, of the curves that there is something for: losses, paired errors, gradient norms, learning rate.
+    """SVG by title, of the curves that there is something for: losses, paired errors or figures of sets, norms of
+    gradients, learning rate.
 
     updates, measured: lines of the log. best: update of the best LoRA; stops: updates after which the run was stopped.
     loss_tells: whether the loss falls as the run learns; else there is no curve of it.
@@ -46,6 +47,9 @@ def curves(
     errors = [name for name in figures if name.startswith(ERROR)]
     if errors:
         panels["Paired error against the teacher"] = lambda panel: _validations(panel, measured, errors, best)
+    for kind in (DISTANCE, DIVERSITY, RECALL):
+        if of_sets := [name for name in figures if name.startswith(kind)]:
+            panels[kind.capitalize()] = lambda panel, names=of_sets: _validations(panel, measured, names, best)
     norms = [name for name in names if name.startswith(NORM)]
     if norms:
         panels["Gradient norms"] = lambda panel: _norms(panel, updates, norms)
@@ -102,7 +106,7 @@ def _norms(panel: Axes, updates: list[LogLine], names: list[str]) -> None:
 def _validations(panel: Axes, measured: list[LogLine], names: list[str], best: int | None) -> None:
     """A line for each figure, and a dashed one for that of the weights without averaging."""
     for i, name in enumerate(names):
-        label = name.removeprefix(f"{ERROR} at ") if len(names) > 1 else None
+        label = name.rpartition(" at ")[2] if len(names) > 1 else None
         styles = {"plain": {"linestyle": "--", "alpha": 0.5, "linewidth": 1}, "figures": {"label": label}}
         for which, style in styles.items():
             points = [(line["step"], line[which][name]) for line in measured if line[which].get(name) is not None]

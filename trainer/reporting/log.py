@@ -28,6 +28,8 @@ from ..system.files import write_text
 from ..system.saying import Say
 
 LOSS = "held-out loss"
+# the beginnings of the figures of a set of pictures
+DISTANCE, DIVERSITY, RECALL = "distance to the teacher's pictures", "diversity within a prompt", "recall"
 
 LogLine = dict[str, Any]
 LOG = "log.jsonl"

@@ -60,6 +60,9 @@ COMMON = (
     "validation.every=0",
 )
 PHASED = ("pcm-2", "pcm-4", "pcm-4-inside", "pcm-8", "pcm-2-adv", "progressive-4", "progressive-4-stages")
+PHASED += ("tdm-4", "tdm-2")
+# A sample is a whole trajectory here; the warm-up is for few updates.
+MATCHING = ("objective.scale=2", "objective.critic_warmup=0", "train.batch_size=4")
 # Settings of each row over `COMMON`.
 ROWS: dict[str, tuple[str, ...]] = {
     "pcm-4": ("objective.phases=4",),
@@ -76,6 +79,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "ct": ("objective.name=ct",),
     "lcf": ("objective.name=lcf", "objective.phases=1"),
     "ufogen": ("objective.name=ufogen", *ADVERSARIAL),
+    "tdm-4": ("objective.name=tdm", "objective.phases=4", *MATCHING),
+    "tdm-2": ("objective.name=tdm", "objective.phases=2", *MATCHING),
+    "dmd-4": ("objective.name=dmd", "objective.steps=4", *MATCHING),
+    "dmd-1": ("objective.name=dmd", "objective.steps=1", *MATCHING),
 }
 # Settings to try beside the row that they change; these rows are made where --rows names them.
 TRIALS: dict[str, tuple[str, ...]] = {
@@ -159,8 +166,10 @@ def evaluations_a_sample(config: Config, schedule: Schedule) -> float:
     """How often the network is evaluated for one sample of a run, on average over the run.
 
     Once for the student; for the teacher's steps, twice where it is guided; for the target, unless it is the teacher's
-    own point; twice for a discriminator.
+    own point; twice for a discriminator. Where distributions are matched a sample is a whole trajectory.
     """
+    if config.objective.matching:
+        return config.objective.passes()
     objective, generator = config.objective, torch.Generator().manual_seed(0)
     solver, steps = objective.teacher_solver()
     teacher = steps * (2 if solver == "heun" else 1) * objective.needs_teacher

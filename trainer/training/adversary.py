@@ -7,15 +7,18 @@ prediction at the phase edge, not data, so that its loss vanishes where the mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ...samplers import renoise
+from ..config.config import Config
 from ..families import Base, Condition
 from ..lora.adapter import Adapter
 from ..objectives.discriminator import Discriminator
+from .opponent import Opponent
 
 BETAS, WEIGHT_DECAY = (0.0, 0.999), 1e-3
 
@@ -29,11 +32,14 @@ class Judged:
     target_noise: Tensor
 
 
-class Adversary:
+class Adversary(Opponent):
     """The discriminator of one run over the bare base's features.
 
     condition: of one sample (1, ...), and `resolution` in pixels, to see how many channels each feature map has.
     """
+
+    name: ClassVar[str] = "discriminator"
+    decided_by: ClassVar[str] = "adversarial.width"
 
     def __init__(self, base: Base, adapter: Adapter, condition: Condition, resolution: int, width: int, seed: int):
         self.base = base
@@ -43,6 +49,13 @@ class Adversary:
         with torch.no_grad(), adapter.off():
             channels = [features.shape[1] for features in base.features(x, tick, condition)]
         self.heads = Discriminator(channels, width, seed).to(base.device)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.heads.named_parameters())
+
+    @classmethod
+    def optimizer_settings(cls, config: Config) -> dict[str, Any]:
+        return {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS}
 
     def losses(
         self, student: Tensor, target: Tensor, edge: Tensor, judged: Judged, condition: Condition

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from ..data.held_out import HeldOut
 from ..data.order import Order, seed_of
 from ..data.store import LatentCache
 from ..families import Base, Condition
-from ..objectives import Levels, Objective
+from ..objectives import Draws, Levels, Objective
 from .adversary import Judged
 from .engine import Batch
 
 T = TypeVar("T")
+# noise, levels, guidance, whether the prompt is dropped, the judge's draws, those of a trajectory
+Drawn = tuple[Tensor, Levels, Tensor | None, Tensor, Judged | None, Draws | None]
 AHEAD = 2  # batches that wait for the networks
 FIXED = -1  # stands in the seed of draws that belong to no place in the stream
 
@@ -72,7 +74,7 @@ class Batches:
     split: of each update; rank: which of its processes this is. updates: of the whole run, which an objective's
     curriculum goes by. empty: the encoding of the empty prompt, which is what a dropped prompt becomes, whatever
     guidance subtracts. judged: whether an adversary needs its own levels and noise. held_out: samples that the stream
-    never has.
+    never has. shape: of a latent (C, h, w), for a run without any.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Batches:
         rank: int = 0,
         judged: bool = False,
         held_out: HeldOut | None = None,
+        shape: tuple[int, int, int] | None = None,
     ):
         self.cache = cache
         self.base = base
@@ -98,6 +101,7 @@ class Batches:
         self.judged = judged
         self.seed = seed
         self.rank = rank
+        self.shape = shape
         self.held_out = held_out or HeldOut()
         buckets = [np.setdiff1d(bucket, self.held_out.samples) for bucket in cache.buckets]
         self.order = Order(buckets, split.update, seed)
@@ -120,24 +124,25 @@ class Batches:
 
     def _batch(self, samples: Sequence[int], seeds: Sequence[int], progress: float, judged: bool) -> Batch:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x0 = self.cache.latents(samples, generators)
-        draws = [self._draw(x0.shape[1:], progress, generator, judged) for generator in generators]
-        noise, u, r, s, guidance, dropped, *judges = (_stacked(column) for column in zip(*draws, strict=True))
+        draw = self._trajectory if self.objective.matching else self._draw
+        x0 = None if self.objective.matching else self.cache.latents(samples, generators)
+        shape = self.shape if x0 is None else x0.shape[1:]
+        drawn = [draw(shape, progress, generator, judged) for generator in generators]
+        noise, levels, guidance, dropped, judges, draws = (_stacked(column) for column in zip(*drawn, strict=True))
         batch = Batch(
             x0=x0,
             noise=noise,
-            levels=Levels(u, r, s),
+            levels=levels,
             guidance=guidance,
             condition=self.condition(samples, dropped, seeds),
             progress=progress,
-            judged=Judged(*judges) if judges else None,
-            inner=(r > s).nonzero().squeeze(1),
+            judged=judges,
+            draws=draws,
+            inner=None if draws else (levels.r > levels.s).nonzero().squeeze(1),
         )
         return batch.pinned() if self.base.device.type == "cuda" else batch
 
-    def _draw(
-        self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool
-    ) -> tuple[Tensor | None, ...]:
+    def _draw(self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool) -> Drawn:
         """One sample's draws, each with a first dimension of 1.
 
         Their order is part of what a seed means: a draw that is left out, the judge's, must be the last.
@@ -146,10 +151,16 @@ class Batches:
         noise = torch.randn(1, *shape, generator=generator)
         levels = objective.levels(1, self.base.schedule, progress, generator)
         guidance = objective.draw_guidance(1, progress, generator)
-        draws = (noise, levels.u, levels.r, levels.s, guidance, objective.draw_dropped(1, generator))
-        if not judged:
-            return draws
-        return *draws, objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator)
+        dropped = objective.draw_dropped(1, generator)
+        judges = None
+        if judged:
+            judges = Judged(objective.judged_at(levels, generator), *torch.randn(2, 1, *shape, generator=generator))
+        return noise, levels, guidance, dropped, judges, None
+
+    def _trajectory(self, shape: Sequence[int], progress: float, generator: torch.Generator, judged: bool) -> Drawn:
+        """`_draw` for a trajectory of an objective that matches distributions; the draws at its jumps come last."""
+        noise, levels, guidance, dropped, *_ = self._draw(shape, progress, generator, judged=False)
+        return noise, levels, guidance, dropped, None, self.objective.draws(levels, tuple(shape), generator)
 
     def condition(
         self, samples: Sequence[int], dropped: Tensor | None = None, seeds: Sequence[int] | None = None
@@ -188,5 +199,9 @@ def made_ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
         pool.shutdown(cancel_futures=True)
 
 
-def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
-    return None if column[0] is None else torch.cat(column)
+def _stacked(column: Sequence[Any]) -> Any:
+    """Tensors, or the tensors of dataclasses, one after another; None for a column of nothing."""
+    first = column[0]
+    if first is None or isinstance(first, Tensor):
+        return None if first is None else torch.cat(column)
+    return replace(first, **{f.name: _stacked([getattr(row, f.name) for row in column]) for f in fields(first)})

@@ -199,6 +199,12 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
+    critic = getattr(config.objective, "critic_rank", None)
+    if critic and rank > critic:
+        raise ValueError(
+            f"{file} has rank {rank}, more than objective.critic_rank = {critic}, and the critic begins as it does. "
+            f"Set objective.critic_rank={rank}, or leave it out."
+        )
     if recipe is None:
         return None
 
@@ -240,6 +246,11 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
             raise ValueError(f"{set_too[0]} is for a frozen base, and all of {family.title} is trained. Leave it out.")
     if train.shard:
         _check_shard(config, processes)
+        if config.objective.matching:
+            raise ValueError(
+                f"train.shard does not go with the objective {config.objective.name}, whose critic is a second adapter "
+                "in every block. Leave it out; base.quantize and train.gradient_checkpointing save memory too."
+            )
     if train.compile:
         check_compiler(device)
         _check_fp8_kernels(config, device)
@@ -293,6 +304,9 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
         left_out = "; ".join([f"{len(skipped)} left out", *notes])
         source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"
         return Samples(len(pictures), source)
+    if config.objective.matching:
+        number = len(prompts_of(config))
+        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures")
     source = (
         f"{data.count} latents that the teacher makes from {len(prompts_of(config))} prompts "
         f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"

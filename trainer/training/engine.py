@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from ...samplers.schedule import rows
 from ..families import Base, Condition
 from ..families.generate import predict
 from ..lora.adapter import Average, Learner
-from ..objectives import Jumps, Levels, Objective
+from ..objectives import Draws, Jumps, Levels, Objective
 from ..system.clock import Clock
 from .adversary import Adversary, Judged
+from .opponent import Opponent
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,19 @@ class Batch:
 
     x0: latents (B, C, h, w); noise: like them. levels: u >= r >= s of each. guidance: CFG scales (B,), or None for a
     teacher without guidance. condition: the prompts' encodings. progress: share of the run that is done. judged: where
-    the adversary judges, if there is one. inner: the rows whose target takes a pass of the network (r > s); without it
-    a GPU must wait until they are counted.
+    the adversary judges, if there is one. draws: of an objective that matches distributions, whose levels are those of
+    whole trajectories (B, K), and whose x0 is None: the noise is where they start. inner: the rows whose target takes a
+    pass of the network (r > s); without it a GPU must wait until they are counted.
     """
 
-    x0: Tensor
+    x0: Tensor | None
     noise: Tensor
     levels: Levels
     guidance: Tensor | None
     condition: Condition
     progress: float = 0.0
     judged: Judged | None = None
+    draws: Draws | None = None
     inner: Tensor | None = None
 
     def pinned(self) -> Batch:
@@ -119,6 +123,19 @@ class Engine:
         self.earlier: dict[str, Tensor] = {}  # the adapter's weights that are the teacher's, after the first stage
         self.evaluations = 0  # samples that went through the network, one for each pass that it took them through
 
+    @property
+    def opponent(self) -> Opponent | None:
+        """What learns beside the student."""
+        return self.adversary
+
+    def unrolled(self, batch: Batch) -> Batch:
+        """What the passes of an update go by: the batch itself, where nothing is to be known of all of them first."""
+        return batch
+
+    def passes(self, batch: Batch) -> list[Callable[[], Losses]]:
+        """The passes of the student that a batch takes, each to be followed by its backward pass."""
+        return [partial(self.step, batch)]
+
     def step(self, batch: Batch) -> Losses:
         """The losses, differentiable in the adapter's weights (the discriminator's in the heads')."""
         student, target, distance = self._distance(batch)
@@ -164,6 +181,8 @@ class Engine:
         """
         if self.average:
             self.average.update(step)
+        if self.opponent:
+            self.opponent.updated(step)
         if self.objective.stage(after) != self.objective.stage(before):
             if average and self.objective.averaged_teacher():
                 self.adapter.load(average.weights)
@@ -230,7 +249,12 @@ class Engine:
         tick = tick.clamp(min=1)  # rows that have arrived at the clean end are not used
         if batch.guidance is None:
             return self._predict(x, tick, batch.condition)
+        g = rows(batch.guidance, x)
+        x0, eps = (uncond + g * (cond - uncond) for cond, uncond in self._halves(x, tick, batch))
+        return x0, eps
 
+    def _halves(self, x: Tensor, tick: Tensor, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """x0 with and without the prompt, and eps so, of the network as it stands."""
         both = self.base.with_null(batch.condition, self.null)
         if self.batched:
             x0, eps = (half.chunk(2) for half in self._predict(torch.cat([x, x]), tick.repeat(2), both))
@@ -238,10 +262,7 @@ class Engine:
             halves = zip(*(v.chunk(2) for v in both.values()), strict=True)
             passes = (self._predict(x, tick, dict(zip(both, half, strict=True))) for half in halves)
             x0, eps = zip(*passes, strict=True)
-
-        g = rows(batch.guidance, x)
-        x0, eps = (uncond + g * (cond - uncond) for cond, uncond in (x0, eps))
-        return x0, eps
+        return tuple(x0), tuple(eps)
 
     def _level(self, tick: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.schedule.alpha(tick), self.base.schedule.sigma(tick)

@@ -12,7 +12,7 @@ from ..config.config import Config
 from ..efficiency.memory import explain_out_of_memory
 from ..families import family_class
 from ..lora.adapter import learner
-from ..reporting.log import read_log
+from ..reporting.log import LogLine, read_log
 from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
@@ -29,6 +29,7 @@ from .optimizers import lr_factor
 from .outputs import Outputs
 from .plan import short_of_space
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
+from .spread import collapse
 from .state import Trained
 from .update import Outcome, Updater
 from .validation import Validation, verdict
@@ -267,10 +268,13 @@ class Run:
                 self.outputs.preview(self.step)
                 self.outputs.preview_beside_file(self.step)
         start = "the LoRA that it began with" if self.config.lora.init else "the untrained base"
-        measured = [line for line in read_log(self.folder) if line["kind"] == "validation"]
-        if sentence := verdict(measured, start, self.validation.promised):
+        if sentence := verdict(self._measured(), start, self.validation.promised):
             self.say(sentence)
         return self.outputs.file_of(self.step)
+
+    def _measured(self) -> list[LogLine]:
+        """The log's lines on what was measured, in their order."""
+        return [line for line in read_log(self.folder) if line["kind"] == "validation"]
 
     def _save(self, export_too: bool) -> None:
         """Checkpoint, LoRA and self-test, once all that led here is seen to be finite."""
@@ -287,6 +291,8 @@ class Run:
             best = self.validation.state()
             self.say(measurement.sentence(self.step))
             self.journal.validation(self.step, measurement.figures, measurement.plain, best)
+            if self.validation.matching and (sentence := collapse(self._measured(), self.validation.recipe.steps)):
+                self.say(sentence)
             if measurement.improved:
                 self.outputs.save_best(self.step)
         self.processes.wait()  # for the first one, longer than an update waits for it

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..config.config import Config
 from ..lora.adapter import Learner
-from .adversary import BETAS, WEIGHT_DECAY
+from .opponent import Opponent
 
-# "adapter" or "discriminator" -> its parameters by name
+STUDENT = "adapter"
+# "adapter", or the opponent's name -> its parameters by name
 Learners = dict[str, dict[str, torch.nn.Parameter]]
 LEAST_FACTOR = 0.1  # of Prodigy's rate, below which it hardly learns
 SCHEDULE_FREE, PRODIGY = "schedulefree", "prodigy"
@@ -71,6 +72,11 @@ def check_optimizer(config: Config) -> None:
     """Raise ValueError as `optimizer_class`, and for settings that the optimizer makes nothing of."""
     train = config.train
     optimizer_class(train.optimizer)
+    if train.optimizer in (PRODIGY, SCHEDULE_FREE) and config.objective.matching:
+        raise ValueError(
+            f"train.optimizer={train.optimizer} counts every update as one of all weights, and the critic of "
+            f"{config.objective.name} has more of them than the student: use another optimizer."
+        )
     if train.optimizer == PRODIGY:
         if train.lr < LEAST_FACTOR:
             raise ValueError(
@@ -90,19 +96,21 @@ def check_optimizer(config: Config) -> None:
         )
 
 
-def make_optimizer(config: Config, learners: Learners, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: Config, learners: Learners, opponent: Opponent | None, device: torch.device
+) -> torch.optim.Optimizer:
     """One optimizer with a group for each learner, so that fp16's one gradient scaler serves both.
 
     Raises ValueError as `optimizer_class`, and where it does not take weights such as these.
     """
     kind = optimizer_class(config.train.optimizer)
     known = inspect.signature(kind.__init__).parameters
-    settings = {
-        "adapter": {"lr": config.train.lr, "weight_decay": config.train.weight_decay},
-        "discriminator": {"lr": config.adversarial.lr, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
-    }
+    student = {"lr": config.train.lr, "weight_decay": config.train.weight_decay}
+    if config.objective.matching:
+        student["betas"] = (config.objective.beta1, 0.999)
+    settings = {STUDENT: student} | ({opponent.name: opponent.optimizer_settings(config)} if opponent else {})
     groups = [
-        {"params": list(parameters.values()), "full_lr": settings[name]["lr"]}
+        {"params": list(parameters.values()), "learner": name, "full_lr": settings[name]["lr"]}
         | {key: value for key, value in settings[name].items() if key in known}
         for name, parameters in learners.items()
     ]

@@ -11,7 +11,7 @@ from ..data.held_out import most_held_out
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
-from ..objectives import Objective
+from ..objectives import Matching, Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
 from .state import Trained
@@ -128,6 +128,8 @@ def _measures(facts: dict[str, Any]) -> str:
 def _passes(config: Config) -> tuple[int, str]:
     """Forward passes that one sample takes, and what they are."""
     objective = config.objective
+    if objective.matching:
+        return _passes_of_matching(objective)
     parts = ["target", "student"] if objective.target_network else ["student"]
     passes = len(parts)
     if objective.needs_teacher:
@@ -142,6 +144,17 @@ def _passes(config: Config) -> tuple[int, str]:
         passes += 2
         parts.append("the discriminator's features of both")
     return passes, f"{', '.join(parts)}: {passes} forward passes and 1 backward"
+
+
+def _passes_of_matching(objective: Matching) -> tuple[int, str]:
+    """`_passes` of one trajectory, all its jumps together."""
+    passes = objective.passes()
+    jumps, updates = objective.jumps, objective.critic_updates
+    guided = f"CFG {objective.matched_scale:g}" if objective.matched_scale > 1 else "without guidance"
+    return passes, (
+        f"a trajectory of {jumps} jumps from noise, without gradient; {updates} updates of the critic on its landings; "
+        f"critic, teacher ({guided}) and student at each: {passes} forward passes and {jumps * (1 + updates)} backward"
+    )
 
 
 def short_of_space(config: Config, trained: Trained, step: int) -> str | None:

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from ..config.config import Config
-from ..data.cache import build_cache
+from ..data.cache import build_cache, teacher_trial
 from ..data.held_out import hold_out
 from ..data.store import LatentCache
 from ..efficiency.prepare import prepare
 from ..efficiency.quantize import Probe
-from ..families import Base, BaseFacts, load_base
+from ..families import Base, BaseFacts, Condition, load_base
 from ..families.base import DTYPES
 from ..lora.adapter import Learner
 from ..lora.merged import merge_into
@@ -32,7 +32,9 @@ from ..system.saying import Say
 from .adversary import Adversary
 from .batches import Batches, Split
 from .checks import check_loaded
+from .critic import Critic
 from .engine import Engine
+from .matching import MatchingEngine
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 LEFT_OUT = 20  # lines on samples left out that are kept
@@ -106,6 +108,7 @@ def make_batches(config: Config, base: Base, cache: LatentCache, split: Split, r
         rank=rank,
         judged=config.adversarial.weight > 0,
         held_out=held_out,
+        shape=base.latent_shape(config.data.resolution),
     )
 
 
@@ -132,21 +135,37 @@ def make_engine(
     # a few samples of the run's own, the same at every start
     cache = batches.cache
     samples = [int(n) for n in cache.buckets[0][:TRIED]]
-    x0 = cache.latents(samples, [torch.Generator().manual_seed(n) for n in samples]).to(base.device)
     condition = {k: v.to(base.device) for k, v in batches.condition(samples).items()}
-    if not base.whole:
-        with adapter.off(), accelerator.autocast():
-            base.check_prediction(x0, condition)
+    probe, critic = None, None
+    if config.objective.matching:  # what the base predicts is seen when its prompts are cached
+        if config.base.quantize:
+            with adapter.off(), accelerator.autocast():
+                probe = Probe(teacher_trial(base, condition, batches.shape), condition, null)
+        critic = Critic(config, base, adapter)
+    else:
+        x0 = cache.latents(samples, [torch.Generator().manual_seed(n) for n in samples]).to(base.device)
+        probe = Probe(x0, condition, null)
+        if not base.whole:
+            with adapter.off(), accelerator.autocast():
+                base.check_prediction(x0, condition)
     with accelerator.autocast():
-        for line in prepare(config, base, adapter, Probe(x0, condition, null)):
+        for line in prepare(config, base, adapter, probe):
             say(line)
+    engine = assemble(config, base, adapter, null, critic, clock)
+    engine.whole_target = config.train.compile
+    return engine
 
+
+def assemble(
+    config: Config, base: Base, adapter: Learner, null: Condition, critic: Critic | None, clock: Clock
+) -> Engine:
+    """The engine of these parts, with the opponent that the objective asks for; critic: of one that matches."""
+    if critic:
+        return MatchingEngine(base, adapter, config.objective, null, critic, clock)
     adversary = None
     if config.adversarial.weight:
         adversary = Adversary(base, adapter, null, config.data.resolution, config.adversarial.width, config.train.seed)
-    engine = Engine(base, adapter, config.objective, null, adversary, clock)
-    engine.whole_target = config.train.compile
-    return engine
+    return Engine(base, adapter, config.objective, null, adversary, clock)
 
 
 def facts_of(config: Config, processes: Processes, batches: Batches) -> dict[str, Any]:

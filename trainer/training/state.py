@@ -12,18 +12,18 @@ from torch import Tensor
 from ..config.config import Config
 from ..lora.adapter import Average, Learner
 from .engine import Engine
-from .optimizers import SCHEDULE_FREE, Learners, ScheduleFreeWeights, make_optimizer
+from .optimizers import SCHEDULE_FREE, STUDENT, Learners, ScheduleFreeWeights, make_optimizer
 
 
 class Trained:
-    """What training changes: the adapter with its average, the discriminator's heads, the optimizer, fp16's scale, and
-    what the objective keeps of earlier weights."""
+    """What training changes: the adapter with its average, its opponent, the optimizer, fp16's scale, and what the
+    objective keeps of earlier weights."""
 
     def __init__(self, config: Config, accelerator: Accelerator, adapter: Learner, engine: Engine):
         self.adapter = adapter
         self.engine = engine
         self.accelerator = accelerator
-        optimizer = make_optimizer(config, self.learners(), engine.base.device)
+        optimizer = make_optimizer(config, self.learners(), engine.opponent, engine.base.device)
         self.optimizer = accelerator.prepare(optimizer)
         self.average: Average | ScheduleFreeWeights | None = None
         if config.train.optimizer == SCHEDULE_FREE:
@@ -32,11 +32,11 @@ class Trained:
             self.average = Average(adapter, config.train.ema)
 
     def learners(self) -> Learners:
-        """The weights that the optimizer changes: the adapter's, and those of the discriminator's heads."""
-        learners = {"adapter": self.adapter.named_parameters()}
-        if self.engine.adversary:
-            learners["discriminator"] = dict(self.engine.adversary.heads.named_parameters())
-        return learners
+        """The weights that the optimizer changes: the adapter's, and those of its opponent."""
+        opponent = self.engine.opponent
+        return {STUDENT: self.adapter.named_parameters()} | (
+            {opponent.name: opponent.named_parameters()} if opponent else {}
+        )
 
     def updated(self, step: int, steps: int) -> None:
         """Take in the weights after update `step` (from 1) of `steps`."""
@@ -56,7 +56,7 @@ class Trained:
             "adapter": self.adapter.state(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self._names()),
             "average": self.average.weights if isinstance(self.average, Average) else {},
-            "discriminator": self.learners().get("discriminator", {}),
+            **(self.engine.opponent.state() if self.engine.opponent else {}),
             **self.engine.state(),
         }
         scaler = self.accelerator.scaler
@@ -70,12 +70,13 @@ class Trained:
         another adapter, and unless `changed` for one that lacks something.
         """
         self._load_adapter(groups["adapter"])
-        of_optimizer = facts.get("optimizer", {"kind": "", "numbers": []})  # earlier versions wrote none
-        kept = self._load_optimizer(groups.get("optimizer", {}), of_optimizer, changed)
+        of_optimizer = groups.get("optimizer", {})
+        kept = self._load_optimizer(of_optimizer, facts.get("optimizer") or earlier_facts(of_optimizer), changed)
         anew = [] if kept else ["the optimizer's state"]
 
+        opponent = self.engine.opponent
         needed = {
-            "discriminator": bool(self.engine.adversary),
+            **({opponent.name: True} if opponent else {}),
             "average": isinstance(self.average, Average),
             "target": bool(self.engine.average),
         }
@@ -86,8 +87,8 @@ class Trained:
                 "as it was. Use another output folder to start anew, or delete the folder."
             )
 
-        if self.engine.adversary and "discriminator" not in lacking:
-            self._load_heads(groups["discriminator"])
+        if opponent and opponent.name not in lacking:
+            opponent.load(groups)
         # an average that is new here begins at the weights that the run has come to
         if isinstance(self.average, Average):
             saved = groups["adapter" if "average" in lacking else "average"]
@@ -105,14 +106,6 @@ class Trained:
                 f"{error} A run's base and lora.rank cannot change. Set them back, or use another output folder."
             ) from error
 
-    def _load_heads(self, saved: dict[str, Tensor]) -> None:
-        heads = self.learners()["discriminator"]
-        if {n: t.shape for n, t in heads.items()} != {n: t.shape for n, t in saved.items()}:
-            raise ValueError("The checkpoint's discriminator is of another shape: set adversarial.width back.")
-        with torch.no_grad():
-            for name, parameter in heads.items():
-                parameter.copy_(saved[name])
-
     def _load_optimizer(self, saved: dict[str, Tensor], facts: dict[str, Any], changed: bool) -> bool:
         """Put the optimizer's state back; returns whether that could be done.
 
@@ -125,7 +118,7 @@ class Trained:
                 return not saved
             saved = {key: value for key, value in saved.items() if key.split("/")[0] in names}
         load_optimizer_tensors(optimizer, saved, names)
-        for group, numbers in zip(optimizer.param_groups, facts["numbers"], strict=not changed):
+        for group, numbers in zip(optimizer.param_groups, facts["numbers"], strict=False):
             group.update(numbers)
         return True
 
@@ -143,11 +136,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
     """What an optimizer counts and estimates for each of its groups: every number that is no setting of the run's."""
-    settings = ("lr", "full_lr", "weight_decay")
+    settings = ("lr", "full_lr", "weight_decay", "fused")
     return [
         {key: value for key, value in group.items() if isinstance(value, int | float) and key not in settings}
         for group in optimizer.param_groups
     ]
+
+
+def earlier_facts(saved: dict[str, Tensor]) -> dict[str, Any]:
+    """What a checkpoint says of its optimizer, for one written when there were AdamW and its 8-bit kin alone."""
+    in_8_bits = any(key.endswith("/state1") for key in saved)
+    return {"kind": "AdamW8bit" if in_8_bits else "AdamW", "numbers": []}
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ as an `Outcome`, to be read when the next update is under way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,10 @@ from ..config.config import Config
 from ..system.clock import Clock
 from ..system.processes import Processes
 from .engine import Batch, Engine, Losses
-from .optimizers import Learners, lr_factor
+from .matching import Unrolled
+from .optimizers import STUDENT, Learners, lr_factor
+
+Work = Batch | Unrolled  # what an engine's passes go by
 
 
 @dataclass(frozen=True)
@@ -70,36 +73,84 @@ class Updater:
         self.processes = processes
         self.accelerator: Accelerator = processes.accelerator
         self.clock: Clock = engine.clock
+        # an opponent with updates of its own has none in the student's
+        self.rounds = engine.opponent.rounds if engine.opponent else 0
+        self.together = {name: p for name, p in learners.items() if not self.rounds or name == STUDENT}
 
     def __call__(self, step: int, stop: bool) -> Outcome:
         """Update `step` (from 1) of the learners. stop: whether this process was asked to."""
-        self.optimizer.zero_grad()
+        opponent = self.engine.opponent
         for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * lr_factor(self.config, step)
+            waits = group["learner"] == STUDENT and opponent is not None and step <= opponent.warmup
+            group["lr"] = 0.0 if waits else group["full_lr"] * lr_factor(self.config, step)
 
         means: Counter[str] = Counter()
-        samples: list[int] = []
-        totals: list[Tensor] = []
-        for _ in range(self.accumulation):
-            numbers, batch = self._next()
-            with self.accelerator.autocast():
-                losses = self.engine.step(batch)
-            total = self._total(losses)
-            with self.clock.part("backward"):
-                self.accelerator.backward(total.mean() / self.accumulation)
-            samples += numbers
-            totals.append(total.detach())
-            means.update({name: loss.detach().mean() / self.accumulation for name, loss in losses.named().items()})
+        drawn: Iterable[tuple[list[int], Work]] = (self._next() for _ in range(self.accumulation))
+        if self.rounds:
+            drawn = list(drawn)
+        for number in range(self.rounds):
+            means = self._opponent(number, drawn)
+        samples, totals = self._student(drawn, means)
 
         with self.clock.part("optimizer"):
             numbers, names = self._step(stop, torch.cat(totals), means)
         numbers, totals, landed = self._to_host(numbers, torch.cat(totals))
         return Outcome(step, samples, names, numbers, totals, landed)
 
-    def _next(self) -> tuple[list[int], Batch]:
+    def _next(self) -> tuple[list[int], Work]:
         with self.clock.part("data"):
             numbers, batch = next(self.coming)
-            return numbers, batch.to(self.accelerator.device)
+            batch = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            return numbers, self.engine.unrolled(batch)
+
+    def _student(self, drawn: Iterable[tuple[list[int], Work]], means: Counter[str]) -> tuple[list[int], list[Tensor]]:
+        """The student's passes, forward and backward; the samples, and what was minimised of them, (B,) by batch.
+
+        means: takes in the mean of each loss.
+        """
+        self.optimizer.zero_grad()
+        samples: list[int] = []
+        totals: list[Tensor] = []
+        for numbers, work in drawn:
+            whole: list[Tensor] = []
+            for run in self.engine.passes(work):
+                with self.accelerator.autocast():
+                    losses = run()
+                total = self._total(losses)
+                self._backward(total)
+                whole.append(total.detach())
+                means.update({name: loss.detach().mean() / self.accumulation for name, loss in losses.named().items()})
+            samples += numbers
+            totals.append(torch.stack(whole).sum(0))
+        return samples, totals
+
+    def _opponent(self, number: int, drawn: list[tuple[list[int], Work]]) -> Counter[str]:
+        """Update `number` of the opponent's own before the student's; the means of its loss and its gradient's norm.
+
+        A loss that is not finite is left to the student's, which asks the opponent, to bring to light.
+        """
+        opponent = self.engine.opponent
+        self.optimizer.zero_grad()
+        means: Counter[str] = Counter()
+        for _, work in drawn:
+            for run in self.engine.opponent_passes(work, number):
+                with self.accelerator.autocast():
+                    loss = run()
+                self._backward(loss)
+                means.update({f"{opponent.name} loss": loss.detach().mean() / self.accumulation})
+
+        with self.clock.part("optimizer"):
+            parameters = opponent.named_parameters()
+            shared = self.processes.mean(_gradients({opponent.name: parameters}), torch.stack([*means.values()]))
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), opponent.most_grad_norm(self.config))
+            self.optimizer.step()
+        return Counter(dict(zip(means, shared, strict=True)) | {f"gradient norm of the {opponent.name}": norm})
+
+    def _backward(self, total: Tensor) -> None:
+        with self.clock.part("backward"):
+            self.accelerator.backward(total.mean() / self.accumulation)
 
     def _total(self, losses: Losses) -> Tensor:
         """(B,) the sum that is minimised: each part reaches its own weights alone, so one backward pass serves all."""
@@ -112,25 +163,18 @@ class Updater:
         # What the processes must agree on travels with the gradients: one exchange an update, and no number is read.
         stopping = totals.new_full((), float(stop))
         bad = (~totals.isfinite()).any().to(totals.dtype)
-        shared = self.processes.mean(self._gradients(), torch.stack([stopping, bad, *means.values()]))
+        means = {name: mean.to(totals) for name, mean in means.items()}
+        shared = self.processes.mean(_gradients(self.together), torch.stack([stopping, bad, *means.values()]))
 
         self.accelerator.unscale_gradients()
         most = self.config.train.max_grad_norm
-        norms = [torch.nn.utils.clip_grad_norm_(parameters.values(), most) for parameters in self.learners.values()]
+        norms = [torch.nn.utils.clip_grad_norm_(parameters.values(), most) for parameters in self.together.values()]
         if self.accelerator.scaler is None:  # fp16's scaler skips steps with infinite gradients by itself
             shared[1] += (~torch.stack(norms).isfinite()).any()
         self.optimizer.step()
 
-        names = ["stop", "bad", *means, *(f"gradient norm of the {name}" for name in self.learners)]
+        names = ["stop", "bad", *means, *(f"gradient norm of the {name}" for name in self.together)]
         return torch.cat([shared, torch.stack(norms).to(shared)]), names
-
-    def _gradients(self) -> list[Tensor]:
-        """The gradients of all learners, in a fixed order; zero where no loss reached."""
-        parameters = [p for named in self.learners.values() for p in named.values()]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in parameters]
 
     def _to_host(self, *tensors: Tensor) -> tuple[Tensor | torch.cuda.Event | None, ...]:
         """The tensors on their way to main memory, and the event that tells when they are there."""
@@ -140,3 +184,12 @@ class Updater:
         landed = torch.cuda.Event()
         landed.record()
         return *copies, landed
+
+
+def _gradients(learners: Learners) -> list[Tensor]:
+    """The gradients of these learners, in a fixed order; zero where no loss reached."""
+    parameters = [p for named in learners.values() for p in named.values()]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.grad for p in parameters]

@@ -36,6 +36,7 @@ from ..system.processes import Processes
 from ..system.saying import Say
 from .batches import Batches
 from .engine import Engine
+from .spread import NOISES, compared, distance_at
 from .state import Trained
 
 # Draws of each held-out sample, and pictures at each number of steps.
@@ -143,7 +144,9 @@ class Validation:
         if engine.objective.needs_teacher and not self.base.whole:
             self.recipe = recipe_for(config, self.base.facts)
             self.steps = steps_of(config, self.recipe)
-        self.judged_by = error_at(self.recipe.steps) if self.steps else LOSS
+        self.matching = engine.objective.matching
+        self.nearness = distance_at if self.matching else error_at
+        self.judged_by = self.nearness(self.recipe.steps) if self.steps else LOSS
         self.with_loss = bool(len(batches.held_out)) and engine.objective.loss_tells
         self.active = bool(config.validation.every and (self.steps or self.with_loss))
 
@@ -151,7 +154,7 @@ class Validation:
     def promised(self) -> list[str]:
         """The errors that a LoRA is to better: at its own number of steps and more. With fewer steps than phases it
         stops half-way, where the base without it is nearer."""
-        return [error_at(steps) for steps in self.steps if steps >= self.recipe.steps]
+        return [self.nearness(steps) for steps in self.steps if steps >= self.recipe.steps]
 
     def sentence(self) -> str:
         """What is measured, and when; empty where nothing is to be."""
@@ -166,7 +169,8 @@ class Validation:
             prompts = "held-out prompts" if held_out else "prompts that training sees too"
             numbers = ", ".join(map(str, self.steps))
             teacher = f"the teacher's {count_steps(self.reference.steps)} at CFG {self.reference.guidance:g}"
-            parts.append(f"the paired error of {PICTURES} pictures of {prompts} against {teacher}, at {numbers} steps")
+            what = "distance, diversity and recall" if self.matching else "the paired error"
+            parts.append(f"{what} of {PICTURES} pictures of {prompts} against {teacher}, at {numbers} steps")
         return f"Measured at the start, every {every} updates and at the end: {'; '.join(parts)}."
 
     def due(self, step: int) -> bool:
@@ -213,7 +217,7 @@ class Validation:
             if self.with_loss:
                 figures[LOSS] = self._loss(step)
             for steps in self.steps:
-                figures[error_at(steps)] = paired_error(self._pictures(steps), self.teacher)
+                figures |= self._nearness(self._pictures(steps), steps)
         if not self.config.train.shard:
             return figures
 
@@ -221,6 +225,12 @@ class Validation:
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.base.device)
         self.processes.mean([values], values.new_zeros(1))
         return dict(zip(figures, values.tolist(), strict=True))
+
+    def _nearness(self, pictures: Tensor, steps: int) -> dict[str, float]:
+        """How near pictures in this number of steps come to the teacher's: each to its own, or as sets."""
+        if self.matching:
+            return compared(pictures, self.teacher, steps)
+        return {error_at(steps): paired_error(pictures, self.teacher)}
 
     def _loss(self, step: int) -> float:
         """The objective's own distance, over all held-out samples at `DRAWS` draws each."""
@@ -242,11 +252,13 @@ class Validation:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """One for each picture: held-out captions, else those that a preview shows, in turn."""
+        """One for each picture: held-out captions, else those that a preview shows, in turn. Where sets are compared,
+        each for as many pictures as tell how much they differ."""
         cache, held_out = self.batches.cache, self.batches.held_out
         captions = (cache.captions[n] for n in held_out) if len(held_out) else islice(cache.prompts, 1, 1 + PICTURES)
-        different = list(islice(dict.fromkeys(captions), PICTURES)) or [""]
-        return list(islice(cycle(different), PICTURES))
+        each = NOISES if self.matching else 1
+        different = list(islice(dict.fromkeys(captions), PICTURES // each)) or [""]
+        return [prompt for prompt in islice(cycle(different), PICTURES // each) for _ in range(each)]
 
     @cached_property
     def trial(self) -> Trial:
@@ -269,8 +281,10 @@ class Validation:
                         return file.get_tensor("latents").clone()  # the file may be replaced
             except SafetensorError as error:
                 self.say(f"{path.name} is damaged ({error}) and is made again.")
+        # sets are compared across noises, so that nothing is near for being drawn from the same
+        trial = self.trial.with_noise(self.trial.seed + 1) if self.matching else self.trial
         with self.processes.accelerator.autocast():
-            latents = self.trial.latents(self.reference, self.base)
+            latents = trial.latents(self.reference, self.base)
         if self.processes.first:
             try:
                 write_tensors(path, {"latents": latents}, fingerprint)
@@ -286,6 +300,7 @@ class Validation:
         content += [config.base.dtype, config.base.quantize]
         if self.steps:
             content += [asdict(self.reference), self.prompts, self.trial.seed, list(self.trial.noise.shape)]
+            content += ["other noise"] * self.matching
         else:
             content += [batches.cache.folder.name, list(batches.held_out), batches.seed, batches.updates]
             content.append(config.objective.model_dump(mode="json"))

@@ -231,13 +231,22 @@ def test_every_preset_is_valid_and_says_where_it_comes_from(name):
     assert config.data.resolution % 64 == 0 or name == "digits"
 
 
+MATCHED = [("dmd", 1), ("dmd", 4), ("tdm", 2), ("tdm", 4)]
+
+
 def test_the_presets_are_what_they_are_named():
     kinds = ["stochastic", "stochastic-adv", "4step-normalcfg", "8step-normalcfg"]
     kinds += [f"{n}step{more}" for n in (1, 2, 4, 8) for more in ("", "-adv")]
     families = "sd15", "sdxl", "sd3"
     pcm = {f"{family}-{kind}" for family in families for kind in kinds}
-    relatives = {f"{name}-{family}" for family in families for name in set(OBJECTIVES) - {"pcm"}}
-    assert set(PRESETS) == pcm | relatives | {"demo", "demo-1step", "demo-2step", "demo-sd15", "digits", "lcf-demo"}
+    relatives = {f"{name}-{family}" for family in families for name in set(OBJECTIVES) - {"pcm", "dmd", "tdm"}}
+    matching = {(f"{family}-{n}step-{name}", family, name, n) for family in families for name, n in MATCHED}
+    others = {"demo", "demo-1step", "demo-2step", "demo-sd15", "digits", "lcf-demo", "tdm-demo"}
+    assert set(PRESETS) == pcm | relatives | {row[0] for row in matching} | others
+    for preset, family, name, steps in matching:
+        config = load_config(preset=preset)
+        assert (config.name, config.base.family) == (f"{name}-{family}-{steps}step", family)
+        assert (config.objective.name, config.objective.jumps) == (name, steps)
     for name in relatives:
         config, (objective, family) = load_config(preset=name), name.split("-")
         assert (config.name, config.base.family, config.objective.name) == (name, family, objective)
@@ -289,7 +298,7 @@ def test_a_change_of_objective_keeps_what_both_know(tmp_path):
             ["name=ct", "guidance=[3, 4]"],
             "objective.guidance: unknown key. The objective ct takes no such setting (pcm,",
         ),
-        (["name=lcm", "phases=4"], "takes no such setting (pcm, lcf, progressive do). Known here: name, points"),
+        (["name=lcm", "phases=4"], "takes no such setting (pcm, lcf, progressive, tdm do). Known here: name, points"),
         (["name=tcd", "curriculum=ect"], "The objective tcd takes no such setting (ct does)"),
         (["name=lcn"], "objective.name = 'lcn': available: pcm, lcm,"),
         (["name=dscd", "delat=1"], "objective.delat: unknown key. Did you mean 'delta'?"),

@@ -22,7 +22,7 @@ def test_levels_are_in_order_and_reach_pure_noise(objective, schedule, predictio
 def test_what_each_objective_jumps_to():
     of = {name: row().levels(4000, VP, 0.0, seeded()) for name, row in OBJECTIVES.items()}
     assert of["pcm"].s.unique().tolist() == [0, 250, 500, 750]
-    for name in ("lcm", "lcf", "ct", "cd", "ufogen", "dscd"):
+    for name in ("lcm", "lcf", "ct", "cd", "ufogen", "dscd", "dmd"):
         assert not of[name].s.any(), name
     assert torch.equal(of["progressive"].s, of["progressive"].r)
     assert not of["ufogen"].r.any()

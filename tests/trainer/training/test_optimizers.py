@@ -61,7 +61,7 @@ def trained(config):
     """The state of a run on such layers, without a base."""
     adapter = Layers()
     engine = SimpleNamespace(
-        adversary=None, average=None, base=SimpleNamespace(device=torch.device("cpu")), state=dict, load=lambda _: None
+        opponent=None, average=None, base=SimpleNamespace(device=torch.device("cpu")), state=dict, load=lambda _: None
     )
     return Trained(config, Accelerator(cpu=True), adapter, engine)
 
@@ -90,6 +90,18 @@ def test_an_optimizer_goes_on_bit_for_bit(name):
     for name, weight in whole.weights().items():
         assert torch.equal(again.weights()[name], weight), name
     assert facts["optimizer"]["kind"] == type(again.optimizer.optimizer).__name__
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_checkpoint_from_before_there_was_a_choice_goes_on(changed):
+    whole = updated(trained(config_of("adamw")), range(6))
+    groups, facts = updated(trained(config_of("adamw")), range(4)).state()
+    del facts["optimizer"]
+
+    again = trained(config_of("adamw"))
+    assert again.load({key: dict(value) for key, value in groups.items()}, facts, changed) == []
+    updated(again, (4, 5))
+    assert all(torch.equal(again.weights()[name], weight) for name, weight in whole.weights().items())
 
 
 @pytest.mark.parametrize("name", ["adafactor", "lion", "prodigy", "schedulefree"])
@@ -133,7 +145,9 @@ def test_schedule_free_weights_are_the_optimizer_s_average_and_leave_training_as
 def test_the_run_s_rate_and_decay_reach_it(name):
     installed(name)
     config = config_of(name, **{"train.weight_decay": 0.25})
-    (group,) = make_optimizer(config, {"adapter": dict(Layers().named_parameters())}, torch.device("cpu")).param_groups
+    (group,) = make_optimizer(
+        config, {"adapter": dict(Layers().named_parameters())}, None, torch.device("cpu")
+    ).param_groups
     assert group["lr"] == group["full_lr"] == config.train.lr
     assert group["weight_decay"] == 0.25
 
@@ -196,8 +210,15 @@ def test_settings_that_it_makes_nothing_of_are_refused(settings, words):
         check_optimizer(load_config(None, settings, "demo-sd15"))
 
 
+@pytest.mark.parametrize("name", ["prodigy", "schedulefree"])
+def test_a_critic_s_updates_are_not_counted_as_the_student_s(name):
+    installed(name)
+    with pytest.raises(ValueError, match=f"train.optimizer={name} counts every update .* the critic of tdm has more"):
+        check_optimizer(load_config(None, {"train.optimizer": name, "train.lr": 1}, "tdm-demo"))
+
+
 def test_one_that_cannot_train_kernels_says_so():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     with pytest.raises(ValueError, match="train.optimizer=Muon does not take the weights of this run"):
-        make_optimizer(config_of("Muon"), {"adapter": dict(Layers().named_parameters())}, torch.device("cpu"))
+        make_optimizer(config_of("Muon"), {"adapter": dict(Layers().named_parameters())}, None, torch.device("cpu"))

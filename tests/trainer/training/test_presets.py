@@ -46,6 +46,7 @@ def family_of(preset):
 
 # One an objective, one PCM a family, and one each of what changes the loss.
 KINDS = [f"{objective}-sd15" for objective in ("cd", "ct", "ctm", "dscd", "lcf", "lcm", "progressive", "tcd", "ufogen")]
+KINDS += ["sd15-4step-dmd", "sd15-4step-tdm"]
 KINDS += ["sd15-4step", "sdxl-4step", "sd3-4step", "sd15-2step-adv", "sd15-4step-normalcfg"]
 OTHERS = defaultdict(list)
 for _preset in sorted(filter(family_of, PRESETS.keys() - set(KINDS))):
@@ -73,6 +74,8 @@ def check_preset(preset, cache, folder):
     changes = SIZE | {"data__cache": cache, "base__path": speck(family).name}
     if kind.endswith("adv"):
         changes["adversarial__width"] = 16
+    if kind.endswith(("dmd", "tdm")):  # of one update, in which the LoRA is to learn
+        changes["objective__critic_warmup"] = 0
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
     learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]

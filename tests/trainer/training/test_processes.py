@@ -43,7 +43,15 @@ LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0
 
 
 TWO = ACROSS | {"train__batch_size": 2}
-NAMES = ("plain", "shared", "apart", "stopped")
+NAMES = ("plain", "shared", "matched", "apart", "stopped")
+MATCHED = {
+    "train__steps": 3,
+    "train__lr": 1e-3,
+    "objective__name": "tdm",
+    "objective__phases": 2,
+    "objective__critic_warmup": 1,
+    "lora__dtype": "fp32",
+}
 SHARED = TWO | {
     "train__shard": "true",
     "train__gradient_checkpointing": "true",
@@ -107,10 +115,10 @@ def alone(tmp_path_factory) -> Path:
 def pair(tmp_path_factory) -> SimpleNamespace:
     """What two processes do together, by the folders of their runs, and what each has said of which.
 
-    plain: two samples each. shared: each holds half of the frozen weights, recomputes blocks, measures, draws previews
-    and tests files together with the other. apart: one machine sees another run folder, its own, without the
-    checkpoint that the first has. stopped: Ctrl-C in the terminal after the first checkpoint; it comes to the launcher
-    and to both processes, and to these from the launcher again.
+    plain: two samples each. matched: the same, with a critic that has updates of its own. shared: each holds half of
+    the frozen weights, recomputes blocks, measures, draws previews and tests files together with the other. apart: one
+    machine sees another run folder, its own, without the checkpoint that the first has. stopped: Ctrl-C in the terminal
+    after the first checkpoint; it comes to the launcher and to both processes, and to these from the launcher again.
     """
     folder = tmp_path_factory.mktemp("pair")
     smaller = APART | {"base__path": speck().name, "data__cache": folder / "cache"}
@@ -118,7 +126,8 @@ def pair(tmp_path_factory) -> SimpleNamespace:
     sorted((begun / "checkpoints").iterdir())[-1].unlink()  # one update is left to do
     shutil.copytree(begun, folder / "apart-0")
     apart = settings(folder / "apart-RANK", **smaller | {"train__batch_size": 2})
-    commands = [settings(folder / "plain", **TWO), settings(folder / "shared", **SHARED), apart]
+    commands = [settings(folder / "plain", **TWO), settings(folder / "shared", **SHARED)]
+    commands += [settings(folder / "matched", **MATCHED | {"train__batch_size": 2}), apart]
     commands.append(settings(folder / "stopped", **LONG))
     (folder / "commands.json").write_text(json.dumps([["train", *command] for command in commands]))
     process = launch("support.in_turn", folder / "commands.json")
@@ -129,7 +138,7 @@ def pair(tmp_path_factory) -> SimpleNamespace:
     assert all((folder / f"said-{rank}.json").is_file() for rank in (0, 1)), errors
     first, second = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
     said = {name: SimpleNamespace(first=a, second=b) for name, a, b in zip(NAMES, first, second, strict=True)}
-    assert all(each["code"] == 0 for name in NAMES[:2] for each in vars(said[name]).values()), errors
+    assert all(each["code"] == 0 for name in NAMES[:3] for each in vars(said[name]).values()), errors
     return SimpleNamespace(**{name: folder / name for name in NAMES}, said=SimpleNamespace(**said))
 
 
@@ -137,6 +146,15 @@ def test_two_processes_give_what_one_gives(alone, pair, tmp_path):
     assert apart(learnt(alone), learnt(pair.plain / alone.name)) < SAME
     seed = train(small_config(tmp_path, **ACROSS | {"train__seed": 1}))
     assert apart(learnt(alone), learnt(seed)) > OTHER, "other samples would be seen"
+
+
+def test_two_processes_have_the_critic_of_one(pair, tmp_path):
+    """Its own updates are shared too, before the student's."""
+    one = train(small_config(tmp_path, **MATCHED | {"train__batch_size": 4}))
+    assert apart(learnt(one), learnt(pair.matched / one.name)) < SAME
+    (_, alone, _), (_, two, _) = (load_latest_state(f / "checkpoints") for f in (one.parent, pair.matched))
+    for group in ("critic", "optimizer"):
+        assert apart(alone[group], two[group]) < SAME, group
 
 
 def test_they_keep_in_step(alone, pair):

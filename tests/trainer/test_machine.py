@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from phased_consistency.trainer import demo
 from phased_consistency.trainer.cli.doctor import examination_text
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.efficiency.blocks import check_compiler
@@ -22,6 +23,19 @@ GPU = torch.device("cuda", 0)
 def test_one_device_by_two_names(one, other, same):
     assert machine.same_device(torch.device(one), torch.device(other)) is same
     assert machine.same_device(torch.device(other), torch.device(one)) is same
+
+
+def test_the_demo_is_evaluated_where_it_was_trained(monkeypatch, tmp_path):
+    class Loaded(Exception):
+        pass
+
+    def load(path, device):
+        raise Loaded(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(demo, "load_base", load)
+    with pytest.raises(Loaded, match="cuda"):
+        demo.evaluate(load_config(preset="demo"), tmp_path, 4)
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...samplers import jump
@@ -69,17 +71,42 @@ def quantize(network: nn.Module, format: str) -> str:
     settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
     quantize_(network, settings, filter_fn=lambda _, path: path in layers)
     for path in layers:
-        network.get_submodule(path).register_forward_pre_hook(_in_own_dtype)
+        layer = network.get_submodule(path)
+        layer.forward = _product(layer)
     return (
         f"{format} base: {len(layers)} layers, {share:.0%} of its weights, "
         f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
     )
 
 
-def _in_own_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A quantised layer's input in the dtype that its weight was of: autocast, which would see to that, passes it by,
-    and what comes in as fp32, such as a norm's output, would go out so."""
-    return inputs[0].to(layer.weight.dtype), *inputs[1:]
+def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A quantised layer's forward, with its input in the dtype that its weight was of: autocast, which would see to
+    that, passes it by, and what comes in as fp32, such as a norm's output, would go out so."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.to(layer.weight.dtype)
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, layer.weight, layer.bias)
+        return _Product.apply(x, layer.weight, layer.bias)
+
+    return forward
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, of which nothing is kept but W in its 8 bits: it is widened once more for the gradient of x.
+
+    Of torch's own product autograd keeps W as it was widened, twice the bytes or more.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.dequantize().to(gradient.dtype), None, None
 
 
 def stored_bytes(weight: Tensor) -> int:

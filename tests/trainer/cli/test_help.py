@@ -8,7 +8,7 @@ from phased_consistency.trainer.cli.main import app
 from phased_consistency.trainer.config.presets import FAMILIES, PRESETS, RELATIVES
 
 GROUPS = {
-    "Train": {"train", "report", "settings", "presets"},
+    "Train": {"train", "report", "watch", "settings", "presets"},
     "Draw and measure": {"sample", "edit", "evaluate"},
     "LoRA files": {"inspect", "check", "convert", "tag", "merge", "resize", "extract", "sidecars", "panels"},
     "This machine": {"doctor", "bench", "bench-data"},

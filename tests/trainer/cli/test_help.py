@@ -66,7 +66,7 @@ def test_the_presets_in_the_help_are_the_table_s(pcm):
     families, _, kinds = of_families.partition(", then one of ")
     families = families.replace(" or ", ", ").split(", ")
     relatives = [name.strip("-") for name in relatives.removesuffix(" and a family").split(", ")]
-    assert (families, relatives) == ([*FAMILIES], [*RELATIVES])
+    assert (families, relatives) == ([*FAMILIES], [*RELATIVES, "refine"])
     names = [family + kind for family in families for kind in kinds.split(", ")]
     names += [f"{relative}-{family}" for family in families for relative in relatives]
     assert {*names, *alone.removeprefix("or ").split(", ")} == set(PRESETS)

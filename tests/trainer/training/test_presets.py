@@ -73,6 +73,9 @@ def check_preset(preset, cache, folder):
     changes = SIZE | {"data__cache": cache, "base__path": speck(family).name}
     if kind.endswith("adv"):
         changes["adversarial__width"] = 16
+    if kind == "refine":
+        start = load_config(overrides=settings(folder / "start", **changes), preset=f"{family}-4step")
+        changes["lora__init"] = train(start)
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
     learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]

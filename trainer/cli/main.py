@@ -38,6 +38,7 @@ from .options import (
     preset_option,
     verb,
 )
+from .watch import watch
 
 # What click, which typer has within itself or beside it, raises for words that it cannot read.
 USAGE_ERROR = typer.BadParameter.__base__.__base__
@@ -144,7 +145,7 @@ def run_page(
     answer(details, as_json, details["text"])
 
 
-for function in (lists.settings, lists.presets):
+for function in (watch, lists.settings, lists.presets):
     verb(app, TRAINING)(function)
 
 

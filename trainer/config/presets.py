@@ -6,7 +6,7 @@ Their names are there without torch, whose import takes a second: `pcm --help` a
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,13 @@ class Preset:
     """One preset.
 
     layers: settings by section, each over those before. source: where the numbers come from. cost: what a run takes,
-    and how that is known.
+    and how that is known. needs: settings that it is nothing without, and that only the user knows.
     """
 
     layers: tuple[dict[str, Any], ...]
     source: str
     cost: str
+    needs: tuple[str, ...] = ()
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -77,6 +78,7 @@ POINTS = {("sd3", 8): 200}
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "lr": 1e-4}}
 # ComfyUI's empty negative prompt is the encoding of "", so a dropped prompt must be that too.
 NORMALCFG = {"objective": {"guidance_mode": "normalcfg"}, "base": {"null": "empty"}}
+REFINE = {"train": {"steps": 1000}, "validation": {"every": 100}}
 NOTES = {
     "adv": " Heads' weight and lr: docs/measurements/demo.md.",
     "normalcfg": " No guidance in the teacher's step, 10 % of the prompts dropped.",
@@ -197,6 +199,10 @@ def _presets_of(family: str) -> dict[str, Preset]:
 
     stochastic = {"objective": {"phases": 1, "mode": "stochastic"}}
     rows += [_pcm(family, "stochastic", stochastic), _pcm(family, "stochastic-adv", stochastic, ADVERSARIAL)]
+
+    note = SOURCES[family] + " 1000 updates from a LoRA that is there: docs/measurements/refine.md."
+    name, refine = _preset(f"refine-{family}", f"refined-{family}", family, note, {"objective": {"phases": 4}}, REFINE)
+    rows.append((name, replace(refine, needs=("lora.init",))))
 
     alpha = {"lora": {"alpha": float(FAMILIES[family]["lora"]["rank"])}}
     for name, (changes, note) in RELATIVES.items():
@@ -329,7 +335,8 @@ def preset_names() -> str:
     kinds = [f"-{name.removeprefix(f'{first}-')}" for name in PRESETS if name.startswith(f"{first}-")]
     of_families = {name for family in FAMILIES for name in _presets_of(family)}
     alone = [name for name in PRESETS if name not in of_families]
+    others = "-, ".join([*RELATIVES, "refine"])
     return (
-        f"{first}, {' or '.join(families)}, then one of {', '.join(kinds)}; {'-, '.join(RELATIVES)}- and a family; or "
+        f"{first}, {' or '.join(families)}, then one of {', '.join(kinds)}; {others}- and a family; or "
         f"{', '.join(alone)}"
     )

@@ -18,6 +18,7 @@ from ...samplers import Recipe
 from ...samplers.lora_file import read_header
 from ...samplers.lora_info import recipe_of
 from ..config.config import Config
+from ..config.presets import PRESETS
 from ..data.buckets import buckets_for
 from ..data.captions import chosen
 from ..data.prompts import prompts_of
@@ -74,6 +75,7 @@ def check_run(config: Config, device: torch.device, processes: int, accept_chang
     Raises ValueError for settings that cannot be, or not with this base, this data, this machine or the run that is in
     the folder; FileNotFoundError for what is not there.
     """
+    _check_preset(config)
     newest = latest_facts(config.run_folder / "checkpoints")
     changes = _check_folder(config, newest, processes, accept_changes)
     _check_packages(config)
@@ -154,6 +156,18 @@ def _check_folder(config: Config, newest: Facts | None, processes: int, accept: 
         )
     split_of(config, processes, facts, changed=accept)
     return changes
+
+
+def _check_preset(config: Config) -> None:
+    """Raise ValueError where the preset lacks a setting that it is nothing without."""
+    needs = PRESETS[config.preset].needs if config.preset else ()
+    for key in needs:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is None:
+            raise ValueError(
+                f"The preset {config.preset} goes on from a few-step LoRA: set {key}=FILE to the one to refine, and "
+                "objective.phases to its own number."
+            )
 
 
 def _check_packages(config: Config) -> None:

@@ -8,7 +8,7 @@ from phased_consistency.trainer.cli.main import app
 from phased_consistency.trainer.config.presets import FAMILIES, PRESETS, RELATIVES
 
 GROUPS = {
-    "Train": {"train", "report", "settings", "presets"},
+    "Train": {"train", "report", "watch", "settings", "presets"},
     "Draw and measure": {"sample", "edit", "evaluate"},
     "LoRA files": {"inspect", "check", "convert", "tag", "merge", "resize", "extract", "sidecars", "panels"},
     "This machine": {"doctor", "bench", "bench-data"},
@@ -66,7 +66,7 @@ def test_the_presets_in_the_help_are_the_table_s(pcm):
     families, _, kinds = of_families.partition(", then one of ")
     families = families.replace(" or ", ", ").split(", ")
     relatives = [name.strip("-") for name in relatives.removesuffix(" and a family").split(", ")]
-    assert (families, relatives) == ([*FAMILIES], [*RELATIVES])
+    assert (families, relatives) == ([*FAMILIES], [*RELATIVES, "refine"])
     names = [family + kind for family in families for kind in kinds.split(", ")]
     names += [f"{relative}-{family}" for family in families for relative in relatives]
     assert {*names, *alone.removeprefix("or ").split(", ")} == set(PRESETS)

@@ -174,3 +174,8 @@ def test_a_run_that_is_there_and_is_another(tmp_path, monkeypatch):
     with pytest.raises(Loaded):
         train(load_config(overrides=settings(output, base__path=TINY, train__lr=0.02)), accept_changes=True)
     assert plan(load_config(overrides=settings(output, base__path=TINY, train__lr=0.02)), accept_changes=True)
+
+
+def test_a_preset_that_refines_asks_for_its_lora(tmp_path, fails):
+    said = fails(2, "train", "--preset", "refine-sd15", "base.path=tiny-sd15", f"output={tmp_path}", "--dry-run")
+    assert "The preset refine-sd15 goes on from a few-step LoRA: set lora.init=FILE" in said

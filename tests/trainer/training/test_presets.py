@@ -76,6 +76,9 @@ def check_preset(preset, cache, folder):
         changes["adversarial__width"] = 16
     if kind.endswith(("dmd", "tdm")):  # of one update, in which the LoRA is to learn
         changes["objective__critic_warmup"] = 0
+    if kind == "refine":
+        start = load_config(overrides=settings(folder / "start", **changes), preset=f"{family}-4step")
+        changes["lora__init"] = train(start)
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
     learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]

@@ -35,6 +35,7 @@ CONTEXT = GIB // 2  # what CUDA and its libraries are taken to hold; it differs 
 MARGIN = 1.15  # for fragmentation and kernels' workspaces, where an estimate is held against what there is
 TRAINING, PREVIEWS, BEFORE = "training in all, at least", "drawing previews in all", "before: "
 EXCHANGE = "gradients in one piece"
+CRITIC_MEMORY = "critic, gradients, optimizer"
 PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest is what a run needs
 
 
@@ -128,7 +129,7 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
         # where its rank is another, so is its share of the same modules
         critic = sizes.learnt * (config.objective.critic_rank or config.lora.rank) / config.lora.rank
         averaged = 4 if config.objective.critic_ema else 0
-        parts["critic, gradients, optimizer"] = critic * (per_parameter + averaged)
+        parts[CRITIC_MEMORY] = critic * (per_parameter + averaged)
     if sizes.features:
         parts["discriminator, gradients, optimizer"] = sizes.heads * per_parameter
         parts["its features' activations"] = sizes.features.bytes(again) * batch
@@ -224,6 +225,9 @@ def explain_out_of_memory(error: BaseException, config: Config, family: type[Bas
     """What the error said, and what would help this run."""
     first = next(iter(str(error).splitlines()), "Out of memory.")
     best = advice(switches(config, family))
+    critic = estimate_memory(config, family)["gib"].get(CRITIC_MEMORY)
+    if critic:
+        best = f"the critic takes {critic:.2g} GiB, which a lower objective.critic_rank lowers; {best}"
     return f"{first}\nBy estimate: {best}. While it is still caching, a smaller data.batch_size helps."
 
 

@@ -1,13 +1,17 @@
 """Runs that match distributions: two adapters on one base, resumed to the byte, seen as they are sampled."""
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from phased_consistency.trainer.efficiency.blocks import recompute
+from phased_consistency.trainer.efficiency.memory import explain_out_of_memory
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import draw
+from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.lora.adapter import Adapter
 from phased_consistency.trainer.lora.recipe import recipe_for
 from phased_consistency.trainer.reporting.progress import Reporter
@@ -272,3 +276,10 @@ def test_what_the_critic_costs_is_estimated(tmp_path):
     wanted = 2 * 20 / 16 * own["critic, gradients, optimizer"]
     assert larger["critic, gradients, optimizer"] == pytest.approx(wanted, abs=0.004)
     assert "critic, gradients, optimizer" not in gib()
+
+
+def test_what_the_critic_takes_is_said_when_memory_is_short(tmp_path):
+    config = small_config(tmp_path, **TDM, base__path=TINY, lora__rank=64)
+    said = explain_out_of_memory(RuntimeError("CUDA out of memory."), config, SD15)
+    assert re.search(r"the critic takes 0\.\d+ GiB, which a lower objective.critic_rank lowers; train\.", said)
+    assert "critic" not in explain_out_of_memory(RuntimeError("..."), small_config(tmp_path, base__path=TINY), SD15)

@@ -240,9 +240,10 @@ def test_the_presets_are_what_they_are_named():
     families = "sd15", "sdxl", "sd3"
     pcm = {f"{family}-{kind}" for family in families for kind in kinds}
     relatives = {f"{name}-{family}" for family in families for name in set(OBJECTIVES) - {"pcm", "dmd", "tdm"}}
+    refined = {f"refine-{family}" for family in families}
     matching = {(f"{family}-{n}step-{name}", family, name, n) for family in families for name, n in MATCHED}
     others = {"demo", "demo-1step", "demo-2step", "demo-sd15", "digits", "lcf-demo", "tdm-demo"}
-    assert set(PRESETS) == pcm | relatives | {row[0] for row in matching} | others
+    assert set(PRESETS) == pcm | relatives | refined | {row[0] for row in matching} | others
     for preset, family, name, steps in matching:
         config = load_config(preset=preset)
         assert (config.name, config.base.family) == (f"{name}-{family}-{steps}step", family)

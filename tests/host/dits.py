@@ -52,7 +52,15 @@ NAMES = {
             **{"blocks.1.cross_attn.k": (W, W), "blocks.1.ffn.0": (2 * W, W), "blocks.1.ffn.2": (W, 2 * W)},
         },
     ),
+    "ltxav": (
+        ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+        {
+            **{f"transformer_blocks.0.attn1.to_{part}": (W, W) for part in "qkv"},
+            **{"transformer_blocks.1.audio_attn1.to_q": (W // 2, W // 2), "transformer_blocks.1.ff.net.2": (W, 4 * W)},
+        },
+    ),
 }
+NAMES["wan_i2v"] = NAMES["wan"]
 FILES = {
     "Hyper-FLUX.1-dev-8steps-lora": "flux",
     "FLUX.1-Turbo-Alpha": "flux",
@@ -62,7 +70,10 @@ FILES = {
     "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI": "zimage",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise": "wan",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise": "wan",
+    "wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise": "wan_i2v",
+    "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise": "wan_i2v",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32": "wan",
+    "ltx-2-19b-distilled-lora-384": "ltxav",
     "something_of_tomorrow": "wan",
     "a_style": "qwen",
 }
@@ -70,10 +81,13 @@ HEADERS = {"a_style": {"modelspec.architecture": "Qwen-Image/lora"}}
 TEXT_WIDTH = 32
 LATENTS = {
     "flux": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
+    "schnell": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "flux2": ("EmptyFlux2LatentImage", {"width": 128, "height": 96}),
     "qwen": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "zimage": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "wan": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "wan_i2v": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "ltxav": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
 }
 
 
@@ -87,7 +101,7 @@ def lora(kind: str, seed: int) -> dict[str, Tensor]:
         tensors[f"{prefix}{name}{up}"] = torch.randn(rows, RANK, generator=generator) / RANK**0.5
         if "down" in down:
             tensors[f"{prefix}{name}.alpha"] = torch.tensor(2.0)
-    if kind == "wan":
+    if kind.startswith("wan"):
         tensors["diffusion_model.blocks.0.self_attn.q.diff_b"] = torch.randn(W, generator=generator) / 10
         tensors["diffusion_model.blocks.1.cross_attn.norm_k.diff"] = torch.randn(W, generator=generator) / 10
     return tensors

@@ -49,6 +49,14 @@ KINDS = {
         },
     ),
     "wan": ("WAN21_T2V", WAN),
+    "ltxav": (
+        "LTXAV",
+        {
+            **{"image_model": "ltxav", "num_layers": 2, "num_attention_heads": HEADS, "attention_head_dim": 16},
+            **{"cross_attention_dim": WIDTH, "audio_num_attention_heads": HEADS, "audio_attention_head_dim": 8},
+            **{"audio_cross_attention_dim": 32, "caption_channels": 16, "connector_num_attention_heads": 1},
+        },
+    ),
     "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
 }
 
@@ -113,7 +121,21 @@ class TestClipAutoencoder:
         return (comfy.sd.VAE(sd=network.state_dict()),)
 
 
+class TestSound:
+    """An empty latent of sound, as LTX-2 has it beside its video."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"length": ("INT", {"default": 8})}}
+
+    def make(self, length):
+        return ({"samples": torch.zeros(1, 8, length, 16), "type": "audio"},)
+
+
 NODE_CLASS_MAPPINGS = {
+    "TestSound": TestSound,
     "TestTransformer": TestTransformer,
     "TestAutoencoder": TestAutoencoder,
     "TestClipAutoencoder": TestClipAutoencoder,

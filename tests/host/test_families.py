@@ -22,6 +22,7 @@ from host.server import Graph, out
 FLUX, TURBO, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "FLUX.1-Turbo-Alpha", "flux.2-turbo-lora"
 QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V1.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
 ZIMAGE = "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI"
+LTX2 = "ltx-2-19b-distilled-lora-384"
 HIGH, LOW = (f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise" for noise in ("high", "low"))
 WAN21 = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"
 UNKNOWN = "something_of_tomorrow"
@@ -93,6 +94,27 @@ def test_flux2_turbo_is_shifted_by_the_size_of_the_picture(server):
     assert run.warnings(ours) == []
 
 
+def test_video_and_sound_in_one_latent(server):
+    """LTX-2 by its authors' list of levels, as core's euler with the list; both parts are drawn."""
+    skip_without(server, "ltxav")
+    graph, links = transformer("ltxav", LTX2)
+    both = graph.add(
+        "LTXVConcatAVLatent", video_latent=links["latent"], audio_latent=out(graph.add("TestSound", length=8))
+    )
+    links["latent"] = out(both)
+    ours = sample(graph, links)
+    sigmas = "1 0.99375 0.9875 0.98125 0.975 0.909375 0.725 0.421875 0"
+    levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas=sigmas)
+    core = {**links, "model": core_lora(graph, links["base"], LTX2)}
+    euler = custom(graph, core, core_sampler(graph, "euler"), out(levels, 1))
+    parts = [graph.add("LTXVSeparateAVLatent", av_latent=out(node)) for node in (ours, euler)]
+    run, (video, sound, *other) = server.tensors(graph, *(out(part, slot) for part in parts for slot in (0, 1)))
+    assert video.shape == (1, 128, 2, 3, 4) and sound.shape == (1, 8, 8, 16)
+    for part, same in zip((video, sound), other, strict=True):
+        assert part.std() > 0.1 and (part - same).abs().max() < CLOSE
+    assert run.warnings(ours) == run.warnings(links["model"][0]) == []
+
+
 def two_experts(low: str = LOW) -> tuple[Graph, dict[str, list]]:
     """Wan 2.2's two experts, each with its LoRA; low_noise_model is among the links."""
     graph, links = transformer("wan", HIGH)
@@ -138,6 +160,41 @@ def test_two_experts_are_cores_two_samplers(server):
     assert run.warnings(swapped) == [
         "The LoRA on model is for the low-noise expert: swap model and low_noise_model.",
     ]
+
+
+def test_a_picture_set_in_motion_by_two_experts(server):
+    """Wan 2.2's I2V, whose networks take the first frame beside the latent: the second expert has it too."""
+    skip_without(server, "flux2")  # an older host's VAE for clips has one size alone
+    high, low = (f"wan2.2_i2v_lightx2v_4steps_lora_v1_{noise}_noise" for noise in ("high", "low"))
+    graph, links = transformer("wan_i2v", high)
+    second = out(graph.add("TestTransformer", architecture="wan_i2v", seed=1, unet_name=""))
+    more = {"low_noise_model": loaded_on(graph, second, low)["model"]}
+    still = graph.add("TestPicture", width=128, height=96, channels=3, batch=1, seed=5, mask="middle")
+    vae = out(graph.add("TestClipAutoencoder", seed=0))
+    prompts = {name: links[name] for name in ("positive", "negative")}
+    size = {"width": 128, "height": 96, "length": 9, "batch_size": 1}
+    start = graph.add("WanImageToVideo", **prompts, **size, vae=vae, start_image=out(still))
+    blank = sample(graph, links, **more)
+    links |= {"positive": out(start), "negative": out(start, 1), "latent": out(start, 2)}
+    ours = sample(graph, links, **more)
+    models = [shifted(graph, core_lora(graph, *pair), "wan", 5.0) for pair in ((links["base"], high), (second, low))]
+    run, latents = server.latents(graph, ours, core_experts(graph, *models, links), blank)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert (latents[0] - latents[2]).abs().max() > 0.01
+    assert run.text(ours).splitlines()[0] == "2 steps by the high-noise model, 2 by the low-noise one."
+    assert run.warnings(ours) == []
+
+
+def test_a_distilled_model_is_known_by_its_name(server):
+    """FLUX.1 schnell needs no LoRA: PCM Recipe gives its levels, which are the host's own."""
+    graph, links = transformer("schnell", unet_name="flux1-schnell.safetensors")
+    widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    node = graph.add("PCMRecipe", model=links["base"], **widgets)
+    ours = sample(graph, links | {"model": out(node), "recipe": out(node, 1)})
+    core = ksampler(graph, links | {"model": links["base"]})
+    run, latents = server.latents(graph, ours, core)
+    assert (latents[0] - latents[1]).abs().max() < CLOSE
+    assert run.warnings(ours) == run.warnings(node) == []
 
 
 @pytest.mark.parametrize(

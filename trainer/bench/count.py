@@ -41,7 +41,7 @@ def count(config: Config) -> dict[str, Any]:
     base and resolution; RuntimeError where the counting itself fails.
     """
     _check(config)
-    family = look_at_base(config.base.path, **_options(config)).family
+    family = look_at_base(config.base.path, **config.base.reading()).family
     recomputed(config, family)  # refuses before anything is compiled
     with TemporaryDirectory(prefix="pcm-count-") as folder:
         guard, file = Path(folder) / "guard.so", Path(folder) / "config.toml"
@@ -55,10 +55,6 @@ def count(config: Config) -> dict[str, Any]:
     estimate = estimate_memory(config, family)["gib"][TRAINING]
     details = json.loads(result.stdout.splitlines()[-1])
     return {"settings": _settings(config), "estimate": int(estimate * GIB), **details}
-
-
-def _options(config: Config) -> dict[str, Any]:
-    return config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
 
 
 def _check(config: Config) -> None:

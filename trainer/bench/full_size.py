@@ -74,8 +74,7 @@ def counted(config: Config) -> dict[str, Any]:
 
 def _base(config: Config) -> Base:
     """The base, with a network on the meta device and without encoders, which are gone when a run trains."""
-    options = config.base.model_dump(exclude={"path", "dtype", "quantize"}, exclude_none=True)
-    facts = look_at_base(config.base.path, **options)
+    facts = look_at_base(config.base.path, **config.base.reading())
     kind, zero_snr = facts.family, facts.zero_terminal_snr
     folder = kind.config_folder(config.base.path, config.base.config)
     with torch.device("meta"):

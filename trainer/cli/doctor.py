@@ -28,7 +28,7 @@ def doctor(
 
 def examination_text(d: dict[str, Any]) -> str:
     """`examine` of this machine for people, and of `d["run"]`, a plan, whether it fits."""
-    from ..system.machine import OPTIONAL
+    from ..system.machine import NO_BF16, OPTIONAL
 
     device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
     host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
@@ -44,6 +44,8 @@ def examination_text(d: dict[str, Any]) -> str:
         lines.append(
             f"No CUDA device: {', '.join(_bundled())} and make demo run here; a full-size base would take days."
         )
+    if d["device"].get("bf16") is False:
+        lines.append(NO_BF16)
     if "run" in d:
         lines += ["", d["run"]["text"], _verdict(d)]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ are called is the order from the inside out (see `prepare.py`).
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
@@ -238,7 +239,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of every kind, by what is missing
-        needs = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
+        triton = "triton-windows" if sys.platform == "win32" else "triton"
+        needs = f"Triton (pip install {triton})" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"train.compile=true, but torch.compile does not work on this {device.type}: {reason}. "

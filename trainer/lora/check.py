@@ -42,6 +42,8 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
         "unmatched_names": targets.unmatched[:20],
         "lost_alphas": [name for name in header.lost_alphas() if name in targets.modules],
         "left_out": left_out(header),
+        "tf32": base.device.type == "cuda"
+        and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32),
         "passed": False,
     }
 
@@ -121,6 +123,8 @@ def _verdict(passed: bool, facts: dict[str, Any]) -> str:
 def _remarks(facts: dict[str, Any], off: float | None = None) -> str:
     """What else there is to say; off: by which share of the LoRA's effect the two ways differ."""
     remarks = [f"unmatched: {', '.join(facts['unmatched_names'][:5])}"] if facts["unmatched"] else []
+    if facts["tf32"]:
+        remarks.append("convolutions and products were computed in TF32, which has about three digits")
     if facts["compared_as_sampled"]:
         remarks.append("compared as pcm sample loads it; for diffusers, write it with pcm convert")
     if lost := facts["lost_alphas"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +25,8 @@ OPTIONAL = (
     | {name: "T5's tokenizer where it is a spiece.model, SD3 only" for name in ("sentencepiece", "protobuf")}
 )
 GIB = 2**30  # bytes
+NO_BF16 = "This GPU only emulates bf16, and has no fast convolutions in it: add base.dtype=fp16, which it computes in."
+WHOLE = 0.95  # of a GPU's memory: the rest is the context's, and what draws the screen
 
 
 def examine() -> dict[str, Any]:
@@ -37,7 +40,7 @@ def examine() -> dict[str, Any]:
             "kind": "cuda",
             "count": torch.cuda.device_count(),
             "memory_gib": round(properties.total_memory / GIB, 1),
-            "bf16": torch.cuda.is_bf16_supported(),
+            "bf16": native_bf16(),
         }
     host = next(iter(hosts()), None)
     return {
@@ -68,6 +71,22 @@ def package_version() -> str:
         return "unknown"
 
 
+def native_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself. Cards before Ampere emulate it, and cuDNN has no convolutions in it for
+    them, which torch's own answer leaves out."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def limit_to_gpu() -> None:
+    """On Windows, keep what this process takes within the GPU's own memory.
+
+    There the driver would go on in main memory, at a small part of the speed and without a word; so memory that runs
+    out is an error, which names what would save some.
+    """
+    if sys.platform == "win32" and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(WHOLE)
+
+
 def best_device() -> torch.device:
     """Where networks compute unless somebody says otherwise: the GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +103,6 @@ def peak_memory() -> float | None:
         return torch.cuda.max_memory_allocated() / GIB
     with suppress(ImportError):  # not on Windows
         import resource
-        import sys
 
         unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

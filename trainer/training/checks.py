@@ -35,10 +35,13 @@ from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
+from ..system.machine import NO_BF16, native_bf16
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
 from .optimizers import check_optimizer
+
+FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels in fp8
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def check_run(config: Config, device: torch.device, processes: int, accept_chang
 
 def notes_on_device(config: Config, device: torch.device) -> list[str]:
     """Sentences on settings that this device takes badly, though it does what they say."""
+    if device.type == "cuda" and config.base.dtype == "bf16" and not native_bf16():
+        return [NO_BF16]
     slow = {}
     if config.base.dtype != "fp32":
         slow[f"base.dtype={config.base.dtype}"] = "base.dtype=fp32"
@@ -251,7 +256,20 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         _check_shard(config, processes)
     if train.compile:
         check_compiler(device)
+        _check_fp8_kernels(config, device)
     recomputed(config, family)
+
+
+def _check_fp8_kernels(config: Config, device: torch.device) -> None:
+    if config.base.quantize != "fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_KERNELS:
+        needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
+        raise ValueError(
+            f"train.compile=true with base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and "
+            f"this one has {here}: Triton makes no fp8 kernels for it. Set base.quantize=int8, or train.compile=false."
+        )
 
 
 def _check_shard(config: Config, processes: int) -> None:

@@ -48,8 +48,9 @@ def family_of(preset):
 KINDS = [f"{objective}-sd15" for objective in ("cd", "ct", "ctm", "dscd", "lcf", "lcm", "progressive", "tcd", "ufogen")]
 KINDS += ["sd15-4step-dmd", "sd15-4step-tdm"]
 KINDS += ["sd15-4step", "sdxl-4step", "sd3-4step", "sd15-2step-adv", "sd15-4step-normalcfg"]
+REFINING = [f"refine-{family}" for family in FAMILIES]
 OTHERS = defaultdict(list)
-for _preset in sorted(filter(family_of, PRESETS.keys() - set(KINDS))):
+for _preset in sorted(filter(family_of, PRESETS.keys() - {*KINDS, *REFINING})):
     OTHERS[re.sub(r"-?(sd15|sdxl|sd3)-?|\d", "", _preset)].append(_preset)
 
 
@@ -64,21 +65,25 @@ def test_the_other_presets(presets, cache, tmp_path):
         check_preset(preset, cache, tmp_path / preset)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preset_that_goes_on_from_another_s_lora(family, cache, tmp_path):
+    check_preset(f"{family}-4step", cache, tmp_path / "start")
+    start = tmp_path / "start" / "run" / f"pcm-{family}-4step.safetensors"
+    check_preset(f"refine-{family}", cache, tmp_path / "refined", lora__init=start)
+
+
 def test_every_preset_is_among_them():
-    assert sorted([*KINDS, *chain(*OTHERS.values())]) == sorted(filter(family_of, PRESETS))
+    assert sorted([*KINDS, *REFINING, *chain(*OTHERS.values())]) == sorted(filter(family_of, PRESETS))
 
 
-def check_preset(preset, cache, folder):
+def check_preset(preset, cache, folder, **more):
     """Train one on a small base of its family, and read what it has made."""
     family, kind = family_of(preset), preset.replace(f"{family_of(preset)}-", "")
-    changes = SIZE | {"data__cache": cache, "base__path": speck(family).name}
+    changes = SIZE | {"data__cache": cache, "base__path": speck(family).name} | more
     if kind.endswith("adv"):
         changes["adversarial__width"] = 16
     if kind.endswith(("dmd", "tdm")):  # of one update, in which the LoRA is to learn
         changes["objective__critic_warmup"] = 0
-    if kind == "refine":
-        start = load_config(overrides=settings(folder / "start", **changes), preset=f"{family}-4step")
-        changes["lora__init"] = train(start)
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)
     lora = train(config)  # ends with the self-test: every key loaded by diffusers, and the trained output
     learnt = [t for name, t in load_file(lora).items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
@@ -89,6 +94,6 @@ def check_preset(preset, cache, folder):
     assert recipe.prediction == FAMILIES[family]
     assert (recipe.shift is not None) == (family == "sd3")
     if recipe.objective == "pcm":
-        assert recipe.steps == (4 if kind.startswith("stochastic") else int(kind[0]))
+        assert recipe.steps == (4 if kind.startswith(("stochastic", "refine")) else int(kind[0]))
         assert recipe.guidance_mode == ("normalcfg" if "normalcfg" in kind else "smallcfg")
         assert recipe.gamma == (1 if kind.startswith("stochastic") else 0)

@@ -325,8 +325,7 @@ def _cache_teacher_latents(
 
 def _of_squares(side: int, count: int) -> dict[str, Tensor]:
     """Sizes and shape numbers of as many square pictures that nothing was cropped of."""
-    # original height and width, top and left, height and width of the result
-    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)
+    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)  # original, top and left, of the result
     return {"sizes": sizes, "shape": torch.zeros(count, dtype=torch.int16)}
 
 
@@ -338,11 +337,9 @@ def _cache_no_latents(folder: Path, base: Base, side: int, prompts: list[str], p
     shape = base.latent_shape(side)
     if parts:
         _check_reading(base, prompts[:2], shape)
-    name = "x".join(map(str, shape[1:]))
     for part in parts:
-        captions = prompts[part * SHARD : (part + 1) * SHARD]
-        tensors = _of_squares(side, len(captions))
-        write_latents(folder / latents_name(part, 0, last=True), tensors, [name], captions, [])
+        captions, name = prompts[part * SHARD : (part + 1) * SHARD], latents_name(part, 0, last=True)
+        write_latents(folder / name, _of_squares(side, len(captions)), ["x".join(map(str, shape[1:]))], captions, [])
 
 
 @torch.no_grad()

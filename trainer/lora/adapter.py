@@ -143,14 +143,14 @@ class Adapter(Learner):
         for parameter in self.parameters():  # PEFT freezes what is not active whenever it switches adapters itself
             parameter.requires_grad_(True)
         other.stand_in = self
-        self._activate()
+        self._show()
         try:
             yield
         finally:
-            other._activate()
+            other._show()
             other.stand_in = None
 
-    def _activate(self) -> None:
+    def _show(self) -> None:
         for layer in self.layers.values():
             layer._active_adapter = [self.name]
 

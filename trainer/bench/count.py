@@ -75,9 +75,14 @@ def _check(config: Config) -> None:
         )
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler of this machine; None where there is none."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
 def _compile(target: Path) -> None:
     """Compile the emulated device's guard. Raises ValueError where there is no C++ compiler, or one that cannot."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise ValueError("pcm bench --count needs a C++ compiler: apt-get install g++, or name one in CXX.")
     root = Path(torch.__file__).parent

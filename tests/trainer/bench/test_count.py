@@ -4,20 +4,25 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from phased_consistency.trainer.bench.count import count
+from phased_consistency.trainer.bench.count import count, find_compiler
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.efficiency.memory import CONTEXT
 from phased_consistency.trainer.system.machine import GIB
+
+COUNTED = sys.platform == "linux" and torch.version.cuda is None and find_compiler()
+counting = pytest.mark.skipif(not COUNTED, reason="needs Linux, torch's build for CPUs, and a C++ compiler")
 
 
 def by_part(report, figure):
     return {name: part[figure] for name, part in report["parts"].items()}
 
 
+@counting
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_a_small_update_by_part(pcm, tmp_path, dtype):
     """Every part is there, nothing waits, and teacher and target are passes of a like network."""
@@ -50,6 +55,7 @@ FIGURES = {
 }
 
 
+@counting
 @pytest.mark.parametrize("settings", FIGURES, ids=" ".join)
 def test_updates_of_full_size(settings):
     preset, *overrides = settings
@@ -63,6 +69,7 @@ def test_updates_of_full_size(settings):
     assert 0.8 < (total["peak"] + CONTEXT) / report["estimate"] < 1.05
 
 
+@counting
 def test_what_is_trained_whole_is_counted_too():
     report = count(load_config(preset="digits"))
     assert report["total"]["waits"] == 0 and report["total"]["launches"] > 500

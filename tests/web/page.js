@@ -3,7 +3,7 @@ window.tests = {
   ready: () => window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 300,
 
   node: (kind) => app.graph.nodes.find((node) => node.type === kind),
-  widget: (kind, name) => tests.node(kind).widgets.find((widget) => widget.name === name),
+  widget: (kind, name) => tests.node(kind)?.widgets.find((widget) => widget.name === name),
   unknown: () => app.graph.nodes.map((node) => node.type).filter((kind) => !(kind in LiteGraph.registered_node_types)),
 
   texts() {

@@ -93,7 +93,7 @@ def test_the_shell_completes_verbs_presets_and_settings(complete):
     assert complete("pcm", "ed") == ["edit"]
     assert complete("pcm", "edit", "in") == ["inpaint", "interpolate"]
     assert complete("pcm", "train", "--acc") == ["--accept-changes"]
-    names = ["sd15-4step", "sd15-4step-adv", "sd15-4step-normalcfg"]
+    names = [f"sd15-4step{more}" for more in ("", "-adv", "-normalcfg", "-dmd", "-tdm")]
     for verb in ("train", "bench", "doctor"):
         assert complete("pcm", verb, "--preset", "sd15-4") == names
     assert complete("pcm", "train", "train.s") == ["train.steps=", "train.shard=", "train.seed=", "train.save_every="]

@@ -14,6 +14,13 @@ window.tests = {
   // The width of a template's picture in the template browser.
   thumbnail: (name) => document.querySelector(`[data-testid="template-workflow-${name}"] img`)?.naturalWidth,
 
+  // Have the page take in all changes of the open graph. It looks at them once more 50 ms later, and would take for a
+  // change of this graph what it is given in the meantime: see settle() in frontend.py.
+  take() {
+    const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
+    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // its older name
+  },
+
   // The graph that is open is about to be replaced; later: whether it has been.
   leave: () => (tests.left = new Set(app.graph.nodes)),
   arrived: () => app.graph.nodes.length && !app.graph.nodes.some((node) => tests.left.has(node)),

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..efficiency.activations import LiveBytes
+from ..efficiency.activations import LiveBytes, tensors_of
 from ..system.clock import Clock
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +75,10 @@ class Ledger(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a fake tensor is asked of itself, such as its device
+            return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_of((args, kwargs))
         part = self.parts.setdefault(self.part, Tally())
         if name in WAITS and any(map(self._on_gpu, inputs)):
             part.waits += 1
@@ -88,8 +89,9 @@ class Ledger(LiveBytes):
         pins = name == "_pin_memory" or kwargs.get("pin_memory")
         if name == "_pin_memory":  # which fake tensors do not know
             func, args, kwargs = torch.ops.aten.clone.default, args[:1], {}
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        outputs = tensors_of(result)
+        self._note_new(inputs, outputs)
         if pins:
             self._pin(outputs[0])
         if name in COPIES:

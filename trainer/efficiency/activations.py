@@ -7,7 +7,7 @@ saves, or that is alive, is counted by its storage.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +49,9 @@ class Activations:
         largest = max((sum(self.kept[path].values()) for path in recomputed if path in self.kept), default=0)
         return sum(union.values()) + largest
 
-    def by_saving(self) -> list[str]:
-        """Paths of the blocks, the one first that saves the most bytes for each FLOP of computing it again."""
-
-        def saving(path: str) -> float:
-            return (sum(self.kept[path].values()) - sum(self.entered[path].values())) / max(1, self.flops[path])
-
-        return sorted(self.entered, key=saving, reverse=True)
+    def saving(self, path: str) -> float:
+        """The bytes that a block saves for each FLOP of computing it again."""
+        return (sum(self.kept[path].values()) - sum(self.entered[path].values())) / max(1, self.flops[path])
 
 
 def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activations:
@@ -130,26 +126,30 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        for storage in _storages(result, self.device):
-            # a view or an operation in place makes no new storage
-            if storage._cdata not in inputs and storage._cdata not in self.numbers:
-                self.numbers.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
+        self._note_new(tensors_of((args, kwargs)), tensors_of(result))
         return result
+
+    def _note_new(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Count what an operation has made; a view of what it was given, or an operation in place, makes nothing."""
+        given = {x.untyped_storage()._cdata for x in inputs}
+        for x in outputs:
+            storage = x.untyped_storage()
+            number = storage._cdata
+            if number not in given and number not in self.numbers and self.device in (None, x.device.type):
+                self.numbers.add(number)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, number, storage.nbytes())
+        self.most = max(self.most, self.now)
 
     def _freed(self, number: int, size: int) -> None:
         self.numbers.discard(number)
         self.now -= size
 
 
-def _storages(tree: object, device: str | None = None) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and device in (None, leaf.device.type):
-            yield leaf.untyped_storage()
+def tensors_of(tree: object) -> list[Tensor]:
+    """The tensors among what an operation is given, or returns."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _AsOnGPU(TorchFunctionMode):

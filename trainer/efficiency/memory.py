@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +87,7 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
     workspaces come on top. Raises ValueError for a resolution that the network cannot take.
     """
     sizes = _footprint(config, family)
-    again = recomputed(config, family)
+    again = recomputed(config, family, sizes.blocks)
     gib = {name: size / GIB for name, size in _bytes(config, family, sizes, again).items()}
     gib[TRAINING] = sum(gib.values())
     if config.preview.every and sizes.vae:
@@ -150,25 +150,31 @@ def _frozen_bytes(config: Config, sizes: Footprint) -> int:
     return outside + (sum(sorted(blocks)[-3:]) if config.train.offload else sum(blocks))
 
 
-def recomputed(config: Config, family: type[Base]) -> list[str]:
-    """The blocks that a run computes again for its backward pass: none, all, or for "auto" as few as it takes to fit.
+def check_memory_settings(config: Config, family: type[Base]) -> None:
+    """Raise ValueError for a resolution that the network cannot take, and for train.gradient_checkpointing=auto where
+    nobody says how much memory there is. Measures nothing: that takes seconds with a network of full size."""
+    folder = family.config_folder(config.base.path, config.base.config)
+    _inputs(family, folder, config.base.dtype, config.data.resolution)
+    if config.train.gradient_checkpointing == "auto" and not config.train.offload:
+        limit_bytes(config)
 
-    Raises ValueError for "auto" where nobody says how much memory there is, and for a resolution that the network
-    cannot take.
+
+def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> list[str]:
+    """Those of the network's blocks that a run computes again for its backward pass: none, all, or for "auto" as few as
+    it takes to fit, those that save most for what they cost first.
+
+    Raises ValueError as `check_memory_settings`.
     """
     wanted = config.train.gradient_checkpointing
-    if not (config.train.offload or wanted):  # measuring a network of full size takes seconds
-        folder = family.config_folder(config.base.path, config.base.config)
-        _inputs(family, folder, config.base.dtype, config.data.resolution)
-        return []
-    sizes = _footprint(config, family)
-    blocks = sizes.activations.by_saving()
     if config.train.offload or wanted is True:
-        return blocks
+        return list(blocks)
+    if not wanted:
+        return []
 
-    limit, chosen = limit_bytes(config), []
-    while len(chosen) < len(blocks) and sum(_bytes(config, family, sizes, chosen).values()) * MARGIN > limit:
-        chosen.append(blocks[len(chosen)])
+    limit, sizes, chosen = limit_bytes(config), _footprint(config, family), []
+    by_saving = sorted(blocks, key=sizes.activations.saving, reverse=True)
+    while len(chosen) < len(by_saving) and sum(_bytes(config, family, sizes, chosen).values()) * MARGIN > limit:
+        chosen.append(by_saving[len(chosen)])
     return chosen
 
 

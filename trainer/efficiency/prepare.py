@@ -37,7 +37,8 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
         sentences.append(f"{compile_blocks(base.network)} blocks are compiled; the first updates take minutes.")
 
     # before the weights leave the GPU, whose free memory decides how many blocks
-    paths = recomputed(config, type(base))
+    blocks = blocks_of(base.network)
+    paths = recomputed(config, type(base), blocks)
     if config.train.offload:
         offload = Offload(base.network, base.device)
         sentences.append(f"{offload.bytes / GIB:.2f} GiB of frozen weights wait in main memory for their block's pass.")
@@ -46,9 +47,7 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
         sentences.append(f"{share / GIB:.2f} GiB of the frozen weights are held here, the rest by the other processes.")
     if paths:
         recompute(learner, paths)
-        sentences.append(
-            f"{len(paths)} of {len(blocks_of(base.network))} blocks are computed again for the backward pass."
-        )
+        sentences.append(f"{len(paths)} of {len(blocks)} blocks are computed again for the backward pass.")
     return sentences
 
 

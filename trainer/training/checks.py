@@ -27,7 +27,7 @@ from ..data.shards import check_end, list_shards, local_path
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
-from ..efficiency.memory import recomputed
+from ..efficiency.memory import check_memory_settings
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
 from ..lora.install import check_fit, check_plain, header_of_family
@@ -268,7 +268,7 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
     if train.compile:
         check_compiler(device)
         _check_fp8_kernels(config, device)
-    recomputed(config, family)
+    check_memory_settings(config, family)
 
 
 def _check_fp8_kernels(config: Config, device: torch.device) -> None:

@@ -175,6 +175,7 @@ app.registerExtension({
     const loadApiJson = app.loadApiJson;
     app.loadApiJson = async function (...given) {
       await loadApiJson.apply(this, given);
+      await new Promise((resolve) => setTimeout(resolve)); // older frontends open its tab after they have returned
       follow();
       if (activeTab()) forget(activeTab()); // which may be the one that was open before
     };

@@ -160,8 +160,8 @@ def check_memory_settings(config: Config, family: type[Base]) -> None:
 
 
 def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> list[str]:
-    """Those of the network's blocks that a run computes again for its backward pass: none, all, or for "auto" as few as
-    it takes to fit, those that save most for what they cost first.
+    """Which of the network's blocks a run computes again for its backward pass: none, all, or for "auto" as few as it
+    takes to fit, first those that save most for what they cost.
 
     Raises ValueError as `check_memory_settings`.
     """

@@ -68,7 +68,7 @@ class PCMStroke(io.ComfyNode):
 
         # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
         grid = recipe.grid()
-        plan = grid.plan(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
+        plan = grid.plan_at_most(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
         plan = replace(plan, notes=tuple(note.replace("denoise", "strength", 1) for note in plan.notes))
 
         lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan, shared["positive"])
@@ -202,7 +202,7 @@ class PCMInterpolate(io.ComfyNode):
         model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, start))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
-        plan = recipe.grid().plan(steps, denoise)
+        plan = recipe.grid().plan_at_most(steps, denoise)
         lines = [
             *advice(cls, model, recipe, steps, cfg, plan, positive),
             f"{frames} frames, each of them sampled by itself.",

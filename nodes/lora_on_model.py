@@ -213,16 +213,42 @@ def on_schedule_if_set(model: Any, recipe: Recipe) -> Recipe:
 def pixels_of(model: Any, latent: Tensor) -> tuple[int, int]:
     """Height and width of what a host latent is of, in pixels; of video and sound in one, the video's."""
     latent = latent.unbind()[0] if latent.is_nested else latent
-    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # 0.3.64 has none
     height, width = latent.shape[-2:]
-    return ratio * height, ratio * width
+    return cell_of(model) * height, cell_of(model) * width
+
+
+def cell_of(model: Any) -> int:
+    """Pixels that a cell of a host MODEL's latents is of, along a side."""
+    return getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # 0.3.64 has none
+
+
+def size_fault(model: Any, height: int, width: int) -> str | None:
+    """The sentence for a size in pixels beyond the position embeddings of a host MODEL, or None.
+
+    SD3 and AuraFlow have a table of them; other networks compute them, or have none, and take any size.
+    """
+    network = getattr(model.model, "diffusion_model", None)
+    in_sd3 = getattr(network, "pos_embed", None) is not None
+    patches = getattr(network, "pos_embed_max_size" if in_sd3 else "h_max", None)
+    if not patches:
+        return None
+    largest = patches * network.patch_size * cell_of(model)
+    if max(height, width) <= largest:
+        return None
+    return (
+        f"{width} x {height} pixels are too many: this {model_title(model)} model draws at most {largest} on an edge. "
+        f"Set width and height to {largest} or less, or make the picture smaller before."
+    )
 
 
 def recipe_at(model: Any, recipe: Recipe, height: int, width: int) -> tuple[Any, Recipe]:
     """A host MODEL and a recipe with the shift that the recipe has for a size in pixels (`Recipe.at_size`).
 
-    The model keeps a shift that a node after the loader has set.
+    The model keeps a shift that a node after the loader has set. Raises ValueError for a size that the model cannot
+    draw (`size_fault`).
     """
+    if fault := size_fault(model, height, width):
+        raise ValueError(fault)
     if recipe.mu_by_size is None:
         return model, recipe
     sized = recipe.at_size(width, height)

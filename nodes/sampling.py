@@ -32,6 +32,7 @@ from .lora_on_model import (
     recipe_for,
     sampling_fault,
     shift_of,
+    size_fault,
 )
 from .loras_in_graph import TWICE, few_step_loras
 
@@ -74,7 +75,7 @@ class PCMScheduler(io.ComfyNode):
             raise ValueError(NO_RECIPE)
         recipe = recipe.at_size(width, height)
         steps = steps or recipe.steps
-        plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
+        plan = recipe.grid(trained=edges == "trained").plan_at_most(steps, denoise)
         # The recipe's own schedule, since no model is linked here: nothing on a model can move these levels.
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
@@ -154,7 +155,7 @@ class PCMSample(io.ComfyNode):
         model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
-        plan = recipe.grid().plan(steps, denoise)
+        plan = recipe.grid().plan_at_most(steps, denoise)
 
         # The node says what is wrong before it samples, so that one can stop it.
         lines = warned(expert_warnings(model, low_noise_model, recipe))
@@ -318,9 +319,12 @@ def _sample(
     """`sample_phased` as the host calls a sampler; `judged` is for `options_of` alone.
 
     Only here is the model known: the SAMPLER was made before, and may run any. So the schedule is that of the
-    model, with whatever patches it has by now, and not that of the recipe.
+    model, with whatever patches it has by now, and not that of the recipe. Raises ValueError for a latent that is
+    larger than the model can draw.
     """
     guider = model.inner_model
+    if fault := size_fault(guider.model_patcher, *pixels_of(guider.model_patcher, x)):
+        raise ValueError(fault)
     schedule = schedule_of(guider.inner_model.model_sampling)
     options["project"] = project_for(guider, x) if project_for else None
     relay = relay or Relay()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.sample
-import latent_preview
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
@@ -20,6 +19,7 @@ from .edit_keeping import edit_schema, edited
 from .edit_kinds import image_input, image_of, picture, remarks
 from .host import fit_to_model, menu_of, show, speaking
 from .lora_on_model import pixels_of, recipe_at, recipe_for
+from .previews import preview_callback
 from .sampling import advice, draw
 from .vae import HostVAE, ModelVAE, check_family, decode_last
 
@@ -218,7 +218,7 @@ class PCMInterpolate(io.ComfyNode):
         seeds = (seed, seed_b)
         noise_a, noise_b = (comfy.sample.prepare_noise(start, s, batch_index) for s in seeds)
         on_device = torch.empty(start.shape, device=model.load_device)
-        show_step = latent_preview.prepare_callback(model, frames * plan.steps)
+        show_step = preview_callback(model, frames * plan.steps)
         drawn = []
         for i in range(frames):
             share = i / (frames - 1)

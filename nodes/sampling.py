@@ -8,7 +8,6 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from .lora_on_model import (
     size_fault,
 )
 from .loras_in_graph import TWICE, few_step_loras
+from .previews import preview_callback
 
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]
@@ -246,7 +246,7 @@ def draw(
     callback: of the host's kind; by default the one that shows previews. low_noise_model: the second expert, where the
     recipe has a boundary. hooks: as in `sampler`. Raises as `experts.parts_of`.
     """
-    callback = callback or latent_preview.prepare_callback(model, plan.steps)
+    callback = callback or preview_callback(model, plan.steps)
     options = {"judged": True, "indices": latent.get("batch_index"), "relay": Relay(), **hooks}
     drawn = latent["samples"]
     for part in parts_of(model, low_noise_model, recipe, recipe.schedule().k_sigma(plan.ticks)):

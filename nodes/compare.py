@@ -119,7 +119,7 @@ class PCMCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         check_family(vae, model)
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         cfg = cfg or recipe.guidance
         settings, faults = settings_of(recipe, step_counts, modes, denoise)
 

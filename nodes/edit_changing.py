@@ -63,7 +63,7 @@ class PCMStroke(io.ComfyNode):
         **shared: Any,
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
@@ -117,7 +117,7 @@ class PCMDenoise(io.ComfyNode):
         operator = Identity(picture(image))
         std = noise / LEVELS or estimated_noise(operator.start)
         estimate = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         codec = ModelVAE(vae, model.model)
@@ -199,7 +199,7 @@ class PCMInterpolate(io.ComfyNode):
         check_family(vae, model)
         latent = fit_to_model(model, latent_image)
         start = latent["samples"]
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, start))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, start))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan_at_most(steps, denoise)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
+from ..samplers.recipe import BARE
 from ..samplers.sampling import NoiseSampler, Projection, block_noise, clamp_factor, seeded_noise
 from . import inputs
 from .embedded import embedded_warnings
@@ -36,6 +37,7 @@ from .lora_on_model import (
 from .loras_in_graph import TWICE, few_step_loras
 from .previews import preview_callback
 
+BARE_MODEL = "No few-step LoRA here: the bare model is drawn. Is one merged in? Add PCM Recipe."
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]
 
@@ -152,7 +154,7 @@ class PCMSample(io.ComfyNode):
         low_noise_model=None,
     ) -> io.NodeOutput:
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan_at_most(steps, denoise)
@@ -191,7 +193,9 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     # PCM Recipe finds there, it goes by.
     if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
         warnings.append(TWICE.format(others[0]))
-    if not loaded and is_bare(path, model_family(model)):
+    if recipe.objective == BARE:
+        warnings.append(BARE_MODEL)
+    elif not loaded and is_bare(path, model_family(model)):
         if "PCMLoadLora" in kinds:
             warnings.append(f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}.")
         elif "PCMRecipe" not in kinds:  # which says itself that nothing is known of the model

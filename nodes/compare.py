@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sample
-import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -22,6 +21,7 @@ from .grid import Row, labelled_grid
 from .guidance import schedule_in
 from .host import fit_to_model, menu_of, show, speaking, warned
 from .lora_on_model import pixels_of, recipe_at, recipe_for
+from .previews import preview_callback
 from .sampling import advice, draw, shifted
 from .vae import check_family, decode_last
 
@@ -119,7 +119,7 @@ class PCMCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         check_family(vae, model)
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         cfg = cfg or recipe.guidance
         settings, faults = settings_of(recipe, step_counts, modes, denoise)
 
@@ -137,7 +137,7 @@ class PCMCompare(io.ComfyNode):
         second = {"low_noise_model": low_noise_model and counted(low_noise_model, evaluations)}
 
         total = sum(each.plan.steps for each in settings)
-        show_step = latent_preview.prepare_callback(model, total)
+        show_step = preview_callback(model, total)
 
         def draw_setting(each: Setting, steps_before: int) -> Tensor:
             progress = shifted(show_step, steps_before, total)

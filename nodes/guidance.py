@@ -188,7 +188,7 @@ class PCMCFGSchedule(io.ComfyNode):
     def execute(
         cls, model, cfg: float, steps: int, from_step: int, to_step: int, recipe: Recipe | None = None
     ) -> io.NodeOutput:
-        recipe = recipe_for(model, recipe)
+        recipe = recipe_for(cls, model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)

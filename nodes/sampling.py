@@ -8,12 +8,12 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
+from ..samplers.recipe import BARE
 from ..samplers.sampling import NoiseSampler, Projection, block_noise, clamp_factor, seeded_noise
 from . import inputs
 from .embedded import embedded_warnings
@@ -35,7 +35,9 @@ from .lora_on_model import (
     size_fault,
 )
 from .loras_in_graph import TWICE, few_step_loras
+from .previews import preview_callback
 
+BARE_MODEL = "No few-step LoRA here: the bare model is drawn. Is one merged in? Add PCM Recipe."
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]
 
@@ -152,7 +154,7 @@ class PCMSample(io.ComfyNode):
         low_noise_model=None,
     ) -> io.NodeOutput:
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         plan = recipe.grid().plan_at_most(steps, denoise)
@@ -191,7 +193,9 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     # PCM Recipe finds there, it goes by.
     if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
         warnings.append(TWICE.format(others[0]))
-    if not loaded and is_bare(path, model_family(model)):
+    if recipe.objective == BARE:
+        warnings.append(BARE_MODEL)
+    elif not loaded and is_bare(path, model_family(model)):
         if "PCMLoadLora" in kinds:
             warnings.append(f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}.")
         elif "PCMRecipe" not in kinds:  # which says itself that nothing is known of the model
@@ -246,7 +250,7 @@ def draw(
     callback: of the host's kind; by default the one that shows previews. low_noise_model: the second expert, where the
     recipe has a boundary. hooks: as in `sampler`. Raises as `experts.parts_of`.
     """
-    callback = callback or latent_preview.prepare_callback(model, plan.steps)
+    callback = callback or preview_callback(model, plan.steps)
     options = {"judged": True, "indices": latent.get("batch_index"), "relay": Relay(), **hooks}
     drawn = latent["samples"]
     for part in parts_of(model, low_noise_model, recipe, recipe.schedule().k_sigma(plan.ticks)):

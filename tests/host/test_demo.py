@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from host.graphs import ksampler, sample
 from host.server import Graph, out
@@ -105,6 +108,20 @@ def test_a_picture_beyond_the_bases_edge_is_told(server, demo, width, height):
         return
     assert seen["ours"].error["exception_message"].strip() == fault
     assert seen["core's"].warnings[links["model"][0]][0] == fault
+
+
+def test_previews_are_in_the_bases_own_colours(server, demo):
+    """The last one is of the finished latent."""
+    graph, links = graph_of()
+    drawn = sample(graph, links, seed=11)
+    picture = out(graph.add("VAEDecode", samples=out(drawn), vae=links["vae"]))
+    _, (pixels,) = server.tensors(Graph(graph), picture)
+    sample_again = sample(graph, links, seed=11, denoise=1.0)
+    seen = server.watch(upstream(graph, sample_again))
+    with Image.open(io.BytesIO(seen.last_preview)) as preview:
+        shown = torch.from_numpy(np.array(preview.convert("RGB").resize((128, 128), Image.BOX))) / 255
+    assert seen.previews == 4
+    assert (shown - pixels[0]).abs().mean() < 0.02
 
 
 def upstream(graph: Graph, node: str) -> Graph:

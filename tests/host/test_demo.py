@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from host.graphs import ksampler, sample
+from host.graphs import edit, ksampler, picture, sample
 from host.server import Graph, out
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import generate
@@ -122,6 +122,25 @@ def test_previews_are_in_the_bases_own_colours(server, demo):
         shown = torch.from_numpy(np.array(preview.convert("RGB").resize((128, 128), Image.BOX))) / 255
     assert seen.previews == 4
     assert (shown - pixels[0]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "channels"), [(1, 1, 3), (70, 50, 4), (128, 256, 3), (257, 16, 3), (900, 700, 1)]
+)
+@pytest.mark.parametrize("kind", ["Inpaint", "Outpaint", "Colorize", "SuperResolution", "Stroke", "Denoise"])
+def test_a_picture_of_any_size_is_edited_or_told_why_not(server, demo, kind, width, height, channels):
+    """Before it is encoded."""
+    graph, links = graph_of()
+    links |= picture(graph, width, height, channels=channels)
+    sockets = {"image": links["image"]} | ({"mask": links["mask"]} if kind == "Inpaint" else {})
+    node = edit(graph, links, kind, **sockets)
+    graph.add("SaveImage", images=out(node), filename_prefix="test")
+    error = server.run(graph).error
+    edges = {"Outpaint": (width + 24, height), "SuperResolution": (2 * width, 2 * height)}.get(kind, (width, height))
+    if max(edges) <= 256:
+        assert error is None, error["exception_message"]
+    else:
+        assert "pixels are too many: this SD3 model draws at most 256 on an edge." in error["exception_message"]
 
 
 def upstream(graph: Graph, node: str) -> Graph:

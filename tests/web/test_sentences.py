@@ -124,9 +124,13 @@ def test_a_node_that_the_host_refuses_drops_its_sentence(demo):
 
 
 def test_warnings_are_seen_in_app_mode(newer, demo):
+    """Where the demo shows its prompt, seed, steps and CFG."""
     demo.give("PCMSample", cfg=5)
     demo.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'app'; }")
     try:
+        for name in ("text", "seed", "steps", "cfg"):
+            demo.page.get_by_text(name, exact=True).last.wait_for()
+        demo.page.keyboard.press("Escape")  # the page's welcome to apps
         demo.page.evaluate("app.queuePrompt(0)")
         toast = demo.page.get_by_role("alert").filter(has_text=BURNS.removeprefix("⚠ "))
         toast.first.wait_for()

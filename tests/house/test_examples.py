@@ -20,6 +20,7 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("name", [name for name, text in EXAMPLES.items() if not text.startswith(NOT_RUN)])
 def test_an_example_runs(name, tmp_path, monkeypatch):
+    """To its end, and its assertions hold."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(EXAMPLES[name], encoding="utf-8")
     runpy.run_path("example.py", run_name="__main__")

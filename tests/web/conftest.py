@@ -91,4 +91,7 @@ def frontend(opened) -> Iterator:
 def newer(server) -> None:
     """Skips on a ComfyUI as old as 0.3.64."""
     if "has_intermediate_output" not in server.get("/object_info/PCMSample")["PCMSample"]:
-        pytest.skip("this ComfyUI does not send again what cached nodes said, nor shows it in Nodes 2.0: newer ones do")
+        pytest.skip(
+            "this ComfyUI does not send again what cached nodes said, nor show it in Nodes 2.0, nor open unsaved tabs "
+            "again: newer ones do"
+        )

@@ -204,6 +204,32 @@ class Frontend:
         self.page.locator(TEXTS).filter(has_text=said.splitlines()[0]).first.wait_for()
         return said
 
+    def lines(self, kind: str) -> list[str]:
+        """The lines on the node of this kind as they are drawn: all to be seen, no word broken, warnings marked."""
+        self.look_at(kind)
+        self.page.wait_for_function("kind => tests.lines(kind).every((line) => line.visible)", arg=kind)
+        lines = self.page.evaluate("kind => tests.lines(kind)", kind)
+        assert all(line["whole"] for line in lines), lines
+        assert all(line["marked"] == line["text"].startswith("⚠ ") for line in lines), lines
+        return [line["text"] for line in lines]
+
+    def node(self, kind: str, **widgets: Any) -> None:
+        """Put a new node of this kind beside the others, as from the menu."""
+        self.page.evaluate("([kind, widgets]) => tests.add(kind, widgets)", [kind, widgets])
+        self.page.wait_for_timeout(COMPLAINING)
+
+    def give(self, kind: str, **widgets: Any) -> None:
+        """Give widgets of the node of this kind other values."""
+        self.page.evaluate("([kind, widgets]) => tests.give(kind, widgets)", [kind, widgets])
+
+    def write(self, kind: str, lines: list[str]) -> None:
+        """Write lines on the node of this kind, as the host does."""
+        self.page.evaluate("([kind, text]) => tests.write(kind, text)", [kind, "\n".join(lines)])
+
+    def heights(self, kind: str) -> tuple[float, float]:
+        """The height of the node of this kind in the classic view, and the one that its widgets need."""
+        return tuple(self.page.evaluate("kind => tests.heights(kind)", kind))
+
     def picture(self, kind: str) -> tuple[str, int]:
         """The address and the width of the picture that the node of this kind shows."""
         self.page.wait_for_function("kind => tests.node(kind).imgs?.[0]?.naturalWidth", arg=kind)

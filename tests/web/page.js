@@ -11,6 +11,25 @@ window.tests = {
     return Object.fromEntries(nodes.filter(([, widget]) => widget?.value).map(([id, widget]) => [id, widget.value]));
   },
 
+  // The lines on a node as they are drawn: whether each is marked, all of it is to be seen, and its words are whole.
+  lines(kind) {
+    const { element } = tests.widget(kind, "$$node-text-preview");
+    const frame = (element.closest("[data-node-id]") ?? element).getBoundingClientRect();
+    return [...element.children].map((line) => ({
+      text: line.textContent,
+      marked: getComputedStyle(line).borderLeftStyle === "solid",
+      visible: line.getBoundingClientRect().bottom <= frame.bottom + 1 && element.scrollHeight <= element.clientHeight,
+      whole: tests.words(line.firstChild).every((word) => word.getClientRects().length === 1),
+    }));
+  },
+  words: (text) =>
+    [...text.data.matchAll(/\S+/g)].map(({ index, 0: word }) => {
+      const range = new Range();
+      range.setStart(text, index);
+      range.setEnd(text, index + word.length);
+      return range;
+    }),
+
   // The width of a template's picture in the template browser.
   thumbnail: (name) => document.querySelector(`[data-testid="template-workflow-${name}"] img`)?.naturalWidth,
 
@@ -20,6 +39,19 @@ window.tests = {
     const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
     (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // its older name
   },
+
+  // Put a new node beside the others, with these values of its widgets.
+  add(kind, widgets) {
+    const node = LiteGraph.createNode(kind);
+    node.pos = [Math.max(0, ...app.graph.nodes.map((each) => each.pos[0] + each.size[0] + 40)), 0];
+    app.graph.add(node);
+    tests.give(kind, widgets);
+  },
+  give(kind, widgets) {
+    for (const [name, value] of Object.entries(widgets)) tests.widget(kind, name).value = value;
+  },
+  write: (kind, text) => (tests.widget(kind, "$$node-text-preview").value = text),
+  heights: (kind) => [tests.node(kind).size[1], tests.node(kind).computeSize()[1]],
 
   // The graph that is open is about to be replaced; later: whether it has been.
   leave: () => (tests.left = new Set(app.graph.nodes)),

@@ -25,7 +25,8 @@ PROMPT = "A fox left of a moon on a striped blue background"
 @pytest.fixture(scope="module")
 def demo(models, tmp_path_factory) -> SimpleNamespace:
     """The command's files in the host's folders; the same base and LoRA in the trainer."""
-    for path in write_files(tmp_path_factory.mktemp("demo")):
+    write_files(folder := tmp_path_factory.mktemp("demo"))
+    for path in (folder / "models").rglob("*.safetensors"):
         place = models.folder / path.parent.name / path.name
         place.unlink(missing_ok=True)
         shutil.copy(path, place)

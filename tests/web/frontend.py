@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from typing import Any
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, TimeoutError
 
 SECONDS = 120  # to wait for anything: a busy machine draws a frame a second
-SIZE = {"width": 1600, "height": 900}
-SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothing over the graph; 00 first
+SIZE = {"width": 1440, "height": 900}
+SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothing over the graph
     "Comfy.TutorialCompleted": True,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
-    "Comfy.Templates.SortBy": "alphabetical",
 }
-# milliseconds until complaints have come, notices have gone, a picture of a few kB is there, and a template is open
-COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
+# milliseconds until complaints have come, notices have gone, a picture of a few kB is there, a template is open, and
+# its nodes are drawn anew
+COMPLAINING, NOTICES, PICTURE, OPENING, DRAWN = 500, 6000, 15000, 30000, 5000
 MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
@@ -90,7 +90,7 @@ class Frontend:
         panel = self.page.get_by_role("dialog")
         if panel.count():  # which a test that failed has left open
             self.page.keyboard.press("Escape")
-        self.page.locator(SIDEBAR).get_by_text("Templates").first.click()
+        self.page.locator(SIDEBAR).get_by_role("button", name="Templates").first.click()
         panel.get_by_text("phased-consistency", exact=True).first.click()
         return panel
 
@@ -247,6 +247,28 @@ class Frontend:
     def look_at(self, *kinds: str) -> None:
         """Show nodes of these kinds as large as they fit beside what is always there."""
         self.page.evaluate("([kinds, margin]) => tests.lookAt(kinds, margin)", [kinds, MARGIN])
+
+    def places(self) -> dict[str, tuple[float, ...]]:
+        """Left, top, right and bottom of every node with its title, in the graph's pixels, by id and title."""
+        return {name: tuple(place) for name, place in self.page.evaluate("tests.places()")}
+
+    def zoom(self) -> float:
+        return self.page.evaluate("app.canvas.ds.scale")
+
+    def unread(self) -> int:
+        """Pixels of the note's text that are below the note's end."""
+        return self.page.evaluate("tests.unread()")
+
+    @contextmanager
+    def nodes_2(self) -> Iterator[None]:
+        """The open graph in Nodes 2.0, where this ComfyUI has them."""
+        self.use("Comfy.VueNodes.Enabled", True)
+        try:
+            with suppress(TimeoutError):
+                self.page.wait_for_function("tests.elements()", timeout=DRAWN)
+            yield
+        finally:
+            self.use("Comfy.VueNodes.Enabled", False)
 
     def use(self, setting: str, value: Any) -> None:
         """Change a setting."""

@@ -71,7 +71,29 @@ window.tests = {
     return [from, [0, 1].map((i) => Math.max(...nodes.map((node) => node.pos[i] + node.size[i])))];
   },
 
-  // The same in the page, and a little more: above is the title of their group.
+  // Where every node is, with its title: left, top, right and bottom in the graph. In Nodes 2.0 it is an element.
+  places: () =>
+    app.graph.nodes.map((node) => {
+      const element = document.querySelector(`[data-node-id="${node.id}"]`), { ds, canvas } = app.canvas;
+      const name = `${node.id} ${node.title}`, [x, y] = node.pos, [width, height] = node.size;
+      if (!element) return [name, [x, y - 30, x + width, y + (node.flags.collapsed ? 0 : height)]];
+      const { left, top, right, bottom } = element.getBoundingClientRect(), page = canvas.getBoundingClientRect();
+      const at = (pixels, from, i) => (pixels - from) / ds.scale - ds.offset[i];
+      return [name, [at(left, page.x, 0), at(top, page.y, 1), at(right, page.x, 0), at(bottom, page.y, 1)]];
+    }),
+
+  // Whether all nodes are elements of the page, as in Nodes 2.0.
+  elements: () => document.querySelectorAll("[data-node-id]").length >= app.graph.nodes.length,
+
+  // How far the text of a graph's note goes beyond the note, in pixels of the graph.
+  unread() {
+    const parts = [...document.querySelectorAll(".tiptap > *")].filter((part) => part.clientHeight);
+    const { ds, canvas } = app.canvas, note = tests.node("MarkdownNote");
+    const end = Math.max(...parts.map((part) => part.getBoundingClientRect().bottom)) - canvas.getBoundingClientRect().y;
+    return end / ds.scale - ds.offset[1] - note.pos[1] - note.size[1];
+  },
+
+  // Where nodes of these kinds are in the page, and a little more: above is the title of their group.
   area(kinds) {
     const [from, to] = tests.bounds(kinds), { scale, offset } = app.canvas.ds;
     const [x, y] = from.map((at, i) => (at + offset[i] - [15, 45][i]) * scale);

@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from host.templates import edits, pictures, transformers
+from host.templates import demo, edits, pictures, transformers
 from host.workflows import written
 
 FOLDER = Path(__file__).parents[3] / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))  # as they are shipped
 APP = {"PCMDemoPrompt": ("text",), "PCMSample": ("seed", "steps", "cfg")}  # kinds of nodes -> widgets
-TEMPLATES = (*pictures.TEMPLATES, *edits.TEMPLATES, pictures.cfg_schedule, *transformers.TEMPLATES)
+TEMPLATES = (*demo.TEMPLATES, *pictures.TEMPLATES, *edits.TEMPLATES, pictures.cfg_schedule, *transformers.TEMPLATES)
 
 
 def files(kinds: dict[str, Any]) -> dict[Path, str]:

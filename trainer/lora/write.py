@@ -46,8 +46,8 @@ def lora_tensors(
         if family.stores_alpha:
             # of alphas that differ diffusers loses those of attention's keys and values
             tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
-            own = weight.shape[0 if part == "lora_A" else 1]
-            weight = weight if own == rank else weight * (own / rank) ** 0.5
+            r = weight.shape[0 if part == "lora_A" else 1]
+            weight = weight if r == rank else weight * (r / rank) ** 0.5
         else:
             weight = weight * (alpha / rank) ** 0.5
         tensors[f"{key}.{family.lora_parts[part]}.weight"] = weight.to(dtype).contiguous()

@@ -18,6 +18,27 @@ from .demo import base_part
 SIZE = (3, 16)  # of its transformer: attention heads, and patches along an edge
 WIDTH = 32  # channels of the demo's decoder
 STAGES = (3, 3, 1, 1)  # its blocks before, between and after the upsamplings
+# RGB in [-1, 1] by channel of a latent, and what is added: fitted by least squares to 160 pictures that the base draws
+# with its LoRA in 4 steps. On those left out the mean error is 0.07 of the range.
+FACTORS = (
+    (-0.017, 0.057, 0.022),
+    (0.033, 0.017, 0.082),
+    (-0.037, 0.072, 0.219),
+    (-0.086, -0.031, 0.075),
+    (-0.014, -0.177, 0.035),
+    (-0.112, 0.016, -0.085),
+    (-0.145, -0.051, 0.138),
+    (-0.023, 0.031, 0.013),
+    (0.086, -0.085, -0.165),
+    (0.020, -0.053, -0.034),
+    (-0.039, -0.097, 0.105),
+    (0.284, -0.004, -0.029),
+    (0.057, 0.165, 0.145),
+    (-0.039, 0.002, -0.140),
+    (-0.089, -0.024, -0.038),
+    (0.029, 0.026, 0.107),
+)
+BIAS = (0.223, -0.120, -0.434)
 
 
 def preview_callback(model: Any, steps: int) -> Callable[..., None]:
@@ -36,6 +57,15 @@ def preview_callback(model: Any, steps: int) -> Callable[..., None]:
         bar.update_absolute(step + 1, total, previewer.decode_latent_to_preview_image("JPEG", x0))
 
     return show
+
+
+def set_colours(model: Any) -> None:
+    """Have the host's own samplers show a host MODEL of the demo base in its colours: coarsely, since they know no
+    decoder of its own."""
+    if is_demo(model):
+        latent_format = model.model.latent_format  # which no other model has
+        latent_format.latent_rgb_factors = [list(row) for row in FACTORS]
+        latent_format.latent_rgb_factors_bias = list(BIAS)
 
 
 def is_demo(model: Any) -> bool:

@@ -22,9 +22,8 @@ SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothi
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
 }
-# milliseconds until complaints have come, notices have gone, a picture of a few kB is there, a template is open, and
-# its nodes are drawn anew
-COMPLAINING, NOTICES, PICTURE, OPENING, DRAWN = 500, 6000, 15000, 30000, 5000
+# milliseconds until complaints have come, notices have gone, a picture of a few kB is there, and a template is open
+COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
 MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
@@ -261,11 +260,10 @@ class Frontend:
 
     @contextmanager
     def nodes_2(self) -> Iterator[None]:
-        """The open graph in Nodes 2.0, where this ComfyUI has them."""
+        """The open graph in Nodes 2.0."""
         self.use("Comfy.VueNodes.Enabled", True)
         try:
-            with suppress(TimeoutError):
-                self.page.wait_for_function("tests.elements()", timeout=DRAWN)
+            self.page.wait_for_function("tests.elements()")
             yield
         finally:
             self.use("Comfy.VueNodes.Enabled", False)

@@ -152,7 +152,7 @@ DEMO = Files(
 
 def load_lora(model: Out, file: File) -> Node:
     """Load PCM LoRA, with room for what it says."""
-    return Node("PCMLoadLora", 400, model=model, lora=file.name).of(*file.entries)
+    return Node("PCMLoadLora", 420, model=model, lora=file.name).of(*file.entries)
 
 
 def model_column(*nodes: Node, title: str = "Model", width: int = MODEL_WIDTH) -> Column:

@@ -185,7 +185,7 @@ list noise levels or timesteps, write them into *sigmas* or *timesteps*.
 
 **Z-Image itself**, not Turbo: *Load PCM LoRA* with Z-Image-Fun-Lora-Distill-8-Steps, at strength 0.8."""
     network, clip, vae = ZIMAGE.network(), ZIMAGE.clip(), ZIMAGE.autoencoder()
-    recipe = Node("PCMRecipe", 400, model=network[0])
+    recipe = Node("PCMRecipe", 420, model=network[0])
     positive, negative = words(clip, "a lighthouse on a cliff at dusk, storm clouds, warm light in the window")
     empty = Node("EmptySD3LatentImage", 110, width=1024, height=1024, batch_size=1)
     sampled = sample(recipe, positive, negative, empty)
@@ -209,13 +209,11 @@ def wan_lightning() -> Workflow:
 
 **Two experts**: one model draws the noisy levels, one the rest. Each has its own LoRA. The high-noise one goes to \
 *model* and brings the recipe; the low-noise one goes to *low_noise_model*. *Sample PCM* says how many steps are \
-whose, and which is where if they are swapped.
+whose, and which is where if they are swapped. The first leaves the memory before the second comes in.
 
 **Settings**: none to find: {AS_RECOMMENDED}. {SHIFT}
 
-**Image to video**: take the i2v models and LoRAs, and *WanImageToVideo* between the prompts and *Sample PCM*.
-
-**Memory**: the first model leaves before the second comes in."""
+**Image to video**: take the i2v models and LoRAs, and *WanImageToVideo* between the prompts and *Sample PCM*."""
     networks = [WAN.network(i) for i in range(2)]
     loras = [WAN.lora(network[0], i) for i, network in enumerate(networks)]
     clip, vae = WAN.clip(), WAN.autoencoder()
@@ -229,7 +227,7 @@ whose, and which is where if they are swapped.
         "19_wan22_two_experts",
         note,
         (
-            model_column(networks[0], loras[0], title="High-noise model", width=460),
+            model_column(networks[0], loras[0], title="High-noise model", width=480),
             Column(
                 Group("Prompt", clip, positive, negative), Group("Low-noise model", networks[1], loras[1]), width=400
             ),

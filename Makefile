@@ -6,13 +6,14 @@ VENV ?= .venv
 # `make check RESOLUTION=lowest-direct VENV=.venv-lowest` takes the lowest versions that pyproject.toml names
 RESOLUTION ?= highest
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 # tests that run at a time, on one thread each; as many as there are cores
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo comfy check test lint venv clean
+.PHONY: demo comfy gpu check test lint venv clean
 
 # glibc keeps freed memory for the next training step instead of handing it back: 1.25x faster steps on a CPU
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -24,6 +25,10 @@ demo: venv
 # ComfyUI with the pack and the demo base: $COMFYUI_PATH, else comfy-cli's, which is installed where there is none
 comfy: venv
 	$(BIN)/python -m phased_consistency.trainer.comfy
+
+# on a machine with a CUDA GPU: every promise that is made of one, as a table; GPU_ARGS are options of `pcm bench-gpu`
+gpu: venv
+	$(BIN)/python -m phased_consistency.trainer bench-gpu $(GPU_ARGS)
 
 # what is fast (tests/conftest.py), between two edits
 check: export OMP_NUM_THREADS = 1

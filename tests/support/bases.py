@@ -18,17 +18,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from phased_consistency.trainer.bench.gpu.bases import SPECKS
+from phased_consistency.trainer.bench.gpu.bases import TINY as BUNDLED
 from phased_consistency.trainer.tiny.bundled import bundled_folder
 
-BUNDLED = {"sd15": "tiny-sd15", "sdxl": "tiny-sdxl", "sd3": "tiny-emoji"}  # family -> its bundled base
 WIDTH_L, WIDTH_G, POOLED = 32, 48, 40
-# What is smaller in the least network of each family than in the bundled one.
-LEVEL = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-SPECKS = {
-    "sd15": LEVEL,
-    "sdxl": LEVEL | {"transformer_layers_per_block": (2,)},
-    "sd3": {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 32, "caption_projection_dim": 32},
-}
 
 
 def make_speck(path: Path, family: str = "sd15") -> None:

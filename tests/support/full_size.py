@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
+from phased_consistency.trainer.bench.gpu.bases import random_part
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.training.plan import plan
@@ -39,25 +38,6 @@ def whole_sd15(path: Path, configs: Path) -> Path:
         file = configs / part / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | narrow))
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return save_single_file(path, **{part: _random(kind, configs / part) for part, kind in kinds.items()})
-
-
-def _random(kind: type[nn.Module], folder: Path) -> nn.Module:
-    """One of SD1.5's networks in fp16 with cheap random weights; the norms stay what they are."""
-    config = json.loads((folder / "config.json").read_text())
-    make = (
-        partial(CLIPTextModel, CLIPTextConfig(**config)) if kind is CLIPTextModel else partial(kind.from_config, config)
+    return save_single_file(
+        path, **{part: random_part(kind, configs / part, torch.float16) for part, kind in kinds.items()}
     )
-    with torch.device("meta"):
-        module = make()
-    module.half().to_empty(device="cpu")
-    noise = (0.02 * torch.randn(2**20)).half()
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim == 1:
-                tensor.fill_(name.endswith("weight"))
-            else:
-                tensor.copy_(noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor))
-    return module

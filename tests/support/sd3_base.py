@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
+from phased_consistency.trainer.bench.gpu.bases import t5_tokenizer
 from phased_consistency.trainer.tiny.single_file import sd3_checkpoint, sd3_transformer
 from support.bases import clip_config, make_vae, second_tokenizer
 from support.ldm_checkpoint import ldm_text_encoder, ldm_vae
@@ -56,18 +56,6 @@ def make_parts(words: CLIPTokenizer, dual: bool = False, t5: bool = True) -> Sim
 def _t5_config() -> T5Config:
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     return T5Config(vocab_size=T5_WORDS, d_model=JOINT, d_kv=16, d_ff=64, num_layers=2, num_heads=2, **gated)
-
-
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters as words, with T5's padding and its end of text."""
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    letters += [(chr(ord("a") + i), -3.0) for i in range(26)]
-    tokenizer = Tokenizer(models.Unigram(letters, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
 
 
 def make_pipeline(parts: SimpleNamespace, words: CLIPTokenizer) -> StableDiffusion3Pipeline:

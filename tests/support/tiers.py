@@ -52,7 +52,7 @@ REFUSALS = {"ValueError", "FileNotFoundError", "PermissionError", "SystemExit"}
 # What of the trainer is read as the files of tests/ are: what trains for a study, and what starts other programs.
 READ = {f"{PACKAGE}.trainer.{name}" for name in ("bench", "comfy", "demo", "studies", "system.comfyui")}
 COMMANDS = {"pcm", "fails"}  # the fixtures that run `pcm ...` in this process
-VERBS = {"train": 1, "evaluate": 1, "bench": 2}  # and how often it trains or evaluates
+VERBS = {"train": 1, "evaluate": 1, "bench": 2, "bench-gpu": 2}  # and how often it trains or evaluates
 
 
 @dataclass(frozen=True)

@@ -5,4 +5,6 @@ prints. cache.py measures the cache.
 
 `pcm bench --count`: count.py starts a process in which emulated.py lets torch believe in a CUDA device, full_size.py
 makes an update of fake tensors there, and ledger.py notes what it asks of the device.
+
+`pcm bench-gpu`: gpu/.
 """

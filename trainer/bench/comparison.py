@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ from .reference import Reference, check_reference
 from .report import machine, peak_flops
 
 ROUNDS = 10  # at most, in which the loops take turns
-# Updates beside those that are timed: in one operations are counted, in one memory.
-COUNTED = 2
+# Updates beside those that are timed: in one operations are counted, in one memory, and one is the host's alone.
+COUNTED = 3
 
 
 def bench(
@@ -64,8 +65,8 @@ class Loop:
 
     update: called for one update of the student. prepare: called with the number of the updates that follow,
     for work that is not the loop's own time. passes: samples by `PASSES`, over the warm-up. flops: operations
-    of an update. peak: bytes of the tensors that it holds, at most. rounds: seconds of an update by part, in
-    each round.
+    of an update. peak: bytes of the tensors that it holds, at most. host: seconds for which an update keeps the host
+    busy when the GPU has nothing else to do; None on a CPU. rounds: seconds of an update by part, in each round.
     """
 
     update: Callable[[], object]
@@ -77,6 +78,7 @@ class Loop:
     passes: Counter[str] = field(default_factory=Counter)
     flops: int = 0
     peak: int = 0
+    host: float | None = None
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -85,7 +87,7 @@ class Loop:
         return [sum(parts.values()) for parts in self.rounds]
 
     def examine(self, warmup: int, before: int) -> None:
-        """Warm up, count passes meanwhile, then operations and bytes.
+        """Warm up, count passes meanwhile, then operations and bytes, and on a GPU the host's time.
 
         before: bytes that were held without this loop.
         """
@@ -97,6 +99,11 @@ class Loop:
         for parameter in self.learners:  # which an update starts without
             parameter.grad = None
         self.peak = alive_bytes(self.device) - before + peak_bytes(self.update, self.device)
+        if self.clock.on_gpu:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.update()
+            self.host = time.perf_counter() - start
 
     def round(self, updates: int) -> None:
         """Time some updates."""
@@ -121,6 +128,7 @@ class Loop:
             "flops_per_update": self.flops,
             "utilisation": able and self.flops * rate / able,
             "peak_bytes": self.peak,
+            "host_seconds": self.host,
             "milliseconds": {name: 1000 * s for name, s in median.items()},
         }
 

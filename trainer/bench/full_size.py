@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...samplers import FlowSchedule, VPSchedule
 from ..config.config import Config
 from ..efficiency.prepare import prepare
-from ..families import Base, look_at_base
+from ..families import Base, Condition, look_at_base
 from ..families.base import DTYPES
 from ..lora.adapter import learner
 from ..objectives import Levels
@@ -55,7 +56,8 @@ def counted(config: Config) -> dict[str, Any]:
     has such samples.
     """
     base = _base(config)
-    batch = _batch(config, base)
+    rows = base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(config.train.batch_size, *rest))
+    batch = batch_of(config, base, rows, torch.zeros)
     ledger = Ledger()
     # in one thread: those of autograd would not have the modes of this block
     with (
@@ -88,25 +90,27 @@ def _base(config: Config) -> Base:
     return kind(network, None, [], [], schedule, facts.prediction, zero_snr, "empty", config.base.path, "")
 
 
-def _batch(config: Config, base: Base) -> Batch:
-    """A batch as a run makes it."""
+def batch_of(config: Config, base: Base, condition: Condition, make: Callable[..., Tensor]) -> Batch:
+    """A batch as a run makes it, on the CPU, of samples whose target takes a pass where there are such.
+
+    condition: the prompts' encodings (B, ...). make: makes the points and the noise, like `torch.zeros`.
+    """
     count, objective = config.train.batch_size, config.objective
     shape = base.latent_shape(config.data.resolution)
     generator = torch.Generator().manual_seed(0)
-    condition = base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(count, *rest))
     if objective.matching:
         levels = objective.levels(count, base.schedule, 0.0, generator)
         guidance, draws = objective.draw_guidance(count, 0.0, generator), objective.draws(levels, shape, generator)
-        return Batch(None, torch.zeros(count, *shape), levels, guidance, condition, draws=draws)
+        return Batch(None, make(count, *shape), levels, guidance, condition, draws=draws)
     levels = objective.levels(DRAWN * count, base.schedule, 0.0, generator)
     chosen = (levels.r > levels.s).int().argsort(descending=True)[:count]
     levels = Levels(levels.u[chosen], levels.r[chosen], levels.s[chosen])
     judged = None
     if config.adversarial.weight:
-        judged = Judged(objective.judged_at(levels, generator), torch.zeros(count, *shape), torch.zeros(count, *shape))
+        judged = Judged(objective.judged_at(levels, generator), make(count, *shape), make(count, *shape))
     return Batch(
-        x0=torch.zeros(count, *shape),
-        noise=torch.zeros(count, *shape),
+        x0=make(count, *shape),
+        noise=make(count, *shape),
         levels=levels,
         guidance=objective.draw_guidance(count, 0.0, generator),
         condition=condition,

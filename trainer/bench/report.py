@@ -69,6 +69,8 @@ def _table(kind: str, result: dict[str, Any]) -> list[str]:
     ]
     if loops[0]["utilisation"] is not None:
         lines.append(row("of the device's FLOP/s", values("utilisation"), ".1%"))
+    if loops[0]["host_seconds"] is not None:
+        lines.append(row("host busy, ms an update", [1000 * v for v in values("host_seconds")], ".1f"))
     lines.append("passes for a sample of an update")
     lines += [row(f"  {name}", [passes[name] for passes in values("passes_per_sample")], ".2f") for name in PASSES]
     lines.append("ms an update")

@@ -1,5 +1,5 @@
 """`pcm bench`: what a run's updates take, beside a loop like the published scripts', or counted at full size without a
-GPU; `pcm bench-data`: what a large cache takes."""
+GPU; `pcm bench-gpu`: every promise that is made of a GPU; `pcm bench-data`: what a large cache takes."""
 
 from __future__ import annotations
 
@@ -90,6 +90,38 @@ def _compared(
             config, updates=updates or 20, warmup=warmup or 3, reference=reference is not False, reporter=bar
         )
     return details, bench_text(details)
+
+
+def bench_gpu(
+    out: Annotated[Path, typer.Option(help="Folder for gpu-check.json and gpu-check.md.")] = Path("out/gpu"),
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that it may take; default: 420.")] = None,
+    only: Annotated[list[str], typer.Option(help="A section by its name. Repeat for several; default: all.")] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Try the check itself on the least bases, without a GPU too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Try what is promised of a GPU, and measure it, on networks of full size with random weights; nothing is fetched.
+
+    Losses and gradients beside a CPU's, waits, our updates beside the reference loop's and beside what the card can do,
+    whole runs in 8, 12 and 16 GB, runs that are killed and go on, sampling. JSON and a table in Markdown are written
+    after every section. A section that fails is a row of the table, and so is one for which no time is left.
+
+    Exits with 1 unless every promise is seen to hold. What needs another machine does not count.
+
+    Example: pcm bench-gpu --out out/gpu
+
+    Example: pcm bench-gpu --only "devices agree" --only resumes
+    """
+    from ..bench.gpu.check import LIMIT, check_gpu
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    report = check_gpu(out, limit=limit or LIMIT, only=only or (), tiny=tiny, say=say)
+    answer(report, as_json, report["text"])
+    if report["open"]:
+        raise typer.Exit(1)
 
 
 def bench_data(

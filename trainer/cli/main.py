@@ -290,7 +290,7 @@ for function in share.VERBS:
     verb(app, LORA_FILES)(function)
 
 
-for function in (doctor.doctor, bench.bench, bench.bench_data):
+for function in (doctor.doctor, bench.bench, bench.bench_gpu, bench.bench_data):
     verb(app, MACHINE)(function)
 
 

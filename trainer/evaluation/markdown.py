@@ -71,7 +71,7 @@ def _rows_table(rows: list[RowFacts], columns: Iterable[tuple], figures: Callabl
         who = f"*{row['who']}: the reference*" if row is rows[0] else row["who"]
         cells = [_cell(figures(row).get(key), form, factor) for key, _, form, factor in columns]
         lines.append([who, row["steps"], f"{row['guidance']:g}", row["evaluations"], *cells])
-    return _table(["", "steps", "CFG", "evaluations", *(head for _, head, *_ in columns)], lines)
+    return markdown_table(["", "steps", "CFG", "evaluations", *(head for _, head, *_ in columns)], lines)
 
 
 def _cell(figure: dict[str, float] | None, form: str, factor: float = 1) -> str:
@@ -123,7 +123,7 @@ def _learnt(report: dict[str, Any]) -> Iterable[str]:
         [entry["who"], entry["steps"], entry["space"], entry["untrained"], _cell(entry["gain"], ".3g", SCALE)]
         for entry in report["learnt"]
     ]
-    yield _table(["", "steps", "features", "against", "nearer by"], lines)
+    yield markdown_table(["", "steps", "features", "against", "nearer by"], lines)
 
 
 def _consistency(report: dict[str, Any]) -> Iterable[str]:
@@ -135,7 +135,7 @@ def _consistency(report: dict[str, Any]) -> Iterable[str]:
     for who, errors in report["consistency"].items():
         more = list(dict.fromkeys(m for row in errors.values() for m in row))
         lines = [[n, *(_cell(row.get(m), ".3f") for m in more)] for n, row in errors.items()]
-        yield _table([who, *(f"to {count_steps(int(m))}" for m in more)], lines)
+        yield markdown_table([who, *(f"to {count_steps(int(m))}" for m in more)], lines)
     yield _picture("consistency.png")
 
 
@@ -154,7 +154,7 @@ def _guidance(report: dict[str, Any]) -> Iterable[str]:
         for key, against in (("error_same_cfg", "the same CFG"), ("error", f"CFG {report['reference']['guidance']:g}")):
             errors = [_cell(points.get(g, {}).get(key), ".3f") for g in scales]
             lines.append([row["name"], row["steps"], against, *errors])
-    yield _table(["", "steps", "against", *(f"CFG {g:g}" for g in scales)], lines)
+    yield markdown_table(["", "steps", "against", *(f"CFG {g:g}" for g in scales)], lines)
     if negatives := [(row["name"], row["negative_prompt"]) for row in rows if "negative_prompt" in row]:
         yield (
             "With the next picture's prompt as the negative: how far that moves a picture (*change*, as a paired "
@@ -163,7 +163,7 @@ def _guidance(report: dict[str, Any]) -> Iterable[str]:
         heads = ["", "CFG", "change", "teacher's change", "agreement"]
         keys = ("change", "change_of_teacher", "agreement")
         lines = [[name, f"{n['guidance']:g}", *(_cell(n[key], ".3f") for key in keys)] for name, n in negatives]
-        yield _table(heads, lines)
+        yield markdown_table(heads, lines)
     yield _picture("guidance.png")
 
 
@@ -180,6 +180,7 @@ def _picture(name: str) -> str:
     return f"![{PICTURES[name]}]({name})"
 
 
-def _table(heads: list, rows: list[list]) -> str:
+def markdown_table(heads: list, rows: list[list]) -> str:
+    """A table under its heads, a line for each row."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

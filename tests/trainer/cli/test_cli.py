@@ -12,7 +12,7 @@ from phased_consistency.trainer.cli import main as cli
 from support.runs import TINY, sha256
 
 VERBS = (
-    *("train", "sample", "evaluate", "inspect", "check", "doctor", "bench", "bench-data"),
+    *("train", "sample", "evaluate", "inspect", "check", "doctor", "bench", "bench-gpu", "bench-data"),
     *("convert", "tag", "merge", "resize", "extract", "sidecars"),
 )
 

@@ -11,7 +11,7 @@ GROUPS = {
     "Train": {"train", "report", "watch", "settings", "presets"},
     "Draw and measure": {"sample", "edit", "evaluate"},
     "LoRA files": {"inspect", "check", "convert", "tag", "merge", "resize", "extract", "sidecars", "panels"},
-    "This machine": {"doctor", "bench", "bench-data"},
+    "This machine": {"doctor", "bench", "bench-gpu", "bench-data"},
 }
 COMMANDS = typer.main.get_command(app).commands
 WORDS = [(name,) for name in COMMANDS if name != "edit"] + [("edit", name) for name in COMMANDS["edit"].commands]

@@ -151,6 +151,7 @@ def on_gpu(monkeypatch, tmp_path):
     """A workplace that believes in a GPU, on which nothing is run."""
     monkeypatch.setattr(Workplace, "clean", lambda self: None)
     monkeypatch.setattr(Workplace, "config", lambda self, *settings: settings)
+    monkeypatch.setattr(Workplace, "half", "bf16")
     return Workplace(tmp_path, GPU, tiny=False, ceilings={"matmul": 800e12, "copy": 4e12})
 
 
@@ -227,6 +228,17 @@ def test_runs_that_go_on_are_held_to_whole_ones(monkeypatch, on_gpu, default, de
     monkeypatch.setattr(right, "_resumed", resumed)
     verdict = right.resumes(on_gpu)
     assert verdict.holds is promised and sentence in verdict.sentence
+
+
+def test_a_card_without_bf16_is_tried_in_fp16(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    turing = Workplace(tmp_path, GPU, tiny=False)
+    assert turing.config("sdxl-4step").base.dtype == turing.tiny_config("sd15-4step").base.dtype == "fp16"
+    assert Workplace(tmp_path, CPU, tiny=True).config("sdxl-4step").base.dtype == "bf16"
+
+    monkeypatch.setattr(right, "_resumed", lambda *_, **__: {"twice": True, "resumed": True})
+    figures = right.resumes(turing).figures
+    assert figures["bf16"] == "needs a newer card" and figures["fp16"] == {"default": {"twice": True, "resumed": True}}
 
 
 def test_devices_that_do_not_agree(monkeypatch, on_gpu):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sample
-import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -19,15 +17,39 @@ from ..samplers import LevelPlan, Recipe
 from ..samplers.phases import count_steps
 from . import inputs
 from .edit_kinds import image_of
+from .grid import Row, labelled_grid
 from .guidance import schedule_in
-from .host import fit_to_model, menu_of, show, speaking
+from .host import fit_to_model, menu_of, show, speaking, warned
 from .lora_on_model import pixels_of, recipe_at, recipe_for
+from .previews import preview_callback
 from .sampling import advice, draw, shifted
 from .vae import check_family, decode_last
 
-SMALLEST = 14  # pixels: the least height of the labels' letters
 CLIP_FRAMES = 3  # of a clip, that the grid shows
-PAPER = 0.1  # the grey behind them, 0 to 1
+STEP_COUNTS = "Write whole numbers, such as 1, 2, 4, 8."
+MODES = (
+    "Write from recipe, deterministic, stochastic, or gamma and a number from 0 to 1, such as: deterministic, "
+    "stochastic, gamma 0.3."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A picture of the grid: its number of steps, the recipe in its mode, and the levels."""
+
+    steps: int
+    recipe: Recipe
+    plan: LevelPlan
+
+    @property
+    def steps_text(self) -> str:
+        """The steps in words: those that are run, and of how many where denoise leaves some out."""
+        total = count_steps(self.steps)
+        return total if self.plan.steps == self.steps else f"{self.plan.steps} of {total}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.steps_text}, {self.recipe.mode_text}"
 
 
 class PCMCompare(io.ComfyNode):
@@ -48,11 +70,11 @@ class PCMCompare(io.ComfyNode):
                 inputs.vae(),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="An empty latent for text to image, an encoded picture for image to image. Each of a batch "
-                    "is a column.",
+                    tooltip="An empty latent for text to image, an encoded picture for image to image. The pictures of "
+                    "a batch stand side by side.",
                 ),
                 *inputs.prompts(),
-                inputs.seed(tooltip="The same for all rows."),
+                inputs.seed(tooltip="The same for all pictures."),
                 io.String.Input(
                     "step_counts",
                     default="1, 2, 4, 8",
@@ -70,7 +92,10 @@ class PCMCompare(io.ComfyNode):
                 inputs.low_noise_model(),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="A row for each setting, with its name and its cost."),
+                io.Image.Output(
+                    display_name="grid",
+                    tooltip="A row for each mode and a column for each number of steps, with what each picture cost.",
+                ),
                 io.Image.Output(display_name="images", tooltip="The single pictures, row after row, as a batch."),
             ],
         )
@@ -94,15 +119,15 @@ class PCMCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         check_family(vae, model)
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         cfg = cfg or recipe.guidance
-        rows = rows_of(recipe, read_step_counts(step_counts), modes, denoise)
+        settings, faults = settings_of(recipe, step_counts, modes, denoise)
 
-        # Faults before anything is drawn. Each row's own settings, the last
-        # sentence, stand beside its picture.
-        warnings = [advice(cls, model, recipe, recipe.steps, cfg, plan, positive)[:-1] for _, _, plan in rows]
-        lines = list(dict.fromkeys(line for of_row in warnings for line in of_row))
-        show(cls, lines or [f"{len(rows)} settings to draw."])
+        # Faults before anything is drawn. Each picture's own settings, the last
+        # sentence, stand beside it.
+        advices = [advice(cls, model, recipe, recipe.steps, cfg, each.plan, positive)[:-1] for each in settings]
+        lines = [*warned(faults), *dict.fromkeys(line for each in advices for line in each)]
+        show(cls, lines or [f"{len(settings)} settings to draw."])
 
         noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
         schedule = schedule_in(model)
@@ -111,30 +136,53 @@ class PCMCompare(io.ComfyNode):
         model = counted(model, evaluations)
         second = {"low_noise_model": low_noise_model and counted(low_noise_model, evaluations)}
 
-        total = sum(plan.steps for _, _, plan in rows)
-        show_step = latent_preview.prepare_callback(model, total)
-        steps_done = 0
-        drawn = []  # latents, row after row
-        labels = []
-        costs = []
-        for steps, variant, plan in rows:
-            evaluations.clear()
-            progress = shifted(show_step, steps_done, total)
-            prompts = (positive, negative)
-            drawn.append(draw(model, variant, plan, cfg, *prompts, latent, noise, seed, callback=progress, **second))
-            steps_done += plan.steps
+        total = sum(each.plan.steps for each in settings)
+        show_step = preview_callback(model, total)
 
-            setting = (steps_text(steps, plan), variant.mode_text)
-            cost = cost_text(sum(evaluations))
-            labels.append([*setting, *cfg_text.replace(" on ", "\non ").splitlines(), cost])
-            costs.append(f"{', '.join(setting)}, {cfg_text}: {cost}.")
+        def draw_setting(each: Setting, steps_before: int) -> Tensor:
+            progress = shifted(show_step, steps_before, total)
+            prompts = (positive, negative)
+            return draw(model, each.recipe, each.plan, cfg, *prompts, latent, noise, seed, callback=progress, **second)
+
+        drawn, costs, failures = draw_all(settings, draw_setting, evaluations)
 
         # All decoded in one go: where memory runs out, every picture is tiled,
         # so that none differs by its decode.
-        pixels, notes = decode_last(vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn]))
+        pixels, notes = decode_last(
+            vae, last_decode, lambda codec: torch.cat([codec.decode(z) for z in drawn.values()])
+        )
         images = image_of(pixels)
-        grid = labelled_grid([columns(strip, drawn[0]) for strip in images.chunk(len(rows))], labels)
-        return io.NodeOutput(grid, images, ui=show(cls, [*notes, *lines, *costs]))
+        latents = next(iter(drawn.values()))
+        strips = dict(zip(drawn, (columns(strip, latents) for strip in images.chunk(len(drawn))), strict=True))
+        grid = labelled_grid(*rows_of(settings, strips, costs, cfg_text))
+        lines = [*warned(f"{each.text}: {failure}" for each, failure in failures.items()), *notes, *lines]
+        lines += [f"{each.text}, {cfg_text}: {costs[each]}." for each in drawn]
+        return io.NodeOutput(grid, images, ui=show(cls, lines))
+
+
+def draw_all(
+    settings: Sequence[Setting], draw_setting: Callable[[Setting, int], Tensor], evaluations: list[int]
+) -> tuple[dict[Setting, Tensor], dict[Setting, str], dict[Setting, str]]:
+    """The latents of settings, what each cost in words, and why others failed, such as for want of a second expert.
+
+    draw_setting: draws one, after so many steps of those before. evaluations: of `counted`. Raises ValueError where
+    none can be drawn.
+    """
+    drawn = {}
+    costs = {}
+    failures = {}
+    steps_before = 0
+    for each in settings:
+        evaluations.clear()
+        try:
+            drawn[each] = draw_setting(each, steps_before)
+        except ValueError as error:
+            failures[each] = str(error)
+        steps_before += each.plan.steps
+        costs[each] = cost_text(sum(evaluations))
+    if not drawn:
+        raise ValueError("\n".join(dict.fromkeys(failures.values())))
+    return drawn, costs, failures
 
 
 def counted(model: Any, evaluations: list[int]) -> Any:
@@ -165,19 +213,24 @@ def columns(images: Tensor, latent: Tensor) -> Tensor:
     return images.unflatten(0, (len(latent), frames))[:, shown].flatten(0, 1)
 
 
-def read_step_counts(text: str) -> list[int]:
-    """Numbers of steps from text such as "1, 2, 4", each once. Raises ValueError for any other text."""
+def read_step_counts(text: str) -> tuple[list[int], list[str]]:
+    """Numbers of steps from text such as "1, 2, 4", each once, and a sentence for each word that is none."""
     words = [word for word in re.split(r"[\s,;]+", text) if word]
-    odd = [word for word in words if not re.fullmatch(r"[0-9]{1,4}", word)]
-    if odd or not words:
-        fault = f"of which {odd[0]!r} is no number of steps" if odd else "in which there is no number"
-        raise ValueError(f"step_counts is {text!r}, {fault}. Write whole numbers, such as 1, 2, 4, 8.")
-    return list(dict.fromkeys(map(int, words)))
+    counts = dict.fromkeys(word for word in words if re.fullmatch(r"[0-9]{1,4}", word))
+    faults = [
+        f"step_counts is {text!r}, of which {word!r} is no number of steps. {STEP_COUNTS}"
+        for word in dict.fromkeys(words)
+        if word not in counts
+    ]
+    if not words:
+        faults = [f"step_counts is {text!r}, in which there is no number. {STEP_COUNTS}"]
+    return list(dict.fromkeys(map(int, counts))), faults
 
 
-def read_modes(text: str, recipe: Recipe) -> list[Recipe]:
-    """The recipe in each mode of text such as "deterministic, gamma 0.3". Raises ValueError for other text."""
+def read_modes(text: str, recipe: Recipe) -> tuple[list[Recipe], list[str]]:
+    """The recipe in each mode of text such as "deterministic, gamma 0.3", and a sentence for each that is none."""
     variants = []
+    faults = []
     for word in filter(None, (" ".join(part.lower().split()) for part in re.split(r"[,;\n]", text))):
         gamma = re.fullmatch(r"gamma (0|1|[01]?\.[0-9]+)", word)
         if word == "from recipe":
@@ -188,75 +241,56 @@ def read_modes(text: str, recipe: Recipe) -> list[Recipe]:
             share = float(gamma[1])
             variants.append(replace(recipe, mode="stochastic" if share else "deterministic", gamma=share))
         else:
-            raise ValueError(
-                f"modes is {text!r}, of which {word!r} is none. Write from recipe, deterministic, stochastic, or gamma "
-                "and a number from 0 to 1, such as: deterministic, stochastic, gamma 0.3."
-            )
-    if not variants:
-        raise ValueError(f"modes is {text!r}, in which there is none. Write one or more, such as from recipe.")
-    return variants
+            faults.append(f"modes is {text!r}, of which {word!r} is none. {MODES}")
+    if not variants and not faults:
+        faults = [f"modes is {text!r}, in which there is none. {MODES}"]
+    singles = list(dict.fromkeys(variants))
+    if len(singles) < len(variants):
+        faults.append(f"modes is {text!r}, of which some are the same for this LoRA: each is drawn once.")
+    return singles, faults
 
 
-def rows_of(recipe: Recipe, counts: list[int], modes: str, denoise: float) -> list[tuple[int, Recipe, LevelPlan]]:
-    """Rows of the grid: number of steps (0 is the recipe's), the recipe in its mode, and the levels."""
-    step_counts = dict.fromkeys(steps or recipe.steps for steps in counts)
-    variants = read_modes(modes, recipe)
-    return [(steps, variant, recipe.grid().plan(steps, denoise)) for variant in variants for steps in step_counts]
+def settings_of(recipe: Recipe, step_counts: str, modes: str, denoise: float) -> tuple[list[Setting], list[str]]:
+    """What is drawn, all numbers of steps (0 is the recipe's) in the first mode first, and what is wrong with the rest,
+    a sentence each.
+
+    Raises ValueError, with these sentences, where nothing is left to draw.
+    """
+    counts, count_faults = read_step_counts(step_counts)
+    variants, mode_faults = read_modes(modes, recipe)
+    faults = [*count_faults, *mode_faults]
+    settings = []
+    for variant in variants:
+        for steps in dict.fromkeys(steps or recipe.steps for steps in counts):
+            try:
+                settings.append(Setting(steps, variant, variant.grid().plan(steps, denoise)))
+            except ValueError as error:
+                faults.append(f"{steps} of step_counts is left out: {error}")
+    if not settings:
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+    return settings, list(dict.fromkeys(faults))
 
 
-def steps_text(steps: int, plan: LevelPlan) -> str:
-    """The steps of a row in words: those that are run, and of how many where denoise leaves some out."""
-    return count_steps(steps) if plan.steps == steps else f"{plan.steps} of {count_steps(steps)}"
+def rows_of(
+    settings: Sequence[Setting], strips: dict[Setting, Tensor], costs: dict[Setting, str], cfg_text: str
+) -> tuple[list[str], list[Row]]:
+    """The grid of `grid.labelled_grid`: numbers of steps, and a row of pictures (B, h, w, C) for each mode.
+
+    strips: the pictures of the settings that could be drawn. costs: what each took, in words.
+    """
+    step_counts = list(dict.fromkeys(each.steps for each in settings))
+    rows = []
+    for recipe in dict.fromkeys(each.recipe for each in settings):
+        cells = {each.steps: each for each in settings if each.recipe is recipe}
+        in_order = [cells[steps] for steps in step_counts]
+        captions = [
+            [*([each.steps_text] if each.plan.steps != each.steps else []), costs[each] if each in strips else "failed"]
+            for each in in_order
+        ]
+        label = [*recipe.mode_text.split(", "), *cfg_text.replace(" on ", "\non ").splitlines()]
+        rows.append(Row(label, [strips.get(each) for each in in_order], captions))
+    return [count_steps(steps) for steps in step_counts], rows
 
 
 def cost_text(evaluations: int) -> str:
     return f"{evaluations} evaluation{'s' * (evaluations != 1)}"
-
-
-def labelled_grid(rows: Sequence[Tensor], labels: list[list[str]]) -> Tensor:
-    """One IMAGE (1, H, W, C) of rows of pictures (B, h, w, C), unscaled, each with its label at the left.
-
-    The letters grow with the pictures; beside small ones they keep a size
-    that can be read, and the rows grow.
-    """
-    batch, height, width, channels = rows[0].shape
-    size = max(SMALLEST, height // 20)
-    gap = size // 2
-    strips = [label_strip(lines, size, gap) for lines in labels]
-    label_width = max(strip.shape[1] for strip in strips)
-    row_height = max(height, *(strip.shape[0] for strip in strips))
-
-    grid_height = gap + len(rows) * (row_height + gap)
-    grid_width = label_width + batch * (width + gap)
-    grid = rows[0].new_full((grid_height, grid_width, channels), PAPER)
-    for i, (pictures, strip) in enumerate(zip(rows, strips, strict=True)):
-        top = gap + i * (row_height + gap)
-        grid[top : top + strip.shape[0], : strip.shape[1]] = strip[..., None]
-        for j, picture in enumerate(pictures):
-            left = label_width + j * (width + gap)
-            grid[top : top + height, left : left + width] = picture
-    return grid[None]
-
-
-def label_strip(lines: list[str], size: int, gap: int) -> Tensor:
-    """Lines of text in letters of this size, as (h, w) in [0, 1]: white on `PAPER`, with a gap at both sides."""
-    from PIL import Image, ImageDraw
-
-    font = label_font(size)
-    line_height = round(1.3 * size)
-    width = math.ceil(max(font.getlength(text) for text in lines))
-    strip = Image.new("L", (gap + width + gap, line_height * len(lines)))
-    for i, text in enumerate(lines):
-        ImageDraw.Draw(strip).text((gap, i * line_height), text, fill=255, font=font)
-    ink = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(strip.height, strip.width) / 255
-    return PAPER + (1 - PAPER) * ink
-
-
-def label_font(size: int) -> Any:
-    """Pillow's own letters of this size. Before 10.1, and without FreeType, it has small ones alone."""
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, ImportError):
-        return ImageFont.load_default()

@@ -85,15 +85,15 @@ def encoders() -> list[tuple]:
 
     pairs = []
     for suffix in ("", "_2"):
-        words = _base_part(f"tokenizer{suffix}")
-        weights = _base_part(f"text_encoder{suffix}")
+        words = base_part(f"tokenizer{suffix}")
+        weights = base_part(f"text_encoder{suffix}")
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         encoder = CLIPTextModelWithProjection.from_pretrained(weights, local_files_only=True, use_safetensors=True)
         pairs.append((tokenizer, encoder.float().eval()))
     return pairs
 
 
-def _base_part(name: str) -> Path:
+def base_part(name: str) -> Path:
     """The path of a file or folder of the base. Raises FileNotFoundError where the pack came without it."""
     if not (BASE / name).exists():
         raise FileNotFoundError(f"The demo base lacks {BASE / name}: install the pack again, whole.")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.sample
-import latent_preview
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
@@ -20,6 +19,7 @@ from .edit_keeping import edit_schema, edited
 from .edit_kinds import image_input, image_of, picture, remarks
 from .host import fit_to_model, menu_of, show, speaking
 from .lora_on_model import pixels_of, recipe_at, recipe_for
+from .previews import preview_callback
 from .sampling import advice, draw
 from .vae import HostVAE, ModelVAE, check_family, decode_last
 
@@ -63,12 +63,12 @@ class PCMStroke(io.ComfyNode):
         **shared: Any,
     ) -> io.NodeOutput:
         operator = Identity(picture(image))
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         # Without a number of steps one-phase LoRAs take the two levels of the paper's strokes.
         grid = recipe.grid()
-        plan = grid.plan(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
+        plan = grid.plan_at_most(steps, strength) if steps else stroke_plan(grid, recipe.schedule(), strength)
         plan = replace(plan, notes=tuple(note.replace("denoise", "strength", 1) for note in plan.notes))
 
         lines = advice(cls, model, recipe, steps or recipe.steps, cfg, plan, shared["positive"])
@@ -117,7 +117,7 @@ class PCMDenoise(io.ComfyNode):
         operator = Identity(picture(image))
         std = noise / LEVELS or estimated_noise(operator.start)
         estimate = [] if noise else [f"The noise was estimated: {LEVELS * std:.1f} levels of {LEVELS}."]
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *canvas(operator.size))
         cfg = cfg or recipe.guidance
 
         codec = ModelVAE(vae, model.model)
@@ -199,10 +199,10 @@ class PCMInterpolate(io.ComfyNode):
         check_family(vae, model)
         latent = fit_to_model(model, latent_image)
         start = latent["samples"]
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, start))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, start))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
-        plan = recipe.grid().plan(steps, denoise)
+        plan = recipe.grid().plan_at_most(steps, denoise)
         lines = [
             *advice(cls, model, recipe, steps, cfg, plan, positive),
             f"{frames} frames, each of them sampled by itself.",
@@ -218,7 +218,7 @@ class PCMInterpolate(io.ComfyNode):
         seeds = (seed, seed_b)
         noise_a, noise_b = (comfy.sample.prepare_noise(start, s, batch_index) for s in seeds)
         on_device = torch.empty(start.shape, device=model.load_device)
-        show_step = latent_preview.prepare_callback(model, frames * plan.steps)
+        show_step = preview_callback(model, frames * plan.steps)
         drawn = []
         for i in range(frames):
             share = i / (frames - 1)

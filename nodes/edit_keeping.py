@@ -143,10 +143,10 @@ class EditNode(io.ComfyNode):
         **kind_inputs: Any,
     ) -> io.NodeOutput:
         operator = cls.KIND.make(**kind_inputs)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *canvas(operator.size))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *canvas(operator.size))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
-        plan = recipe.grid().plan(steps, denoise)
+        plan = recipe.grid().plan_at_most(steps, denoise)
 
         # In latents the known cells are encoded once and stand in the result:
         # they are of the VAE that decodes it.

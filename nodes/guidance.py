@@ -29,12 +29,14 @@ class CFGSchedule:
 
     ends: for each step of the plan, the sigma that it lies above. A step is known by its sigma alone, since
     the wrapper is called with no count, and any sampler may run the model, with levels of its own.
+    notes: of that plan.
     """
 
     cfg: float
     first: int
     last: int
     ends: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, steps: int, cfg: float, first: int, last: int) -> CFGSchedule:
@@ -42,7 +44,9 @@ class CFGSchedule:
 
         Raises ValueError for steps that there are not.
         """
-        ticks = torch.tensor(recipe.grid().plan(steps).ticks)
+        plan = recipe.grid().plan_at_most(steps)
+        steps = plan.steps
+        ticks = torch.tensor(plan.ticks)
         last = last or steps
         if not 1 <= first <= last <= steps:
             raise ValueError(
@@ -52,7 +56,7 @@ class CFGSchedule:
         # A step starts at the end of the one before. SLACK keeps a
         # scheduler's rounding from moving it across.
         ends = recipe.schedule().k_sigma(ticks[1:] + SLACK)
-        return cls(cfg, first, last, tuple(ends.tolist()))
+        return cls(cfg, first, last, tuple(ends.tolist()), plan.notes)
 
     def at(self, sigma: float) -> float:
         """The CFG for a model evaluation at this sigma of the host's convention."""
@@ -184,7 +188,7 @@ class PCMCFGSchedule(io.ComfyNode):
     def execute(
         cls, model, cfg: float, steps: int, from_step: int, to_step: int, recipe: Recipe | None = None
     ) -> io.NodeOutput:
-        recipe = recipe_for(model, recipe)
+        recipe = recipe_for(cls, model, recipe)
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
         schedule = CFGSchedule.of(recipe, steps, cfg, from_step, to_step)
@@ -198,7 +202,8 @@ class PCMCFGSchedule(io.ComfyNode):
         warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
         if cfg == 1:
             warnings.insert(0, "CFG 1 guides nothing: set cfg above 1.")
-        lines = warned(warnings)
+        lines = [*warned(warnings), *schedule.notes]
+        steps = schedule.steps
         if cfg != 1 and schedule.guided < steps and recipe.guidance_min > 1:
             lines.append(f"The other steps are at CFG 1, below the LoRA's {recipe.guidance_min:g}.")
         lines.append(

@@ -50,7 +50,8 @@ class PCMLoraInfo(io.ComfyNode):
     @classmethod
     def execute(cls, lora: str, model=None) -> io.NodeOutput:
         header = read_header(folder_paths.get_full_path_or_raise("loras", lora))
-        lines = sentences(facts(header)) + noted(header.metadata)
+        values = facts(header)
+        lines = sentences(values) + noted(header.metadata, values["usage"])
         if model is not None:
             lines[1:1] = fit(header, model)
         entries = "\n".join(f"{key}: {value}" for key, value in sorted(header.metadata.items()))

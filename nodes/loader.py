@@ -14,6 +14,7 @@ from .experts import wrong_expert
 from .graph import model_path
 from .host import RecipeType, menu_of, show, speaking, warned
 from .loras_in_graph import doubled
+from .previews import set_colours
 from .watch import Watch
 
 
@@ -90,6 +91,7 @@ class PCMLoadLora(io.ComfyNode):
         if not settled:
             unknown = "Nothing is known of this file: set its phases, mode and cfg, and recipe to widgets."
             lines = [*warned([unknown]), *lines]
+        set_colours(patched)
         watch = Watch(cls, used, lines)
         # Widgets that nobody has set are no measure for samplers that run the model.
         if strength and settled:

@@ -11,12 +11,14 @@ from typing import Any
 
 import comfy.model_sampling
 import comfy.supported_models
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Recipe
 from ..samplers.families import FAMILIES, FLOW_FAMILIES
-from ..samplers.recipe import DISTILLED_POINTS, same_shift
-from ..samplers.schedule import TICKS
+from ..samplers.recipe import BARE, DISTILLED_POINTS, same_shift
+from ..samplers.schedule import PREDICTIONS, TICKS
+from .graph import is_bare, model_path
 from .host import flow_shift
 
 CONFIGS = {
@@ -34,6 +36,7 @@ OTHER_PREDICTION = {  # the prediction that a LoRA was made on -> the sentence w
     "v_prediction": "Made for v-prediction: load such a model, or put ModelSamplingDiscrete before.",
     "flow": "Made for flow models, not this kind: load another checkpoint.",
 }
+BARE_STEPS = 25
 NO_RECIPE = (
     "No recipe is connected, and the model carries none: connect the recipe of Load PCM LoRA, which may be bypassed. "
     "For a model with a few-step LoRA merged in, put PCM Recipe after its loader."
@@ -157,16 +160,39 @@ def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
-def recipe_for(model: Any, recipe: Recipe | None) -> Recipe:
+def recipe_for(node: type[io.ComfyNode], model: Any, recipe: Recipe | None) -> Recipe:
     """The recipe that a node samples a host MODEL by: the one that is connected, else the one that the model carries,
     on the model's own schedule (`on_schedule_of`).
 
-    Raises ValueError where there is neither, as behind a Load PCM LoRA that is bypassed.
+    Where there is neither and the graph shows no few-step LoRA, as behind a Load PCM LoRA that is bypassed, that of
+    the bare model. Raises ValueError where none is known.
     """
     recipe = recipe or model.get_attachment(CARRIED)
+    if recipe is None and is_bare(model_path(node.hidden.prompt, node.hidden.unique_id), model_family(model)):
+        recipe = bare_recipe(model)
     if recipe is None:
         raise ValueError(NO_RECIPE)
     return on_schedule_of(model, recipe)
+
+
+def bare_recipe(model: Any) -> Recipe | None:
+    """How a host MODEL without a few-step LoRA is sampled; None for one of a family whose usual settings vary."""
+    family = model_family(model)
+    prediction = prediction_of(model.get_model_object("model_sampling"))
+    if family not in FAMILIES or prediction not in PREDICTIONS:
+        return None
+    return Recipe(
+        family=family,
+        objective=BARE,
+        points=TICKS,
+        phases=BARE_STEPS,
+        steps=BARE_STEPS,
+        prediction=prediction,
+        shift=shift_of(model),
+        guidance=4.0 if prediction == "flow" else 7.0,
+        guidance_max=20.0,
+        negative_prompts=True,
+    )
 
 
 def carrying(model: Any, recipe: Recipe, name: str | None) -> Any:
@@ -213,16 +239,42 @@ def on_schedule_if_set(model: Any, recipe: Recipe) -> Recipe:
 def pixels_of(model: Any, latent: Tensor) -> tuple[int, int]:
     """Height and width of what a host latent is of, in pixels; of video and sound in one, the video's."""
     latent = latent.unbind()[0] if latent.is_nested else latent
-    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # 0.3.64 has none
     height, width = latent.shape[-2:]
-    return ratio * height, ratio * width
+    return cell_of(model) * height, cell_of(model) * width
+
+
+def cell_of(model: Any) -> int:
+    """Pixels that a cell of a host MODEL's latents is of, along a side."""
+    return getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # 0.3.64 has none
+
+
+def size_fault(model: Any, height: int, width: int) -> str | None:
+    """The sentence for a size in pixels beyond the position embeddings of a host MODEL, or None.
+
+    SD3 and AuraFlow have a table of them; other networks compute them, or have none, and take any size.
+    """
+    network = getattr(model.model, "diffusion_model", None)
+    in_sd3 = getattr(network, "pos_embed", None) is not None
+    patches = getattr(network, "pos_embed_max_size" if in_sd3 else "h_max", None)
+    if not patches:
+        return None
+    largest = patches * network.patch_size * cell_of(model)
+    if max(height, width) <= largest:
+        return None
+    return (
+        f"{width} x {height} pixels are too many: this {model_title(model)} model draws at most {largest} on an edge. "
+        f"Set width and height to {largest} or less, or make the picture smaller before."
+    )
 
 
 def recipe_at(model: Any, recipe: Recipe, height: int, width: int) -> tuple[Any, Recipe]:
     """A host MODEL and a recipe with the shift that the recipe has for a size in pixels (`Recipe.at_size`).
 
-    The model keeps a shift that a node after the loader has set.
+    The model keeps a shift that a node after the loader has set. Raises ValueError for a size that the model cannot
+    draw (`size_fault`).
     """
+    if fault := size_fault(model, height, width):
+        raise ValueError(fault)
     if recipe.mu_by_size is None:
         return model, recipe
     sized = recipe.at_size(width, height)

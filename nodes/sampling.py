@@ -8,12 +8,12 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import LevelPlan, Recipe, Schedule, sample_phased
 from ..samplers.phases import count_steps
+from ..samplers.recipe import BARE
 from ..samplers.sampling import NoiseSampler, Projection, block_noise, clamp_factor, seeded_noise
 from . import inputs
 from .embedded import embedded_warnings
@@ -32,9 +32,12 @@ from .lora_on_model import (
     recipe_for,
     sampling_fault,
     shift_of,
+    size_fault,
 )
 from .loras_in_graph import TWICE, few_step_loras
+from .previews import preview_callback
 
+BARE_MODEL = "No few-step LoRA here: the bare model is drawn. Is one merged in? Add PCM Recipe."
 # Makes the `project` of `sample_phased` for what a guider samples, from x (B, C, h, w) on.
 ProjectionMaker = Callable[[Any, Tensor], Projection]
 
@@ -74,7 +77,7 @@ class PCMScheduler(io.ComfyNode):
             raise ValueError(NO_RECIPE)
         recipe = recipe.at_size(width, height)
         steps = steps or recipe.steps
-        plan = recipe.grid(trained=edges == "trained").plan(steps, denoise)
+        plan = recipe.grid(trained=edges == "trained").plan_at_most(steps, denoise)
         # The recipe's own schedule, since no model is linked here: nothing on a model can move these levels.
         sigmas = recipe.schedule().k_sigma(plan.ticks)
         levels = ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
@@ -151,10 +154,10 @@ class PCMSample(io.ComfyNode):
         low_noise_model=None,
     ) -> io.NodeOutput:
         latent = fit_to_model(model, latent_image)
-        model, recipe = recipe_at(model, recipe_for(model, recipe), *pixels_of(model, latent["samples"]))
+        model, recipe = recipe_at(model, recipe_for(cls, model, recipe), *pixels_of(model, latent["samples"]))
         steps = steps or recipe.steps
         cfg = cfg or recipe.guidance
-        plan = recipe.grid().plan(steps, denoise)
+        plan = recipe.grid().plan_at_most(steps, denoise)
 
         # The node says what is wrong before it samples, so that one can stop it.
         lines = warned(expert_warnings(model, low_noise_model, recipe))
@@ -190,7 +193,9 @@ def wiring(node: type[io.ComfyNode], model: Any, recipe: Recipe, cfg: float) -> 
     # PCM Recipe finds there, it goes by.
     if loaded and (others := few_step_loras(path[: min(ours, default=0)])):
         warnings.append(TWICE.format(others[0]))
-    if not loaded and is_bare(path, model_family(model)):
+    if recipe.objective == BARE:
+        warnings.append(BARE_MODEL)
+    elif not loaded and is_bare(path, model_family(model)):
         if "PCMLoadLora" in kinds:
             warnings.append(f"The LoRA is off: set the strength of Load PCM LoRA to {recipe.strength:g}.")
         elif "PCMRecipe" not in kinds:  # which says itself that nothing is known of the model
@@ -245,7 +250,7 @@ def draw(
     callback: of the host's kind; by default the one that shows previews. low_noise_model: the second expert, where the
     recipe has a boundary. hooks: as in `sampler`. Raises as `experts.parts_of`.
     """
-    callback = callback or latent_preview.prepare_callback(model, plan.steps)
+    callback = callback or preview_callback(model, plan.steps)
     options = {"judged": True, "indices": latent.get("batch_index"), "relay": Relay(), **hooks}
     drawn = latent["samples"]
     for part in parts_of(model, low_noise_model, recipe, recipe.schedule().k_sigma(plan.ticks)):
@@ -318,9 +323,12 @@ def _sample(
     """`sample_phased` as the host calls a sampler; `judged` is for `options_of` alone.
 
     Only here is the model known: the SAMPLER was made before, and may run any. So the schedule is that of the
-    model, with whatever patches it has by now, and not that of the recipe.
+    model, with whatever patches it has by now, and not that of the recipe. Raises ValueError for a latent that is
+    larger than the model can draw.
     """
     guider = model.inner_model
+    if fault := size_fault(guider.model_patcher, *pixels_of(guider.model_patcher, x)):
+        raise ValueError(fault)
     schedule = schedule_of(guider.inner_model.model_sampling)
     options["project"] = project_for(guider, x) if project_for else None
     relay = relay or Relay()

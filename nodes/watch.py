@@ -26,9 +26,11 @@ from .lora_on_model import (
     model_family,
     moves,
     on_schedule_of,
+    pixels_of,
     recipe_seen,
     sampling_fault,
     shift_of,
+    size_fault,
 )
 from .loras_in_graph import TWICE, few_step_loras
 from .sampling import is_empty, options_of
@@ -134,8 +136,9 @@ def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: T
     steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
     cfg = cfg_to_judge(model, recipe, cfg_of(guider))
     fault = sampling_fault(model, recipe)
+    too_large = size_fault(model, *pixels_of(model, latent))
     return [
-        *([fault] if fault else []),
+        *filter(None, [too_large, fault]),
         *recipe.warnings(steps, cfg, model_family(model)),
         *_sampler_misfit(recipe, sampler, options),
         *([] if fault else _level_misfit(recipe, model, ticks, is_empty(latent))),

@@ -11,9 +11,11 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import Any
 
 # thing -> its character in the font, and its other names
 THINGS = {
@@ -139,19 +141,33 @@ class Meaning:
 def parse(text: str) -> Meaning:
     """What a prompt means; the empty one means no thing at all, as a negative prompt does.
 
-    Raises ValueError, with the nearest words that the base knows, for a thing or a ground that it does not.
+    Raises ValueError, with the nearest words that the base knows, a line for each thing and ground that it does not.
     """
     words = [SAID.get(word, word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in ARTICLES]
     if not words:
         return Meaning(())
     subject, _, ground = " ".join(words).partition(" on ")
-    pattern, colour = _ground(ground) if ground else ("", "")
     first, relation, second = re.fullmatch(r"(.*?)(?: (left|right) of (.*))?", subject).groups()
+    size = "large" if first.startswith("large ") and not relation else ""
+    names = (first.removeprefix(size).strip(),)
     if relation:
-        left, right = (first, second) if relation == "left" else (second, first)
-        return Meaning((_thing(left), _thing(right)), "", colour, pattern)
-    size = "large" if first.startswith("large ") else ""
-    return Meaning((_thing(first.removeprefix(size).strip()),), size, colour, pattern)
+        names = (first, second) if relation == "left" else (second, first)
+    *things, (pattern, colour) = _read_all([*(partial(_thing, name) for name in names), partial(_ground, ground)])
+    return Meaning(tuple(things), size, colour, pattern)
+
+
+def _read_all(readers: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of these gives. Raises ValueError with the sentences of all that raise one, a line each."""
+    results = []
+    faults = []
+    for read in readers:
+        try:
+            results.append(read())
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return results
 
 
 def _thing(name: str) -> str:
@@ -166,7 +182,9 @@ def _thing(name: str) -> str:
 
 
 def _ground(words: str) -> tuple[str, str]:
-    """(pattern, colour) of a ground. Raises ValueError, with the known ones, for any other."""
+    """(pattern, colour) of a ground, both "" for none. Raises ValueError, with the known ones, for any other."""
+    if not words:
+        return "", ""
     words = words.removesuffix(" background")
     *pattern, colour = words.split()
     if colour in GROUNDS and " ".join(pattern) in PATTERNS:

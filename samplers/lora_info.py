@@ -82,9 +82,13 @@ def sentences(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def noted(metadata: dict[str, str]) -> list[str]:
-    """The entries of a header that people look for, a sentence each, and the hash that it stores."""
-    lines = [f"{title}: {_short(metadata[key])}." for key, title in NOTED.items() if metadata.get(key)]
+def noted(metadata: dict[str, str], usage: str | None = None) -> list[str]:
+    """The entries of a header that people look for, a sentence each, and the hash that it stores.
+
+    usage: how the LoRA is sampled, as stated already, which an entry need not repeat.
+    """
+    texts = {title: _short(metadata[key]) for key, title in NOTED.items() if metadata.get(key)}
+    lines = [f"{title}: {text}." for title, text in texts.items() if text != _short(usage or "")]
     stored = metadata.get("sshs_model_hash") or metadata.get("modelspec.hash_sha256", "").removeprefix("0x")
     return [*lines, f"AutoV3 in the header: {printable(stored[:12])}."] if stored else lines
 

@@ -16,7 +16,7 @@ the levels of n steps, so what was trained and what is sampled cannot differ. Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -151,6 +151,14 @@ class PhaseGrid:
         kind = "level" if self.phases == 1 else "phase edge"
         note = f"denoise {denoise:g} starts at the nearest {kind}, which is {strength:g}: "
         return LevelPlan(ticks, strength, (f"{note}{len(ticks) - 1} of {steps} steps.",))
+
+    def plan_at_most(self, steps: int, denoise: float = 1.0) -> LevelPlan:
+        """`plan` for a number of steps from a widget, whose range is the same for every LoRA: where there are fewer
+        levels than steps, all of them, and a note that says so."""
+        plan = self.plan(min(steps, self.points), denoise)
+        if steps <= self.points:
+            return plan
+        return replace(plan, notes=(f"{count_steps(self.points)} of {steps}: there are no more levels.", *plan.notes))
 
     def _one_phase(self, steps: int, denoise: float) -> LevelPlan:
         """`plan` with one phase: so many steps from the nearest point on, as in diffusers' LCMScheduler."""

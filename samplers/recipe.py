@@ -51,6 +51,7 @@ SOFTWARE = {
     (True, False): ("lcm + simple", "LCM"),
     (True, True): ("lcm + simple", "FlowMatchLCM"),
 }
+BARE = "bare"  # the objective of a recipe for a model without a few-step LoRA
 DISTILLED_POINTS = 50  # of the DDIM grid that LCM and TCD are trained and sampled on
 MOST_FRESH = 8  # steps that re-noise all, above which pictures only become plainer
 SAME_SHIFT = 0.005  # share by which two shifts may differ: mu 1.1 is 3.004
@@ -63,7 +64,7 @@ class Recipe:
 
     family: base model family, a key of `families.FAMILIES`, or any other for a flow model.
     objective: the training objective: "pcm", "lcm", "tcd", "hyper", "lightning", "dmd2", "flash", "turbo" or
-        another; "unknown" where the settings are the user's.
+        another; "unknown" where the settings are the user's, `BARE` for a model without a few-step LoRA.
     mode: "deterministic" (phase jumps, a step for each phase) or "stochastic"
         (fresh noise in between, any few steps).
     gamma: how much of the noise between steps is fresh, in [0, 1] (`sample_phased`): 0 where deterministic,
@@ -200,7 +201,7 @@ class Recipe:
     @property
     def has_own_steps(self) -> bool:
         """Whether it was made for one number of steps, that of its phases."""
-        return self.mode == "deterministic" or bool(self.levels_given)
+        return (self.mode == "deterministic" and self.objective != BARE) or bool(self.levels_given)
 
     def at_size(self, width: int, height: int) -> Recipe:
         """The recipe with the shift for pictures of this size in pixels, where it hangs on that."""

@@ -34,6 +34,7 @@ ComfyUI is at {url}
   1. Open it in a browser.
   2. Templates > phased-consistency > 00_demo
   3. Run: a picture in 4 steps. Change the words, and run again.
+  4. The templates below it edit pictures that are there already, with a click each.
 
 Its log is {log}. Ctrl-C ends it."""
 

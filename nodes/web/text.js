@@ -4,17 +4,20 @@
 // tab is, and written where it belongs.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { WARNING, addSentences, isOurs, sentencesOn } from "./sentences.js";
 
 const KEY = "phased-consistency.tabs"; // in the browser's session
+const MOST_LETTERS = 500; // of a line of what a node has failed with
+const LIFE = 20000; // milliseconds that a warning is shown in App Mode
 const MOST = 1000; // tabs, and prompts of a tab, that are kept
-const WARNING = "⚠ "; // as in nodes/host.py
-const PREVIEW = "$$node-text-preview"; // the frontend's widget
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is drawn anew; for a moment, of any
 
-// A tab is { path, id, said, prompts }: where its workflow is kept and its graph's id; node -> [type, what it said last];
-// prompt that has not ended -> its nodes of ours, node -> type. "5:3" is node 3 in the subgraph that is node 5.
+// A tab is { path, id, said, prompts }: where its workflow is kept and its graph's id; node -> [type, what it said last,
+// whether that is what it failed with]; prompt that has not ended -> its nodes of ours, node -> type. "5:3" is node 3 in
+// the subgraph that is node 5.
 const tabs = new Map(); // workflow that is open -> its tab
 let others = []; // tabs that are not open: closed, or not opened since the page was loaded again
+const notified = new Set(); // warnings of the run under way that were shown in App Mode
 let running = null; // the prompt that the host is at
 let loads = 0; // of graphs, that have not ended: the graph that is there may not be the active tab's
 let queueing = Promise.resolve(); // until the host has answered all that was queued
@@ -48,13 +51,18 @@ function follow() {
 }
 
 // Write on a node as the frontend itself does. `again` tells it from what the host sends.
-const write = (nodeId, text) => api.dispatchCustomEvent("progress_text", { nodeId, text, again: true });
+function write(nodeId, text) {
+  const node = nodeAt(nodeId);
+  if (isOurs(node)) addSentences(node); // a node that says nothing may have failed
+  api.dispatchCustomEvent("progress_text", { nodeId, text, again: true });
+}
 
 function erase(node) {
-  const index = node?.widgets?.findIndex((widget) => widget.name === PREVIEW) ?? -1;
-  if (index < 0) return;
-  node.widgets[index].onRemove?.();
-  node.widgets.splice(index, 1);
+  const widget = sentencesOn(node);
+  if (!widget) return;
+  if (isOurs(node)) return void (widget.value = "");
+  widget.onRemove?.(); // the frontend's own, on a node of another kind
+  node.widgets.splice(node.widgets.indexOf(widget), 1);
 }
 
 function writeAll() {
@@ -68,8 +76,44 @@ function writeAll() {
   }
 }
 
-function keep(tab, id, type, text) {
-  tab.said[id] = [type, text];
+function keep(tab, id, type, text, failed = false) {
+  tab.said[id] = [type, text, failed];
+  store();
+  if (isOpen(tab)) notify(id, text);
+}
+
+// Where the graph is hidden, as in App Mode, show a node's warnings beside the pictures, each text once in a run.
+function notify(id, text) {
+  const { activeMode, initialMode } = app.extensionManager?.workflow.activeWorkflow ?? {};
+  const warnings = text.split("\n").filter((line) => line.startsWith(WARNING));
+  const key = `${id}\n${warnings.join("\n")}`;
+  if ((activeMode ?? initialMode) !== "app" || !warnings.length || notified.has(key)) return;
+  notified.add(key);
+  const detail = warnings.map((line) => line.slice(WARNING.length)).join("\n");
+  app.extensionManager.toast.add({ severity: "warn", summary: nodeAt(id)?.title, detail, life: LIFE });
+}
+
+// What a node has failed with takes the place of its sentences, which are of an earlier run, until the next one starts.
+function fail(tab, id, type, lines) {
+  if (!type?.startsWith("PCM")) return;
+  const text = lines.map((line) => WARNING + line.slice(0, MOST_LETTERS)).join("\n");
+  keep(tab, id, type, text, true);
+  if (isOpen(tab)) write(id, text);
+}
+
+// Ours are sentences; others may be no more than a number.
+function linesOf({ exception_type, exception_message }) {
+  const message = `${exception_message ?? ""}`.trim();
+  return (exception_type === "ValueError" && message ? message : `${exception_type}: ${message}`).split("\n");
+}
+
+function dropFailures(tab, ids) {
+  notified.clear();
+  for (const id of ids) {
+    if (!tab.said[id]?.[2]) continue;
+    delete tab.said[id];
+    if (isOpen(tab)) erase(nodeAt(id));
+  }
   store();
 }
 
@@ -94,7 +138,11 @@ async function note({ output }, answer) {
   follow();
   const tab = activeTab();
   const types = Object.entries(output).map(([id, node]) => [id, node.class_type]);
-  const { prompt_id } = await answer;
+  dropFailures(tab, Object.keys(output));
+  const { prompt_id, node_errors } = await answer.catch((error) => error?.response ?? {});
+  for (const [id, { class_type, errors }] of Object.entries(node_errors ?? {})) // of what the host refuses to run
+    fail(tab, id, class_type, errors.map(({ message, details }) => `${message}: ${details}`));
+  if (!prompt_id) return;
   tab.prompts[prompt_id] = Object.fromEntries(types.filter(([, type]) => type?.startsWith("PCM")));
   for (const oldest of Object.keys(tab.prompts).slice(0, -MOST)) delete tab.prompts[oldest];
   store();
@@ -139,6 +187,11 @@ onNews("executed", (tab, prompt, detail) => {
   if (!type || !text) return;
   keep(tab, id, type, text);
   if (isOpen(tab)) write(id, text);
+});
+
+onNews("execution_error", (tab, prompt, detail) => {
+  const id = `${detail.node_id}`;
+  fail(tab, id, tab.prompts[prompt][id], linesOf(detail));
 });
 
 for (const event of ["execution_success", "execution_error", "execution_interrupted"])

@@ -77,7 +77,8 @@ def warnings_in(text: str) -> list[str]:
 
 @dataclass
 class Watched:
-    """What a browser is told: text by node, preview pictures, how far each node is, and the error if there was one.
+    """What a browser is told: text by node, preview pictures (how many, and the last as JPEG), how far each node is,
+    and the error if there was one.
 
     texts: without the marks of warnings. warnings: by node, the lines that are marked.
     """
@@ -86,13 +87,16 @@ class Watched:
     warnings: dict[str, list[str]] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     previews: int = 0
+    last_preview: bytes = b""
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     finished: bool = False
 
     def note(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
             kind = int.from_bytes(message[:4], "big")
-            self.previews += kind == 1
+            if kind == 1:
+                self.previews += 1
+                self.last_preview = message[8:]  # after the kind of picture
             if kind == 3:
                 end = 8 + int.from_bytes(message[4:8], "big")
                 self.hear(message[8:end].decode(), message[end:].decode())

@@ -55,6 +55,7 @@ OTHER_SAMPLING = (  # core's nodes, with the default of their widgets but for wh
     ),
     ("ModelSamplingDiscrete", "what the model predicts", {"sampling": "v_prediction", "zsnr": False}),
 )
+BARE_MODEL = "No few-step LoRA here: the bare model is drawn. Is one merged in? Add PCM Recipe."
 NO_RECIPE = (
     "No recipe is connected, and the model carries none: connect the recipe of Load PCM LoRA, which may be bypassed. "
     "For a model with a few-step LoRA merged in, put PCM Recipe after its loader."
@@ -144,8 +145,8 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
         ),
         Mistake(
             "Load PCM LoRA bypassed (Ctrl+B)",
-            NO_RECIPE,
-            "its strength 0 for the bare model; PCM Recipe for a checkpoint that has such a LoRA merged in",
+            BARE_MODEL,
+            "nothing, to see the picture without the LoRA; PCM Recipe for a checkpoint that has such a LoRA merged in",
             bypassed,
         ),
         Mistake(

@@ -16,6 +16,10 @@ from host.test_editing import failed
 from host.test_flow import sd3
 from phased_consistency.samplers.recipe import Recipe
 
+MODES = (
+    "Write from recipe, deterministic, stochastic, or gamma and a number from 0 to 1, such as: deterministic, "
+    "stochastic, gamma 0.3."
+)
 MADE_FOR = "This LoRA was made for 4 steps, not 2: set steps to 4."
 
 
@@ -90,29 +94,42 @@ def written(text: str, size: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(page.height, page.width) / 255
 
 
-def places(page: torch.Tensor, ink: torch.Tensor) -> list[int]:
-    """The rows of `page` (H, W), 0 where empty and 1 where white, at which this ink is found."""
+def places(page: torch.Tensor, ink: torch.Tensor) -> list[tuple[int, int]]:
+    """The rows and columns of `page` (H, W), 0 where empty and 1 where white, at which this ink is found."""
     windows = page.unfold(0, ink.shape[0], 1).unfold(1, ink.shape[1], 1)
-    return (windows - ink).abs().amax((2, 3)).lt(0.02).nonzero()[:, 0].tolist()
+    return [tuple(place) for place in (windows - ink).abs().amax((2, 3)).lt(0.02).nonzero().tolist()]
+
+
+def corners_of(grid: torch.Tensor, picture: torch.Tensor) -> list[tuple[int, int]]:
+    """The rows and columns at which a picture (h, w, C) stands in a grid (H, W, C), bit for bit."""
+    height, width = picture.shape[:2]
+    corners = (grid == picture[0, 0]).all(-1).nonzero().tolist()
+    return [(y, x) for y, x in corners if torch.equal(grid[y : y + height, x : x + width], picture)]
 
 
 def test_the_grid_has_every_picture_in_its_place_with_its_label(compared):
     grid, batch, *_ = compared
     size, gap = 14, 7
-    column = grid.shape[1] - 2 * (64 + gap)
-    tall = (grid.shape[0] - gap) // 4 - gap
-    assert tall >= 64
-    tops = [gap + i * (tall + gap) for i in range(4)]
-    for i, top in enumerate(tops):
-        for j in range(2):
-            left = column + j * (64 + gap)
-            assert torch.equal(grid[top : top + 64, left : left + 64], batch[2 * i + j])
-    page = (grid[:, :column, 0] - 0.1) / 0.9
-    rows = {"4 steps": (0, 2), "2 steps": (1, 3), "8 evaluations": (0, 2), "4 evaluations": (1, 3)}
-    rows |= {"deterministic": (0, 1), "stochastic, gamma 0.3": (2, 3), "CFG 1.5": (0, 1, 2, 3), "3 steps": ()}
-    for text, wanted in rows.items():
-        row_numbers = [(at - gap) // (tall + gap) for at in places(page, written(text, size))]
-        assert row_numbers == list(wanted), text
+    corners = [place for each in batch for place in corners_of(grid, each)]
+    tops, lefts = (sorted({corner[axis] for corner in corners}) for axis in (0, 1))
+    assert corners == [(top, left) for top in tops for left in lefts], "a row for each mode, a batch side by side"
+    assert (len(tops), len(lefts)) == (2, 4) and lefts[1] - lefts[0] == lefts[3] - lefts[2] == 64 + gap
+    page = (grid[..., 0] - 0.1) / 0.9
+    cells = {
+        "4 steps": [(-1, 0)],
+        "2 steps": [(-1, 1)],
+        "deterministic": [(0, -1)],
+        "stochastic": [(1, -1)],
+        "gamma 0.3": [(1, -1)],
+        "CFG 1.5": [(0, -1), (1, -1)],
+        "8 evaluations": [(0, 0), (1, 0)],
+        "4 evaluations": [(0, 1), (1, 1)],
+        "3 steps": [],
+    }
+    for text, wanted in cells.items():
+        corners = places(page, written(text, size))
+        in_cells = [(sum(y >= top for top in tops) - 1, sum(x >= left for left in lefts[::2]) - 1) for y, x in corners]
+        assert in_cells == wanted, text
 
 
 def test_a_large_picture_has_large_letters_and_image_to_image_says_its_steps(server):
@@ -121,15 +138,32 @@ def test_a_large_picture_has_large_letters_and_image_to_image_says_its_steps(ser
     node = compare(graph, links, step_counts="2", modes="from recipe", denoise=0.5)
     run, (grid,) = server.tensors(graph, out(node))
     assert run.text(node).splitlines()[-1] == "2 steps, stochastic, CFG 1: 2 evaluations."
-    page = (grid[0, :, : grid.shape[2] - 64 - 16, 0] - 0.1) / 0.9
+    page = (grid[0, ..., 0] - 0.1) / 0.9
     assert len(places(page, written("2 evaluations", 32))) == 1
 
 
+def test_one_bad_entry_is_named_and_the_others_are_drawn(server):
+    graph, links = loaded()
+    node = compare(graph, links, step_counts="4, four, 99, 4", modes="fast, deterministic, from recipe")
+    run, (batch,) = server.tensors(graph, out(node, 1))
+    assert len(batch) == 1
+    assert run.warnings(node) == [
+        "step_counts is '4, four, 99, 4', of which 'four' is no number of steps. Write whole numbers, such as 1, 2, "
+        "4, 8.",
+        f"modes is 'fast, deterministic, from recipe', of which 'fast' is none. {MODES}",
+        "modes is 'fast, deterministic, from recipe', of which some are the same for this LoRA: each is drawn once.",
+        "99 of step_counts is left out: steps must be between 1 and 40, the number of solver points; got 99.",
+    ]
+    assert run.text(node).splitlines()[-1] == "4 steps, deterministic, CFG 1: 4 evaluations."
+
+
 WRONG = {
-    ("step_counts", "2, four"): "step_counts is '2, four', of which 'four' is no number of steps. Write whole numbers",
     ("step_counts", "2.5"): "step_counts is '2.5', of which '2.5' is no number of steps.",
     ("step_counts", " "): "step_counts is ' ', in which there is no number. Write whole numbers, such as 1, 2, 4, 8.",
-    ("step_counts", "4, 99"): "steps must be between 1 and 40, the number of solver points; got 99.",
+    (
+        "step_counts",
+        "99",
+    ): "99 of step_counts is left out: steps must be between 1 and 40, the number of solver points; got 99.",
     ("modes", "fast"): "modes is 'fast', of which 'fast' is none. Write from recipe, deterministic, stochastic, or",
     ("modes", "gamma 1.5"): "modes is 'gamma 1.5', of which 'gamma 1.5' is none.",
     ("modes", ","): "modes is ',', in which there is none.",

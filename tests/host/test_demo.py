@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from host.graphs import sample
+from host.graphs import edit, ksampler, picture, sample
 from host.server import Graph, out
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import generate
@@ -22,7 +25,8 @@ PROMPT = "A fox left of a moon on a striped blue background"
 @pytest.fixture(scope="module")
 def demo(models, tmp_path_factory) -> SimpleNamespace:
     """The command's files in the host's folders; the same base and LoRA in the trainer."""
-    for path in write_files(tmp_path_factory.mktemp("demo")):
+    write_files(folder := tmp_path_factory.mktemp("demo"))
+    for path in (folder / "models").rglob("*.safetensors"):
         place = models.folder / path.parent.name / path.name
         place.unlink(missing_ok=True)
         shutil.copy(path, place)
@@ -86,6 +90,80 @@ def test_words_it_has_not_learnt_are_named(server, demo, text, sentence):
     graph.add("SaveLatent", samples=out(str(len(graph))), filename_prefix="test")
     with pytest.raises(AssertionError, match=sentence):
         server.latents(graph)
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 128), (128, 264)])
+def test_a_picture_beyond_the_bases_edge_is_told(server, demo, width, height):
+    """By every node that samples; where core's does, on the loader."""
+    graph, links = graph_of()
+    links["latent"] = out(graph.add("EmptySD3LatentImage", width=width, height=height, batch_size=1))
+    nodes = {"ours": sample(graph, links), "core's": ksampler(graph, links)}
+    seen = {name: server.watch(upstream(graph, node)) for name, node in nodes.items()}
+    fault = (
+        f"{width} x {height} pixels are too many: this SD3 model draws at most 256 on an edge. Set width and height to "
+        "256 or less, or make the picture smaller before."
+    )
+    if max(width, height) <= 256:
+        assert not any(each.error for each in seen.values())
+        assert fault not in seen["core's"].warnings[links["model"][0]]
+        return
+    assert seen["ours"].error["exception_message"].strip() == fault
+    assert seen["core's"].warnings[links["model"][0]][0] == fault
+
+
+@pytest.mark.parametrize(("make", "most"), [(sample, 0.02), (ksampler, 0.1)], ids=["ours", "core's"])
+def test_previews_are_in_the_bases_own_colours(server, demo, make, most):
+    """The last one, which is of the finished latent: by its decoder, and in core's sampler a colour for each cell."""
+    graph, links = graph_of()
+    drawn = make(graph, links, seed=11)
+    seen = server.watch(upstream(graph, drawn))
+    with Image.open(io.BytesIO(seen.last_preview)) as preview:
+        shown = torch.from_numpy(np.array(preview.convert("RGB").resize((16, 16), Image.BOX))) / 255
+    assert seen.previews == 4
+    picture = out(graph.add("VAEDecode", samples=out(drawn), vae=links["vae"]))
+    _, (pixels,) = server.tensors(graph, picture)
+    cells = pixels[0].unflatten(0, (16, 8)).unflatten(2, (16, 8)).mean((1, 3))
+    assert (shown - cells).abs().mean() < most
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "channels"), [(1, 1, 3), (70, 50, 4), (128, 256, 3), (257, 16, 3), (900, 700, 1)]
+)
+@pytest.mark.parametrize("kind", ["Inpaint", "Outpaint", "Colorize", "SuperResolution", "Stroke", "Denoise"])
+def test_a_picture_of_any_size_is_edited_or_told_why_not(server, demo, kind, width, height, channels):
+    """Before it is encoded."""
+    graph, links = graph_of()
+    links |= picture(graph, width, height, channels=channels)
+    sockets = {"image": links["image"]} | ({"mask": links["mask"]} if kind == "Inpaint" else {})
+    node = edit(graph, links, kind, **sockets)
+    graph.add("SaveImage", images=out(node), filename_prefix="test")
+    error = server.run(graph).error
+    edges = {"Outpaint": (width + 24, height), "SuperResolution": (2 * width, 2 * height)}.get(kind, (width, height))
+    if max(edges) <= 256:
+        assert error is None, error["exception_message"]
+    else:
+        assert "pixels are too many: this SD3 model draws at most 256 on an edge." in error["exception_message"]
+
+
+def upstream(graph: Graph, node: str) -> Graph:
+    """The graph that leads to this LATENT, which is saved."""
+    alone = Graph(graph)
+    alone.add("SaveLatent", samples=out(node), filename_prefix="test")
+    return alone
+
+
+def test_more_steps_than_there_are_levels_are_a_sentence(server, demo):
+    """The widget goes to 100; this LoRA's grid has 20 levels."""
+    graph, links = graph_of()
+    nodes = {steps: sample(graph, links, steps=steps) for steps in (20, 30, 100)}
+    run, latents = server.latents(graph, *nodes.values())
+    assert all(torch.equal(latents[0], latent) for latent in latents[1:])
+    for steps, node in nodes.items():
+        assert run.text(node).splitlines() == [
+            f"This LoRA was made for 4 steps, not {steps}: set steps to 4.",
+            *([f"20 steps of {steps}: there are no more levels."] if steps > 20 else []),
+            "20 steps at CFG 1, deterministic.",
+        ]
 
 
 def test_an_empty_prompt_is_a_negative_and_says_so(server, demo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from host.graphs import edit, ksampler, loaded, picture, sample, scheduler
 from host.server import Graph, out
-from host.symptoms import NO_RECIPE
+from host.symptoms import BARE_MODEL, NO_RECIPE
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.recipe import HEADER_KEY
 
@@ -165,28 +166,44 @@ def test_a_few_step_checkpoint_with_its_recipe_beside_it_is_no_bare_model(server
     assert run.warnings(sampled) == []
 
 
-SHOWN = {  # a node without a recipe -> a node that its result goes to
-    "PCMSample": ("SaveLatent", "samples", {"filename_prefix": "test"}),
-    "PCMInpaint": ("SaveImage", "images", {"filename_prefix": "test"}),
-    "PCMScheduler": ("TestSigmas", "sigmas", {}),
-}
+def bypassed(make: Callable[..., str], *lora: str, **settings: Any) -> tuple[Graph, dict[str, list], str]:
+    """A graph with a node whose loader is bypassed, as the frontend queues it: the model comes from the checkpoint, and
+    no recipe at all."""
+    graph, links = loaded(*lora, **settings)
+    node = make(graph, links)
+    del graph[node]["inputs"]["recipe"]
+    graph[node]["inputs"] |= {"model": links["base"]} if "model" in graph[node]["inputs"] else {}
+    return graph, links, node
 
 
-@pytest.mark.parametrize("kind", SHOWN)
-def test_a_bypassed_loader_gets_a_sentence(server, kind):
-    """As the frontend queues it: the model comes from the checkpoint, and no recipe at all."""
-    graph, links = loaded()
-    makers = {"PCMSample": sample, "PCMScheduler": scheduler, "PCMInpaint": inpainted}
-    node = makers[kind](graph, links)
-    inputs = graph[node]["inputs"]
-    del inputs["recipe"]
-    if "model" in inputs:
-        inputs["model"] = links["base"]
-    shown, socket, widgets = SHOWN[kind]
+def test_a_bypassed_loader_shows_the_picture_without_the_lora(server):
+    """As the bare model is drawn by core, whatever node samples it; and in the steps that are set."""
+    graph, links, ours = bypassed(sample)
+    bare = links | {"model": links["base"]}
+    core = ksampler(graph, bare, steps=25, cfg=7.0)
+    few = sample(graph, bare, steps=4, cfg=1.0)
+    del graph[few]["inputs"]["recipe"]
+    run, (drawn, theirs, _) = server.latents(graph, ours, core, few)
+    assert (drawn - theirs).abs().max() < 1e-3 * theirs.abs().max()
+    assert run.text(ours).splitlines() == [BARE_MODEL, "25 steps at CFG 7, deterministic."]
+    assert run.text(few).splitlines() == [BARE_MODEL, "4 steps at CFG 1, deterministic."]
+
+    graph, _, edited = bypassed(lambda graph, links: edit(graph, links, "Inpaint", **picture(graph)))
+    graph.add("SaveImage", images=out(edited), filename_prefix="test")
+    assert BARE_MODEL in server.run(graph).warnings(edited)
+
+
+@pytest.mark.parametrize(
+    ("make", "socket", "shown", "settings"),
+    [
+        (scheduler, "sigmas", "TestSigmas", {}),
+        (sample, "samples", "SaveLatent", {"checkpoint": "tiny_LCM.safetensors"}),
+    ],
+    ids=["no model", "a checkpoint that is fast already"],
+)
+def test_a_bypassed_loader_gets_a_sentence_where_no_recipe_is_known(server, make, socket, shown, settings):
+    graph, _, node = bypassed(make, **settings)
+    widgets = {"filename_prefix": "test"} if shown == "SaveLatent" else {}
     graph.add(shown, **widgets, **{socket: out(node)})
     error = server.run(graph).error
     assert (error["node_id"], error["exception_message"].strip()) == (node, NO_RECIPE)
-
-
-def inpainted(graph: Graph, links: dict[str, list]) -> str:
-    return edit(graph, links, "Inpaint", **picture(graph))

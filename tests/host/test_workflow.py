@@ -13,20 +13,34 @@ from PIL import Image
 from host import templates
 from host.stand_ins import make_small, skip_without_small
 from host.templates import WORKFLOWS
-from host.workflows import NOTES, ROOT, is_widget, specs_of, to_api
+from host.workflows import NOTES, ROOT, is_widget, overlap, specs_of, to_api
 from phased_consistency.trainer.tiny.comfy import write_files
 
 TITLE = 30  # pixels that a node's title takes above it
 FOUR = "4 steps, CFG 1 (1 to 2), deterministic."
 WHOLE, EIGHT = (f"{steps} steps at CFG 1, deterministic." for steps in (4, 8))
 ONLY = "Only for the checkpoint pcm_demo_emoji."
+DEMO = f"{ONLY}\nEmpty: no prompt, as for a negative.\n{ONLY}"
+COMPARED = "\n".join(
+    f"{steps} step{'s' * (steps > 1)}, deterministic, CFG 1: {steps} evaluation{'s' * (steps > 1)}."
+    for steps in (1, 2, 4, 8)
+)
+DENOISED = r"The noise was estimated: [\d.]+ levels of 255.\n\d steps? at CFG 1, deterministic."
 SAID = {  # all that the nodes after Load PCM LoRA say, in their order: a warning would be more
-    "00_demo": f"{ONLY}\nEmpty: no prompt, as for a negative.\n{ONLY}\n{WHOLE}",
+    "00_demo": f"{DEMO}\n{WHOLE}",
+    "00_demo_1_compare": f"{DEMO}\n{COMPARED}",
+    "00_demo_2_image_to_image": f"{DEMO}\n2 steps at CFG 1, deterministic.",
+    "00_demo_3_inpaint": f"{DEMO}\n{WHOLE}",
+    "00_demo_4_outpaint": f"{DEMO}\n{WHOLE}",
+    "00_demo_5_colorize": f"{DEMO}\n{WHOLE}",
+    "00_demo_6_super_resolution": f"{DEMO}\n3 steps at CFG 1, deterministic.",
+    "00_demo_7_stroke_to_image": f"{DEMO}\n3 steps at CFG 1, deterministic.\nThe strength is 0.75.",
+    "00_demo_8_denoise": f"{DEMO}\n{DENOISED}",
+    "00_demo_9_interpolate": f"{ONLY}\n{DEMO}\n{WHOLE}\n8 frames, each of them sampled by itself.",
     "01_text_to_image_sd15": WHOLE,
     "02_text_to_image_sdxl": WHOLE,
     "03_text_to_image_sd3": "4 steps at CFG 1.2, deterministic.",
-    "04_compare_steps": "1 step, deterministic, CFG 1: 1 evaluation.\n2 steps, deterministic, CFG 1: 2 evaluations.\n"
-    "4 steps, deterministic, CFG 1: 4 evaluations.\n8 steps, deterministic, CFG 1: 8 evaluations.",
+    "04_compare_steps": COMPARED,
     "05_image_to_image": "2 steps at CFG 1, deterministic.",
     "06_hires_pass": f"{WHOLE}\n2 steps at CFG 1, deterministic.",
     "07_inpaint": WHOLE,
@@ -34,7 +48,7 @@ SAID = {  # all that the nodes after Load PCM LoRA say, in their order: a warnin
     "09_colorize": WHOLE,
     "10_super_resolution": "3 steps at CFG 1, deterministic.",
     "11_stroke_to_image": "3 steps at CFG 1, deterministic.\nThe strength is 0.75.",
-    "12_denoise": r"The noise was estimated: [\d.]+ levels of 255.\n\d steps? at CFG 1, deterministic.",
+    "12_denoise": DENOISED,
     "13_interpolate": f"{WHOLE}\n2 frames, each of them sampled by itself.",
     "14_inpaint_with_controlnet": "4 steps, sigmas 14.61, 4.082, 1.613, 0.6932, 0.",
     "15_cfg_schedule": "The other steps are at CFG 1, below the LoRA's 3.\n"
@@ -55,18 +69,32 @@ LOADED = {  # what Load PCM LoRA says first
     "19_wan22_two_experts": "4 steps, CFG 1 (1 to 1), deterministic.",
 }
 SIZES = {  # of what comes out, where it is not that of what goes in; None: as the labels are
-    "00_demo": (512, 512),
+    "00_demo_1_compare": None,
     "04_compare_steps": None,
     "06_hires_pass": (128, 128),
     "08_outpaint": (96, 64),
 }
-FRAMES = {"13_interpolate": 2, "19_wan22_two_experts": 5}
+FOLDERS = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "CLIPLoader": "text_encoders",
+    "ControlNetLoader": "controlnet",
+    "DualCLIPLoader": "text_encoders",
+    "PCMLoadLora": "loras",
+    "UNETLoader": "diffusion_models",
+    "VAELoader": "vae",
+}
+FRAMES = {"00_demo_9_interpolate": 8, "13_interpolate": 2, "19_wan22_two_experts": 5}
+
+
+def is_demo(name: str) -> bool:
+    """Whether a template is drawn by the bundled base."""
+    return name.startswith("00_demo")
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda p: p.stem)
 def shipped(request: pytest.FixtureRequest, server, picture) -> SimpleNamespace:
     """A workflow by name: its graph, and what its nodes' kinds are like on this host."""
-    if request.param.stem == "00_demo":  # which has files of its own
+    if is_demo(request.param.stem):  # which has files of its own
         write_files(server.base)
     graph = json.loads(request.param.read_text(encoding="utf-8"))
     types = {node["type"] for node in graph["nodes"]} - set(NOTES)
@@ -94,7 +122,7 @@ def test_a_shipped_workflow_is_whole(shipped):
 def test_a_shipped_workflow_runs_and_says_what_it_did(server, shipped):
     graph, name = to_api(shipped.graph, shipped.kinds), shipped.path.stem
     skip_without_small(server, graph)
-    if name != "00_demo":
+    if not is_demo(name):
         make_small(graph)
     run = server.run(graph)
     assert run.error is None, run.error
@@ -105,7 +133,8 @@ def test_a_shipped_workflow_runs_and_says_what_it_did(server, shipped):
     saved = run.outputs[next(i for i, kind in kinds.items() if kind.startswith("Save"))]["images"][0]
     assert saved["filename"].startswith("pcm")
     with Image.open(server.base / "output" / saved["filename"]) as image:
-        assert image.size == (SIZES.get(name, (64, 64)) or image.size)
+        usual = (512, 512) if is_demo(name) else (64, 64)
+        assert image.size == (SIZES.get(name, usual) or image.size)
         assert getattr(image, "n_frames", 1) == FRAMES.get(name, 1)
 
 
@@ -121,7 +150,22 @@ def test_the_shipped_workflows_are_those_described(server):
 
 
 def test_the_shipped_workflows_are_numbered_without_a_gap():
-    assert [path.stem.split("_")[0] for path in WORKFLOWS] == [f"{i:02}" for i in range(len(WORKFLOWS))]
+    names = [path.stem.split("_") for path in WORKFLOWS]
+    edits = [parts[2] for parts in names if parts[0] == "00" and len(parts) > 2]
+    assert [parts[0] for parts in names] == ["00"] * len(edits) + [f"{i:02}" for i in range(len(names) - len(edits))]
+    assert edits == [f"{i}" for i in range(1, len(edits) + 1)]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_every_file_of_a_model_is_offered_for_download(path):
+    """ComfyUI's page takes addresses of Hugging Face that end in .safetensors; the demo's files come with the pack."""
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        entries = node["properties"].get("models", [])
+        assert [entry["name"] for entry in entries] == ([] if is_demo(path.stem) else files)
+        assert {entry["directory"] for entry in entries} <= {FOLDERS.get(node["type"])}
+        for entry in entries:
+            assert re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/\S+\.safetensors", entry["url"])
 
 
 def test_what_names_a_template_names_one_that_there_is():
@@ -147,7 +191,3 @@ def test_no_node_lies_on_another_or_out_of_its_group(path):
 
 def box(left: int, top: int, width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
-
-
-def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,8 +21,11 @@ ROOT = Path(__file__).parents[2]
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-NOTE, TOP = -440, 90  # where the note begins, and with it every column
+LEFT, TOP = 40, 90  # of the first node
 ABOVE, BESIDE = 70, 20  # a group's title and frame around its nodes
+GAP = 50  # between two nodes under one another, of which a title takes 30, and between two columns
+LETTER, LINE, BETWEEN, AROUND = 5, 12, 0.6, 85  # of a note: pixels, but for the lines between two paragraphs
+PAGE, SHARE = (1440, 900), 0.75  # of a page, and the share of it that a template fills when ComfyUI opens it
 Kinds = dict[str, dict[str, Any]]
 
 
@@ -38,9 +42,15 @@ class Node:
     def __init__(self, kind: str, height: int, title: str = "", /, **inputs: Any):
         self.kind, self.height, self.title, self.inputs = kind, height, title, inputs
         self.models: tuple[dict[str, str], ...] = ()
+        self.after_run = "randomize"
 
     def __getitem__(self, slot: int) -> Out:
         return Out(self, slot)
+
+    def fixed(self) -> Node:
+        """The node, whose seed stays as it is after a run."""
+        self.after_run = "fixed"
+        return self
 
     def of(self, *models: dict[str, str]) -> Node:
         """The node, which tells where its files are: name, url and directory of each."""
@@ -48,20 +58,31 @@ class Node:
         return self
 
 
-class Column:
-    """Nodes under one another, in a group."""
+class Group:
+    """Nodes under one another, in a frame with a title."""
 
-    def __init__(self, title: str, *nodes: Node, width: int = 340, gap: int = 50):
-        self.title, self.nodes, self.width, self.gap = title, nodes, width, gap
+    def __init__(self, title: str, *nodes: Node):
+        self.title, self.nodes = title, nodes
 
     @property
-    def bottom(self) -> int:
-        return TOP + sum(node.height for node in self.nodes) + self.gap * (len(self.nodes) - 1)
+    def height(self) -> int:
+        return sum(node.height for node in self.nodes) + GAP * (len(self.nodes) - 1)
+
+
+class Column:
+    """Groups under one another."""
+
+    def __init__(self, *groups: Group, width: int = 320):
+        self.groups, self.width = groups, width
+
+    @property
+    def height(self) -> int:
+        return sum(group.height for group in self.groups) + (ABOVE + 2 * BESIDE) * (len(self.groups) - 1)
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """A template. name: of its files. note: Markdown, left of the columns."""
+    """A template. name: of its files. note: Markdown, at the top of the first column."""
 
     name: str
     note: str
@@ -69,23 +90,39 @@ class Workflow:
 
     def graph(self, kinds: Kinds) -> dict[str, Any]:
         """The graph in the form that the frontend saves. Raises ValueError for an input that a node does not have."""
-        bottom = max(column.bottom for column in self.columns)
-        listed = [node for column in self.columns for node in column.nodes]
+        listed = [node for column in self.columns for group in column.groups for node in group.nodes]
         ids = {node: i for i, node in enumerate(listed, 1)}
         links = list(self._links(kinds, ids))
-        nodes = [_saved(node, ids[node], place, kinds[node.kind], links) for node, place in self._places()]
+        nodes = [
+            _saved(node, ids[node], (left, top, width), kinds[node.kind], links)
+            for left, width, _, members in self._frames()
+            for node, top in members
+        ]
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, self.name)),
             "revision": 0,
             "last_node_id": len(nodes) + 1,
             "last_link_id": len(links),
-            "nodes": [*nodes, _note(self.note, len(nodes) + 1, bottom - TOP)],
+            "nodes": [*nodes, _note(self.note, len(nodes) + 1, self.columns[0].width, self._note_height)],
             "links": links,
-            "groups": list(self._groups(bottom)),
+            "groups": list(self._groups()),
             "config": {},
-            "extra": {"ds": {"scale": 0.75, "offset": [540, 110]}},
+            "extra": {"ds": self._view()},
             "version": 0.4,
         }
+
+    @property
+    def _note_height(self) -> int:
+        return note_height(self.note, self.columns[0].width)
+
+    @property
+    def _bottom(self) -> int:
+        """Of the lowest node."""
+        return max(self._begin(i) + column.height for i, column in enumerate(self.columns))
+
+    def _begin(self, i: int) -> int:
+        """The top of the first node of a column."""
+        return TOP if i else TOP + self._note_height + BESIDE + ABOVE
 
     def _links(self, kinds: Kinds, ids: dict[Node, int]) -> Iterator[list]:
         numbers = count(1)
@@ -96,24 +133,47 @@ class Workflow:
                 kind = kinds[source.kind]["output"][output]
                 yield [next(numbers), ids[source], output, i, slot, kind]
 
-    def _places(self) -> Iterator[tuple[Node, tuple[int, int, int]]]:
-        """Each node with its left, top and width."""
-        for column, left in self._lefts():
-            top = TOP
-            for node in column.nodes:
-                yield node, (left, top, column.width)
-                top += node.height + column.gap
-
-    def _lefts(self) -> Iterator[tuple[Column, int]]:
-        left = 40
-        for column in self.columns:
-            yield column, left
+    def _frames(self) -> Iterator[tuple[int, int, str, list[tuple[Node, int]]]]:
+        """Left, width and title of every group, and its nodes with their tops."""
+        left = LEFT
+        for i, column in enumerate(self.columns):
+            top = self._begin(i)
+            for group in column.groups:
+                members = []
+                for node in group.nodes:
+                    members.append((node, top))
+                    top += node.height + GAP
+                yield left, column.width, group.title, members
+                top += ABOVE + 2 * BESIDE - GAP
             left += column.width + 3 * BESIDE
 
-    def _groups(self, bottom: int) -> Iterator[dict[str, Any]]:
-        for i, (column, left) in enumerate(self._lefts(), 1):
-            bounding = [left - BESIDE, TOP - ABOVE, column.width + 2 * BESIDE, bottom + BESIDE - (TOP - ABOVE)]
-            yield {"id": i, "title": column.title, "bounding": bounding, "color": "#3f789e", "flags": {}}
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        """The frames; the last of a column goes down to the lowest node of all."""
+        last = {column.groups[-1].nodes[-1] for column in self.columns}
+        for i, (left, width, title, members) in enumerate(self._frames(), 1):
+            begin, (end, top) = members[0][1], members[-1]
+            bottom = self._bottom if end in last else top + end.height
+            height = bottom + BESIDE - (begin - ABOVE)
+            bounding = [left - BESIDE, begin - ABOVE, width + 2 * BESIDE, height]
+            yield {"id": i, "title": title, "bounding": bounding, "color": "#3f789e", "flags": {}}
+
+    def _view(self) -> dict[str, Any]:
+        """Zoom and offset with which the whole graph is in the middle of a page, as newer hosts open a template."""
+        width = sum(column.width for column in self.columns) + 3 * BESIDE * (len(self.columns) - 1)
+        sizes = width, self._bottom - TOP
+        scale = round(min(SHARE * side / size for side, size in zip(PAGE, sizes, strict=True)), 2)
+        begins = LEFT, TOP
+        middle = [begin + size / 2 for begin, size in zip(begins, sizes, strict=True)]
+        return {"scale": scale, "offset": [round(side / 2 / scale - at) for side, at in zip(PAGE, middle, strict=True)]}
+
+
+def note_height(text: str, width: int) -> int:
+    """Pixels that a note of this width is to be high, so that all its text is shown."""
+    lines = 0.0
+    for line in text.splitlines():
+        item = line.startswith("- ")  # has a margin of its own
+        lines += (len(wrap(line, (width - 50 - 80 * item) // LETTER)) or BETWEEN) + BETWEEN * item
+    return round(AROUND + LINE * lines)
 
 
 def specs_of(kind: dict[str, Any]) -> dict[str, list]:
@@ -139,7 +199,7 @@ def _saved(node: Node, i: int, place: tuple[int, int, int], kind: dict[str, Any]
     for name, spec in specs.items():
         if is_widget(spec):
             values += [node.inputs[name] if name in node.inputs else _default(name, *spec)]
-            values += ["fixed"] * has_control(spec)
+            values += [node.after_run] * has_control(spec)
     sockets = (name for name in specs if isinstance(node.inputs.get(name), Out))
     incoming = [link for link in links if link[3] == i]
     properties = {"Node name for S&R": node.kind, "cnr_id": "comfy-core"}
@@ -179,13 +239,13 @@ def _default(name: str, kind: str | list, options: dict[str, Any] = MappingProxy
     return choices[0]
 
 
-def _note(text: str, i: int, height: int) -> dict[str, Any]:
+def _note(text: str, i: int, width: int, height: int) -> dict[str, Any]:
     kind = "MarkdownNote"
     return {
         "id": i,
         "type": kind,
-        "pos": [NOTE, TOP],
-        "size": [420, height],
+        "pos": [LEFT, TOP],
+        "size": [width, height],
         "flags": {},
         "order": i - 1,
         "mode": 0,
@@ -226,6 +286,11 @@ def widget_values(specs: dict[str, list], values: list[Any]) -> dict[str, Any]:
         if is_widget(spec):
             named[name] = rest.pop(0)
             if has_control(spec):
-                assert rest.pop(0) == "fixed"
+                assert rest.pop(0) in ("fixed", "randomize")
     assert rest == []
     return named
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes of left, top, right and bottom have a part in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -174,3 +174,13 @@ def test_steps_beyond_the_points_are_an_error(steps):
 def test_denoise_outside_its_range_is_an_error(denoise):
     with pytest.raises(ValueError, match="denoise must be above 0 and at most 1"):
         PhaseGrid().plan(denoise=denoise)
+
+
+def test_a_widget_beyond_the_points_gets_all_levels_there_are_and_a_note():
+    grid = PhaseGrid(20, 4)
+    assert grid.plan_at_most(20, 0.5) == grid.plan(20, 0.5)
+    for steps in (21, 100):
+        assert grid.plan_at_most(steps).ticks == grid.plan(20).ticks
+        assert grid.plan_at_most(steps).notes == (f"20 steps of {steps}: there are no more levels.",)
+    with pytest.raises(ValueError, match="steps must be between 1 and 20"):
+        grid.plan_at_most(0)

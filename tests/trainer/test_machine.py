@@ -83,6 +83,20 @@ def test_windows_keeps_within_the_gpu(monkeypatch):
         assert limits == expected
 
 
+def test_cudas_memory_grows_on_linux_unless_somebody_says_otherwise(monkeypatch):
+    for platform, cuda, said, expected in (
+        ("linux", "13.0", {}, "expandable_segments:True"),
+        ("win32", "13.0", {}, None),
+        ("linux", None, {}, None),
+        ("linux", "13.0", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ):
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(machine.os, "environ", said)
+        machine.let_segments_grow()
+        assert said.get("PYTORCH_ALLOC_CONF") == expected
+
+
 def test_a_comparison_in_tf32_says_so():
     facts = {"unmatched": 0, "compared_as_sampled": False, "lost_alphas": [], "left_out": []}
     assert "TF32" in _remarks(facts | {"tf32": True}) and _remarks(facts | {"tf32": False}) == ""

@@ -87,10 +87,15 @@ def frontend(opened) -> Iterator:
     assert opened.errors == []
 
 
+def is_newer(server) -> bool:
+    """Whether this ComfyUI is newer than 0.3.64, where Nodes 2.0 are an experiment."""
+    return "has_intermediate_output" in server.get("/object_info/PCMSample")["PCMSample"]
+
+
 @pytest.fixture
 def newer(server) -> None:
     """Skips on a ComfyUI as old as 0.3.64."""
-    if "has_intermediate_output" not in server.get("/object_info/PCMSample")["PCMSample"]:
+    if not is_newer(server):
         pytest.skip(
             "this ComfyUI does not send again what cached nodes said, nor show it in Nodes 2.0, nor open unsaved tabs "
             "again: newer ones do"

@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from typing import Any
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, TimeoutError
 
 SECONDS = 120  # to wait for anything: a busy machine draws a frame a second
-SIZE = {"width": 1600, "height": 900}
-SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothing over the graph; 00 first
+SIZE = {"width": 1440, "height": 900}
+SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothing over the graph
     "Comfy.TutorialCompleted": True,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
-    "Comfy.Templates.SortBy": "alphabetical",
 }
 # milliseconds until complaints have come, notices have gone, a picture of a few kB is there, and a template is open
 COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
@@ -90,7 +89,7 @@ class Frontend:
         panel = self.page.get_by_role("dialog")
         if panel.count():  # which a test that failed has left open
             self.page.keyboard.press("Escape")
-        self.page.locator(SIDEBAR).get_by_text("Templates").first.click()
+        self.page.locator(SIDEBAR).get_by_role("button", name="Templates").first.click()
         panel.get_by_text("phased-consistency", exact=True).first.click()
         return panel
 
@@ -204,6 +203,32 @@ class Frontend:
         self.page.locator(TEXTS).filter(has_text=said.splitlines()[0]).first.wait_for()
         return said
 
+    def lines(self, kind: str) -> list[str]:
+        """The lines on the node of this kind as they are drawn: all to be seen, no word broken, warnings marked."""
+        self.look_at(kind)
+        self.page.wait_for_function("kind => tests.lines(kind).every((line) => line.visible)", arg=kind)
+        lines = self.page.evaluate("kind => tests.lines(kind)", kind)
+        assert all(line["whole"] for line in lines), lines
+        assert all(line["marked"] == line["text"].startswith("⚠ ") for line in lines), lines
+        return [line["text"] for line in lines]
+
+    def node(self, kind: str, **widgets: Any) -> None:
+        """Put a new node of this kind beside the others, as from the menu."""
+        self.page.evaluate("([kind, widgets]) => tests.add(kind, widgets)", [kind, widgets])
+        self.page.wait_for_timeout(COMPLAINING)
+
+    def give(self, kind: str, **widgets: Any) -> None:
+        """Give widgets of the node of this kind other values."""
+        self.page.evaluate("([kind, widgets]) => tests.give(kind, widgets)", [kind, widgets])
+
+    def write(self, kind: str, lines: list[str]) -> None:
+        """Write lines on the node of this kind, as the host does."""
+        self.page.evaluate("([kind, text]) => tests.write(kind, text)", [kind, "\n".join(lines)])
+
+    def heights(self, kind: str) -> tuple[float, float]:
+        """The height of the node of this kind in the classic view, and the one that its widgets need."""
+        return tuple(self.page.evaluate("kind => tests.heights(kind)", kind))
+
     def picture(self, kind: str) -> tuple[str, int]:
         """The address and the width of the picture that the node of this kind shows."""
         self.page.wait_for_function("kind => tests.node(kind).imgs?.[0]?.naturalWidth", arg=kind)
@@ -221,6 +246,27 @@ class Frontend:
     def look_at(self, *kinds: str) -> None:
         """Show nodes of these kinds as large as they fit beside what is always there."""
         self.page.evaluate("([kinds, margin]) => tests.lookAt(kinds, margin)", [kinds, MARGIN])
+
+    def places(self) -> dict[str, tuple[float, ...]]:
+        """Left, top, right and bottom of every node with its title, in the graph's pixels, by id and title."""
+        return {name: tuple(place) for name, place in self.page.evaluate("tests.places()")}
+
+    def zoom(self) -> float:
+        return self.page.evaluate("app.canvas.ds.scale")
+
+    def unread(self) -> int:
+        """Pixels of the note's text that are below the note's end."""
+        return self.page.evaluate("tests.unread()")
+
+    @contextmanager
+    def nodes_2(self) -> Iterator[None]:
+        """The open graph in Nodes 2.0."""
+        self.use("Comfy.VueNodes.Enabled", True)
+        try:
+            self.page.wait_for_function("tests.elements()")
+            yield
+        finally:
+            self.use("Comfy.VueNodes.Enabled", False)
 
     def use(self, setting: str, value: Any) -> None:
         """Change a setting."""

@@ -11,6 +11,25 @@ window.tests = {
     return Object.fromEntries(nodes.filter(([, widget]) => widget?.value).map(([id, widget]) => [id, widget.value]));
   },
 
+  // The lines on a node as they are drawn: whether each is marked, all of it is to be seen, and its words are whole.
+  lines(kind) {
+    const { element } = tests.widget(kind, "$$node-text-preview");
+    const frame = (element.closest("[data-node-id]") ?? element).getBoundingClientRect();
+    return [...element.children].map((line) => ({
+      text: line.textContent,
+      marked: getComputedStyle(line).borderLeftStyle === "solid",
+      visible: line.getBoundingClientRect().bottom <= frame.bottom + 1 && element.scrollHeight <= element.clientHeight,
+      whole: tests.words(line.firstChild).every((word) => word.getClientRects().length === 1),
+    }));
+  },
+  words: (text) =>
+    [...text.data.matchAll(/\S+/g)].map(({ index, 0: word }) => {
+      const range = new Range();
+      range.setStart(text, index);
+      range.setEnd(text, index + word.length);
+      return range;
+    }),
+
   // The width of a template's picture in the template browser.
   thumbnail: (name) => document.querySelector(`[data-testid="template-workflow-${name}"] img`)?.naturalWidth,
 
@@ -20,6 +39,19 @@ window.tests = {
     const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
     (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // its older name
   },
+
+  // Put a new node beside the others, with these values of its widgets.
+  add(kind, widgets) {
+    const node = LiteGraph.createNode(kind);
+    node.pos = [Math.max(0, ...app.graph.nodes.map((each) => each.pos[0] + each.size[0] + 40)), 0];
+    app.graph.add(node);
+    tests.give(kind, widgets);
+  },
+  give(kind, widgets) {
+    for (const [name, value] of Object.entries(widgets)) tests.widget(kind, name).value = value;
+  },
+  write: (kind, text) => (tests.widget(kind, "$$node-text-preview").value = text),
+  heights: (kind) => [tests.node(kind).size[1], tests.node(kind).computeSize()[1]],
 
   // The graph that is open is about to be replaced; later: whether it has been.
   leave: () => (tests.left = new Set(app.graph.nodes)),
@@ -39,7 +71,29 @@ window.tests = {
     return [from, [0, 1].map((i) => Math.max(...nodes.map((node) => node.pos[i] + node.size[i])))];
   },
 
-  // The same in the page, and a little more: above is the title of their group.
+  // Where every node is, with its title: left, top, right and bottom in the graph. In Nodes 2.0 it is an element.
+  places: () =>
+    app.graph.nodes.map((node) => {
+      const element = document.querySelector(`[data-node-id="${node.id}"]`), { ds, canvas } = app.canvas;
+      const name = `${node.id} ${node.title}`, [x, y] = node.pos, [width, height] = node.size;
+      if (!element) return [name, [x, y - 30, x + width, y + (node.flags.collapsed ? 0 : height)]];
+      const { left, top, right, bottom } = element.getBoundingClientRect(), page = canvas.getBoundingClientRect();
+      const at = (pixels, from, i) => (pixels - from) / ds.scale - ds.offset[i];
+      return [name, [at(left, page.x, 0), at(top, page.y, 1), at(right, page.x, 0), at(bottom, page.y, 1)]];
+    }),
+
+  // Whether all nodes are elements of the page, as in Nodes 2.0.
+  elements: () => document.querySelectorAll("[data-node-id]").length >= app.graph.nodes.length,
+
+  // How far the text of a graph's note goes beyond the note, in pixels of the graph.
+  unread() {
+    const parts = [...document.querySelectorAll(".tiptap > *")].filter((part) => part.clientHeight);
+    const { ds, canvas } = app.canvas, note = tests.node("MarkdownNote");
+    const end = Math.max(...parts.map((part) => part.getBoundingClientRect().bottom)) - canvas.getBoundingClientRect().y;
+    return end / ds.scale - ds.offset[1] - note.pos[1] - note.size[1];
+  },
+
+  // Where nodes of these kinds are in the page, and a little more: above is the title of their group.
   area(kinds) {
     const [from, to] = tests.bounds(kinds), { scale, offset } = app.canvas.ds;
     const [x, y] = from.map((at, i) => (at + offset[i] - [15, 45][i]) * scale);

@@ -50,7 +50,7 @@ def files(models, tmp_path_factory):
 @pytest.fixture
 def library(frontend):
     """The model library, opened and closed as an artist does."""
-    button = frontend.page.locator(SIDEBAR).get_by_text("Models", exact=True)
+    button = frontend.page.locator(SIDEBAR).get_by_role("button", name="Model Library")
     button.click()
     yield frontend.page.get_by_placeholder("Search Models")
     button.click()

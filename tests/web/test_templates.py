@@ -1,16 +1,26 @@
-"""Every shipped template, opened from the template browser and queued as it is."""
+"""Every shipped template, opened from the template browser on a page of 1440 x 900 and queued as it is.
+
+    PCM_SCREENSHOTS=FOLDER python -m pytest tests/web/test_templates.py
+
+writes pictures of them, before and after the run, and in Nodes 2.0.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+from itertools import combinations
 
 import pytest
 from PIL import Image
 
 from host.stand_ins import skip_without_small
 from host.templates import WORKFLOWS
-from host.workflows import to_api
+from host.workflows import overlap, to_api
+from web.conftest import is_newer
+from web.frontend import Frontend
+
+READ = 8 / 14  # the zoom below which ComfyUI leaves texts of 14 pixels out, as it is set at first
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -21,9 +31,24 @@ def test_a_template_opens_whole_and_runs(frontend, server, picture, path):
         assert frontend.open_template(path.stem) == thumbnail.width
     assert frontend.unknown_nodes() == []
     assert frontend.complaints() == []
+    assert frontend.zoom() >= READ
+    assert frontend.unread() <= 0
+    assert on_one_another(frontend) == []
     ran = frontend.run()
     assert ran.error is None
     assert queued(ran.prompt) == graph
+    assert on_one_another(frontend) == []
+    frontend.screenshot(path.stem)
+    if is_newer(server):
+        with frontend.nodes_2():
+            assert on_one_another(frontend) == []
+            frontend.screenshot(f"{path.stem}_nodes_2")
+
+
+def on_one_another(frontend: Frontend) -> list[tuple[str, str]]:
+    """Pairs of nodes of which one hides a part of the other."""
+    places = frontend.places().items()
+    return [(a, b) for (a, at), (b, other) in combinations(places, 2) if overlap(at, other)]
 
 
 def queued(prompt: dict) -> dict:

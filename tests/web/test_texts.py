@@ -9,7 +9,7 @@ import pytest
 
 from host.graphs import ksampler, loaded
 from host.server import Graph, out
-from host.symptoms import NO_RECIPE
+from host.symptoms import BARE_MODEL
 from host.templates import WORKFLOWS
 from web.frontend import Frontend
 
@@ -228,12 +228,12 @@ def test_it_stands_in_a_subgraph(newer, frontend):
     frontend.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
 
 
-def test_a_bypassed_loader_gets_a_sentence(frontend):
-    """Of the node itself, where the page would say only that an input is missing."""
+def test_a_bypassed_loader_shows_the_picture_without_the_lora(frontend):
+    """With a sentence of the node itself, where the page would say only that an input is missing."""
     frontend.load(json.loads(DEMO.read_text(encoding="utf-8")), "bypassed")
     frontend.page.evaluate("() => { tests.node('PCMLoadLora').mode = 4; }")
-    assert frontend.run().error.strip() == NO_RECIPE
-    frontend.page.keyboard.press("Escape")
+    assert frontend.run().error is None
+    assert frontend.said("PCMSample") == f"⚠ {BARE_MODEL}\n25 steps at CFG 4, deterministic."
 
 
 def test_a_graph_that_was_saved_when_the_recipe_stood_second_is_linked_as_it_was(frontend):

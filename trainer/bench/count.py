@@ -15,7 +15,7 @@ import torch
 
 from ..config.config import Config
 from ..config.write import config_text
-from ..efficiency.memory import CONTEXT, TRAINING, check_memory_settings, estimate_memory
+from ..efficiency.memory import CONTEXT, TRAINING, check_network_settings, estimate_memory
 from ..families import look_at_base
 from ..system.files import write_text
 from ..system.machine import GIB
@@ -42,7 +42,7 @@ def count(config: Config) -> dict[str, Any]:
     """
     _check(config)
     family = look_at_base(config.base.path, **config.base.reading()).family
-    check_memory_settings(config, family)  # before anything is compiled
+    check_network_settings(config, family)  # before anything is compiled
     with TemporaryDirectory(prefix="pcm-count-") as folder:
         guard, file = Path(folder) / "guard.so", Path(folder) / "config.toml"
         _compile(guard)

@@ -63,7 +63,9 @@ class Reference:
         self.null = self.teacher.null_condition(self.teacher.encode_prompts([""]))
 
         train, lora = self.config.train, self.config.lora
-        self.adapter = Adapter(self.student.network, self.student.lora_targets, lora.rank, lora.alpha, train.seed)
+        self.adapter = Adapter(
+            self.student.network, self.student.lora_targets, lora.rank, lora.alpha, train.seed, ranks=lora.ranks
+        )
         if train.gradient_checkpointing:
             self.student.network.enable_gradient_checkpointing()
             self.student.network.train()

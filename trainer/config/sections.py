@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -191,11 +192,26 @@ class LoraConfig(Section):
     """The adapter; its strength is alpha / rank, and both are stored in the file."""
 
     rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {},
+        description="ranks of modules whose path a pattern (a regular expression) finds, such as {attn2 = 128, "
+        "conv = 0}: the first that does counts, 0 leaves the module as it is, and all are applied at alpha / rank",
+    )
     alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
     init: Place | None = Field(
         None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
     )
+
+    @field_validator("ranks")
+    @classmethod
+    def _patterns(cls, ranks: dict[str, int]) -> dict[str, int]:
+        for pattern in ranks:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return ranks
 
 
 class AdversarialConfig(Section):

@@ -36,6 +36,7 @@ MARGIN = 1.15  # for fragmentation and kernels' workspaces, where an estimate is
 TRAINING, PREVIEWS, BEFORE = "training in all, at least", "drawing previews in all", "before: "
 EXCHANGE = "gradients in one piece"
 CRITIC_MEMORY = "critic, gradients, optimizer"
+Ranks = tuple[tuple[str, int], ...]  # `lora.ranks`, as what is cached can be asked for by it
 PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest is what a run needs
 
 
@@ -150,11 +151,16 @@ def _frozen_bytes(config: Config, sizes: Footprint) -> int:
     return outside + (sum(sorted(blocks)[-3:]) if config.train.offload else sum(blocks))
 
 
-def check_memory_settings(config: Config, family: type[Base]) -> None:
-    """Raise ValueError for a resolution that the network cannot take, and for train.gradient_checkpointing=auto where
-    nobody says how much memory there is. Measures nothing: that takes seconds with a network of full size."""
+def check_network_settings(config: Config, family: type[Base]) -> None:
+    """Raise ValueError for a resolution that the network cannot take, for lora.ranks that find no module of it, and for
+    train.gradient_checkpointing=auto where nobody says how much memory there is.
+
+    Measures nothing: that takes seconds with a network of full size.
+    """
     folder = family.config_folder(config.base.path, config.base.config)
     _inputs(family, folder, config.base.dtype, config.data.resolution)
+    if config.lora.ranks and not family.whole:
+        _adapted(family, folder, config.base.dtype, config.lora.rank, _ranks(config))
     if config.train.gradient_checkpointing == "auto" and not config.train.offload:
         limit_bytes(config)
 
@@ -163,7 +169,7 @@ def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> lis
     """Which of the network's blocks a run computes again for its backward pass: none, all, or for "auto" as few as it
     takes to fit, first those that save most for what they cost.
 
-    Raises ValueError as `check_memory_settings`.
+    Raises ValueError as `check_network_settings`.
     """
     wanted = config.train.gradient_checkpointing
     if config.train.offload or wanted is True:
@@ -237,6 +243,10 @@ def explain_out_of_memory(error: BaseException, config: Config, family: type[Bas
     return f"{first}\nBy estimate: {best}. While it is still caching, a smaller data.batch_size helps."
 
 
+def _ranks(config: Config) -> Ranks:
+    return tuple(config.lora.ranks.items())
+
+
 def _footprint(config: Config, family: type[Base]) -> Footprint:
     """The sizes of this configuration's networks, worked out once for all the switches that are tried on them."""
     return _measure(
@@ -246,6 +256,7 @@ def _footprint(config: Config, family: type[Base]) -> Footprint:
         t5=config.base.t5 is not False,
         resolution=config.data.resolution,
         rank=config.lora.rank,
+        ranks=_ranks(config),
         heads_width=config.adversarial.width if config.adversarial.weight else 0,
     )
 
@@ -264,12 +275,12 @@ def _inputs(family: type[Base], folder: Path, dtype: str, resolution: int) -> di
 
 @lru_cache(maxsize=8)
 def _measure(
-    family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, heads_width: int
+    family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, ranks: Ranks, heads_width: int
 ) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
     inputs = _inputs(family, folder, dtype, resolution)
-    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank)
-    activations, pass_bytes = _student(family, folder, dtype, resolution, rank)
+    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank, ranks)
+    activations, pass_bytes = _student(family, folder, dtype, resolution, rank, ranks)
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
     vae, text, encoding, decoding = _encoders(family, folder, t5, resolution)
@@ -291,7 +302,7 @@ def _measure(
 
 @lru_cache(maxsize=2)
 def _adapted(
-    family: type[Base], folder: Path, dtype: str, rank: int
+    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks
 ) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
     """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
     with torch.device("meta"):
@@ -299,17 +310,19 @@ def _adapted(
     network.requires_grad_(False)
     parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
     with torch.device("meta"):
-        trained = learner(network, family, rank, rank, seed=0)
+        trained = learner(network, family, rank, rank, seed=0, ranks=dict(ranks))
     if not family.whole and network.dtype != torch.float32:
         add_in_one_product(trained)  # a run has autocast off, too, which the meta device does not know
     return network, parameters, blocks, trained
 
 
 @lru_cache(maxsize=8)
-def _student(family: type[Base], folder: Path, dtype: str, resolution: int, rank: int) -> tuple[Activations, int]:
+def _student(
+    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks
+) -> tuple[Activations, int]:
     """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
     with a discriminator and without."""
-    network, *_ = _adapted(family, folder, dtype, rank)
+    network, *_ = _adapted(family, folder, dtype, rank, ranks)
     inputs = _inputs(family, folder, dtype, resolution)
     run = lambda: network(**inputs)  # noqa: E731
     return kept_activations(network, run), most_bytes(run)

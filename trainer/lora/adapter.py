@@ -6,9 +6,10 @@ keep their dtype, trained ones are fp32.
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -103,15 +104,24 @@ class Learner(ABC):
 class Adapter(Learner):
     """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
 
-    Starts as the identity: B is zero. `seed` fixes A. A second one, of another name, is off until it stands `in_place`
-    of the first. Raises ValueError when no module matches.
+    ranks: of modules whose path a pattern finds, 0 for none, all at the same alpha / rank (see `lora.ranks`). Starts as
+    the identity: B is zero. `seed` fixes A. A second one, of another name, is off until it stands `in_place` of the
+    first. Raises ValueError when no module matches, and for a pattern that finds none.
     """
 
     def __init__(
-        self, network: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int, name: str = NAME
+        self,
+        network: nn.Module,
+        targets: tuple[str, ...],
+        rank: int,
+        alpha: float,
+        seed: int,
+        name: str = NAME,
+        ranks: Mapping[str, int] | None = None,
     ):
         self.network = network
         self.rank = rank
+        self.ranks = dict(ranks or {})
         self.alpha = alpha
         self.name = name
         self.is_off = False
@@ -120,9 +130,7 @@ class Adapter(Learner):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second one is meant
             torch.manual_seed(seed)
-            network.add_adapter(
-                LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True), name
-            )
+            network.add_adapter(self._peft_config(targets), name)
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         if not self.layers:
             raise ValueError(f"No module of the base matches the LoRA targets {', '.join(targets)}.")
@@ -133,6 +141,35 @@ class Adapter(Learner):
             network.set_adapter(NAME)
             for parameter in self.parameters():  # which that has frozen, as of one that is not active
                 parameter.requires_grad_(True)
+
+    def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
+        if not self.ranks:
+            return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets), init_lora_weights=True)
+
+        ends = tuple(f".{target}" for target in targets)
+        kinds = nn.Linear | nn.Conv2d | LoraLayer
+        paths = [path for path, m in self.network.named_modules() if isinstance(m, kinds) and f".{path}".endswith(ends)]
+        for pattern in self.ranks:
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    f"lora.ranks: {pattern!r} finds none of the {len(paths)} modules that a LoRA of this base has, "
+                    f"such as {', '.join(paths[:3])}. Take a part of such a path."
+                )
+        ranks = {path: self._rank_of(path) for path in paths}
+        chosen = {re.escape(path): rank for path, rank in ranks.items() if rank}
+        if not chosen:
+            raise ValueError("lora.ranks leaves no module to be trained: give one of them a rank.")
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules="|".join(chosen),
+            rank_pattern={f"^{path}": rank for path, rank in chosen.items() if rank != self.rank},
+            alpha_pattern={f"^{path}": self.alpha * r / self.rank for path, r in chosen.items() if r != self.rank},
+            init_lora_weights=True,
+        )
+
+    def _rank_of(self, path: str) -> int:
+        return next((rank for pattern, rank in self.ranks.items() if re.search(pattern, path)), self.rank)
 
     @contextmanager
     def in_place(self, other: Adapter) -> Iterator[None]:
@@ -204,7 +241,7 @@ class Adapter(Learner):
         return nullcontext(), self.off() if self.is_off else nullcontext()
 
     def sentence(self) -> str:
-        return f"LoRA of rank {self.rank}, alpha {self.alpha:g} on {len(self.layers)} modules."
+        return f"LoRA of rank {rank_text(self.rank, self.ranks)}, alpha {self.alpha:g} on {len(self.layers)} modules."
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
@@ -213,6 +250,11 @@ class Adapter(Learner):
             for name, layer in self.layers.items()
             for part in ("lora_A", "lora_B")
         }
+
+
+def rank_text(rank: int, ranks: Mapping[str, int]) -> str:
+    """A LoRA's ranks in words: of all modules, and of those that a pattern finds."""
+    return ", ".join([str(rank), *(f"{pattern} {other or 'none'}" for pattern, other in ranks.items())])
 
 
 class Whole(Learner):
@@ -231,9 +273,18 @@ class Whole(Learner):
         return f"All {sum(p.numel() for p in self.parameters()):,} weights of the network are trained."
 
 
-def learner(network: nn.Module, family: type[Base], rank: int, alpha: float, seed: int) -> Learner:
+def learner(
+    network: nn.Module,
+    family: type[Base],
+    rank: int,
+    alpha: float,
+    seed: int,
+    ranks: Mapping[str, int] | None = None,
+) -> Learner:
     """All of a family's network, or a LoRA on it (see `Adapter`), to be trained."""
-    return Whole(network) if family.whole else Adapter(network, family.lora_targets, rank, alpha, seed)
+    if family.whole:
+        return Whole(network)
+    return Adapter(network, family.lora_targets, rank, alpha, seed, ranks=ranks)
 
 
 class Average:

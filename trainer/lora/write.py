@@ -30,19 +30,25 @@ from .hashes import hashes
 from .recipe import recipe_for
 
 
-def lora_tensors(weights: dict[str, Tensor], alpha: float, family: type[Base], dtype: torch.dtype) -> dict[str, Tensor]:
+def lora_tensors(
+    weights: dict[str, Tensor], rank: int, alpha: float, family: type[Base], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Adapter weights by module path -> the file's tensors, under the family's names.
 
-    With one `.alpha` a module, or for a family without, each factor times sqrt(alpha / rank).
+    All modules are applied at alpha / rank, those too whose own rank is another. With this alpha for each module, so
+    that each factor of another rank r is times sqrt(r / rank); for a family without, each factor is times
+    sqrt(alpha / rank).
     """
     tensors = {}
     for name, weight in weights.items():
         module, part = name.rsplit(".", 1)
         key = family.lora_key(module)
         if family.stores_alpha:
+            # of alphas that differ diffusers loses those of attention's keys and values
             tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+            r = weight.shape[0 if part == "lora_A" else 1]
+            weight = weight if r == rank else weight * (r / rank) ** 0.5
         else:
-            rank = weight.shape[0 if part == "lora_A" else 1]
             weight = weight * (alpha / rank) ** 0.5
         tensors[f"{key}.{family.lora_parts[part]}.weight"] = weight.to(dtype).contiguous()
     return tensors
@@ -63,7 +69,8 @@ def export(
     of settings on the way, see `agreed_changes`. Raises OSError, and as `check_header`.
     """
     # kohya's hashes are of the tensors with the `ss_*` entries, and ModelSpec's entries name one of them: in this order
-    tensors = lora_tensors(weights, config.lora.alpha, type(base), DTYPES[config.lora.dtype])
+    lora = config.lora
+    tensors = lora_tensors(weights, lora.rank, lora.alpha, type(base), DTYPES[lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])

@@ -15,11 +15,13 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from torch import Tensor
@@ -185,11 +187,14 @@ def evaluations_a_sample(config: Config, schedule: Schedule) -> float:
 def training(row: str, config: Config) -> dict[str, Any]:
     """What a finished run took: updates, evaluations of the network, a sample's pass each, and seconds.
 
-    The evaluations were counted since the run's last start; where it was killed before, those of the updates that came
-    before that start are taken to be as many each.
+    The evaluations were counted since the last start that was followed by updates; where the run was killed before,
+    those of the updates that came before that start are taken to be as many each.
     """
-    start, end = [line for line in read_log(config.run_folder) if line["kind"] in ("start", "end")][-2:]
-    share = config.train.steps / max(1, end["step"] - start["step"])
+    lines = pairwise(line for line in read_log(config.run_folder) if line["kind"] in ("start", "end"))
+    start, end = [
+        (before, after) for before, after in lines if after["kind"] == "end" and after["step"] > before["step"]
+    ][-1]
+    share = config.train.steps / (end["step"] - start["step"])
     took = {"evaluations": round(end["evaluations"] * share), "seconds": round(end["seconds"] * share)}
     return {"name": row, "seed": config.train.seed, "updates": config.train.steps} | took
 
@@ -325,22 +330,25 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> Drawing:
-    """Kernel distance over steps, deterministic and stochastic; bars as in `over_seeds`, the floor as a band."""
+    """Kernel distance over steps, deterministic and with fresh noise; bars as in `over_seeds`, the floor as a band."""
     drawing = Drawing(figsize=(12.5, 5), layout="constrained")
     groups = grouped(rows, "kernel")
     ((floor,),) = (by_steps.values() for (name, _), by_steps in groups.items() if name == FLOOR)
     floor = floor[0] * SCALE
     panels = [drawing.add_subplot(1, 2, i + 1) for i in (0, 1)]
-    for panel, mode in zip(panels, ("deterministic", "stochastic"), strict=True):
-        lines = {name: by_steps for (name, way), by_steps in groups.items() if way == mode}
-        for i, (name, by_steps) in enumerate(lines.items()):
+    trained = dict.fromkeys(name for name, _ in groups if not name.startswith((TEACHER, "untrained")))
+    colours = dict(zip(trained, colormaps["tab20"].colors, strict=False))
+    for panel, title in zip(panels, ("deterministic", "stochastic, or with a gamma"), strict=True):
+        for (name, way), by_steps in groups.items():
+            if name.startswith(TEACHER) or (way == "deterministic") != (title == "deterministic"):
+                continue
             bare = name.startswith("untrained")
-            style = {"color": "0.6", "linestyle": "-."} if bare else {"color": f"C{i % 10}", "marker": "o"}
+            style = {"color": "0.6", "linestyle": "-."} if bare else {"color": colours[name], "marker": "o"}
             _line(panel, name, by_steps, **style)
         for way, dashes in ((f"ddim, CFG {GUIDANCE:g}", "--"), ("ddim, CFG 1", ":")):
             _line(panel, f"{TEACHER}, {way}", groups[TEACHER, way], color="0.4", linestyle=dashes)
         panel.axhspan(floor.low, floor.high, color="black", alpha=0.08, linewidth=0, label="the floor")
-        panel.set(title=mode, xlabel="steps", ylabel=f"kernel distance x {SCALE}", xscale="log")
+        panel.set(title=title, xlabel="steps", ylabel=f"kernel distance x {SCALE}", xscale="log")
         panel.set_yscale("symlog", linthresh=max(floor.half_width, 1e-9))
         panel.set_xticks(STEPS, [str(n) for n in STEPS])
         panel.minorticks_off()

@@ -70,7 +70,7 @@ def style_lora(out: Path, side: int, updates: int, pictures: int = 256, batch: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    tensors = lora_tensors(adapter.state(), float(STYLE_RANK), type(base), DTYPES["fp16"])
+    tensors = lora_tensors(adapter.state(), STYLE_RANK, float(STYLE_RANK), type(base), DTYPES["fp16"])
     write_tensors(out, tensors, {"ss_output_name": out.stem, "ss_base_model_version": base.base_version})
 
 

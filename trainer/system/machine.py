@@ -26,6 +26,7 @@ OPTIONAL = (
 )
 GIB = 2**30  # bytes
 NO_BF16 = "This GPU only emulates bf16, and has no fast convolutions in it: add base.dtype=fp16, which it computes in."
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the settings of torch's allocator, by both their names
 WHOLE = 0.95  # of a GPU's memory: the rest is the context's, and what draws the screen
 
 
@@ -75,6 +76,15 @@ def native_bf16() -> bool:
     """Whether the GPU computes in bf16 itself. Cards before Ampere emulate it, and cuDNN has no convolutions in it for
     them, which torch's own answer leaves out."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def let_segments_grow() -> None:
+    """Have CUDA's memory taken in segments that grow, so that batches of several sizes leave no holes in it.
+
+    On Linux, where torch has that; before the GPU is first used. What the user has set of the allocator stays.
+    """
+    if sys.platform == "linux" and torch.version.cuda and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def limit_to_gpu() -> None:

@@ -1,4 +1,4 @@
-"""The bundled emoji base and its 4-step LoRA as files for ComfyUI.
+"""The bundled emoji base, its 4-step LoRA and pictures to edit as files for ComfyUI.
 
     python -m phased_consistency.trainer.tiny.comfy FOLDER [--overwrite]
 
@@ -22,6 +22,7 @@ from .taesd import full_size
 
 BASE = Path(__file__).parent / "emoji"
 LORA = BASE / "pcm_demo_emoji_4step.safetensors"
+PICTURES = BASE / "pictures"  # drawn by `demo_pictures`
 CHECKPOINT = "pcm_demo_emoji.safetensors"
 TITLE = {"modelspec.title": "Demo base of phased-consistency: 128 x 128, prompts by the node PCM Demo Prompt"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,14 +44,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Cannot write the files: {error}. Free space or choose another folder.", file=sys.stderr)
         return 1
     print(
-        "Start ComfyUI with this pack in custom_nodes, and open Templates > phased-consistency > 00_demo. "
-        "A ComfyUI that runs already sees the files after R, or Edit > Refresh Node Definitions."
+        "Start ComfyUI with this pack in custom_nodes, and open Templates > phased-consistency > 00_demo, or an edit "
+        "below it. A ComfyUI that runs already sees the files after R, or Edit > Refresh Node Definitions."
     )
     return 0
 
 
 def write_files(folder: Path, overwrite: bool = False) -> list[Path]:
-    """Write checkpoint and LoRA into models/ of this folder. Returns their paths.
+    """Write checkpoint and LoRA into models/ of this folder, and pictures to edit into input/. Returns their paths.
 
     A file that is there already, byte for byte, is left alone. Raises ValueError, before anything is written,
     for another file of that name unless it may be overwritten; OSError when a file cannot be written, and
@@ -58,6 +59,7 @@ def write_files(folder: Path, overwrite: bool = False) -> list[Path]:
     """
     models = folder / "models"
     files = {models / "checkpoints" / CHECKPOINT: checkpoint(), models / "loras" / LORA.name: LORA.read_bytes()}
+    files |= {folder / "input" / path.name: path.read_bytes() for path in sorted(PICTURES.glob("*.png"))}
     new = {path: content for path, content in files.items() if not (path.is_file() and path.read_bytes() == content)}
     for path in new:
         if path.exists() and not overwrite:

@@ -55,5 +55,6 @@ Copyright 2013-2017 Google Inc., https://github.com/googlefonts/noto-emoji, as D
 
 The font is licensed under the SIL Open Font License, Version 1.1, whose text is in {LICENCE}. No part of the font is
 in this folder. The pictures were drawn, tilted, scaled and placed on coloured grounds by emoji_scenes.py, and the
-weights trained on them by make_emoji.py, both of the project phased-consistency.
+weights trained on them by make_emoji.py, both of the project phased-consistency. Those in pictures/ were drawn in the
+same way by demo_pictures.py.
 """

@@ -27,7 +27,7 @@ from ..data.shards import check_end, list_shards, local_path
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
-from ..efficiency.memory import check_memory_settings
+from ..efficiency.memory import check_network_settings
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
 from ..lora.install import check_fit, check_plain, header_of_family
@@ -213,6 +213,11 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
+    if smaller := {pattern: r for pattern, r in config.lora.ranks.items() if r < rank}:
+        raise ValueError(
+            f"{file} has rank {rank}, and lora.ranks gives {', '.join(smaller)} less. Leave that out, or go on from a "
+            "smaller one (pcm resize)."
+        )
     critic = getattr(config.objective, "critic_rank", None)
     if critic and rank > critic:
         raise ValueError(
@@ -268,7 +273,7 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
     if train.compile:
         check_compiler(device)
         _check_fp8_kernels(config, device)
-    check_memory_settings(config, family)
+    check_network_settings(config, family)
 
 
 def _check_fp8_kernels(config: Config, device: torch.device) -> None:

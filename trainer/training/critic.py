@@ -20,7 +20,7 @@ AVERAGE = "critic average"
 class Critic(Opponent):
     """An adapter that stands in the student's place where its own view of a point is asked for.
 
-    It begins as the student does. Its rank is the objective's, at the student's alpha / rank.
+    It begins as the student does. Its rank is the objective's, at the student's alpha / rank, and so in each module.
     """
 
     name: ClassVar[str] = CRITIC
@@ -32,8 +32,10 @@ class Critic(Opponent):
         self.student = student
         self.rounds = objective.critic_updates
         self.warmup = objective.critic_warmup
+        share = rank / student.rank
+        ranks = {pattern: r and max(1, round(r * share)) for pattern, r in student.ranks.items()}
         self.adapter = Adapter(
-            base.network, base.lora_targets, rank, student.alpha * rank / student.rank, config.train.seed, CRITIC
+            base.network, base.lora_targets, rank, student.alpha * share, config.train.seed, CRITIC, ranks
         )
         self._begin_as(student)
         self.average = Average(self.adapter, objective.critic_ema) if objective.critic_ema else None

@@ -17,7 +17,7 @@ from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
 from ..system.locks import only_run
-from ..system.machine import limit_to_gpu, out_of_memory, peak_memory
+from ..system.machine import let_segments_grow, limit_to_gpu, out_of_memory, peak_memory
 from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from .batches import Split
@@ -45,6 +45,7 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
     Raises ValueError for bad input, `RunFailed` for a run that cannot go on (NaN, too little memory, a full disk, a
     failed self-test, an interrupt).
     """
+    let_segments_grow()
     processes = Processes.start(config.base.dtype)
     limit_to_gpu()
     folder = config.run_folder
@@ -105,7 +106,7 @@ class Run:
 
         # What is trained. `lora.init` overwrites its first weights, and a checkpoint, further down, overwrites both.
         lora = config.lora
-        self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed)
+        self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks)
         self.say(self.adapter.sentence())
         if lora.init:
             self.say(start_from(config, self.base, self.adapter))

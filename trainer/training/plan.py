@@ -11,6 +11,7 @@ from ..data.held_out import most_held_out
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
+from ..lora.adapter import rank_text
 from ..objectives import Matching, Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
@@ -89,7 +90,8 @@ def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
     if family.whole:
         return f"the whole network, {size}"
     lora = config.lora
-    return f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
+    rank = rank_text(lora.rank, lora.ranks)
+    return f"a LoRA of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 
 def _summary(objective: Objective) -> str:

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from host.templates.parts import AS_RECOMMENDED, FOX, GIRL, SD15, load_image, prompts, save
-from host.workflows import Column, Node, Workflow
+from host.templates.parts import (
+    AS_RECOMMENDED,
+    FOX,
+    GIRL,
+    SD15,
+    Files,
+    enlarged,
+    hub_file,
+    load_image,
+    model_column,
+    save,
+    saved,
+)
+from host.workflows import Column, Group, Node, Workflow
 
 THROUGH_VAE = """\
 passes of the network, and at each step the VAE decodes once and encodes twice. A fast VAE of the same family, such as \
@@ -13,27 +25,27 @@ TAESD, on *step_vae* makes that cheap."""
 
 
 def edit(kind: str, base: Node, lora: Node, positive: Node, negative: Node, **own: Any) -> Node:
-    """An artist's editing node."""
+    """An artist's editing node, with this seed unless it has its own."""
     shared = {"model": lora[0], "recipe": lora[1], "vae": base[2], "positive": positive[0], "negative": negative[0]}
-    return Node(kind, 760, **shared, seed=42, **own)
+    return Node(kind, 720, **{"seed": 42} | shared | own)
 
 
 def picture_to_picture(
-    name: str, note: str, kind: str, prompt: str, *picture: Node, mask: bool = False, **own: Any
+    name: str, kind: Files, note: str, node: str, prompt: str, picture: tuple[Node, ...], mask: bool = False, **own: Any
 ) -> Workflow:
     """A template of one artist's editing node. picture: Load Image, and what changes its picture before the edit."""
-    base, lora = SD15.model()
-    positive, negative = prompts(base, prompt, 120)
+    base, lora = kind.model()
+    positive, negative = kind.prompts(base, prompt, 120)
     masks = {"mask": picture[0][1]} if mask else {}
-    edited = edit(kind, base, lora, positive, negative, image=picture[-1][0], **masks, **own)
+    edited = edit(node, base, lora, positive, negative, image=picture[-1][0], **masks, **own)
     return Workflow(
         name,
         note,
         (
-            Column("Model", base, lora, gap=60),
-            Column("Picture and prompt", *picture, positive, negative),
-            Column("Edit", edited, width=420),
-            Column("Result", save(edited[0]), width=400),
+            model_column(base, lora),
+            Column(Group("Picture", *picture), Group("Prompt", positive, negative)),
+            Column(Group("Edit", edited), width=360),
+            Column(Group("Result", *saved(edited[0], 540, kind.times)), width=460),
         ),
     )
 
@@ -54,7 +66,7 @@ hides a seam. Under the mask the colours around it flow in first; *denoise* 0.75
 
 **Time**: 4 {THROUGH_VAE} *projection* latent (advanced) takes no VAE in the steps, and fits a little less well."""
     prompt = f"a blue dress with white dots, {GIRL.replace(' in a pink dress', '')}"
-    return picture_to_picture("07_inpaint", note, "PCMInpaint", prompt, load_image(), mask=True)
+    return picture_to_picture("07_inpaint", SD15, note, "PCMInpaint", prompt, (load_image(),), mask=True)
 
 
 def outpaint() -> Workflow:
@@ -71,7 +83,7 @@ or a larger *grow*.
 
 **Time**: 4 {THROUGH_VAE} *projection* latent (advanced) takes no VAE in the steps."""
     prompt = f"{GIRL}, wide landscape, trees and clouds"
-    return picture_to_picture("08_outpaint", note, "PCMOutpaint", prompt, load_image(), left=128, right=128)
+    return picture_to_picture("08_outpaint", SD15, note, "PCMOutpaint", prompt, (load_image(),), left=128, right=128)
 
 
 def colorize() -> Workflow:
@@ -89,7 +101,7 @@ prompt is unused at CFG 1: say what you want, not what to avoid.
 
 **Time**: 4 {THROUGH_VAE}"""
     prompt = "yellow hair, pale skin, red dress, green grass, blue sky, white clouds"
-    return picture_to_picture("09_colorize", note, "PCMColorize", prompt, load_image())
+    return picture_to_picture("09_colorize", SD15, note, "PCMColorize", prompt, (load_image(),))
 
 
 def super_resolution() -> Workflow:
@@ -109,7 +121,7 @@ small* and bypass it (Ctrl+B).
 **Time**: 3 {THROUGH_VAE} *denoise* 0.5 takes 2 passes, 1 takes 4."""
     image = load_image()
     small = Node("ImageScaleBy", 90, "Make it small", image=image[0], upscale_method="area", scale_by=0.25)
-    return picture_to_picture("10_super_resolution", note, "PCMSuperResolution", GIRL, image, small, factor=4)
+    return picture_to_picture("10_super_resolution", SD15, note, "PCMSuperResolution", GIRL, (image, small), factor=4)
 
 
 def stroke() -> Workflow:
@@ -130,7 +142,7 @@ paints, 1 takes hardly more than their colours.
 **Time**: as many passes of the network as the node says, 3 of 4 at *strength* 0.75; the VAE encodes and \
 decodes once."""
     prompt = f"{GIRL}, oil painting, detailed"
-    return picture_to_picture("11_stroke_to_image", note, "PCMStroke", prompt, load_image())
+    return picture_to_picture("11_stroke_to_image", SD15, note, "PCMStroke", prompt, (load_image(),))
 
 
 def denoise() -> Workflow:
@@ -149,21 +161,35 @@ number where the estimate is off: more smooths more, and draws more.
 
 **Time**: as many passes of the network as the node says; the VAE decodes once."""
     image = load_image()
-    noisy = Node("ImageAddNoise", 110, "Noise for the trial", image=image[0], seed=7, strength=0.1)
-    return picture_to_picture("12_denoise", note, "PCMDenoise", GIRL, image, noisy)
+    noisy = Node("ImageAddNoise", 110, "Noise for the trial", image=image[0], seed=7, strength=0.1).fixed()
+    return picture_to_picture("12_denoise", SD15, note, "PCMDenoise", GIRL, (image, noisy))
+
+
+def between(name: str, kind: Files, note: str, prompt: str, last_prompt: str, **own: Any) -> Workflow:
+    """A template of the frames from one prompt to another."""
+    base, lora = kind.model()
+    first, negative = kind.prompts(base, prompt)
+    first.title = "First prompt"
+    last = kind.prompt(base, last_prompt, "Last prompt")
+    empty = kind.empty_latent()
+    frames = edit("PCMInterpolate", base, lora, first, negative, positive_b=last[0], latent_image=empty[0], **own)
+    larger = enlarged(frames[0], kind.times)
+    moving = Node(
+        "SaveAnimatedWEBP", 560, images=(*larger, frames)[0][0], filename_prefix="pcm", fps=8.0, lossless=False
+    )
+    return Workflow(
+        name,
+        note,
+        (
+            model_column(base, lora),
+            Column(Group("Prompts and size", first, last, negative, empty)),
+            Column(Group("Frames", frames), width=360),
+            Column(Group("Result", *larger, moving), width=460),
+        ),
+    )
 
 
 def interpolate() -> Workflow:
-    base, lora = SD15.model()
-    first, negative = prompts(base, FOX)
-    other = FOX.replace("fresh snow, morning", "autumn leaves, evening")
-    last = Node("CLIPTextEncode", 140, "Last prompt", clip=base[1], text=other)
-    first.title = "First prompt"
-    empty = SD15.empty_latent()
-    sampled = edit(
-        "PCMInterpolate", base, lora, first, negative, positive_b=last[0], latent_image=empty[0], seed_b=43, frames=16
-    )
-    saved = Node("SaveAnimatedWEBP", 760, images=sampled[0], filename_prefix="pcm", fps=8.0)
     note = f"""\
 # Interpolate
 
@@ -176,24 +202,26 @@ that *Sample PCM* makes of them. With the same seed only the prompt moves; with 
 for the single frames.
 
 **Time**: 4 passes of the network for each frame."""
-    return Workflow(
+    return between(
         "13_interpolate",
+        SD15,
         note,
-        (
-            Column("Model", base, lora, gap=60),
-            Column("Prompts and size", first, last, negative, empty),
-            Column("Frames", sampled, width=420),
-            Column("Result", saved, width=400),
-        ),
+        FOX,
+        FOX.replace("fresh snow, morning", "autumn leaves, evening"),
+        seed_b=43,
+        frames=16,
     )
 
 
 def inpaint_with_controlnet() -> Workflow:
     base, lora = SD15.model()
-    net = Node("ControlNetLoader", 80, control_net_name="control_v11p_sd15_canny_fp16.safetensors")
+    file = hub_file(
+        "controlnet", "comfyanonymous/ControlNet-v1-1_fp16_safetensors", "control_v11p_sd15_canny_fp16.safetensors"
+    )
+    net = Node("ControlNetLoader", 80, control_net_name=file.name).of(*file.entries)
     image = load_image()
     lines = Node("Canny", 90, image=image[0])
-    positive, negative = prompts(base, f"a blue velvet dress, {GIRL.replace(' in a pink dress', '')}")
+    positive, negative = SD15.prompts(base, f"a blue velvet dress, {GIRL.replace(' in a pink dress', '')}")
     guided = Node(
         "ControlNetApplyAdvanced",
         190,
@@ -211,7 +239,7 @@ def inpaint_with_controlnet() -> Workflow:
     guider = Node("CFGGuider", 100, model=lora[0], positive=guided[0], negative=guided[1], cfg=1.0)
     sampled = Node(
         "SamplerCustomAdvanced",
-        590,
+        360,
         noise=noise[0],
         guider=guider[0],
         sampler=sampler[0],
@@ -228,7 +256,7 @@ covers, and the prompt gives it another look.
 **First**: right click on *Load Image*, Open in MaskEditor, paint over the dress, save.
 
 {SD15.note}
-- models/controlnet: a Canny ControlNet for SD1.5, here control_v11p_sd15_canny_fp16.safetensors \
+- models/controlnet: a Canny ControlNet for SD1.5, here {file.name} \
 (comfyanonymous/ControlNet-v1-1_fp16_safetensors on Hugging Face)
 
 **Try**: another *PCM ... Operator* for another edit; other LoRAs after *Load PCM LoRA*; another guider. *PCM \
@@ -242,11 +270,10 @@ a fast one such as TAESD on *PCM Edit Sampler* makes that cheap."""
         "14_inpaint_with_controlnet",
         note,
         (
-            Column("Model", base, lora, levels),
-            Column("Picture and edit", image, operator, start, sampler),
-            Column("Prompt and outlines", positive, negative, lines, net, guided),
-            Column("Sample", noise, guider, sampled, width=300),
-            Column("Result", decoded, save(decoded[0], 700)),
+            model_column(base, lora),
+            Column(Group("Picture and edit", image, operator, start, sampler, levels)),
+            Column(Group("Prompt and outlines", positive, negative, lines, net, guided, noise, guider)),
+            Column(Group("Sample", sampled), Group("Result", decoded, save(decoded[0], 320)), width=380),
         ),
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from host.templates.parts import (
     AS_RECOMMENDED,
-    DEMO,
     FOX,
     GIRL,
+    MODEL_WIDTH,
     PASSES,
     SD3,
     SD15,
@@ -14,70 +16,37 @@ from host.templates.parts import (
     SDXL,
     Files,
     decode,
+    enlarged,
     finished,
     load_image,
-    prompts,
+    model_column,
     sample,
     save,
 )
-from host.workflows import Column, Node, Workflow
-from phased_consistency.samplers.emoji_words import GROUNDS, THINGS
+from host.workflows import Column, Group, Node, Workflow
 
 
-def demo() -> Workflow:
-    note = f"""\
-# Try it, without a checkpoint
-
-A tiny base that draws emoji, and a 4-step LoRA for it: a picture takes seconds on a CPU.
-
-{DEMO.note}
-
-*make comfy* in this pack's folder puts both there and starts ComfyUI. Into a ComfyUI that you have, in this \
-pack's folder and with its Python: *python -m pip install -e .*, then *python -m \
-phased_consistency.trainer.tiny.comfy FOLDER*, with its folder.
-
-**Prompt**: the base has no text encoders. *PCM Demo Prompt* takes their place. It knows one thing, \
-which may be large, or two, of which one is left or right of the other, on a background:
-- {", ".join(THINGS)};
-- on {", ".join(GROUNDS)}, or on striped, dotted or checkered blue, and so on.
-
-**Settings**: none to find: {AS_RECOMMENDED}; *Load PCM LoRA* and *Sample PCM* write what they do on themselves.
-
-**Size**: 128 x 128, four pictures at once, shown four times as large."""
-    base, lora = DEMO.model(400)
-    positive = Node("PCMDemoPrompt", 260, "Positive prompt", text="a large fox on a blue background")
-    negative = Node("PCMDemoPrompt", 200, "Negative prompt (unused at CFG 1)", text="")
-    empty = DEMO.empty_latent(4)
-    sampled = sample(lora, positive, negative, empty)
-    decoded = decode(sampled, base)
-    large = Node("ImageScaleBy", 90, image=decoded[0], upscale_method="nearest-exact", scale_by=4.0)
-    return Workflow(
-        "00_demo",
-        note,
-        (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty, gap=60),
-            Column("Sample", sampled, decoded, large, width=420, gap=60),
-            Column("Result", save(large[0], 780), width=680),
-        ),
-    )
-
-
-def text_to_image(name: str, kind: Files, prompt: str, note: str) -> Workflow:
+def text_to_image(name: str, kind: Files, prompt: str, note: str, batch: int = 1, width: int = MODEL_WIDTH) -> Workflow:
+    """width: of the first column, for a long note."""
     base, lora = kind.model()
-    positive, negative = prompts(base, prompt)
-    empty = kind.empty_latent()
+    positive, negative = kind.prompts(base, prompt)
+    empty = kind.empty_latent(batch)
     sampled = sample(lora, positive, negative, empty)
     return Workflow(
         name,
-        f"# {kind.family}: text to image in 4 steps\n\n{kind.note}\n\n{note}",
+        note,
         (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Sample", sampled, width=420),
-            finished(sampled, base),
+            model_column(base, lora, width=width),
+            Column(Group("Prompt and size", positive, negative, empty)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, base[2], times=kind.times),
         ),
     )
+
+
+def published(name: str, kind: Files, prompt: str, note: str) -> Workflow:
+    """Text to image with files that people have."""
+    return text_to_image(name, kind, prompt, f"# {kind.family}: text to image in 4 steps\n\n{kind.note}\n\n{note}")
 
 
 def sd15() -> Workflow:
@@ -85,7 +54,7 @@ def sd15() -> Workflow:
 **Settings**: none to find: {AS_RECOMMENDED}; both PCM nodes write what they do on themselves.
 
 **Time**: {PASSES}"""
-    return text_to_image("01_text_to_image_sd15", SD15, FOX, note)
+    return published("01_text_to_image_sd15", SD15, FOX, note)
 
 
 def sdxl() -> Workflow:
@@ -97,7 +66,7 @@ def sdxl() -> Workflow:
 
 **Time**: {PASSES}"""
     prompt = "a lighthouse on a cliff at dusk, storm clouds, warm light in the window, photograph"
-    return text_to_image("02_text_to_image_sdxl", SDXL, prompt, note)
+    return published("02_text_to_image_sdxl", SDXL, prompt, note)
 
 
 def sd3() -> Workflow:
@@ -109,7 +78,36 @@ for SD3.5.
 
 **Time**: 4 steps at CFG 1.2 are 8 passes of the network, where 28 steps with CFG take 56. CFG 1 takes 4."""
     prompt = 'a bakery window with a sign that says "open", loaves of bread, morning light, photograph'
-    return text_to_image("03_text_to_image_sd3", SD3, prompt, note)
+    return published("03_text_to_image_sd3", SD3, prompt, note)
+
+
+def compare(name: str, kind: Files, prompt: str, note: str, steps: int, **sampler: Any) -> Workflow:
+    """Step counts side by side, and the checkpoint alone at so many steps. sampler: its inputs."""
+    base, lora = kind.model()
+    positive, negative = kind.prompts(base, prompt)
+    negative.title = "Negative prompt (without the LoRA)"
+    empty = kind.empty_latent(2)
+    links = {"positive": positive[0], "negative": negative[0], "latent_image": empty[0]}
+    compared = Node("PCMCompare", 620, model=lora[0], recipe=lora[1], vae=base[2], seed=42, **links).fixed()
+    title = f"{steps} steps without the LoRA"
+    slow = Node("KSampler", 400, title, model=base[0], seed=42, steps=steps, **links, **sampler).fixed()
+    decoded = decode(slow, base[2])
+    larger = enlarged(decoded[0], kind.times)
+    shown = Node("PreviewImage", 300, images=(*larger, decoded)[0][0])
+    return Workflow(
+        name,
+        note,
+        (
+            model_column(base, lora),
+            Column(Group("Prompt and size", positive, negative, empty), Group("Without the LoRA", slow)),
+            Column(Group("Compare", compared), width=380),
+            Column(
+                Group("Result", save(compared[0], 400)),
+                Group("Result without the LoRA", decoded, *larger, shown),
+                width=480,
+            ),
+        ),
+    )
 
 
 def compare_steps() -> Workflow:
@@ -126,36 +124,34 @@ without the LoRA, at 25 steps.
 **Settings**: *step_counts* and *modes* are lists with commas, such as *deterministic, stochastic, gamma 0.3*: every \
 mode is drawn at every step count. Each picture is exactly that of *Sample PCM*.
 
-**Time**: 15 passes for each picture of the batch, and 50 for the checkpoint alone. To leave that out, select *25 \
-steps without the LoRA* and bypass it (Ctrl+B), with what follows it."""
-    base, lora = SD15.model()
-    positive, negative = prompts(base, "a hummingbird at a red flower, macro photograph")
-    negative.title = "Negative prompt (without the LoRA)"
-    empty = SD15.empty_latent(2)
-    links = {"positive": positive[0], "negative": negative[0], "latent_image": empty[0]}
-    compared = Node("PCMCompare", 760, model=lora[0], recipe=lora[1], vae=base[2], seed=42, **links)
-    slow = Node(
-        "KSampler",
-        490,
-        "25 steps without the LoRA",
-        model=base[0],
-        seed=42,
-        steps=25,
+**Time**: 15 passes for each picture of the batch, and 50 for the checkpoint alone. To leave that out, bypass *25 \
+steps without the LoRA* (Ctrl+B), and what follows it."""
+    return compare(
+        "04_compare_steps",
+        SD15,
+        "a hummingbird at a red flower, macro photograph",
+        note,
+        25,
         cfg=7.0,
         sampler_name="dpmpp_2m",
         scheduler="karras",
-        **links,
     )
-    decoded = decode(slow, base)
+
+
+def from_picture(name: str, kind: Files, prompt: str, note: str, picture: tuple[Node, ...], seed: int = 42) -> Workflow:
+    """Half of the LoRA's steps, from a picture. picture: Load Image, and what changes its picture before."""
+    base, lora = kind.model()
+    positive, negative = kind.prompts(base, prompt, 120)
+    encoded = Node("VAEEncode", 50, pixels=picture[-1][0], vae=base[2])
+    sampled = sample(lora, positive, negative, encoded, denoise=0.5, seed=seed)
     return Workflow(
-        "04_compare_steps",
+        name,
         note,
         (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Compare", compared, width=420),
-            Column("Result", save(compared[0]), width=560),
-            Column("Without the LoRA", slow, decoded, Node("PreviewImage", 320, images=decoded[0])),
+            model_column(base, lora),
+            Column(Group("Picture", *picture, encoded), Group("Prompt", positive, negative)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, base[2], times=kind.times),
         ),
     )
 
@@ -178,23 +174,9 @@ in between, on levels that the LoRA was not made for.
 **More levels**: an 8-step LoRA has eight, and an LCM-like one about fifty.
 
 **Time**: *denoise* 0.5 takes 2 passes of the network, of 4."""
-    base, lora = SD15.model()
-    positive, negative = prompts(base, f"{GIRL}, watercolour on rough paper", 120)
-    image = load_image()
-    scaled = Node("ImageScale", 180, image=image[0], upscale_method="lanczos", width=512, height=0, crop="disabled")
-    encoded = Node("VAEEncode", 50, pixels=scaled[0], vae=base[2])
-    sampled = sample(lora, positive, negative, encoded, denoise=0.5)
-    return Workflow(
-        "05_image_to_image",
-        note,
-        (
-            Column("Model", base, lora, gap=60),
-            Column("Picture", image, scaled, encoded),
-            Column("Prompt", positive, negative),
-            Column("Sample", sampled, width=420),
-            finished(sampled, base, 620),
-        ),
-    )
+    picture = load_image()
+    scaled = Node("ImageScale", 170, image=picture[0], upscale_method="lanczos", width=512, height=0, crop="disabled")
+    return from_picture("05_image_to_image", SD15, f"{GIRL}, watercolour on rough paper", note, (picture, scaled))
 
 
 def hires_pass() -> Workflow:
@@ -217,24 +199,24 @@ sharper edges to begin with.
 **Time**: 4 small passes of the network, and 2 with four times the pixels. *10_super_resolution* enlarges a picture \
 that is to stay what it is."""
     base, lora = SD15.model()
-    positive, negative = prompts(base, "a walled town on a hill above the sea, golden hour, detailed matte painting")
+    positive, negative = SD15.prompts(
+        base, "a walled town on a hill above the sea, golden hour, detailed matte painting"
+    )
     empty = SD15.empty_latent()
     first = sample(lora, positive, negative, empty, "First pass")
-    small = decode(first, base)
+    small = decode(first, base[2])
     large = Node("ImageScaleBy", 90, image=small[0], upscale_method="lanczos", scale_by=2.0)
     encoded = Node("VAEEncode", 50, pixels=large[0], vae=base[2])
-    second = sample(lora, positive, negative, encoded, "Second pass", denoise=0.5)
-    decoded = decode(second, base)
+    second = sample(lora, positive, negative, encoded, "Second pass", denoise=0.5).fixed()
+    decoded = decode(second, base[2])
     return Workflow(
         "06_hires_pass",
         note,
         (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("First pass", first, small, width=420),
-            Column("Larger", Node("PreviewImage", 340, images=small[0]), large, encoded),
-            Column("Second pass", second, decoded, width=420),
-            Column("Result", save(decoded[0]), width=560),
+            model_column(base, lora),
+            Column(Group("Prompt and size", positive, negative, empty), Group("Larger", small, large, encoded)),
+            Column(Group("First pass", first), Group("First picture", Node("PreviewImage", 320, images=small[0]))),
+            Column(Group("Second pass", second), Group("Result", decoded, save(decoded[0], 320)), width=400),
         ),
     )
 
@@ -255,23 +237,22 @@ guides all. *cfg* 0 means as the LoRA recommends, here 4.5; the CFG of *Sample P
 
 **Time**: 12 passes of the network; 16 with CFG on all 8 steps. The node counts them."""
     base, lora = SD15_NORMAL.model()
-    positive, negative = prompts(
+    positive, negative = SD15_NORMAL.prompts(
         base, "portrait of an old sailor, oil painting", negative="hat, beard, blurry, low contrast"
     )
     empty = SD15_NORMAL.empty_latent()
-    scheduled = Node("PCMCFGSchedule", 340, model=lora[0], recipe=lora[1], to_step=4)
+    scheduled = Node("PCMCFGSchedule", 300, model=lora[0], recipe=lora[1], to_step=4)
     sampled = sample(lora, positive, negative, empty, model=scheduled[0])
     return Workflow(
         "15_cfg_schedule",
         note,
         (
-            Column("Model", base, lora, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("CFG", scheduled),
-            Column("Sample", sampled, width=420),
-            finished(sampled, base),
+            model_column(base, lora),
+            Column(Group("Prompt and size", positive, negative, empty), Group("CFG", scheduled)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, base[2]),
         ),
     )
 
 
-TEMPLATES = (demo, sd15, sdxl, sd3, compare_steps, image_to_image, hires_pass)
+TEMPLATES = (sd15, sdxl, sd3, compare_steps, image_to_image, hires_pass)

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from host.templates.parts import AS_RECOMMENDED, FOX, sample
-from host.workflows import Column, Node, Out, Workflow
+from host.templates.parts import (
+    AS_RECOMMENDED,
+    FOX,
+    File,
+    decode,
+    finished,
+    hub_file,
+    load_lora,
+    model_column,
+    sample,
+)
+from host.workflows import Column, Group, Node, Out, Workflow
 
-HUB = "https://huggingface.co/"
-FLUX_TEXT = f"{HUB}comfyanonymous/flux_text_encoders/resolve/main/"
-FLUX_DEV = f"{HUB}Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"
-T5 = "t5xxl_fp8_e4m3fn_scaled.safetensors"
-SPLIT = f"{HUB}Comfy-Org/{{}}/resolve/main/split_files/{{}}/{{}}"
 SHIFT = "The LoRA brings its shift: ModelSamplingAuraFlow, ModelSamplingSD3 and ModelSamplingFlux are not needed."
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a model: its name, its folder in models/, and where it is."""
-
-    name: str
-    folder: str
-    url: str
-
-    @property
-    def entry(self) -> dict[str, str]:
-        """As the frontend reads it, which offers to get what is missing."""
-        return {"name": self.name, "url": self.url, "directory": self.folder}
-
-    @property
-    def line(self) -> str:
-        """A line of a note: the file, and its repository."""
-        repository = "/".join(self.url.removeprefix(HUB).split("/")[:2])
-        return f"- models/{self.folder}: {self.name} ({repository} on Hugging Face)"
 
 
 def split_file(repository: str, folder: str, name: str) -> File:
     """A file of one of ComfyUI's own repositories."""
-    return File(name, folder, SPLIT.format(repository, folder, name))
+    return hub_file(folder, f"Comfy-Org/{repository}", f"split_files/{folder}/{name}")
 
 
 @dataclass(frozen=True)
@@ -57,22 +42,21 @@ class Model:
 
     def network(self, i: int = 0) -> Node:
         file = self.networks[i]
-        return Node("UNETLoader", 90, unet_name=file.name, weight_dtype="default").of(file.entry)
+        return Node("UNETLoader", 90, unet_name=file.name, weight_dtype="default").of(*file.entries)
 
     def lora(self, model: Out, i: int = 0) -> Node:
-        file = self.loras[i]
-        return Node("PCMLoadLora", 320, model=model, lora=file.name).of(file.entry)
+        return load_lora(model, self.loras[i])
 
     def clip(self) -> Node:
         names = [file.name for file in self.encoders]
-        entries = [file.entry for file in self.encoders]
+        entries = [entry for file in self.encoders for entry in file.entries]
         if len(names) == 2:
             inputs = {"clip_name1": names[0], "clip_name2": names[1]}
             return Node("DualCLIPLoader", 130, type=self.kind, **inputs).of(*entries)
         return Node("CLIPLoader", 110, clip_name=names[0], type=self.kind).of(*entries)
 
     def autoencoder(self) -> Node:
-        return Node("VAELoader", 60, vae_name=self.vae.name).of(self.vae.entry)
+        return Node("VAELoader", 60, vae_name=self.vae.name).of(*self.vae.entries)
 
 
 def words(clip: Node, text: str) -> tuple[Node, Node]:
@@ -83,48 +67,24 @@ def words(clip: Node, text: str) -> tuple[Node, Node]:
     )
 
 
-def result(samples: Node, vae: Node) -> Column:
-    decoded = Node("VAEDecode", 50, samples=samples[0], vae=vae[0])
-    saved = Node("SaveImage", 410, images=decoded[0], filename_prefix="pcm")
-    return Column("Result", decoded, saved, width=400, gap=60)
-
-
+FLUX_ENCODERS = "comfyanonymous/flux_text_encoders"
+TURBO_ALPHA = hub_file("loras", "alimama-creative/FLUX.1-Turbo-Alpha", "diffusion_pytorch_model.safetensors")
 FLUX = Model(
+    (hub_file("diffusion_models", "Comfy-Org/flux1-dev", "flux1-dev.safetensors"),),
     (
-        File(
-            "flux1-dev.safetensors", "diffusion_models", f"{HUB}Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"
-        ),
-    ),
-    (
-        File(
-            "clip_l.safetensors",
-            "text_encoders",
-            f"{HUB}comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
-        ),
-        File(T5, "text_encoders", f"{FLUX_TEXT}{T5}"),
+        hub_file("text_encoders", FLUX_ENCODERS, "clip_l.safetensors"),
+        hub_file("text_encoders", FLUX_ENCODERS, "t5xxl_fp8_e4m3fn_scaled.safetensors"),
     ),
     split_file("Lumina_Image_2.0_Repackaged", "vae", "ae.safetensors"),
     "flux",
-    (
-        File(
-            "FLUX.1-Turbo-Alpha.safetensors",
-            "loras",
-            f"{HUB}alimama-creative/FLUX.1-Turbo-Alpha/resolve/main/diffusion_pytorch_model.safetensors",
-        ),
-    ),
+    (replace(TURBO_ALPHA, name="FLUX.1-Turbo-Alpha.safetensors"),),
 )
 QWEN = Model(
     (split_file("Qwen-Image_ComfyUI", "diffusion_models", "qwen_image_fp8_e4m3fn.safetensors"),),
     (split_file("Qwen-Image_ComfyUI", "text_encoders", "qwen_2.5_vl_7b_fp8_scaled.safetensors"),),
     split_file("Qwen-Image_ComfyUI", "vae", "qwen_image_vae.safetensors"),
     "qwen_image",
-    (
-        File(
-            "Qwen-Image-Lightning-4steps-V1.0.safetensors",
-            "loras",
-            f"{HUB}lightx2v/Qwen-Image-Lightning/resolve/main/Qwen-Image-Lightning-4steps-V1.0.safetensors",
-        ),
-    ),
+    (hub_file("loras", "lightx2v/Qwen-Image-Lightning", "Qwen-Image-Lightning-4steps-V1.0.safetensors"),),
 )
 ZIMAGE = Model(
     (split_file("z_image_turbo", "diffusion_models", "z_image_turbo_bf16.safetensors"),),
@@ -172,10 +132,10 @@ negative prompt is not used.
         "16_flux_turbo",
         note,
         (
-            Column("Model", network, lora, clip, vae, gap=60),
-            Column("Prompt and size", positive, guided, negative, empty),
-            Column("Sample", sampled, width=420),
-            result(sampled, vae),
+            model_column(network, lora),
+            Column(Group("Prompt and size", clip, positive, guided, negative, empty)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, vae[0], vae),
         ),
     )
 
@@ -201,10 +161,10 @@ known by its name. With the editing model, *TextEncodeQwenImageEditPlus* takes t
         "17_qwen_image_lightning",
         note,
         (
-            Column("Model", network, lora, clip, vae, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Sample", sampled, width=420),
-            result(sampled, vae),
+            model_column(network, lora),
+            Column(Group("Prompt and size", clip, positive, negative, empty)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, vae[0], vae),
         ),
     )
 
@@ -225,7 +185,7 @@ list noise levels or timesteps, write them into *sigmas* or *timesteps*.
 
 **Z-Image itself**, not Turbo: *Load PCM LoRA* with Z-Image-Fun-Lora-Distill-8-Steps, at strength 0.8."""
     network, clip, vae = ZIMAGE.network(), ZIMAGE.clip(), ZIMAGE.autoencoder()
-    recipe = Node("PCMRecipe", 320, model=network[0])
+    recipe = Node("PCMRecipe", 420, model=network[0])
     positive, negative = words(clip, "a lighthouse on a cliff at dusk, storm clouds, warm light in the window")
     empty = Node("EmptySD3LatentImage", 110, width=1024, height=1024, batch_size=1)
     sampled = sample(recipe, positive, negative, empty)
@@ -233,10 +193,10 @@ list noise levels or timesteps, write them into *sigmas* or *timesteps*.
         "18_z_image_turbo",
         note,
         (
-            Column("Model", network, recipe, clip, vae, gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Sample", sampled, width=420),
-            result(sampled, vae),
+            model_column(network, recipe),
+            Column(Group("Prompt and size", clip, positive, negative, empty)),
+            Column(Group("Sample", sampled), width=360),
+            finished(sampled, vae[0], vae),
         ),
     )
 
@@ -249,31 +209,30 @@ def wan_lightning() -> Workflow:
 
 **Two experts**: one model draws the noisy levels, one the rest. Each has its own LoRA. The high-noise one goes to \
 *model* and brings the recipe; the low-noise one goes to *low_noise_model*. *Sample PCM* says how many steps are \
-whose, and which is where if they are swapped.
+whose, and which is where if they are swapped. The first leaves the memory before the second comes in.
 
 **Settings**: none to find: {AS_RECOMMENDED}. {SHIFT}
 
-**Image to video**: take the i2v models and LoRAs, and *WanImageToVideo* between the prompts and *Sample PCM*.
-
-**Memory**: the first model leaves before the second comes in."""
+**Image to video**: take the i2v models and LoRAs, and *WanImageToVideo* between the prompts and *Sample PCM*."""
     networks = [WAN.network(i) for i in range(2)]
     loras = [WAN.lora(network[0], i) for i, network in enumerate(networks)]
     clip, vae = WAN.clip(), WAN.autoencoder()
     positive, negative = words(clip, "a red fox walks through fresh snow, morning light, the camera follows")
     empty = Node("EmptyHunyuanLatentVideo", 130, width=640, height=640, length=81, batch_size=1)
     sampled = sample(loras[0], positive, negative, empty, low_noise_model=loras[1][0])
-    decoded = Node("VAEDecode", 50, samples=sampled[0], vae=vae[0])
+    decoded = decode(sampled, vae[0])
     video = {"filename_prefix": "pcm", "fps": 16.0, "lossless": False, "quality": 90, "method": "default"}
-    saved = Node("SaveAnimatedWEBP", 460, images=decoded[0], **video)
+    saved = Node("SaveAnimatedWEBP", 480, images=decoded[0], **video)
     return Workflow(
         "19_wan22_two_experts",
         note,
         (
-            Column("High-noise model", networks[0], loras[0], clip, vae, gap=60),
-            Column("Low-noise model", networks[1], loras[1], gap=60),
-            Column("Prompt and size", positive, negative, empty),
-            Column("Sample", sampled, width=420),
-            Column("Result", decoded, saved, width=400, gap=60),
+            model_column(networks[0], loras[0], title="High-noise model", width=480),
+            Column(
+                Group("Prompt", clip, positive, negative), Group("Low-noise model", networks[1], loras[1]), width=400
+            ),
+            Column(Group("Sample", empty, sampled), width=380),
+            Column(Group("Result", vae, decoded, saved), width=400),
         ),
     )
 

@@ -128,7 +128,7 @@ def test_every_module_holds_its_alpha(trained):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tensors_have_kohyas_names_and_the_files_precision(dtype):
     weights = {"mid_block.proj_in.lora_A": torch.ones(2, 3), "mid_block.proj_in.lora_B": torch.ones(3, 2)}
-    tensors = lora_tensors(weights, 8.0, SD15, dtype)
+    tensors = lora_tensors(weights, 2, 8.0, SD15, dtype)
     name = "lora_unet_mid_block_proj_in"
     assert {k: tuple(v.shape) for k, v in tensors.items()} == {
         f"{name}.lora_down.weight": (2, 3), f"{name}.lora_up.weight": (3, 2), f"{name}.alpha": (),

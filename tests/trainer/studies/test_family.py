@@ -85,6 +85,21 @@ def test_the_comparison_measures_draws_and_writes(tmp_path, monkeypatch):
     assert [(row, config.train.seed) for row, config in reported] == [("lcm", 0), ("lcm", 1)], "cd is not finished"
 
 
+def test_what_a_run_took_is_told_by_its_last_start_that_trained(tmp_path, monkeypatch):
+    """Killed at update 50, and once more when it had nothing left to do but to save."""
+    log = [
+        *({"kind": "start", "step": 0}, {"kind": "update", "step": 50}),
+        *({"kind": "start", "step": 50}, {"kind": "end", "step": 200, "evaluations": 9000, "seconds": 60}),
+        *({"kind": "start", "step": 200}, {"kind": "end", "step": 200, "evaluations": 0, "seconds": 1}),
+    ]
+    monkeypatch.setattr(family, "read_log", lambda folder: log)
+    config = small_config(tmp_path, train__steps=200)
+    assert family.training("lcm", config) == {
+        **{"name": "lcm", "seed": config.train.seed},
+        **{"updates": 200, "evaluations": 12000, "seconds": 80},
+    }
+
+
 def test_a_cell_is_the_mean_within_all_the_intervals():
     row = {"name": "lcm", "gamma": 1.0, "solver": "ddim", "guidance": 1.0, "steps": 2}
     figures = [Figure(d, d - 0.05, d + 0.1).as_dict() for d in (0.1, 0.2, 0.6)]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from safetensors.torch import load_file
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.samplers.lora_info import recipe_of
 from phased_consistency.trainer import comfy
 from phased_consistency.trainer.system import comfyui as host
-from phased_consistency.trainer.tiny.comfy import BASE, CHECKPOINT, LORA, main, write_files
+from phased_consistency.trainer.tiny import demo_pictures
+from phased_consistency.trainer.tiny.comfy import BASE, CHECKPOINT, LORA, PICTURES, main, write_files
 from phased_consistency.trainer.tiny.taesd import full_size
 
 
@@ -30,17 +33,31 @@ def test_the_wider_autoencoder_does_what_the_narrow_one_does():
         torch.testing.assert_close(wide.decode(latents).sample, narrow.decode(latents).sample, rtol=0, atol=1e-5)
 
 
-def test_the_command_writes_both_files_once(tmp_path, capsys):
+def test_the_command_writes_every_file_once(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     checkpoint, lora = tmp_path / "models/checkpoints" / CHECKPOINT, tmp_path / "models/loras" / LORA.name
     text = capsys.readouterr().out
     assert str(checkpoint) in text and str(lora) in text and "00_demo" in text
     assert lora.read_bytes() == LORA.read_bytes() and read_header(lora).family == "sd3"
     assert "model.diffusion_model.joint_blocks.2.x_block.attn.qkv.weight" in load_file(checkpoint)
-    times = [path.stat().st_mtime_ns for path in (checkpoint, lora)]
-    assert write_files(tmp_path) == [checkpoint, lora]
-    assert [path.stat().st_mtime_ns for path in (checkpoint, lora)] == times
+    pictures = [tmp_path / "input" / f"pcm_demo_{edit}.png" for edit in sorted(demo_pictures.PICTURES)]
+    assert [path.read_bytes() for path in pictures] == [(PICTURES / path.name).read_bytes() for path in pictures]
+    files = [checkpoint, lora, *pictures]
+    times = [path.stat().st_mtime_ns for path in files]
+    assert write_files(tmp_path) == files
+    assert [path.stat().st_mtime_ns for path in files] == times
     assert not [path for path in tmp_path.rglob("*.part")]
+
+
+def test_the_bundled_pictures_are_those_described(tmp_path):
+    """Run the command after a change to them (see there)."""
+    assert demo_pictures.main([str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in PICTURES.iterdir()}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as drawn, Image.open(PICTURES / path.name) as bundled:
+            assert drawn.mode == bundled.mode
+            # another Pillow scales a little otherwise
+            assert np.abs(np.subtract(drawn, bundled, dtype=np.float64)).mean() < 2
 
 
 def test_the_command_leaves_other_files_alone(tmp_path, capsys):

@@ -26,7 +26,7 @@ def base():
 
 def test_it_is_small_and_holds_no_pickles():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".png"}
     assert sum(path.stat().st_size for path in files if path.name != LORA.name) <= 14e6
     assert (FOLDER / "classifier.safetensors").stat().st_size < 0.6e6
 

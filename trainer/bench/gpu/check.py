@@ -100,7 +100,7 @@ def check_gpu(
                     report["sections"][number] = _run(section, place)
                 _write(out, report, time.monotonic() - began)
                 row = report["sections"][number]
-                say(f"[{time.monotonic() - began:4.0f} s] {section.name}: {row['outcome']}. {row['sentence']}")
+                say(f"[{time.monotonic() - began:4.0f} s] {section.name}: {row['outcome']} | {row['sentence']}")
                 if row.get("stopped"):
                     raise KeyboardInterrupt
     return report
@@ -135,7 +135,7 @@ def _run(section: CheckSection, place: Workplace) -> dict[str, Any]:
         outcome = {True: HOLDS, False: BROKEN, None: MEASURED}[verdict.holds]
         sentence, figures = verdict.sentence, verdict.figures
     except Unfit as reason:
-        outcome, sentence = NEEDS, f"needs {reason}"
+        outcome, sentence = NEEDS, str(reason)
     except (KeyboardInterrupt, RunStopped):
         outcome, sentence, stopped = LEFT_OUT, "stopped", True
     except Exception as error:

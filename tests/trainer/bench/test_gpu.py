@@ -34,9 +34,8 @@ def test_every_section_on_a_cpu(pcm, tmp_path):
     measured |= {name for name, switch in fast.SWITCHES.items() if not (switch.gpu or switch.again)}
     expected = dict.fromkeys(rows, "needs") | dict.fromkeys(measured, "measured")
     assert outcomes(report) == expected | {"devices agree": "holds", "resumes": "holds"}
-    assert all(
-        re.match("needs (CUDA|full size)", row["sentence"]) for row in rows.values() if row["outcome"] == "needs"
-    )
+    lacking = [row["sentence"] for row in rows.values() if row["outcome"] == "needs"]
+    assert all(re.match("CUDA|full size", sentence) for sentence in lacking)
 
     errors = rows["devices agree"]["figures"]
     assert all(errors[f"{family} fp32"] == {"losses": 0, "gradients": 0} for family in BUNDLED)
@@ -83,11 +82,11 @@ def test_what_fails_is_a_row_and_the_next_goes_on(monkeypatch, tmp_path):
     assert outcomes(report) == kinds and report["open"] == ["fails", "memory", "broken"]
     sentences = [row["sentence"] for row in report["sections"]]
     assert re.fullmatch(r"KeyError in trainer/bench/gpu/check\.py:\d+: 'no\\nsuch key'", sentences[0])
-    assert sentences[1].startswith("out of memory in trainer/") and sentences[3] == "needs a card of 16 GB"
+    assert sentences[1].startswith("out of memory in trainer/") and sentences[3] == "a card of 16 GB"
     assert "1 of 5 promises hold" in report["text"] and "Not seen to hold: fails, memory, broken." in report["text"]
     table = [line for line in (tmp_path / "gpu-check.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + 5 and {line.count("|") for line in table} == {6}
-    assert re.fullmatch(r"\[ +\d+ s\] broken: broken\. twice as slow", lines[2])
+    assert re.fullmatch(r"\[ +\d+ s\] broken: broken \| twice as slow", lines[2])
 
 
 def test_the_report_is_whole_after_every_section(monkeypatch, tmp_path):
@@ -151,6 +150,7 @@ def on_gpu(monkeypatch, tmp_path):
     """A workplace that believes in a GPU, on which nothing is run."""
     monkeypatch.setattr(Workplace, "clean", lambda self: None)
     monkeypatch.setattr(Workplace, "config", lambda self, *settings: settings)
+    monkeypatch.setattr(Workplace, "half", "bf16")
     return Workplace(tmp_path, GPU, tiny=False, ceilings={"matmul": 800e12, "copy": 4e12})
 
 
@@ -227,6 +227,17 @@ def test_runs_that_go_on_are_held_to_whole_ones(monkeypatch, on_gpu, default, de
     monkeypatch.setattr(right, "_resumed", resumed)
     verdict = right.resumes(on_gpu)
     assert verdict.holds is promised and sentence in verdict.sentence
+
+
+def test_a_card_without_bf16_is_tried_in_fp16(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    turing = Workplace(tmp_path, GPU, tiny=False)
+    assert turing.config("sdxl-4step").base.dtype == turing.tiny_config("sd15-4step").base.dtype == "fp16"
+    assert Workplace(tmp_path, CPU, tiny=True).config("sdxl-4step").base.dtype == "bf16"
+
+    monkeypatch.setattr(right, "_resumed", lambda *_, **__: {"twice": True, "resumed": True})
+    figures = right.resumes(turing).figures
+    assert figures["bf16"] == "needs a newer card" and figures["fp16"] == {"default": {"twice": True, "resumed": True}}
 
 
 def test_devices_that_do_not_agree(monkeypatch, on_gpu):

@@ -100,7 +100,7 @@ def check_gpu(
                     report["sections"][number] = _run(section, place)
                 _write(out, report, time.monotonic() - began)
                 row = report["sections"][number]
-                say(f"[{time.monotonic() - began:4.0f} s] {section.name}: {row['outcome']}. {row['sentence']}")
+                say(f"[{time.monotonic() - began:4.0f} s] {section.name}: {row['outcome']} | {row['sentence']}")
                 if row.get("stopped"):
                     raise KeyboardInterrupt
     return report
@@ -116,22 +116,26 @@ def _chosen(only: Iterable[str]) -> list[CheckSection]:
 
 
 def _pace(sections: list[CheckSection], rows: list[dict[str, Any]]) -> float:
-    """How much longer sections have taken so far than they were guessed to."""
-    done = [(section.seconds, row["seconds"]) for section, row in zip(sections, rows, strict=False) if row["seconds"]]
-    return sum(took for _, took in done) / sum(guess for guess, _ in done) if done else 1.0
+    """How much longer sections that came to their end have taken so far than they were guessed to."""
+    ended = [
+        (section.seconds, row["seconds"])
+        for section, row in zip(sections, rows, strict=False)
+        if row["outcome"] in (HOLDS, BROKEN, MEASURED)
+    ]
+    return sum(seconds for _, seconds in ended) / sum(guess for guess, _ in ended) if ended else 1.0
 
 
 def _run(section: CheckSection, place: Workplace) -> dict[str, Any]:
     """One section's row; whatever it raises is its outcome, and the next has its own chance."""
-    place.clean()
     start = time.monotonic()
     stopped, figures = False, {}
     try:
+        place.clean()
         verdict: Verdict = section.run(place)
         outcome = {True: HOLDS, False: BROKEN, None: MEASURED}[verdict.holds]
         sentence, figures = verdict.sentence, verdict.figures
     except Unfit as reason:
-        outcome, sentence = NEEDS, f"needs {reason}"
+        outcome, sentence = NEEDS, str(reason)
     except (KeyboardInterrupt, RunStopped):
         outcome, sentence, stopped = LEFT_OUT, "stopped", True
     except Exception as error:

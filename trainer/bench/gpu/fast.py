@@ -81,7 +81,7 @@ class _Notes(Reporter):
 
 def measure_card(place: Workplace) -> Verdict:
     """What the card reaches in large products and copies, what a launch costs, and which attention is fastest."""
-    dtype = torch.bfloat16 if place.on_gpu else torch.float32
+    dtype = DTYPES[place.half] if place.on_gpu else torch.float32
     side, numbers, launches = (8192, 2**29, 2000) if place.on_gpu else (256, 2**20, 50)
     a, b = (torch.randn(side, side, device=place.device, dtype=dtype) for _ in range(2))
     x = torch.randn(numbers, device=place.device)
@@ -102,7 +102,7 @@ def measure_card(place: Workplace) -> Verdict:
 
 def _attention(place: Workplace, name: str) -> float | None:
     """Seconds of attention on SD3's shapes, forward and backward, by one of torch's kernels; None where it has none."""
-    query = torch.randn(4, 24, 4250, 64, device=place.device, dtype=torch.bfloat16, requires_grad=True)
+    query = torch.randn(4, 24, 4250, 64, device=place.device, dtype=DTYPES[place.half], requires_grad=True)
     try:
         with sdpa_kernel(getattr(SDPBackend, name)):
             run = lambda: F.scaled_dot_product_attention(query, query, query).sum().backward()  # noqa: E731

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from ...config.config import Config
 from ...config.load import load_config
-from ...system.machine import GIB
+from ...system.machine import GIB, native_bf16
 from .bases import TINY, base_folder
 
 TRAINER = Path(__file__).parents[2]
@@ -67,6 +67,11 @@ class Workplace:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def half(self) -> str:
+        """The 16 bits that the device computes in: presets have bf16, which older cards only emulate."""
+        return "fp16" if self.on_gpu and not native_bf16() else "bf16"
+
     def config(self, preset: str, *overrides: str) -> Config:
         """A preset's configuration on a base that needs no files, of full size unless all is tiny."""
         base = base_folder(preset.partition("-")[0], self.folder / "bases", speck=self.tiny)
@@ -101,7 +106,7 @@ class Workplace:
             raise Unfit("CUDA")
 
     def _config(self, preset: str, overrides: list[str]) -> Config:
-        settings = [f"output={self.new_folder()}/run", *SMALL_DATA, *QUIET]
+        settings = [f"output={self.new_folder()}/run", f"base.dtype={self.half}", *SMALL_DATA, *QUIET]
         if preset.startswith("sd3"):
             settings.append("base.t5=false")
         return load_config(None, [*settings, *overrides], preset)

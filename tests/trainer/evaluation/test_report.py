@@ -313,7 +313,7 @@ def test_a_lora_without_a_recipe_and_one_with_cfg(pcm, lora, tmp_path, without_p
     plain = copy(lora, tmp_path / "mine.safetensors")
     cfg = {"guidance_mode": "normalcfg", "guidance": 3.0, "guidance_max": 6.0, "negative_prompts": True}
     normal = copy(lora, tmp_path / "a" / "mine.safetensors", **cfg)
-    options = ("--guidance", "4", "--out", tmp_path / "r", *SMALL)
+    options = ("--guidance", "4", "--features", "latents", "--out", tmp_path / "r", *SMALL)
     run = pcm("evaluate", "--base", TINY, "--lora", plain, "--lora", normal, *options)
     assert run.code == 0, run.err
     assert "mine has no recipe in its header, and is no known file" in run.err

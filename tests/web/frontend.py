@@ -28,7 +28,7 @@ MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph t
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
 TABS = ".workflow-tabs"
-TEXTS = ".dom-widget, .lg-node-widget"  # texts on nodes, and those in Nodes 2.0
+TEXTS = ".dom-widget:visible, .lg-node-widget:visible"  # texts on nodes, and those in Nodes 2.0
 OURS = re.compile("PCM|phased-consistency")
 IN_A_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md$")  # a help page is looked for in the artist's language first
 

@@ -29,9 +29,8 @@ which may be large, or two, of which one is left or right of the other, on a bac
 - {", ".join(THINGS)};
 - on {", ".join(GROUNDS)}, or on striped, dotted or checkered blue, and so on.
 
-**Settings**: none to find: {AS_RECOMMENDED}; *Load PCM LoRA* and *Sample PCM* write what they do on themselves.
-
-**Size**: 128 x 128, four pictures at once, shown four times as large.
+**Settings**: none to find: {AS_RECOMMENDED}; *Load PCM LoRA* and *Sample PCM* write what they do on themselves. \
+Pictures are of 128 x 128, four at once, shown four times as large.
 
 **Edits**: *00_demo_1_compare* to *00_demo_9_interpolate* need nothing else either."""
     return text_to_image("00_demo", DEMO, "a large strawberry on a white background", note, 4, width=460)

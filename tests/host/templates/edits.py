@@ -233,8 +233,8 @@ def inpaint_with_controlnet() -> Workflow:
     )
     operator = Node("PCMInpaintOperator", 150, image=image[0], mask=image[1])
     start = Node("VAEEncode", 50, pixels=operator[1], vae=base[2])
-    sampler = Node("PCMEditSampler", 190, operator=operator[0], vae=base[2], recipe=lora[1])
-    levels = Node("PCMScheduler", 160, recipe=lora[1])
+    sampler = Node("PCMEditSampler", 200, operator=operator[0], vae=base[2], recipe=lora[1])
+    levels = Node("PCMScheduler", 220, recipe=lora[1])
     noise = Node("RandomNoise", 90, noise_seed=42)
     guider = Node("CFGGuider", 100, model=lora[0], positive=guided[0], negative=guided[1], cfg=1.0)
     sampled = Node(
@@ -246,7 +246,7 @@ def inpaint_with_controlnet() -> Workflow:
         sigmas=levels[0],
         latent_image=start[0],
     )
-    decoded = Node("PCMEditDecode", 130, operator=operator[0], vae=base[2], samples=sampled[0])
+    decoded = Node("PCMEditDecode", 170, operator=operator[0], vae=base[2], samples=sampled[0])
     note = f"""\
 # Inpaint from parts, with ControlNet
 
@@ -271,9 +271,9 @@ a fast one such as TAESD on *PCM Edit Sampler* makes that cheap."""
         note,
         (
             model_column(base, lora),
-            Column(Group("Picture and edit", image, operator, start, sampler, levels)),
+            Column(Group("Picture and edit", image, operator, sampler, levels)),
             Column(Group("Prompt and outlines", positive, negative, lines, net, guided, noise, guider)),
-            Column(Group("Sample", sampled), Group("Result", decoded, save(decoded[0], 320)), width=380),
+            Column(Group("Sample", start, sampled), Group("Result", decoded, save(decoded[0], 320)), width=380),
         ),
     )
 

@@ -6,7 +6,7 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --home-dir /work --uid 1000 pcm
+    && useradd --create-home --home-dir /data --uid 1000 pcm
 
 # a layer of its own: these gigabytes, CUDA's libraries among them, stay as they are when the code changes
 ARG TORCH="torch>=2.10"
@@ -25,12 +25,12 @@ COPY workflows workflows
 RUN pip install --no-cache-dir ".[train,quantize,optimizers]"
 
 # so that a user whom the image does not know (`--user`) has a name and a place for caches
-ENV HOME=/work \
+ENV HOME=/data \
     USER=pcm \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000
-WORKDIR /work
-VOLUME /work
+WORKDIR /data
+VOLUME /data
 ENTRYPOINT ["pcm"]
 CMD ["doctor"]

@@ -192,8 +192,8 @@ class LoraConfig(Section):
     """The adapter; its strength is alpha / rank, and both are stored in the file."""
 
     rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
-    ranks: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        {},
+    ranks: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+        None,
         description="ranks of modules whose path a pattern (a regular expression) finds, such as {attn2 = 128, "
         "conv = 0}: the first that does counts, 0 leaves the module as it is, and all are applied at alpha / rank",
     )
@@ -205,8 +205,8 @@ class LoraConfig(Section):
 
     @field_validator("ranks")
     @classmethod
-    def _patterns(cls, ranks: dict[str, int]) -> dict[str, int]:
-        for pattern in ranks:
+    def _patterns(cls, ranks: dict[str, int] | None) -> dict[str, int] | None:
+        for pattern in ranks or ():
             try:
                 re.compile(pattern)
             except re.error as error:

@@ -244,7 +244,7 @@ def explain_out_of_memory(error: BaseException, config: Config, family: type[Bas
 
 
 def _ranks(config: Config) -> Ranks:
-    return tuple(config.lora.ranks.items())
+    return tuple((config.lora.ranks or {}).items())
 
 
 def _footprint(config: Config, family: type[Base]) -> Footprint:

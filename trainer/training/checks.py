@@ -213,7 +213,7 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
-    if smaller := {pattern: r for pattern, r in config.lora.ranks.items() if r < rank}:
+    if smaller := {pattern: r for pattern, r in (config.lora.ranks or {}).items() if r < rank}:
         raise ValueError(
             f"{file} has rank {rank}, and lora.ranks gives {', '.join(smaller)} less. Leave that out, or go on from a "
             "smaller one (pcm resize)."

@@ -90,7 +90,7 @@ def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
     if family.whole:
         return f"the whole network, {size}"
     lora = config.lora
-    rank = rank_text(lora.rank, lora.ranks)
+    rank = rank_text(lora.rank, lora.ranks or {})
     return f"a LoRA of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 

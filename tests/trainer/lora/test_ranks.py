@@ -11,6 +11,7 @@ from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.adapter import CRITIC, Adapter
+from phased_consistency.trainer.training.checkpoint import agreed_changes
 from phased_consistency.trainer.training.loop import train
 from phased_consistency.trainer.training.plan import plan
 from support.runs import TINY, settings, small_config
@@ -74,3 +75,10 @@ def test_a_lora_of_more_than_some_module_s_rank_is_no_start(tmp_path, trained):
     start = {"lora__init": trained[1], "lora__rank": 4, "lora__ranks": "{attn2 = 1}"}
     with pytest.raises(ValueError, match="has rank 4, and lora.ranks gives attn2 less"):
         plan(small_config(tmp_path, base__path=TINY, **start))
+
+
+def test_a_run_from_before_there_were_ranks_goes_on(tmp_path):
+    """It has none in its checkpoints, and no change of settings is seen."""
+    settings_now = small_config(tmp_path).what_decides_the_weights()
+    then = settings_now | {"lora": {key: value for key, value in settings_now["lora"].items() if key != "ranks"}}
+    assert agreed_changes(tmp_path, (2, {"settings": then, "changes": []}), settings_now) == []

@@ -84,7 +84,7 @@ def pair(request, tmp_path_factory):
         lora = tmp_path_factory.mktemp(name) / "lora.safetensors"
         kohya_file(lora, base, **{HEADER_KEY: recipe.to_header()})
         pipe.unet.to(memory_format=torch.channels_last)  # as ours: another order of sums has other last bits
-    pipe.load_lora_weights(lora)
+    pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     pipe.scheduler = PCMScheduler.from_lora(lora, pipe.scheduler)
     return Pair(base, lora, pipe, image_kind, PROMPTS.get(name, ["a red circle", "a blue square"]))
 

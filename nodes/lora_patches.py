@@ -24,7 +24,6 @@ from .ia3 import IA3
 from .lora_on_model import CONFIGS, model_family
 
 INPUT = "diffusion_model.input_blocks.0.0.weight"  # the convolution that takes the latent, and a picture or a mask
-PEFT_MAGNITUDE = "lora_magnitude_vector"  # in the name of a DoRA's magnitudes as PEFT writes them
 COMPILED = "_orig_mod"  # in the names of a module that torch.compile has wrapped
 # why modules are not taken -> what is said after "{n} of {total} modules"; a node shows some 90 characters of a line
 CAUSES = {
@@ -222,9 +221,10 @@ def renamed(
         parts["down"] = torch.nn.functional.pad(parts["down"], (0, 0, 0, 0, 0, more))
     if "bias" in parts:  # PEFT scales it as it scales the product, and the host adds it as it is
         parts["bias"] = parts["bias"] * (numbers.get("alpha", module.rank) / module.rank)
-    if PEFT_MAGNITUDE in module.keys.get("dora_scale", ""):
+    magnitude = parts.pop("magnitude", None)
+    if magnitude is not None and "dora_scale" not in parts:
         # (out,) of a linear layer and (1, out, 1, 1) of a convolution: the host has them as (out, 1, ...)
-        parts["dora_scale"] = parts["dora_scale"].reshape(-1, *[1] * (parts["down"].ndim - 1))
+        parts["dora_scale"] = magnitude.reshape(-1, *[1] * (parts["down"].ndim - 1))
     return {f"{place.name}.{host_suffix(part)}": tensor for part, tensor in parts.items()}
 
 

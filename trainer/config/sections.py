@@ -197,11 +197,20 @@ class LoraConfig(Section):
         description="ranks of modules whose path a pattern (a regular expression) finds, such as {attn2 = 128, "
         "conv = 0}: the first that does counts, 0 leaves the module as it is, and all are applied at alpha / rank",
     )
+    dora: bool | None = Field(
+        None,
+        description="DoRA: lengths of each weight's rows are trained beside the LoRA; default: false",
+    )
     alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
     init: Place | None = Field(
         None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
     )
+
+    @field_validator("dora")
+    @classmethod
+    def _none_or_true(cls, dora: bool | None) -> bool | None:
+        return dora or None  # as in checkpoints from before there was a choice
 
     @field_validator("ranks")
     @classmethod

@@ -160,7 +160,7 @@ def check_network_settings(config: Config, family: type[Base]) -> None:
     folder = family.config_folder(config.base.path, config.base.config)
     _inputs(family, folder, config.base.dtype, config.data.resolution)
     if config.lora.ranks and not family.whole:
-        _adapted(family, folder, config.base.dtype, config.lora.rank, _ranks(config))
+        _adapted(family, folder, config.base.dtype, config.lora.rank, _ranks(config), bool(config.lora.dora))
     if config.train.gradient_checkpointing == "auto" and not config.train.offload:
         limit_bytes(config)
 
@@ -257,6 +257,7 @@ def _footprint(config: Config, family: type[Base]) -> Footprint:
         resolution=config.data.resolution,
         rank=config.lora.rank,
         ranks=_ranks(config),
+        dora=bool(config.lora.dora),
         heads_width=config.adversarial.width if config.adversarial.weight else 0,
     )
 
@@ -275,12 +276,20 @@ def _inputs(family: type[Base], folder: Path, dtype: str, resolution: int) -> di
 
 @lru_cache(maxsize=8)
 def _measure(
-    family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, ranks: Ranks, heads_width: int
+    family: type[Base],
+    folder: Path,
+    dtype: str,
+    t5: bool,
+    resolution: int,
+    rank: int,
+    ranks: Ranks,
+    dora: bool,
+    heads_width: int,
 ) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
     inputs = _inputs(family, folder, dtype, resolution)
-    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank, ranks)
-    activations, pass_bytes = _student(family, folder, dtype, resolution, rank, ranks)
+    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank, ranks, dora)
+    activations, pass_bytes = _student(family, folder, dtype, resolution, rank, ranks, dora)
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
     vae, text, encoding, decoding = _encoders(family, folder, t5, resolution)
@@ -302,7 +311,7 @@ def _measure(
 
 @lru_cache(maxsize=2)
 def _adapted(
-    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks
+    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks, dora: bool
 ) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
     """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
     with torch.device("meta"):
@@ -310,7 +319,7 @@ def _adapted(
     network.requires_grad_(False)
     parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
     with torch.device("meta"):
-        trained = learner(network, family, rank, rank, seed=0, ranks=dict(ranks))
+        trained = learner(network, family, rank, rank, seed=0, ranks=dict(ranks), dora=dora)
     if not family.whole and network.dtype != torch.float32:
         add_in_one_product(trained)  # a run has autocast off, too, which the meta device does not know
     return network, parameters, blocks, trained
@@ -318,11 +327,11 @@ def _adapted(
 
 @lru_cache(maxsize=8)
 def _student(
-    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks
+    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks, dora: bool
 ) -> tuple[Activations, int]:
     """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
     with a discriminator and without."""
-    network, *_ = _adapted(family, folder, dtype, rank, ranks)
+    network, *_ = _adapted(family, folder, dtype, rank, ranks, dora)
     inputs = _inputs(family, folder, dtype, resolution)
     run = lambda: network(**inputs)  # noqa: E731
     return kept_activations(network, run), most_bytes(run)

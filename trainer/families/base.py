@@ -338,6 +338,22 @@ class Base(ABC):
     def lora_key(module: str) -> str:
         """Network module path -> what the LoRA file calls the module."""
 
+    @classmethod
+    def dora_names(cls, module: str) -> dict[str, str]:
+        """Network module path -> the names of a DoRA's tensors, by part: PEFT's of the two halves and of the
+        magnitudes, which diffusers reads, and ComfyUI's "dora_scale" of its own."""
+        path = f"{cls.component}.{module}"
+        return {
+            "lora_A": f"{path}.lora_A.weight",
+            "lora_B": f"{path}.lora_B.weight",
+            "magnitude": f"{path}.lora_magnitude_vector",
+            "dora_scale": f"{path}.dora_scale",
+        }
+
+    def host_rows(self, module: str, rows: Tensor) -> Tensor:
+        """(out,) a number for each row of a module's weight, in the order in which ComfyUI has the rows."""
+        return rows
+
     @abstractmethod
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         """Install the tensors of a LoRA file for the network as adapter `name`, by diffusers' own loader.

@@ -292,6 +292,12 @@ class SD3(Base):
         """Transformer module path -> diffusers' module name."""
         return "transformer." + module
 
+    def host_rows(self, module: str, rows: Tensor) -> Tensor:
+        # the original layout has shift before scale in the last block, and ComfyUI turns what is added to the weight
+        # round, but not the magnitudes
+        last = f"transformer_blocks.{self.network.config.num_layers - 1}.norm1_context.linear"
+        return torch.cat(rows.chunk(2)[::-1]) if module == last else rows
+
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         state = StableDiffusion3Pipeline.lora_state_dict(state)
         # as the pipeline's load_lora_weights does: what comes after would pass over other tensors, alphas

@@ -30,7 +30,7 @@ from ..efficiency.blocks import check_compiler
 from ..efficiency.memory import check_network_settings
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
-from ..lora.install import check_fit, check_plain, header_of_family
+from ..lora.install import check_fit, check_plain, header_of_family, is_all_dora
 from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
@@ -208,8 +208,10 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     the run's, and for one whose jumps end elsewhere.
     """
     header = header_of_family(Path(config.lora.init), base.family.name)
-    check_plain(header, header.network)
+    check_plain(header, header.network, dora=True)
     recipe, file = recipe_of(header), header.path.name
+    if is_all_dora(header) and not config.lora.dora:
+        raise ValueError(f"{file} is a DoRA, and this run trains a LoRA without magnitudes. Set lora.dora=true.")
     rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
@@ -263,6 +265,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         }
         if set_too := [name for name, value in frozen_only.items() if value]:
             raise ValueError(f"{set_too[0]} is for a frozen base, and all of {family.title} is trained. Leave it out.")
+    if config.lora.dora:
+        _check_dora(config)
     if train.shard:
         _check_shard(config, processes)
         if config.objective.matching:
@@ -286,6 +290,18 @@ def _check_fp8_kernels(config: Config, device: torch.device) -> None:
             f"train.compile=true with base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and "
             f"this one has {here}: Triton makes no fp8 kernels for it. Set base.quantize=int8, or train.compile=false."
         )
+
+
+def _check_dora(config: Config) -> None:
+    """A DoRA's magnitudes are of the base's weights as they are, whole and at hand, and its adapter has no strength by
+    which compiled code could switch it off."""
+    others = {
+        "base.quantize": config.base.quantize,
+        "train.compile": config.train.compile,
+        "train.shard": config.train.shard,
+    }
+    if set_too := [name for name, value in others.items() if value]:
+        raise ValueError(f"lora.dora does not go with {' or '.join(set_too)}: leave one of them out.")
 
 
 def _check_shard(config: Config, processes: int) -> None:

@@ -106,7 +106,9 @@ class Run:
 
         # What is trained. `lora.init` overwrites its first weights, and a checkpoint, further down, overwrites both.
         lora = config.lora
-        self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks)
+        self.adapter = learner(
+            self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks, bool(lora.dora)
+        )
         self.say(self.adapter.sentence())
         if lora.init:
             self.say(start_from(config, self.base, self.adapter))

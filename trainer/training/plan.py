@@ -91,7 +91,8 @@ def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
         return f"the whole network, {size}"
     lora = config.lora
     rank = rank_text(lora.rank, lora.ranks or {})
-    return f"a LoRA of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
+    kind = "DoRA" if lora.dora else "LoRA"
+    return f"a {kind} of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 
 def _summary(objective: Objective) -> str:

@@ -24,6 +24,7 @@ from ..data.captions import chosen
 from ..data.prompts import prompts_of
 from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
+from ..data.size import count_captions
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
@@ -47,10 +48,11 @@ FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels i
 @dataclass(frozen=True)
 class Samples:
     """What a run learns from. number: how many there are, None where they are counted when they are cached; source:
-    where they come from, for people."""
+    where they come from, for people; captions: how many different ones are encoded, None as for the number."""
 
     number: int | None
     source: str
+    captions: int | None
 
 
 @dataclass(frozen=True)
@@ -331,22 +333,24 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
     if data.shards:
         return _check_shards(config)
     if data.images:
-        pictures, skipped, notes = pictures_of(config)
+        folder = pictures_of(config)
+        pictures, skipped, notes = folder
         captions = (
             caption for picture in pictures for caption in chosen(picture.caption, data.captions, Tags.of(data))
         )
         family.check_prompts(config.base.path, captions)
         left_out = "; ".join([f"{len(skipped)} left out", *notes])
         source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"
-        return Samples(len(pictures), source)
+        return Samples(len(pictures), source, count_captions(folder, config))
+    prompts = prompts_of(config)
+    number, different = len(prompts), len(set(prompts))
     if config.objective.matching:
-        number = len(prompts_of(config))
-        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures")
+        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures", different)
     source = (
-        f"{data.count} latents that the teacher makes from {len(prompts_of(config))} prompts "
+        f"{data.count} latents that the teacher makes from {number} prompts "
         f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
     )
-    return Samples(data.count, source)
+    return Samples(data.count, source, different)
 
 
 def _check_shards(config: Config) -> Samples:
@@ -358,4 +362,4 @@ def _check_shards(config: Config) -> Samples:
         bad += [f"{shard}: {problem}" for shard in here if (problem := check_end(shard))]
     stop_or_skip(bad, data.skip_bad, f"{len(bad)} of the {len(shards)} shards in data.shards cannot be read")
     source = f"{len(shards)} shards, {len(bad)} left out; their samples are counted when they are cached"
-    return Samples(None, source)
+    return Samples(None, source, None)

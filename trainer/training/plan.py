@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.config import Config
 from ..data.held_out import most_held_out
+from ..data.size import cache_bytes
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
@@ -34,6 +35,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     train = config.train
     seen = train.steps * train.batch_size * train.accumulation
     passes, _ = _passes(config)
+    cached = {} if samples.number is None else cache_bytes(config, checked.base, samples.number, samples.captions)
     bytes_each = 4 if family.whole else DTYPES[config.lora.dtype].itemsize
     facts = {
         "base": config.base.path,
@@ -49,7 +51,9 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "file_bytes": memory["trained_parameters"] * bytes_each,
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
-        "notes": [*config.notes(), *notes_on_device(config, device)],
+        "notes": [*config.notes(), *notes_on_device(config, device), *_cache_note(config, sum(cached.values()))],
+        "captions": samples.captions,
+        "cache_gib": {what: round(size / GIB, 3) for what, size in cached.items()},
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),
@@ -74,6 +78,7 @@ def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
         f"  trains    {_learner(config, family, facts)}",
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
+        f"  caches    {_cached(facts)}",
         f"  measures  {_measures(facts)}",
         *([f"  use       {checked.recipe.usage_hint()}"] if checked.recipe else []),
         *(f"  note      {note}" for note in facts["notes"]),
@@ -83,6 +88,25 @@ def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
         *(f"  {setting:48} {gib:6.2f}" for setting, gib in facts["would_save_gib"].items()),
     ]
     return "\n".join(lines)
+
+
+def _cache_note(config: Config, needed: int) -> list[str]:
+    """A sentence where the disk has less room than a cache of so many bytes takes, of which there is nothing yet."""
+    folder = config.cache_folder
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if needed <= free or any(folder.glob("*/latents-*")):
+        return []
+    return [
+        f"The cache will take about {needed / GIB:.2g} GiB, and {free / GIB:.2g} are free where {folder} is: set "
+        "data.cache to a folder on another disk."
+    ]
+
+
+def _cached(facts: dict[str, Any]) -> str:
+    gib, captions = facts["cache_gib"], facts["captions"]
+    if not gib:
+        return "what is counted while it is made"
+    return f"{gib['latents']:.2f} GiB of latents and {gib['encodings']:.2f} GiB of {captions} encoded captions, on disk"
 
 
 def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def lora_and_strength(text: str) -> tuple[str, float]:
 
 def lora_place(text: str) -> str:
     """A `place` with a strength or without; ValueError as `lora_and_strength`."""
-    lora_and_strength(text)
+    place(lora_and_strength(text)[0])
     return place(text)
 
 
@@ -192,7 +192,7 @@ class LoraConfig(Section):
     """The adapter; its strength is alpha / rank, and both are stored in the file."""
 
     rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
-    ranks: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+    ranks: dict[str, Annotated[int, Field(ge=0, strict=True)]] | None = Field(
         None,
         description="ranks of modules whose path a pattern (a regular expression) finds, such as {attn2 = 128, "
         "conv = 0}: the first that does counts, 0 leaves the module as it is, and all are applied at alpha / rank",

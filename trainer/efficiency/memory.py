@@ -165,6 +165,13 @@ def check_network_settings(config: Config, family: type[Base]) -> None:
         limit_bytes(config)
 
 
+def trained_parameters(config: Config, family: type[Base]) -> list[nn.Parameter]:
+    """What a run's student trains, by shape alone (meta device)."""
+    folder, lora = family.config_folder(config.base.path, config.base.config), config.lora
+    *_, trained = _adapted(family, folder, config.base.dtype, lora.rank, _ranks(config), bool(lora.dora))
+    return trained.parameters()
+
+
 def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> list[str]:
     """Which of the network's blocks a run computes again for its backward pass: none, all, or for "auto" as few as it
     takes to fit, first those that save most for what they cost.

@@ -154,12 +154,20 @@ class Adapter(Learner):
         ends = tuple(f".{target}" for target in targets)
         kinds = nn.Linear | nn.Conv2d | LoraLayer
         paths = [path for path, m in self.network.named_modules() if isinstance(m, kinds) and f".{path}".endswith(ends)]
+        left = set(paths)  # those of no pattern so far
         for pattern in self.ranks:
-            if not any(re.search(pattern, path) for path in paths):
+            places = {path for path in paths if re.search(pattern, path)}
+            if not places:
                 raise ValueError(
                     f"lora.ranks: {pattern!r} finds none of the {len(paths)} modules that a LoRA of this base has, "
                     f"such as {', '.join(paths[:3])}. Take a part of such a path."
                 )
+            if not places & left:
+                raise ValueError(
+                    f"lora.ranks: all {len(places)} modules that {pattern!r} finds are found by a pattern before it, "
+                    "and the first counts. Put it before the others, or leave it out."
+                )
+            left -= places
         ranks = {path: self._rank_of(path) for path in paths}
         chosen = {re.escape(path): rank for path, rank in ranks.items() if rank}
         if not chosen:

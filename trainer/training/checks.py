@@ -28,7 +28,7 @@ from ..data.size import count_captions
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
-from ..efficiency.memory import check_network_settings
+from ..efficiency.memory import check_network_settings, trained_parameters
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
 from ..lora.install import check_fit, check_plain, header_of_family, is_all_dora
@@ -40,7 +40,7 @@ from ..system.machine import NO_BF16, native_bf16
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
-from .optimizers import check_optimizer
+from .optimizers import OF_TORCH, check_optimizer, check_takes
 
 FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels in fp8
 
@@ -280,6 +280,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         check_compiler(device)
         _check_fp8_kernels(config, device)
     check_network_settings(config, family)
+    if config.train.optimizer in OF_TORCH:
+        check_takes(config, trained_parameters(config, family))
 
 
 def _check_fp8_kernels(config: Config, device: torch.device) -> None:

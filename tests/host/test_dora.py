@@ -36,25 +36,33 @@ def adapted(network: nn.Module, family) -> Adapter:
 
 
 def write(models, adapter: Adapter, family, recipe) -> tuple[str, int]:
-    """The adapter's file in the host's folder; returns its name and how many modules it has."""
+    """The adapter's file in the host's folder, and one with PEFT's magnitudes alone; returns the first one's name, and
+    how many modules it has."""
     base = SimpleNamespace(network=adapter.network, dora_names=family.dora_names)
     base.host_rows = partial(family.host_rows, base)
     tensors = dora_tensors(adapter.state(), 4, 2.0, base, torch.float32)
     name = f"dora_{family.name}.safetensors"
-    save_file(tensors, models.folder / "loras" / name, {HEADER_KEY: recipe.to_header()})
+    header = {HEADER_KEY: recipe.to_header()}
+    save_file(tensors, models.folder / "loras" / name, header)
+    by_peft = {key: tensor for key, tensor in tensors.items() if not key.endswith("dora_scale")}
+    save_file(by_peft, models.folder / "loras" / f"peft_{name}", header)
     return name, len(adapter.layers)
 
 
 def drawn(server, graph, links, name: str) -> tuple[torch.Tensor, str]:
-    """The latent by Load PCM LoRA, which core's loader gives to the bit, and what the node says."""
+    """The latent by Load PCM LoRA, which core's loader gives to the bit, and what the node says.
+
+    Of PEFT's magnitudes alone the node makes the same; core drops them.
+    """
     core = graph.add("LoraLoaderModelOnly", model=links["base"], lora_name=name, strength_model=1.0)
-    steps = (
-        sample(graph, links),
-        sample(graph, links | {"model": out(core)}),
-        sample(graph, links | {"model": links["base"]}),
-    )
-    run, (ours, cores, bare) = server.latents(graph, *steps)
+    widgets = {"strength": 1.0, "recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    peft = graph.add("PCMLoadLora", model=links["base"], lora=f"peft_{name}", **widgets)
+    models = (links["model"], out(core), out(peft), links["base"])
+    run, latents = server.latents(graph, *(sample(graph, links | {"model": model}) for model in models))
+    ours, cores, pefts, bare = latents
     assert torch.equal(ours, cores) and (ours - bare).abs().max() > 0.05
+    assert (ours - pefts).abs().max() < 1e-4 * ours.abs().max()
+    assert run.text(peft) == run.text(links["model"][0])
     return ours, run.text(links["model"][0])
 
 

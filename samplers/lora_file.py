@@ -48,7 +48,8 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  
 LONGEST_CONFIG = 1_000_000  # characters
 LONGEST_NAME = 1000  # characters; published ones have up to 120
 SD3_PROJECTION = re.compile(
-    r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$|joint_blocks_\d+_\w*attn_qkv$"
+    r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$"
+    r"|joint_blocks_\d+_(x|context)_block_(attn2?_qkv|attn2?_proj|mlp_fc1|adaLN_modulation_1)$"
 )
 
 

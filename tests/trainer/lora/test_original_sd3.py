@@ -30,6 +30,7 @@ from phased_consistency.trainer.sharing.merge import merge
 from phased_consistency.trainer.sharing.read import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from phased_consistency.trainer.tiny.single_file import sd3_transformer
+from phased_consistency.trainer.training.checks import check_loaded
 from phased_consistency.trainer.training.lora_init import start_from
 from support.runs import small_config
 from support.sd3_base import make_sd3_folder, save_sd3_single_file
@@ -187,6 +188,14 @@ def test_it_is_checked_merged_into_a_base_and_begun_from(single, tmp_path):
     result = check_parity(lora, single.load())
     assert result["passed"] and result["compared_as_sampled"] and result["modules"] == len(modules), result["text"]
     assert facts(read_header(lora))["kinds"] == {"LoRA": len(modules)}, "as they are in the file"
+
+
+def test_a_layer_that_is_not_trained_is_no_start(single, tmp_path):
+    write(lora := tmp_path / "lora.safetensors", single.weights, modules=[QKV, "final_layer.adaLN_modulation.1"])
+    config = small_config("nowhere", lora__init=lora, lora__rank=RANK, data__resolution=64)
+    said = "lora.safetensors: 1 of its 4 layers are not trained here, such as norm_out.linear. Start from a LoRA"
+    with pytest.raises(ValueError, match=said):
+        check_loaded(config, single.load())
 
 
 def test_alphas_in_the_header_are_read(single, tmp_path):

@@ -58,7 +58,7 @@ MARKS = (
     Mark(
         "sd3",
         r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$"
-        r"|joint_blocks_\d+_\w*attn_qkv$",
+        r"|joint_blocks_\d+_(x|context)_block_(attn2?_qkv|attn2?_proj|mlp_fc1|adaLN_modulation_1)$",
         (1536, 2432),
     ),
     Mark("chroma", r"_distilled_guidance_layer_"),

@@ -128,14 +128,34 @@ def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> lis
     return chosen
 
 
-def limit_bytes(config: Config) -> int:
-    """What `train.gradient_checkpointing=auto` may fill. Raises ValueError where there is no GPU and nobody says it."""
+def fitting_batch(config: Config, family: type[Base], limit: float) -> tuple[int, dict[int, float]]:
+    """The most samples a pass, of those that divide the update's without a rest, whose training fits `limit` bytes by
+    the estimate with its margin, and 1 where nothing does; the bytes of each that was tried, by samples.
+
+    Where train.gradient_checkpointing=auto, all blocks count as computed again: it then takes as few as fit.
+    """
+    sizes, samples = footprint(config, family), config.train.accumulation
+    again = list(sizes.blocks) if config.train.gradient_checkpointing or config.train.offload else []
+    tried: dict[int, float] = {}
+    for size in (n for n in range(samples, 0, -1) if samples % n == 0):
+        shape = config.shaped(size, samples // size)
+        tried[size] = sum(_bytes(shape, family, sizes, again).values()) * MARGIN
+        if tried[size] <= limit:
+            return size, tried
+    return 1, tried
+
+
+def limit_bytes(config: Config, setting: str = "train.gradient_checkpointing", values: str = "true or false") -> int:
+    """What a setting that is "auto" may fill. Raises ValueError where there is no GPU and nobody says it.
+
+    setting, values: whose "auto" it is, and what it takes beside.
+    """
     if config.train.memory_limit_gib:
         return int(config.train.memory_limit_gib * GIB)
     if not torch.cuda.is_available():
         raise ValueError(
-            "train.gradient_checkpointing=auto asks how much memory the GPU has free, and there is no CUDA device. "
-            "Set train.memory_limit_gib, or train.gradient_checkpointing to true or false."
+            f"{setting}=auto asks how much memory the GPU has free, and there is no CUDA device. Set "
+            f"train.memory_limit_gib, or {setting} to {values}."
         )
     free, _ = torch.cuda.mem_get_info()
     # what this process holds already is part of the estimate too

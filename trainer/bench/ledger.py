@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
-from ..efficiency.activations import LiveBytes, tensors_of
+from ..efficiency.activations import LiveBytes, flops_of, tensors_of
 from ..system.clock import Clock
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +123,7 @@ class Ledger(LiveBytes):
         kind = f"{name} {self._dtype(outputs or inputs)}"
         self.launched[kind] += 1
         self.moved[kind] += moved
-        if (flop := flop_registry.get(func._overloadpacket)) is not None:
-            part.flop += flop(*args, **kwargs, out_val=result)
+        part.flop += flops_of(func, args, kwargs, result)
 
     def _note_copy(self, part, name, args, kwargs, inputs, outputs) -> None:
         """Count a copy between host and GPU; the host waits for it unless it is asked not to, from pinned memory."""

@@ -19,6 +19,7 @@ from ..efficiency.memory import CONTEXT, TRAINING, check_network_settings, estim
 from ..families import look_at_base
 from ..system.files import write_text
 from ..system.machine import GIB
+from ..training.shape import settle_batch
 from .emulated import GUARD
 from .report import PARTS
 
@@ -41,6 +42,7 @@ def count(config: Config) -> dict[str, Any]:
     base and resolution; RuntimeError where the counting itself fails.
     """
     _check(config)
+    config, _ = settle_batch(config)
     family = look_at_base(config.base.path, **config.base.reading()).family
     check_network_settings(config, family)  # before anything is compiled
     with TemporaryDirectory(prefix="pcm-count-") as folder:

@@ -181,6 +181,11 @@ class Config(Section):
         """The name of the preset that this configuration was made from, if any."""
         return self._preset
 
+    def shaped(self, size: int, passes: int) -> Config:
+        """The same configuration with updates of this many passes of this size."""
+        train = self.train.model_copy(update={"batch_size": size, "accumulation": passes})
+        return self.model_copy(update={"train": train})
+
     def grid(self) -> PhaseGrid:
         """The grid that the LoRA is sampled on."""
         return self.objective.grid()

@@ -30,6 +30,7 @@ def place(text: str) -> str:
     return os.path.expanduser(text)
 
 
+AUTO = "auto"
 Place = Annotated[str, AfterValidator(place)]
 
 
@@ -239,8 +240,12 @@ class TrainConfig(Section):
     """The run."""
 
     steps: int = Field(5000, ge=1, description="optimizer updates")
-    batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per update")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        20, description="samples per process and forward pass; auto: as many of an update's as fit the GPU"
+    )
+    accumulation: int = Field(
+        1, ge=1, description="forward passes per update; with batch_size=auto samples per update, which it keeps"
+    )
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
     lr_schedule: Literal["constant", "linear", "cosine", "restarts", "stages"] = Field(
         "constant",
@@ -263,7 +268,9 @@ class TrainConfig(Section):
         False, description="compute blocks again instead of keeping them; auto: as few as fit the device's free memory"
     )
     memory_limit_gib: float | None = Field(
-        None, gt=0, description="what gradient_checkpointing=auto may fill; default: what is free on the GPU"
+        None,
+        gt=0,
+        description="what gradient_checkpointing=auto and batch_size=auto may fill; default: what is free on the GPU",
     )
     offload: bool = Field(
         False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
 from ..tiny.bundled import check_side, check_words
+from ..tiny.single_file import has_swapped_halves
 from . import loading
 from .base import TOKENS, Base, BaseFacts, Condition, side_multiple
 from .clip import text_states
@@ -301,10 +302,10 @@ class SD3(Base):
         return "transformer." + module
 
     def host_rows(self, module: str, rows: Tensor) -> Tensor:
-        # the original layout has shift before scale in the last block, and ComfyUI turns what is added to the weight
-        # round, but not the magnitudes
-        last = f"transformer_blocks.{self.network.config.num_layers - 1}.norm1_context.linear"
-        return torch.cat(rows.chunk(2)[::-1]) if module == last else rows
+        # what is added to a weight ComfyUI turns round by itself, but not the magnitudes
+        config = self.network.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return torch.cat(rows.chunk(2)[::-1]) if has_swapped_halves(module, len(rows), width) else rows
 
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         state = StableDiffusion3Pipeline.lora_state_dict(state)

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader
 from ..families import Base
 from ..families.generate import probe
 from .describe import broken_sentence, broken_tensors
-from .dora import by_row, lengths
 from .install import ADAPTER, check_plain, header_of_family, install, install_by_diffusers, left_out
 from .layers import Targets, targets_of
 
@@ -86,21 +84,14 @@ def _in_diffusers_style(targets: Targets, base: Base) -> bool:
     return all(
         targets.modules[name].path in (f"{base.component}.{layer.path}", base.lora_key(layer.path))
         and targets.modules[name].keys["down"].endswith((".lora_A.weight", ".lora_down.weight"))
-        for name, layer in targets.layers.items()
+        for layer, name, _ in targets.layers
     )
 
 
 def _add_by_hand(header: LoraHeader, targets: Targets) -> None:
     """Add the LoRA to the weights of the layers that it is for."""
-    weights, alphas = load_file(header.path), header.alphas()
-    for name, (_, layer) in targets.layers.items():
-        module = targets.modules[name]
-        up, down = (weights[module.keys[part]].float() for part in ("up", "down"))
-        delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) * (alphas.get(name, module.rank) / module.rank)
-        weight = layer.weight + delta.to(layer.weight)
-        if magnitude := module.keys.get("magnitude"):
-            weight *= by_row(weights[magnitude].to(weight).flatten() / lengths(weight), weight)
-        layer.weight.copy_(weight)
+    for (_, layer), pair in targets.pairs(header):
+        layer.weight += pair.delta(layer.weight).to(layer.weight)
 
 
 def _compared(loaded: Tensor, by_hand: Tensor, bare: Tensor, facts: dict[str, Any]) -> dict[str, Any]:

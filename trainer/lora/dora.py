@@ -7,9 +7,13 @@ weight. Both take |W + s B A| for a constant, through which no gradient goes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
+
+if TYPE_CHECKING:  # which takes seconds, and files of LoRAs need nothing of
+    from peft.tuners.lora import LoraLayer
 
 
 def lengths(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..objectives import Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
 from .duration import expected_duration, passes_of_sample
-from .shape import settle_batch
+from .settle import SETTLED, settle
 from .state import Trained
 from .validation import passes_of
 
@@ -30,7 +30,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     Raises ValueError and FileNotFoundError for whatever the run itself would refuse, see `check_run`.
     """
     device = best_device()
-    config, shape = settle_batch(config)
+    config, settled = settle(config, device)
     # as many processes as a launcher has started; else the one that this is
     checked = check_run(config, device, int(os.environ.get("WORLD_SIZE", 1)), accept_changes)
 
@@ -50,8 +50,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "family": family.name,
         "data": samples.source,
         "updates": train.steps,
-        "batch_size": train.batch_size,
-        "accumulation": train.accumulation,
+        "settled": {key: getattr(train, key) for key in SETTLED},
         "samples_seen": seen,
         "passes_over_the_data": round(seen / samples.number, 1) if samples.number else None,
         "forward_passes_per_sample": passes.number,
@@ -62,7 +61,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "file_bytes": memory["trained_parameters"] * bytes_each,
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
-        "notes": [*([shape] if shape else []), *config.notes(), *notes_on_device(config, device)],
+        "notes": [*settled, *config.notes(), *notes_on_device(config, device)],
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader
@@ -84,18 +83,14 @@ def _in_diffusers_style(targets: Targets, base: Base) -> bool:
     return all(
         targets.modules[name].path in (f"{base.component}.{layer.path}", base.lora_key(layer.path))
         and targets.modules[name].keys["down"].endswith((".lora_A.weight", ".lora_down.weight"))
-        for name, layer in targets.layers.items()
+        for layer, name, _ in targets.layers
     )
 
 
 def _add_by_hand(header: LoraHeader, targets: Targets) -> None:
     """Add the LoRA to the weights of the layers that it is for."""
-    weights, alphas = load_file(header.path), header.alphas()
-    for name, (_, layer) in targets.layers.items():
-        module = targets.modules[name]
-        up, down = (weights[module.keys[part]].float() for part in ("up", "down"))
-        delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) * (alphas.get(name, module.rank) / module.rank)
-        layer.weight += delta.to(layer.weight)
+    for (_, layer), pair in targets.pairs(header):
+        layer.weight += pair.delta(layer.weight).to(layer.weight)
 
 
 def _compared(loaded: Tensor, by_hand: Tensor, bare: Tensor, facts: dict[str, Any]) -> dict[str, Any]:

@@ -146,12 +146,12 @@ def header_of_family(file: Path, family: str) -> LoraHeader:
 @torch.no_grad()
 def install(header: LoraHeader, base: Base, name: str) -> int:
     """Put a LoRA's modules for the network, and no others (see `left_out`), into it as adapter `name`, whatever the
-    file calls them; returns how many there are.
+    file calls them; returns for how many layers they are.
 
     A module without an alpha counts as alpha = rank, as every loader takes it. Raises as `check_fit`.
     """
-    targets, alphas = check_fit(header, base), header.alphas()
-    ranks = {layer.path: targets.modules[name].rank for name, layer in targets.layers.items()}
+    pairs = {layer.path: pair for layer, pair in check_fit(header, base).pairs(header)}
+    ranks = {path: pair.rank for path, pair in pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=rank,
@@ -162,15 +162,14 @@ def install(header: LoraHeader, base: Base, name: str) -> int:
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter, as is meant
         base.network.add_adapter(config, name)
 
-    tensors = load_file(header.path)
-    for module_name, (path, _) in targets.layers.items():
-        module, layer = targets.modules[module_name], base.network.get_submodule(path)
-        for part, key in ((layer.lora_A, "down"), (layer.lora_B, "up")):
+    for path, pair in pairs.items():
+        layer = base.network.get_submodule(path)
+        for part, factor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
             weight = part[name].weight
-            weight.copy_(tensors[module.keys[key]].view_as(weight))
-        layer.lora_alpha[name] = alpha = alphas.get(module_name, module.rank)
-        layer.scaling[name] = alpha / module.rank
-    return len(targets.modules)
+            weight.copy_(factor.view_as(weight))
+        layer.lora_alpha[name] = pair.alpha
+        layer.scaling[name] = pair.scale
+    return len(pairs)
 
 
 def check_fit(header: LoraHeader, base: Base) -> Targets:

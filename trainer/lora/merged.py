@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader, file_hash
 from ...samplers.lora_info import recipe_of
@@ -51,14 +50,13 @@ def merge_into(base: Base, loras: Sequence[str]) -> list[str]:
         name = header.path.name
         if broken := broken_tensors(header):
             raise ValueError(f"{name}: {broken_sentence(broken)} Get it again.")
-        targets, alphas, tensors = check_fit(header, base), header.alphas(), load_file(header.path)
+        targets = check_fit(header, base)
 
         # the whole before the first weight is changed
-        deltas = {}
-        for module_name, (_, layer) in targets.layers.items():
-            module = targets.modules[module_name]
-            scale = strength * alphas.get(module_name, module.rank) / module.rank
-            deltas[layer] = _delta(tensors[module.keys["down"]], tensors[module.keys["up"]], scale, layer.weight)
+        deltas = {
+            layer: replace(pair, alpha=strength * pair.alpha).delta(layer.weight)
+            for (_, layer), pair in targets.pairs(header)
+        }
         if not any(delta.any() for delta in deltas.values()):
             raise ValueError(f"{name} changes nothing: all that it adds to {len(deltas)} layers is 0. Leave it out.")
         for layer, delta in deltas.items():
@@ -68,9 +66,3 @@ def merge_into(base: Base, loras: Sequence[str]) -> list[str]:
         notes = "".join(f" {line}" for line in left_out(header))
         lines.append(f"Merged into the base: {name} at strength {strength:g}, {len(deltas)} modules.{notes}")
     return lines
-
-
-def _delta(down: Tensor, up: Tensor, scale: float, weight: Tensor) -> Tensor:
-    """What a module adds to a weight (out, in, *kernel), in fp32 on its device."""
-    down, up = (half.to(weight.device, torch.float32).flatten(1) for half in (down, up))
-    return scale * (up @ down).view(weight.shape)

@@ -110,13 +110,20 @@ def notes_on_device(config: Config, device: torch.device) -> list[str]:
 
 def check_loaded(config: Config, base: Base) -> None:
     """Once the base is here: what `check_run` could only assume of one on the hub, and whether the network has the
-    layers of `lora.init`. Raises ValueError."""
+    layers of `lora.init`, and they are trained. Raises ValueError."""
     base.latent_shape(config.data.resolution)
     if not base.whole:
         recipe_for(config, base.facts)
     if config.lora.init:
         check_start(config, base.facts)
-        check_fit(read_header(Path(config.lora.init)), base)
+        header = read_header(Path(config.lora.init))
+        paths = [target.layer.path for target in check_fit(header, base).layers]
+        trained = tuple(f".{name}" for name in base.lora_targets)
+        if others := [path for path in paths if not f".{path}".endswith(trained)]:
+            raise ValueError(
+                f"{header.path.name}: {len(others)} of its {len(paths)} layers are not trained here, such as "
+                f"{others[0]}. Start from a LoRA without them."
+            )
 
 
 def split_of(config: Config, processes: int, facts: dict[str, Any] | None, changed: bool) -> Split:

@@ -19,7 +19,8 @@ from .checks import check_start
 def start_from(config: Config, base: Base, adapter: Adapter) -> str:
     """Give the adapter the weights of `lora.init`, at the strength that its recipe names; returns a sentence on it.
 
-    Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit.
+    Ranks above the file's begin without effect. Raises as `check_start`, and ValueError for modules that do not fit;
+    layers that are not trained are refused before, by `check_loaded`.
     """
     recipe, header = check_start(config, base.facts), read_header(Path(config.lora.init))
     file = header.path
@@ -29,14 +30,9 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
             "Get the file again, or start from another."
         )
     strength = recipe.strength if recipe else 1.0
-    modules = install(header, base, "start")
+    install(header, base, "start")
     try:
         taken = [layer for layer in adapter.layers.values() if "start" in layer.lora_A]
-        if len(taken) < modules:
-            raise ValueError(
-                f"{file.name}: only {len(taken)} of its {modules} modules are among those that are trained here. "
-                "Use a LoRA that was made for this kind of base."
-            )
         for layer in taken:
             down, up = layer.lora_A["start"].weight, layer.lora_B["start"].weight
             layer.lora_A[NAME].weight[: len(down)] = down

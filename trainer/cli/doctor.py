@@ -20,7 +20,7 @@ def doctor(
     config = configured(settings, preset) if settings or preset else None
     details = examine()
     if details["device"]["kind"] == "cuda":
-        from ..training.shape import fitting_shapes
+        from ..training.settle import fitting_shapes
 
         details["shapes"] = fitting_shapes()
     if config:

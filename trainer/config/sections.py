@@ -278,7 +278,11 @@ class TrainConfig(Section):
     shard: bool = Field(
         False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
     )
-    compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
+    compile: Literal[False, True, "auto"] = Field(
+        False,
+        description="torch.compile each block; needs Triton, or on a CPU a C++ compiler. auto: where Triton takes the "
+        "GPU, in a run of 500 updates and more",
+    )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of every random draw of the run")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")

@@ -138,7 +138,7 @@ def fitting_batch(config: Config, family: type[Base], limit: float) -> tuple[int
     again = list(sizes.blocks) if config.train.gradient_checkpointing or config.train.offload else []
     tried: dict[int, float] = {}
     for size in (n for n in range(samples, 0, -1) if samples % n == 0):
-        shape = config.shaped(size, samples // size)
+        shape = config.changed(train={"batch_size": size, "accumulation": samples // size})
         tried[size] = sum(_bytes(shape, family, sizes, again).values()) * MARGIN
         if tried[size] <= limit:
             return size, tried
@@ -178,17 +178,11 @@ def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
         pair = {"batch_size": half, "accumulation": train.accumulation * 2}
         changes[" ".join(f"train.{key}={value}" for key, value in pair.items())] = {"train": pair}
     saved = {
-        setting: now - estimate_memory(_changed(config, change), family)["gib"][TRAINING]
+        setting: now - estimate_memory(config.changed(**change), family)["gib"][TRAINING]
         for setting, change in changes.items()
     }
     useful = [(setting, round(gib, 3)) for setting, gib in saved.items() if gib >= 0.001]
     return sorted(useful, key=lambda item: -item[1])
-
-
-def _changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
-    return config.model_copy(
-        update={section: getattr(config, section).model_copy(update=values) for section, values in change.items()}
-    )
 
 
 def advice(saving: list[tuple[str, float]], most: int = 3) -> str:

@@ -286,22 +286,25 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
             )
     if train.compile:
         check_compiler(device)
-        _check_fp8_kernels(config, device)
+        if problem := fp8_problem(config, device):
+            raise ValueError(f"train.compile=true, but {problem}. Set base.quantize=int8, or train.compile=false.")
     check_network_settings(config, family)
     if config.train.optimizer in OF_TORCH:
         check_takes(config, trained_parameters(config, family))
 
 
-def _check_fp8_kernels(config: Config, device: torch.device) -> None:
+def fp8_problem(config: Config, device: torch.device) -> str:
+    """Why an fp8 base's blocks cannot be compiled on this device; "" where they can, or the base is none."""
     if config.base.quantize != "fp8" or device.type != "cuda":
-        return
+        return ""
     capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_KERNELS:
-        needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
-        raise ValueError(
-            f"train.compile=true with base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and "
-            f"this one has {here}: Triton makes no fp8 kernels for it. Set base.quantize=int8, or train.compile=false."
-        )
+    if capability >= FP8_KERNELS:
+        return ""
+    needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
+    return (
+        f"base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and this one has {here}: Triton "
+        "makes no fp8 kernels for it"
+    )
 
 
 def _check_dora(config: Config) -> None:

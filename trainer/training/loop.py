@@ -29,8 +29,8 @@ from .lora_init import start_from
 from .optimizers import lr_factor
 from .outputs import Outputs
 from .plan import NO_TIME, measurements, short_of_space
+from .settle import settle
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
-from .shape import settle_batch
 from .spread import collapse
 from .state import Trained
 from .update import Outcome, Updater
@@ -52,9 +52,9 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
     limit_to_gpu()
     folder = config.run_folder
     reporter = reporter if reporter and processes.first else Reporter()
-    config, shape = settle_batch(config, processes)
-    if shape:
-        reporter.say(shape)
+    config, settled = settle(config, processes.accelerator.device, processes)
+    for sentence in settled:
+        reporter.say(sentence)
     try:
         lock = processes.by_first(only_run(folder, reporter.say))
         with Stopper(reporter.say, launched=processes.count > 1) as stopper, lock:
@@ -73,7 +73,7 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
 
 
 class Run:
-    """One run's parts, and the loop over them. config: with numbers, see `settle_batch`."""
+    """One run's parts, and the loop over them. config: with numbers, see `settle`."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from ..objectives import Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
 from .duration import expected_duration, passes_of_sample
-from .shape import settle_batch
+from .settle import SETTLED, settle
 from .state import Trained
 from .validation import passes_of
 
@@ -31,7 +31,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     Raises ValueError and FileNotFoundError for whatever the run itself would refuse, see `check_run`.
     """
     device = best_device()
-    config, shape = settle_batch(config)
+    config, settled = settle(config, device)
     # as many processes as a launcher has started; else the one that this is
     checked = check_run(config, device, int(os.environ.get("WORLD_SIZE", 1)), accept_changes)
 
@@ -52,8 +52,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "family": family.name,
         "data": samples.source,
         "updates": train.steps,
-        "batch_size": train.batch_size,
-        "accumulation": train.accumulation,
+        "settled": {key: getattr(train, key) for key in SETTLED},
         "samples_seen": seen,
         "passes_over_the_data": round(seen / samples.number, 1) if samples.number else None,
         "forward_passes_per_sample": passes.number,
@@ -65,7 +64,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
         "notes": [
-            *([shape] if shape else []),
+            *settled,
             *config.notes(),
             *notes_on_device(config, device),
             *_cache_note(config, sum(cached.values())),

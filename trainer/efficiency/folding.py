@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..lora.adapter import CRITIC, NAME, Adapter
+from ..lora.adapter import Adapter, trained_alone
 from ..lora.dora import by_row, factors, is_dora
 
 
@@ -38,11 +38,11 @@ def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
 
     @wraps(unfolded)
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        alone = not layer.disable_adapters and layer.active_adapters in ([NAME], [CRITIC])
-        if not alone or base.weight.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+        name = trained_alone(layer)
+        in_fp32 = base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if name is None or layer.disable_adapters or not in_fp32:
             return unfolded(x, *args, **kwargs)
 
-        (name,) = layer.active_adapters
         a, b = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
         if not cheaper(_places(base, x), a.shape[1], len(b), len(a), torch.is_grad_enabled()):
             return unfolded(x, *args, **kwargs)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..lora.adapter import NAME, Adapter
+from ..lora.adapter import Adapter, trained_alone
 from ..lora.dora import factors, is_dora, sum_of
 
 
@@ -28,7 +28,7 @@ def run_in_half(adapter: Adapter) -> None:
 def add_in_one_product(adapter: Adapter) -> None:
     """Let each layer of the adapter add its part to the base layer's result in one product, in the base's dtype.
 
-    It does so while no other adapter is on.
+    A critic that stands in its place does so too, and no other adapter.
     """
     for layer in adapter.layers.values():
         layer.forward = _adding(layer)
@@ -52,15 +52,15 @@ def _adding(layer: LoraLayer):
 
     @wraps(by_peft)
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        alone = layer.active_adapters == [NAME] and not layer.merged
-        if not alone or args or kwargs:
+        name = trained_alone(layer)
+        if name is None or layer.merged or args or kwargs:
             return by_peft(x, *args, **kwargs)
         if layer.disable_adapters:
             return base(x)
 
         x = x.to(base.weight.dtype)
         y = base(x)
-        down, up, strength = layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME]
+        down, up, strength = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         a, b = down.weight.to(y.dtype), up.weight.to(y.dtype)
         h = F.linear(x, a) if isinstance(down, nn.Linear) else down._conv_forward(x, a, None)
         if isinstance(strength, Tensor):  # the number by which compiled code is switched
@@ -69,17 +69,18 @@ def _adding(layer: LoraLayer):
             z = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=strength).view(y.shape)
         else:
             z = torch.add(y, up._conv_forward(h, b, None), alpha=strength)
-        return _at_magnitudes(layer, base, z) if is_dora(layer, NAME) else z
+        return _at_magnitudes(layer, name, z) if is_dora(layer, name) else z
 
     return forward
 
 
-def _at_magnitudes(layer: LoraLayer, base: nn.Linear | nn.Conv2d, z: Tensor) -> Tensor:
+def _at_magnitudes(layer: LoraLayer, name: str, z: Tensor) -> Tensor:
     """What a DoRA makes of z = base(x) + s B A x: each row of the weight times its factor, and the bias as it is.
 
     As what is added to z: a factor so near to 1 would lose most of its digits in 16 bits.
     """
-    change = (factors(layer, NAME, sum_of(layer, NAME)) - 1).to(z.dtype)
+    base = layer.get_base_layer()
+    change = (factors(layer, name, sum_of(layer, name)) - 1).to(z.dtype)
     sides = (1, -1) + (1,) * (z.ndim - 2) if isinstance(base, nn.Conv2d) else (-1,)
     without_bias = z if base.bias is None else z - base.bias.view(sides)
     return torch.addcmul(z, without_bias, change.view(sides))

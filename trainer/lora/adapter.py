@@ -24,6 +24,12 @@ NAME = "default"
 CRITIC = "critic"  # the second adapter of a run whose objective has a critic
 
 
+def trained_alone(layer: LoraLayer) -> str | None:
+    """The name of the adapter that is active in a layer, where it is one alone and of those that a run trains."""
+    active = layer.active_adapters
+    return active[0] if active in ([NAME], [CRITIC]) else None
+
+
 @contextmanager
 def bare(network: nn.Module) -> Iterator[None]:
     """Every adapter of a diffusers model is off inside this block, whatever happens in it; it may have none."""

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from phased_consistency.trainer.efficiency.blocks import compile_blocks, recompute
 from phased_consistency.trainer.efficiency.half import run_in_half
 from phased_consistency.trainer.families import load_base
-from phased_consistency.trainer.lora.adapter import Adapter
+from phased_consistency.trainer.lora.adapter import CRITIC, Adapter
 
 TICK = torch.tensor([300, 700])
 FAMILIES = {"tiny-sd15": "a red star", "tiny-sdxl": "a red star", "tiny-emoji": "a star"}
@@ -98,6 +98,19 @@ def test_another_adapter_is_peft_s_own():
     adapter.activate()
     base.network.delete_adapters("second")
     assert other.isfinite().all() and step(base, adapter)[1].equal(own)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_critic_adds_its_part_as_the_student_does(name):
+    """To the bit, gradients too: nothing of it goes through PEFT's products in fp32."""
+    base, adapter = adapted(name, torch.bfloat16)
+    critic = Adapter(base.network, base.lora_targets, adapter.rank, adapter.alpha, seed=1, name=CRITIC)
+    critic.load(adapter.state())
+    run_in_half(adapter)
+    _, output, gradients, _ = step(base, adapter)
+    with critic.in_place(adapter):
+        _, critics, by_critic, _ = step(base, critic)
+    assert critics.equal(output) and by_critic.equal(gradients)
 
 
 def test_blocks_computed_again_and_compiled_do_the_same():

@@ -168,6 +168,24 @@ def test_family_by_width(write, width, family):
     assert read_header(write(lora({"mid_block.attn2.to_k": (8, width)}))).family == family
 
 
+@pytest.mark.parametrize(
+    ("module", "family"),
+    [
+        ("joint_blocks.3.x_block.attn.qkv", "sd3"),
+        ("joint_blocks.3.context_block.attn.qkv", "sd3"),
+        ("joint_blocks.3.x_block.attn2.qkv", "sd3"),
+        ("joint_blocks.37.x_block.mlp.fc1", "sd3"),
+        ("joint_blocks.0.context_block.adaLN_modulation.1", "sd3"),
+        ("joint_blocks.0.x_block.attn.proj", "sd3"),
+        ("joint_blocks.0.attn.qkv", None),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_sd3_in_stabilitys_layout(write, prefix, module, family):
+    """Whichever of its modules are trained."""
+    assert read_header(write(lora({f"{prefix}{module}": (4608, 1536)}))).family == family
+
+
 def test_flux_is_not_sd3(write):
     modules = {"transformer_blocks.0.attn.to_k": (3072, 3072), "transformer_blocks.0.attn.add_k_proj": (3072, 3072)}
     assert (

@@ -24,10 +24,11 @@ from host.test_trained import pipeline
 from phased_consistency.samplers import Recipe
 from phased_consistency.trainer.families import Base
 from phased_consistency.trainer.lora.install import ADAPTER, install_by_diffusers, load_for_check
+from phased_consistency.trainer.lora.pair import Pair
 from phased_consistency.trainer.sharing.convert import convert
 from phased_consistency.trainer.sharing.extract import extract
 from phased_consistency.trainer.sharing.merge import merge
-from phased_consistency.trainer.sharing.pairs import STYLES, Pair, usual_style, write_lora
+from phased_consistency.trainer.sharing.pairs import STYLES, usual_style, write_lora
 from phased_consistency.trainer.sharing.resize import resize
 from phased_consistency.trainer.sharing.tag import tag
 from phased_consistency.trainer.tiny.single_file import sd3_transformer

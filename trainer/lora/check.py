@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...samplers.lora_file import LoraHeader
@@ -25,16 +24,17 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
     A file with numbers that are not finite fails without being loaded. By hand: W + alpha / rank * up @ down for each
-    module that is, by its name, one of the network's. Where diffusers does not know the file's names and all of them
-    are known here, the LoRA is compared as `install` puts it in, and that is said. The base is changed by what is
-    added by hand. Returns JSON-ready facts, with `passed`, and `text` for people.
+    module that is, by its name, one of the network's, its rows at their magnitudes where it has any. Where diffusers
+    does not know the file's names and all of them are known here, the LoRA is compared as `install` puts it in, and
+    that is said. The base is changed by what is added by hand. Returns JSON-ready facts, with `passed`, and `text` for
+    people.
     """
     header = header_of_family(file, base.name)
     if broken := broken_tensors(header):
         text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
-    check_plain(header, header.network)
+    check_plain(header, header.network, dora=True)
     targets = targets_of(header, base)
     facts: dict[str, Any] = {
         "modules": len(targets.modules),
@@ -84,18 +84,14 @@ def _in_diffusers_style(targets: Targets, base: Base) -> bool:
     return all(
         targets.modules[name].path in (f"{base.component}.{layer.path}", base.lora_key(layer.path))
         and targets.modules[name].keys["down"].endswith((".lora_A.weight", ".lora_down.weight"))
-        for name, layer in targets.layers.items()
+        for layer, name, _ in targets.layers
     )
 
 
 def _add_by_hand(header: LoraHeader, targets: Targets) -> None:
     """Add the LoRA to the weights of the layers that it is for."""
-    weights, alphas = load_file(header.path), header.alphas()
-    for name, (_, layer) in targets.layers.items():
-        module = targets.modules[name]
-        up, down = (weights[module.keys[part]].float() for part in ("up", "down"))
-        delta = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) * (alphas.get(name, module.rank) / module.rank)
-        layer.weight += delta.to(layer.weight)
+    for (_, layer), pair in targets.pairs(header):
+        layer.weight += pair.delta(layer.weight).to(layer.weight)
 
 
 def _compared(loaded: Tensor, by_hand: Tensor, bare: Tensor, facts: dict[str, Any]) -> dict[str, Any]:

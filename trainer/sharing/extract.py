@@ -11,8 +11,9 @@ from torch import Tensor
 from ..families import Base
 from ..families.base import DTYPES
 from ..lora.install import load_for_check
+from ..lora.pair import Pair
 from .factors import error_text, from_svd, rounded
-from .pairs import Pair, check_out, settled, write_lora
+from .pairs import check_out, settled, write_lora
 
 # Random directions beside the rank, and passes, of the randomised SVD (arXiv 0909.4061, Sec. 4.6).
 OVERSAMPLING = 16

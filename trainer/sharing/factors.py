@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pairs import Pair
+from ..lora.pair import Pair
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:

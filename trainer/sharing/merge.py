@@ -9,8 +9,9 @@ from typing import Any
 
 from ...samplers import Recipe
 from ...samplers.recipe import HEADER_KEY
+from ..lora.pair import Pair
 from .factors import approximated, concatenated, error_text, errors, rounded, widest
-from .pairs import MUST, Lora, Pair, check_out, settled, write_lora
+from .pairs import MUST, Lora, check_out, settled, write_lora
 from .read import read_lora
 
 

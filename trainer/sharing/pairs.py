@@ -23,6 +23,7 @@ from ...samplers.lora_file import PEFT_KEY
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
 from ..lora.hashes import hashes
+from ..lora.pair import Pair
 from ..system.files import write_tensors
 from .names import kohya_name
 
@@ -35,31 +36,6 @@ HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # entries that ModelSpec demands of a header that claims to follow it
 MUST = tuple(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution"))
 DYNAMIC = "Dynamic"  # kohya's word for ranks that differ
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One module's factors as stored: down (rank, in, *kernel), up (out, rank, *1).
-
-    To the module's weight (out, in, *kernel) it adds scale * up @ down, with scale = alpha / rank.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it is for: (out, in, *kernel)."""
-        return len(self.up), *self.down.shape[1:]
 
 
 @dataclass(frozen=True)

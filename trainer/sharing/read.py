@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ...samplers.families import family_title
 from ...samplers.lora_alphas import PEFT_KEY
+from ...samplers.lora_family import CONTEXT_WIDTHS, UNET_CONTEXT, family_from_metadata
 from ...samplers.lora_file import (
-    CONTEXT_WIDTHS,
     PEFT_CONFIG,
-    UNET_CONTEXT,
     LoraHeader,
-    family_from_metadata,
     read_header,
 )
 from ...samplers.lora_info import recipe_of
@@ -25,9 +23,10 @@ from ...samplers.lora_names import is_encoders
 from ..families import FAMILIES, Base
 from ..families.detection import LORA_FAMILIES
 from ..lora.install import check_plain
-from ..lora.layers import diffusers_names
+from ..lora.layers import LayerRows, rows_of
+from ..lora.pair import Pair
 from .names import dotted_name
-from .pairs import Lora, Pair
+from .pairs import Lora
 
 PCM_ALPHA = 8.0  # the alpha of every LoRA by PCM's own scripts, which do not write it
 
@@ -48,17 +47,17 @@ def read_lora(path: Path, family: str | None = None, alpha: float | None = None)
     check_plain(header, header.modules)
 
     tensors = {name: tensor for name, tensor in _load(header.path).items() if name in header.tensors}
-    names = _layout_names(header, base_class)
+    parts = _rows(header, base_class)
     alphas, alpha_source = _alphas(header, alpha)
     if broken := next((name for name, value in alphas.items() if not value or not math.isfinite(value)), None):
         raise ValueError(f"{path.name}: the alpha of {broken} is {alphas[broken]:g}; expected a number other than 0.")
 
     pairs: dict[str, Pair] = {}
     for name, module in header.modules.items():
-        if (dotted := _dotted(names.get(name, name), base_class, path)) in pairs:
-            raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
-        down, up = (tensors[module.keys[part]] for part in ("down", "up"))
-        pairs[dotted] = Pair(down, up, alphas.get(name, float(len(down))))
+        for rows in parts.get(name, (LayerRows(name),)):  # text encoders' are whole
+            if (dotted := _dotted(rows.name, base_class, path)) in pairs:
+                raise ValueError(f"{path.name} has {dotted} under two names, {name} the second. Get the file again.")
+            pairs[dotted] = rows.pair(module, tensors, alphas.get(name))
     pairs = dict(sorted(pairs.items()))
     return Lora(header.path, base_class, pairs, header.metadata, alpha_source, recipe_of(header), notes)
 
@@ -116,10 +115,10 @@ def _family(header: LoraHeader, chosen: str | None) -> type[Base]:
     return FAMILIES[family]
 
 
-def _layout_names(header: LoraHeader, family: type[Base]) -> dict[str, str]:
-    """`diffusers_names` for a network of the family's own size."""
+def _rows(header: LoraHeader, family: type[Base]) -> dict[str, tuple[LayerRows, ...]]:
+    """`rows_of` for a network of the family's own size."""
     config = family.network_class.load_config(family.configs / family.component)
-    return diffusers_names(header, family, config.get("layers_per_block"))
+    return rows_of(header, family, config.get("layers_per_block"))
 
 
 def _alphas(header: LoraHeader, chosen: float | None) -> tuple[dict[str, float], str]:

@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..lora.pair import Pair
 from .factors import approximated, error_text, errors, rank_for_error, rounded, widest
 from .merge import check_rank
-from .pairs import Pair, check_out, settled, write_lora
+from .pairs import check_out, settled, write_lora
 from .read import read_lora
 
 

@@ -43,6 +43,11 @@ FUSED = {
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
 }
+# the way back, from names without their dots
+OF_ENDS = {name.replace(".", "_"): (module,) for module, name in ENDS.items()}
+OF_BLOCK = {name.replace(".", "_"): (module,) for module, name in BLOCK.items()}
+OF_BLOCK |= {name.replace(".", "_"): modules for name, modules in FUSED.items()}
+SCALE_AND_SHIFT = ("norm_out.linear", "norm1_context.linear")
 
 
 def sd3_checkpoint(transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,15 +63,15 @@ def sd3_transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     weights = dict(weights)
     last = max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
-    # diffusers' AdaLayerNormContinuous has scale before shift
-    swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
+    width = weights["proj_out.weight"].shape[1]
 
     renamed = {"pos_embed": weights.pop("pos_embed.pos_embed")}
     for name in list(weights):
         module, leaf = name.rsplit(".", 1)
         if (target := _name(module)) is not None:
             weight = weights.pop(name)
-            renamed[f"{target}.{leaf}"] = torch.cat(weight.chunk(2)[::-1]) if module in swapped else weight
+            swapped = has_swapped_halves(module, len(weight), width)
+            renamed[f"{target}.{leaf}"] = torch.cat(weight.chunk(2)[::-1]) if swapped else weight
     for block in range(last + 1):
         for target, parts in FUSED.items():
             for leaf in ("weight", "bias"):
@@ -76,6 +81,25 @@ def sd3_transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if weights:
         raise ValueError(f"No SD3 has weights such as {next(iter(weights))}; expected an SD3 or SD3.5 transformer's.")
     return renamed
+
+
+def has_swapped_halves(module: str, rows: int, width: int) -> bool:
+    """Whether Stability has the halves of a diffusers module's rows the other way round: shift before scale.
+
+    So it is where a modulation is these two alone, as at the network's end and for the last block's prompt.
+    rows: of the module's weight. width: of the network.
+    """
+    return module.endswith(SCALE_AND_SHIFT) and rows == 2 * width
+
+
+def diffusers_modules(name: str) -> tuple[str, ...]:
+    """diffusers' modules for one of Stability's, whose name has underscores in place of its dots.
+
+    Three for q, k and v in one; none for a name that SD3 and SD3.5 do not have.
+    """
+    if m := re.fullmatch(r"joint_blocks_(\d+)_(\w+)", name):
+        return tuple(f"transformer_blocks.{m[1]}.{part}" for part in OF_BLOCK.get(m[2], ()))
+    return OF_ENDS.get(name, ())
 
 
 def _name(module: str) -> str | None:

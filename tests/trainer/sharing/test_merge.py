@@ -12,9 +12,10 @@ from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.lora.check import check_parity
 from phased_consistency.trainer.lora.install import install_by_diffusers, installed, load_for_check
+from phased_consistency.trainer.lora.pair import Pair
 from phased_consistency.trainer.sharing.factors import approximated, concatenated, energy, errors, rank_for_error
 from phased_consistency.trainer.sharing.merge import merge
-from phased_consistency.trainer.sharing.pairs import MUST, Pair
+from phased_consistency.trainer.sharing.pairs import MUST
 from phased_consistency.trainer.sharing.read import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from support.runs import TINY

@@ -1,0 +1,54 @@
+"""The two factors of a LoRA on one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dora import by_row, lengths
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's factors as stored: down (rank, in, *kernel), up (out, rank, *1).
+
+    To the module's weight (out, in, *kernel) it adds scale * up @ down, with scale = alpha / rank. magnitude: of a
+    DoRA, the lengths (out,) that the rows of the sum are brought to.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it is for: (out, in, *kernel)."""
+        return len(self.up), *self.down.shape[1:]
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What it adds to this weight, in fp32 on the weight's device."""
+        down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (self.down, self.up))
+        added = self.scale * (up @ down).view(weight.shape)
+        if self.magnitude is None:
+            return added
+        whole = weight.float() + added
+        return by_row(self.magnitude.to(whole) / lengths(whole), whole) * whole - weight.float()
+
+    def without_unused_ranks(self) -> Pair:
+        """The same without the ranks whose part of up is 0; as it is where all of it is."""
+        used = self.up.flatten(1).float().any(0)
+        if used.all() or not used.any():
+            return self
+        rank = int(used.sum())
+        return Pair(self.down[used], self.up[:, used], self.alpha * rank / self.rank, self.magnitude)

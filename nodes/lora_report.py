@@ -53,10 +53,9 @@ def report(
     model, patched: the host MODEL before and after. fast_already: sentences on what the graph shows of the
     model's speed, beside a LoRA of this node's kind, which the model itself carries (`LOADED`).
     """
-    cfg = f"CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g})"
     lines = [
         *warned(_problems(header, matched, recipe, strength, model, fast_already) if strength else [OFF]),
-        f"{count_steps(recipe.steps)}, {cfg}, {recipe.mode_text}.",
+        f"{count_steps(recipe.steps)}, {recipe.guidance_text}, {recipe.mode_text}.",
         f"{family_title(recipe.family)} {recipe.method}, {len(matched.places)} of {matched.total} modules matched.",
         f"Recipe from {SOURCES[recipe.source]}.",
     ]

@@ -107,8 +107,7 @@ def report(recipe: Recipe, name: str, model: Any, patched: Any, fast: list[str])
         faults.append(fault)
     lines = [
         *warned(faults),
-        f"{count_steps(recipe.steps)}, CFG {recipe.guidance:g} ({recipe.guidance_min:g} to {recipe.guidance_max:g}), "
-        f"{recipe.mode_text}.",
+        f"{count_steps(recipe.steps)}, {recipe.guidance_text}, {recipe.mode_text}.",
         f"{name}: {recipe.method}, by {SOURCES[recipe.source]}.",
     ]
     if shift_of(patched) != shift_of(model):

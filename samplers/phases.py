@@ -149,8 +149,11 @@ class PhaseGrid:
         if is_all or abs(strength - denoise) <= 1e-6:
             return LevelPlan(ticks, strength)
         kind = "level" if self.phases == 1 else "phase edge"
-        note = f"denoise {denoise:g} starts at the nearest {kind}, which is {strength:g}: "
-        return LevelPlan(ticks, strength, (f"{note}{len(ticks) - 1} of {steps} steps.",))
+        note = (
+            f"denoise {denoise:g} starts at the nearest {kind}, which is {strength:g}: "
+            f"{len(ticks) - 1} of {steps} steps."
+        )
+        return LevelPlan(ticks, strength, (note,))
 
     def plan_at_most(self, steps: int, denoise: float = 1.0) -> LevelPlan:
         """`plan` for a number of steps from a widget, whose range is the same for every LoRA: where there are fewer

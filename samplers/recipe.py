@@ -130,11 +130,11 @@ class Recipe:
         # Types first: the comparisons of `_problems` need them to be right.
         kinds = (wrong_kind(f.name, getattr(self, f.name), f.type) for f in fields(self))
         if wrong_kinds := [clause for clause in kinds if clause]:
-            raise ValueError("Not a usable recipe: " + "; ".join(wrong_kinds) + ".")
+            raise ValueError(f"Not a usable recipe: {'; '.join(wrong_kinds)}.")
         if self.levels_given:
             object.__setattr__(self, "phases", len(self.levels_given))
         if problems := self._problems():
-            raise ValueError("Not a usable recipe: " + "; ".join(dict.fromkeys(problems)) + ".")
+            raise ValueError(f"Not a usable recipe: {'; '.join(dict.fromkeys(problems))}.")
 
         # Defaults that hang on other fields. A header may hold null for them, as a caller may None.
         if self.steps is None:
@@ -239,6 +239,11 @@ class Recipe:
         """The mode, with gamma where the mode alone does not tell it."""
         return f"{self.mode}, gamma {self.gamma:g}" if 0 < self.gamma < 1 else self.mode
 
+    @property
+    def guidance_text(self) -> str:
+        """CFG, with the range that it was made for."""
+        return f"CFG {self.guidance:g} ({self.guidance_min:g} to {self.guidance_max:g})"
+
     def warnings(self, steps: int, guidance: float, family: str | None = None, shift: float | None = None) -> list[str]:
         """Faults of these settings for this LoRA, each as one sentence that says what to change.
 
@@ -315,9 +320,8 @@ class Recipe:
         if self.boundary is not None:
             shift += f", high-noise model down to sigma {self.boundary:g}"
         return (
-            f"{count_steps(self.steps)}{any_number}, CFG {self.guidance:g} ({self.guidance_min:g} to "
-            f"{self.guidance_max:g}), LoRA strength {self.strength:g}{shift}; {self._software()}. "
-            f"{family_title(self.family)} only."
+            f"{count_steps(self.steps)}{any_number}, {self.guidance_text}, LoRA strength {self.strength:g}{shift}; "
+            f"{self._software()}. {family_title(self.family)} only."
         )
 
     def _software(self) -> str:

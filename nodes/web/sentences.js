@@ -1,6 +1,7 @@
 // The place on our nodes where their sentences stand: lines stay lines, words stay whole, warnings are marked, and the node
 // is as tall as they are. It has the name of the frontend's own widget for such text, which therefore writes into it.
 import { app } from "../../scripts/app.js";
+import { inWords, language, onLanguage } from "./words.js";
 
 export const PREVIEW = "$$node-text-preview"; // the frontend's name
 export const WARNING = "⚠ "; // as in nodes/host.py
@@ -13,6 +14,7 @@ const STYLE = `
   user-select: text; cursor: text;
 }
 .pcm-sentences div { min-height: 16px; }
+.pcm-sentences:lang(ko) { word-break: keep-all; }
 .pcm-sentences .pcm-warning {
   margin-bottom: 2px; padding: 2px 6px; border-left: 3px solid #f59e0b; border-radius: 2px;
   background: color-mix(in srgb, #f59e0b 20%, transparent); font-weight: 600;
@@ -21,7 +23,7 @@ const STYLE = `
 
 const ruler = document.createElement("div");
 
-export const isOurs = (node) => node?.type?.startsWith("PCM");
+export const isOurs = (node) => (node?.type || node?.constructor.comfyClass)?.startsWith("PCM"); // new ones have no type
 export const sentencesOn = (node) => node?.widgets?.find((widget) => widget.name === PREVIEW);
 
 function lineOf(text) {
@@ -35,6 +37,7 @@ function lineOf(text) {
 function heightOf(text, width) {
   const copy = document.createElement("div");
   copy.className = "pcm-sentences";
+  copy.lang = language();
   copy.style.width = `${width}px`;
   copy.append(...text.split("\n").map(lineOf));
   ruler.replaceChildren(copy);
@@ -50,14 +53,15 @@ export function addSentences(node) {
   element.className = "pcm-sentences";
   element.setAttribute("role", "status");
 
-  let text = "";
+  let text = ""; // in English, as the host has sent it
+  let shown = ""; // in the page's language
   let measured = {}; // the width and the text of the last measurement, and its height
   let grown = null; // heights of the node before it was made taller for its text, and since
 
   function height() {
     const width = node.size[0] - 2 * MARGIN;
-    if (measured.width !== width || measured.text !== text)
-      measured = { width, text, height: heightOf(text || EMPTY, width) + 2 * MARGIN };
+    if (measured.width !== width || measured.text !== shown)
+      measured = { width, text: shown, height: heightOf(shown || EMPTY, width) + 2 * MARGIN };
     return measured.height;
   }
 
@@ -73,7 +77,9 @@ export function addSentences(node) {
     getValue: () => text,
     setValue(value) {
       text = `${value}`;
-      element.replaceChildren(...(text ? text.split("\n").map(lineOf) : []));
+      shown = inWords(text);
+      element.lang = language();
+      element.replaceChildren(...(shown ? shown.split("\n").map(lineOf) : []));
       fit();
       node.setDirtyCanvas?.(true, true);
     },
@@ -103,6 +109,10 @@ app.registerExtension({
     document.head.append(style);
     ruler.className = "pcm-ruler";
     document.body.append(ruler);
+    onLanguage(() => {
+      for (const widget of (app.rootGraph ?? app.graph)?.nodes.filter(isOurs).map(sentencesOn) ?? [])
+        if (widget) widget.value = widget.value;
+    });
   },
   beforeRegisterNodeDef(type, { name, input }) {
     if (name.startsWith("PCM") && input?.hidden?.unique_id) type.pcmSpeaks = true;

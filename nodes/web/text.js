@@ -5,6 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { WARNING, addSentences, isOurs, sentencesOn } from "./sentences.js";
+import { inWords } from "./words.js";
 
 const KEY = "phased-consistency.tabs"; // in the browser's session
 const MOST_LETTERS = 500; // of a line of what a node has failed with
@@ -89,7 +90,7 @@ function notify(id, text) {
   const key = `${id}\n${warnings.join("\n")}`;
   if ((activeMode ?? initialMode) !== "app" || !warnings.length || notified.has(key)) return;
   notified.add(key);
-  const detail = warnings.map((line) => line.slice(WARNING.length)).join("\n");
+  const detail = warnings.map((line) => inWords(line.slice(WARNING.length))).join("\n");
   app.extensionManager.toast.add({ severity: "warn", summary: nodeAt(id)?.title, detail, life: LIFE });
 }
 

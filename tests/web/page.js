@@ -50,6 +50,15 @@ window.tests = {
   give(kind, widgets) {
     for (const [name, value] of Object.entries(widgets)) tests.widget(kind, name).value = value;
   },
+  // Lines as the page shows them in a language; our scripts are where the host has them.
+  async translated(language, lines) {
+    const folder = (await app.api.getExtensions()).find((path) => path.endsWith("/phrasebook.js")).replace(/[^/]+$/, "");
+    const { Phrasebook } = await import(app.api.fileURL(`${folder}phrasebook.js`));
+    const table = await (await fetch(app.api.fileURL(`${folder}words.json`))).json();
+    const book = new Phrasebook(table, language);
+    return lines.map((line) => book.line(line));
+  },
+
   write: (kind, text) => (tests.widget(kind, "$$node-text-preview").value = text),
   heights: (kind) => [tests.node(kind).size[1], tests.node(kind).computeSize()[1]],
 

@@ -69,6 +69,35 @@ def test_fp8_is_compiled_from_ada_on(turing, monkeypatch):
     assert not checks.fp8_problem(config, GPU)
 
 
+def test_a_torch_for_cuda_that_can_use_no_gpu_is_named(monkeypatch):
+    """As with a driver that is too old, where torch itself only warns. With a GPU, or torch's build for CPUs, not."""
+    config = load_config(preset="demo-sd15", overrides=["base.dtype=fp32", "train.gradient_checkpointing=false"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert checks.notes_on_device(config, torch.device("cpu")) == []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (sentence,) = checks.notes_on_device(config, torch.device("cpu"))
+    assert (
+        sentence.startswith("This torch is built for CUDA 13.0 and can use no GPU.") and "update the driver" in sentence
+    )
+    assert sentence in examination_text(machine.examine())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.unseen_gpu() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_a_gpu_that_is_lost(error, lost):
+    assert machine.lost_gpu(error) is lost
+
+
 @pytest.mark.parametrize(("platform", "package"), [("win32", "triton-windows"), ("linux", "triton")])
 def test_triton_is_called_what_it_is_installed_as(monkeypatch, platform, package):
     monkeypatch.setattr(sys, "platform", platform)

@@ -32,7 +32,7 @@ def doctor(
 
 def examination_text(d: dict[str, Any]) -> str:
     """`examine` of this machine for people, and of `d["run"]`, a plan, whether it fits."""
-    from ..system.machine import NO_BF16, OPTIONAL
+    from ..system.machine import NO_BF16, OPTIONAL, unseen_gpu
 
     device = ", ".join(f"{k} {v}" for k, v in d["device"].items())
     host = d["comfyui"] or "not found (COMFYUI_PATH, ~/comfy/ComfyUI)"
@@ -45,6 +45,7 @@ def examination_text(d: dict[str, Any]) -> str:
     if d["missing"]:
         lines.append(f"missing: {', '.join(d['missing'])}. Run: {INSTALL}")
     if d["device"]["kind"] == "cpu":
+        lines += [sentence] if (sentence := unseen_gpu()) else []
         lines.append(
             f"No CUDA device: {', '.join(_bundled())} and make demo run here; a full-size base would take days."
         )

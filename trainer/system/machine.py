@@ -78,6 +78,17 @@ def native_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def unseen_gpu() -> str:
+    """A sentence where torch is built for CUDA and finds no GPU to use; "" where it has one, or is built for CPUs."""
+    if not torch.version.cuda or torch.cuda.is_available():
+        return ""
+    return (
+        f"This torch is built for CUDA {torch.version.cuda} and can use no GPU. If there is one, nvidia-smi tells "
+        "whether its driver works and which CUDA it is for: update the driver, install a torch for that CUDA, or mend "
+        "CUDA_VISIBLE_DEVICES."
+    )
+
+
 def let_segments_grow() -> None:
     """Have CUDA's memory taken in segments that grow, so that batches of several sizes leave no holes in it.
 
@@ -117,6 +128,12 @@ def peak_memory() -> float | None:
         unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return None
+
+
+def lost_gpu(error: BaseException) -> bool:
+    """Whether an error says that a GPU has failed or is gone; this process can use it no more."""
+    failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return isinstance(error, RuntimeError) and failed and not out_of_memory(error)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -37,7 +37,7 @@ from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
-from ..system.machine import NO_BF16, native_bf16
+from ..system.machine import NO_BF16, native_bf16, unseen_gpu
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
@@ -100,15 +100,16 @@ def notes_on_device(config: Config, device: torch.device) -> list[str]:
     """Sentences on settings that this device takes badly, though it does what they say."""
     if device.type == "cuda" and config.base.dtype == "bf16" and not native_bf16():
         return [NO_BF16]
+    unseen = [sentence] if device.type == "cpu" and (sentence := unseen_gpu()) else []
     slow = {}
     if config.base.dtype != "fp32":
         slow[f"base.dtype={config.base.dtype}"] = "base.dtype=fp32"
     if config.train.gradient_checkpointing is True:
         slow["train.gradient_checkpointing=true"] = "train.gradient_checkpointing=false"
     if device.type != "cpu" or not slow:
-        return []
+        return unseen
     slower = "are for a GPU's memory and make every update about twice as slow" if len(slow) > 1 else "makes it slower"
-    return [f"This runs on the CPU, where {' and '.join(slow)} {slower}: add {' '.join(slow.values())}."]
+    return [*unseen, f"This runs on the CPU, where {' and '.join(slow)} {slower}: add {' '.join(slow.values())}."]
 
 
 def check_loaded(config: Config, base: Base) -> None:

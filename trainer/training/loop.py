@@ -17,7 +17,7 @@ from ..reporting.progress import Pace, Reporter
 from ..system.clock import Clock
 from ..system.files import write_text
 from ..system.locks import only_run
-from ..system.machine import let_segments_grow, limit_to_gpu, out_of_memory, peak_memory
+from ..system.machine import let_segments_grow, limit_to_gpu, lost_gpu, out_of_memory, peak_memory
 from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from .batches import Split
@@ -66,6 +66,13 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
             f"{error}. {what_is_kept(folder)}; the same command goes on from there, with fewer processes too."
         ) from error
     except (RuntimeError, MemoryError) as error:
+        if lost_gpu(error):
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            raise RunFailed(
+                f"The GPU has failed: {reason}. {what_is_kept(folder)}; the same command goes on from there, once "
+                "nvidia-smi shows the GPU again. If it fails at the same update each time, PCM_DEBUG=1 and "
+                "CUDA_LAUNCH_BLOCKING=1 show where."
+            ) from error
         if not out_of_memory(error):
             raise
         family = family_class(config.base.path, config.base.family)

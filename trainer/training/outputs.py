@@ -17,6 +17,7 @@ from ..lora.write import export
 from ..pictures import save_image
 from ..reporting.journal import Journal
 from ..system.clock import Clock
+from ..system.machine import out_of_memory
 from ..system.processes import Processes
 from ..system.saying import Say
 from . import whole
@@ -25,6 +26,10 @@ from .engine import Engine
 from .failure import RunFailed, what_is_kept
 from .previews import Previews
 from .state import Trained
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "Out of memory.")
 
 
 class Outputs:
@@ -155,8 +160,14 @@ class Outputs:
         weights = self.trained.adapter.using(self.trained.weights())
         autocast = self.processes.accelerator.autocast()
         eager = torch.compiler.set_stance("force_eager")  # its batches would be compiled for themselves
-        with self.clock.part("previews"), weights, autocast, eager:
-            image = self.previews.cover() if cover else self.previews.grid()
+        try:
+            with self.clock.part("previews"), weights, autocast, eager:
+                image = self.previews.cover() if cover else self.previews.grid()
+        except (RuntimeError, MemoryError) as error:  # a run needs no picture; but no pass of shards stops alone
+            if not out_of_memory(error) or self.config.train.shard:
+                raise
+            self.say(f"No preview: {_first_line(error)} Fewer preview.prompts take less, preview.every=0 draws none.")
+            return
 
         if not cover:
             self.journal.picture(step, image)

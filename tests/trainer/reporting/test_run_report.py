@@ -91,7 +91,9 @@ def test_a_run_whose_gpu_has_failed_has_a_report(tmp_path, monkeypatch):
     config = small_config(tmp_path / "run", train__report="true")
     monkeypatch.setattr(Engine, "step", failed)
     monkeypatch.setattr(Clock, "seconds", failed)
-    with pytest.raises(RuntimeError, match="device-side assert"):
+    with pytest.raises(
+        RunFailed, match="^The GPU has failed: CUDA error: device-side assert .*; the same command goes"
+    ):
         train(config)
     end = read_log(config.run_folder)[-1]
     assert (end["kind"], end["step"], end["how"]) == ("end", 0, "failed") and "parts" not in end

@@ -23,6 +23,7 @@ from phased_consistency.trainer.training import setup as parts
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.engine import Engine
 from phased_consistency.trainer.training.loop import train
+from phased_consistency.trainer.training.previews import Previews
 from support.faults import fails, row, rows
 from support.runs import Notes, metadata, sha256, small_config
 
@@ -272,6 +273,48 @@ def test_too_little_memory(config, whole, monkeypatch):
         fails(config, "memory runs out")
     assert steps_kept(config) == []
     assert goes_on(config, whole).steps[0] == 1
+
+
+def test_too_little_memory_while_caching(config, whole, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "fill_cache", full)
+        fails(config, "memory runs out")
+        with pytest.raises(loop.RunFailed, match="While it is still caching, a smaller data.batch_size helps"):
+            train(config)
+    goes_on(config, whole)
+
+
+def test_too_little_memory_for_pictures(config, whole, monkeypatch):
+    """The run goes on without them, and ends as with them."""
+
+    def grid(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(Previews, "grid", grid)
+    notes, some = Notes(), config.changed(preview={"every": 2})
+    assert sha256(train(some, notes)) == sha256(whole)
+    said = [line for line in notes.said if line.startswith("No preview")]
+    assert said and all(row("memory runs out for a preview").fullmatch(line) for line in said)
+    assert "More" not in said[0]
+
+
+def test_a_gpu_that_is_lost(config, whole, monkeypatch):
+    real, calls = Engine.step, []
+
+    def step(self, batch):
+        calls.append(batch)
+        if len(calls) > 3:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nMore.")
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        fails(config, "the GPU fails, or is lost")
+    assert steps_kept(config) == [2]
+    assert goes_on(config, whole).steps[0] == 3
 
 
 # --- signals and the clock

@@ -23,7 +23,7 @@ from ...samplers.lora_file import PEFT_KEY
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
 from ..lora.hashes import hashes
-from ..lora.pair import Pair
+from ..lora.pair import Pair, in_16_bits
 from ..system.files import write_tensors
 from .names import kohya_name
 
@@ -163,8 +163,9 @@ def _with_alpha(pair: Pair, alpha: float) -> Pair:
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
-    """The product in the tensor's own precision, rounded once."""
-    return (factor * tensor.to(torch.promote_types(tensor.dtype, torch.float32))).to(tensor.dtype)
+    """The product in the tensor's own precision, of 16 bits or more, rounded once."""
+    dtype = in_16_bits(tensor.dtype)
+    return (factor * tensor.to(torch.promote_types(dtype, torch.float32))).to(dtype)
 
 
 def _peft_metadata(pairs: dict[str, Pair]) -> str:

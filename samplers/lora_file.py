@@ -45,6 +45,7 @@ CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 SD3_WIDTHS = (1536, 2432)
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT writes
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"  # in one that diffusers writes
 LONGEST_CONFIG = 1_000_000  # characters
 LONGEST_NAME = 1000  # characters; published ones have up to 120
 SD3_PROJECTION = re.compile(
@@ -188,9 +189,10 @@ class LoraHeader:
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file of a LoRA: where PEFT has written a folder, the weights in it."""
+    """The file of a LoRA: where PEFT or diffusers has written a folder, the weights in it."""
     path = Path(path)
-    return path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path
+    inside = (path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+    return next((file for file in inside if file.is_file()), path)
 
 
 def header_text(path: Path) -> bytes:
@@ -201,7 +203,8 @@ def header_text(path: Path) -> bytes:
     path = lora_file(path)
     if path.is_dir():
         raise FileNotFoundError(
-            f"{path} is a folder without {PEFT_WEIGHTS}, so it is no LoRA of PEFT's. Name a .safetensors file in it."
+            f"{path} is a folder without {PEFT_WEIGHTS} (PEFT's) or {DIFFUSERS_WEIGHTS} (diffusers'), so it is no LoRA "
+            "of theirs. Name a .safetensors file in it."
         )
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
@@ -219,7 +222,7 @@ def header_text(path: Path) -> bytes:
 
 
 def read_header(path: str | Path) -> LoraHeader:
-    """Read the safetensors header of a file, or of a folder as PEFT writes it, and check that the file is whole.
+    """Read the safetensors header of a file, or of a folder that PEFT or diffusers wrote, and check that it is whole.
 
     Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that is cut short.
     """

@@ -141,6 +141,15 @@ def test_a_folder_of_pefts_is_a_lora_in_every_verb(lora, pcm, tmp_path):
     assert read_header(converted).alphas() == read_header(lora).alphas()
 
 
+def test_a_folder_of_diffusers_is_a_lora(lora, pcm, tmp_path):
+    """As `save_lora_weights` and its training scripts write it."""
+    (folder := tmp_path / "trained").mkdir()
+    convert(lora, folder / "pytorch_lora_weights.safetensors", "diffusers")
+    want, have = added(lora), added(folder)
+    assert want.keys() == have.keys() and all(torch.equal(want[name], have[name]) for name in want)
+    assert pcm("convert", folder, tmp_path / "out.safetensors", "--to", "kohya").code == 0
+
+
 def test_a_copy_of_a_pefts_folder_keeps_its_alphas(lora, tmp_path):
     folder = peft_folder(lora)
     stamp_recipe(folder, copy := tmp_path / "copy.safetensors", RECIPE)

@@ -22,9 +22,9 @@ from ..samplers.lora_modules import DTYPES, LoraModule
 from ..samplers.lora_names import host_suffix
 from .ia3 import IA3
 from .lora_on_model import CONFIGS, model_family
+from .peft_dora import PEFTDoRA
 
 INPUT = "diffusion_model.input_blocks.0.0.weight"  # the convolution that takes the latent, and a picture or a mask
-PEFT_MAGNITUDE = "lora_magnitude_vector"  # in the name of a DoRA's magnitudes as PEFT writes them
 COMPILED = "_orig_mod"  # in the names of a module that torch.compile has wrapped
 # why modules are not taken -> what is said after "{n} of {total} modules"; a node shows some 90 characters of a line
 CAUSES = {
@@ -204,13 +204,19 @@ def build(
     """The host's patches of a module, by their targets. tensors: by their names in the file. numbers: see `renamed`."""
     if module.kind == "IA3":
         return {place.target: IA3(set(), (tensors[module.keys["ia3"]], bool(numbers["on_input"])))}
-    return comfy.lora.load_lora(renamed(module, place, tensors, numbers), {place.name: place.target}, log_missing=False)
+    patches = comfy.lora.load_lora(
+        renamed(module, place, tensors, numbers), {place.name: place.target}, log_missing=False
+    )
+    if "magnitude" in module.keys and "dora_scale" not in module.keys and place.target in patches:
+        magnitude = tensors[module.keys["magnitude"]]
+        patches[place.target] = PEFTDoRA(set(), (patches[place.target], magnitude))
+    return patches
 
 
 def renamed(
     module: LoraModule, place: Place, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """All tensors of a module under the host's names, and in the forms that it knows.
+    """All tensors of a module under the host's names, and in the forms that it knows; without PEFT's magnitudes.
 
     tensors: by their names in the file. numbers: the parts of the module that are one number, as by
     `LoraHeader.numbers`: the alpha may be in the header alone, which the host does not read.
@@ -222,9 +228,7 @@ def renamed(
         parts["down"] = torch.nn.functional.pad(parts["down"], (0, 0, 0, 0, 0, more))
     if "bias" in parts:  # PEFT scales it as it scales the product, and the host adds it as it is
         parts["bias"] = parts["bias"] * (numbers.get("alpha", module.rank) / module.rank)
-    if PEFT_MAGNITUDE in module.keys.get("dora_scale", ""):
-        # (out,) of a linear layer and (1, out, 1, 1) of a convolution: the host has them as (out, 1, ...)
-        parts["dora_scale"] = parts["dora_scale"].reshape(-1, *[1] * (parts["down"].ndim - 1))
+    parts.pop("magnitude", None)
     return {f"{place.name}.{host_suffix(part)}": tensor for part, tensor in parts.items()}
 
 

@@ -18,7 +18,7 @@ FAMILY_MARKS = (
     ("flux", r"flux"),
     ("qwen_image", r"\bqwen"),
     ("lumina2", r"\bz ?image"),
-    ("wan2.1", r"\bwan ?(?:2|video)|\blightx2v [ti]2v"),
+    ("wan2.1", r"\b(?:fast ?)?wan ?(?:2|video)|\blightx2v [ti]2v"),
     ("ltxav", r"\bltx ?2"),
     ("sdxl", r"sd ?xl|ssd ?1b"),
     ("sd3", r"sd ?35?\b|\bp[cd]m .*shift"),

@@ -12,6 +12,7 @@ EVEN = TRAILING | {"prediction": "flow"}  # steps of one length, before the shif
 NO_CFG = {"guidance_max": 1.0}  # the guidance is distilled in, and CFG beside it burns
 FLUX_MU = ((256, 0.5), (4096, 1.15))
 FLUX = EVEN | NO_CFG | {"shift": math.exp(1.15), "mu_by_size": FLUX_MU}
+FAST_WAN = {"prediction": "flow", "points": 1000, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522), "mode": "stochastic"}
 WAN_LIST = {"prediction": "flow", "points": 1000, "shift": 5.0, "timesteps": (1000, 750, 500, 250)} | NO_CFG
 LTX2_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)
 FLUX2_TURBO = (1.0, 0.6509, 0.4374, 0.2932, 0.1893, 0.1108, 0.0495, 0.00031)
@@ -51,7 +52,8 @@ def flux2(steps: int) -> dict:
 # - alimama-creative/FLUX.1-Turbo-Alpha (*): 8 steps, guidance 3.5, strength 1.
 # - fal/FLUX.2-dev-Turbo (*): guidance 2.5 and eight numbers as the argument `sigmas` of diffusers' pipeline,
 #   "pre-shifted" in its authors' words: diffusers shifts them by FLUX.2's mu, so that they are times, not noise levels.
-# - RED-AIGC/TDD (*): its FLUX.1 file at strength 0.125, guidance 2.
+# - RED-AIGC/TDD, by the README of RedAIGC/Target-Driven-Distillation: its FLUX.1 file at strength 0.125, guidance 2, 8
+#   steps. SDXL's has a scheduler of its own, of another order, and no row here.
 # - ModelTC/Qwen-Image-Lightning: shift 3 (base_shift and max_shift are log 3), no true CFG; V1, V2 and Edit alike.
 # - ModelTC/LightX2V, configs and schedulers: both at shift 5 and times 1000, 750, 500, 250; Wan 2.1's puts fresh noise
 #   on each level, Wan 2.2's does not. Wan 2.2 changes its expert after two steps, which is where Wan itself does, at
@@ -60,7 +62,11 @@ def flux2(steps: int) -> dict:
 # - Lightricks/LTX-2: the sigmas of the distilled model and LoRA, in diffusers' pipelines/ltx2/utils.py.
 # - black-forest-labs/FLUX.1-schnell, FLUX.2-klein: 4 steps, in the examples of diffusers' pipelines.
 # - stabilityai/stable-diffusion-3.5-large-turbo: 4 steps, CFG 1, shift 3, in Stability-AI/sd3.5's sd3_infer.py.
-# - Luo-Yihong/TDM_sd3_lora (*): strength 0.125, shift 6, 4 steps, CFG 1.
+# - Luo-Yihong/TDM, README: 4 steps, CFG 1; SD3's at strength 0.125 and shift 6, Dreamshaper's at the levels that
+#   DPM-Solver takes with SD1.5's own settings. Its authors sample by DPM-Solver++ of order 2; these steps are Euler's.
+# - hao-ai-lab/FastVideo, configs/pipelines/wan.py, and tianweiy/CausVid, configs/wan_bidirectional_dmd.yaml: noise
+#   levels of 1000, 757 and 522 thousandths as they are, fresh noise on each, no CFG. CausVid's causal files are sampled
+#   frame by frame and have no row here.
 # - wangfuyun/AnimateLCM: LCM in 6 steps, CFG 2, strength 0.8, in G-U-N/AnimateLCM's README.
 DIT_FILES = (
     KnownFiles(
@@ -133,6 +139,14 @@ DIT_FILES = (
         WAN_LIST | {"mode": "stochastic"},
     ),
     KnownFiles(
+        r"\bfast ?wan|\bcaus ?vid bidirect",
+        "https://github.com/hao-ai-lab/FastVideo/blob/main/fastvideo/configs/pipelines/wan.py",
+        ("wan2.1",),
+        "dmd",
+        NO_CFG
+        | {"prediction": "flow", "points": 1000, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522), "mode": "stochastic"},
+    ),
+    KnownFiles(
         r"\bz ?image fun lora distill (?P<steps>8) ?steps?\b",
         f"{HUB}alibaba-pai/Z-Image-Fun-Lora-Distill",
         ("lumina2",),
@@ -168,6 +182,13 @@ DIT_FILES = (
         ("sd3",),
         "tdm",
         EVEN | {"phases": 4, "shift": 6.0, "strength": 0.125},
+    ),
+    KnownFiles(
+        r"\btdm dreamshaper\b",
+        "https://github.com/Luo-Yihong/TDM",
+        ("sd15",),
+        "tdm",
+        NO_CFG | {"points": 1000, "timesteps": (999, 749, 500, 250)},
     ),
     KnownFiles(
         r"\banimatelcm sd15 t2v lora\b",

@@ -20,7 +20,7 @@ PLAIN = (
 # Words of the methods' own files. A name of these and PLAIN ones alone is no style's that was made with one.
 OWN = (
     r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
-    r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?|flux\d?|dev|alpha|tdd|adv|qwen|image|edit|distill(?:ed)?|comfyui|wan\d*|[ti]2v|"
+    r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?|flux\d?|dev|alpha|tdd|adv|qwen|image|edit|distill(?:ed)?|comfyui|(?:fast)?wan\d*|[ti]2v|"
     r"a?\d+b|high|low|noise|lightx2v|seko|ltx|tdm|z|fun)"
 )
 

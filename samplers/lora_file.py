@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,39 +18,15 @@ from torch import Tensor
 
 from .file_kinds import kind_of
 from .lora_alphas import PEFT_KEY, peft_alphas
+from .lora_family import family_by_tensors, family_from_metadata
 from .lora_modules import DTYPES, SCALED, SINGLE, LoraModule
 from .lora_names import host_suffix, is_encoders, path_of, split_key
-from .recipe import HEADER_KEY, Recipe
 from .texts import brief
 
-# Entries in which trainers say what they trained on, and how those begin without their punctuation.
-BASE_ENTRIES = ("modelspec.architecture", "ss_base_model_version")
-BASE_MARKS = (
-    ("sd15", r"(?:stablediffusion|sd)v?1"),
-    ("sd2", r"(?:stablediffusion|sd)v?2"),
-    ("sdxl", r"(?:stablediffusion|sd)xl"),
-    ("sd3", r"(?:stablediffusion|sd)v?3"),
-    ("flux2", r"flux2"),
-    ("flux", r"flux(?:1|$)"),
-    ("chroma", r"chroma"),
-    ("qwen_image", r"qwenimage"),
-    ("lumina2", r"zimage"),
-    ("wan2.1", r"wan2"),
-    ("ltxav", r"ltx2"),
-    ("hunyuan_video", r"hunyuanvideo"),
-    ("anima", r"anima(?!gine)"),
-)
-CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
-UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
-SD3_WIDTHS = (1536, 2432)
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT writes
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"  # in one that diffusers writes
 LONGEST_CONFIG = 1_000_000  # characters
 LONGEST_NAME = 1000  # characters; published ones have up to 120
-SD3_PROJECTION = re.compile(
-    r"(?<!single_)transformer_blocks_\d+_(attn_to_k|attn_add_k_proj|norm1_context_linear)$"
-    r"|joint_blocks_\d+_(x|context)_block_(attn2?_qkv|attn2?_proj|mlp_fc1|adaLN_modulation_1)$"
-)
 
 
 @dataclass(frozen=True)
@@ -123,14 +98,8 @@ class LoraHeader:
 
     @property
     def family(self) -> str | None:
-        """Model family by the width of its text conditioning, else by its metadata; None when neither tells."""
-        for name, module in self.modules.items():
-            down = module.shapes.get("down", ())
-            if UNET_CONTEXT.search(name) and len(down) >= 2 and down[1] in CONTEXT_WIDTHS:
-                return CONTEXT_WIDTHS[down[1]]
-            if SD3_PROJECTION.search(name) and len(down) >= 2 and down[1] in SD3_WIDTHS:
-                return "sd3"
-        return family_from_metadata(self.metadata)
+        """Model family by its tensors, else by its metadata; None when neither tells."""
+        return family_by_tensors(self.modules) or family_from_metadata(self.metadata)
 
     def scale_alphas(self) -> dict[str, float]:
         """module -> alpha, where it is not a tensor but in the PEFT metadata, which the host ignores.
@@ -296,15 +265,6 @@ def _read_numbers(path: Path, names: set[str]) -> dict[str, float]:
             file.seek(8 + len(text) + first)
             numbers[name] = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtype).item()
     return numbers
-
-
-def family_from_metadata(metadata: dict[str, str]) -> str | None:
-    """Family by `pcm.recipe`, else by the first of `BASE_ENTRIES` that tells; None when none does."""
-    if HEADER_KEY in metadata:
-        return Recipe.from_header(metadata[HEADER_KEY]).family
-    bases = [re.sub(r"[^a-z0-9]", "", metadata.get(entry, "").lower()) for entry in BASE_ENTRIES]
-    families = (family for base in bases for family, mark in BASE_MARKS if re.match(mark, base))
-    return next(families, None)
 
 
 def tensor_hash(path: str | Path) -> str:

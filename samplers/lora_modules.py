@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
 }
 SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")  # kinds whose strength is alpha / rank
 PLAIN = {"down", "up", "alpha"}  # the parts of a plain LoRA's module
+# the parts that make a DoRA of one: the lengths of rows or columns, as ComfyUI and as PEFT call and mean them
+MAGNITUDES = {"dora_scale", "magnitude"}
 SINGLE = ("alpha", "on_input")  # parts that are one number, and may be an integer
 
 
@@ -53,12 +55,17 @@ class LoraModule:
         """The kind as people call it: a LoRA with magnitudes is a DoRA, one with a middle a LoCon."""
         if self.kind != "LoRA" or self.is_plain:
             return self.kind or "other"
-        return "DoRA" if "dora_scale" in self.keys else "LoCon" if "mid" in self.keys else "LoRA with biases"
+        return "DoRA" if MAGNITUDES & self.keys.keys() else "LoCon" if "mid" in self.keys else "LoRA with biases"
 
     @property
     def is_plain(self) -> bool:
         """Whether it is a pair of halves, with or without an alpha, and nothing else."""
         return self.keys.keys() <= PLAIN
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it is a pair of halves with PEFT's magnitudes, with or without an alpha and ComfyUI's magnitudes."""
+        return "magnitude" in self.keys and self.keys.keys() <= PLAIN | MAGNITUDES
 
     @property
     def is_integer(self) -> bool:

@@ -18,7 +18,8 @@ _SUFFIXES = {
     r"|\.lora_linear_layer\.up\.weight|_lora\.up\.weight",
     "bias": rf"\.lora_B{_PEFT}\.bias|\.lora_up\.bias",
     "mid": r"\.lora_mid\.weight",
-    "dora_scale": rf"\.dora_scale|\.lora_magnitude_vector{_PEFT}\.weight|\.lora_magnitude_vector{_PEFT}",
+    "dora_scale": r"\.dora_scale",
+    "magnitude": rf"\.lora_magnitude_vector{_PEFT}\.weight|\.lora_magnitude_vector{_PEFT}",
 }
 # parts whose names every style shares: those of LyCORIS' algorithms, and of whole weights and biases
 _SHARED = (

@@ -52,6 +52,11 @@ class Random:
         norms = self.weight(module).detach().flatten(1).norm(dim=1)
         return norms * (1 + self(len(norms)))
 
+    def grown(self, module: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+        """(out,) the length of each row of the weight, as a share of its length with this pair in it."""
+        weight = self.weight(module).detach().flatten(1)
+        return weight.norm(dim=1) / (weight + SCALE * pair[1].flatten(1) @ pair[0].flatten(1)).norm(dim=1)
+
 
 def named(module: str, parts: Tensors) -> Tensors:
     return {f"lora_unet_{module.replace('.', '_')}.{part}": tensor.contiguous() for part, tensor in parts.items()}
@@ -116,9 +121,15 @@ def kinds(network: nn.Module) -> dict[str, Kind]:
     found = {name: Kind(tensors, tensors) for name, tensors in whole.items()}
     found["PEFT"] = Kind(_peft(pairs), kohya, adapter)
     found["PEFT with an adapter's name"] = Kind(_peft(pairs, ".default_0"), kohya, adapter)
+    # PEFT's magnitudes are what rows come to; the host multiplies by its own over the rows' lengths in the base
+    of_host = {m: random.grown(m, pair) * magnitudes[m] for m, pair in pairs.items()}
     found["PEFT DoRA"] = Kind(
         {k: v for m, pair in pairs.items() for k, v in peft(m, pair, lora_magnitude_vector=in_peft[m]).items()},
-        dora,
+        {
+            k: v
+            for m, pair in pairs.items()
+            for k, v in named(m, plain(pair, dora_scale=of_host[m].view_as(rows[m]))).items()
+        },
         adapter,
     )
     found["PEFT bias"] = Kind(

@@ -17,9 +17,9 @@ from host.test_loader import refusal, report
 from host.tiny import RECIPE
 from phased_consistency.samplers.recipe import HEADER_KEY
 
-# base -> share of its effect by which IA3 may be off: core has no patch for it, and beside it stands what it adds to
-# the plain weights, of which rounded ones are no measure
-IA3_OFF = {"tiny": 0.01}
+# For these kinds core has no patch, and beside them stands what they make of the plain weights, of which rounded ones
+# are no measure. Base -> the share of their effect by which they may be off.
+NOT_IN_CORE, OFF = ("IA3", "PEFT DoRA"), {"tiny": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_every_kind_is_what_core_makes_of_it(server, packed, base, strength):
     if base in (*FORMATS, *GGUF) and base not in packed:
         pytest.skip(f"no {base}: {'ComfyUI-GGUF is not in custom_nodes' if base in GGUF else 'this host knows none'}")
     for row in lora_table.rows(server, base, strength):
-        allowed = IA3_OFF.get(base, 1) * row.effect if row.kind == "IA3" else 0
+        allowed = OFF.get(base, 1) * row.effect if row.kind in NOT_IN_CORE else 0
         assert row.effect > 1e-3 and row.off <= allowed and row.taken == row.held > 0, row
 
 

@@ -14,7 +14,7 @@ from phased_consistency.samplers.known_files import (
 from phased_consistency.samplers.known_flow import flux2_mu
 
 SHIFT_3 = {4: (1, 0.9, 0.75, 0.5), 8: (1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3)}
-WAN = (1, 0.9375, 0.8333, 0.625)
+WAN, FAST_WAN = (1, 0.9375, 0.8333, 0.625), (1, 0.757, 0.522)
 HYPER_FLUX, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "flux.2-turbo-lora"
 
 
@@ -39,6 +39,9 @@ def known(name: str, **options) -> Recipe | None:
         ("lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16", "wan2.1", WAN, 1),
         ("wan2.1_t2v_14b_lora_rank64_lightx2v_4step", "wan2.1", WAN, 1),
         ("tdm_sd3_lora", "sd3", (1, 18 / 19, 6 / 7, 2 / 3), 0.125),
+        ("FastWan2.1-T2V-1.3B_lora", "wan2.1", FAST_WAN, 1),
+        ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16", "wan2.1", FAST_WAN, 1),
+        ("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32", "wan2.1", FAST_WAN, 1),
     ],
 )
 def test_levels_and_strength(name, family, levels, strength):
@@ -105,8 +108,25 @@ def test_wan_lightnings_experts(name, expert, boundary):
     assert sigmas(recipe) == pytest.approx(WAN, abs=1e-4)
 
 
-def test_wan21s_puts_fresh_noise_on_each_level():
-    recipe = known("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32")
+def test_causal_files_have_no_row():
+    assert known("Wan21_CausVid_14B_T2V_lora_rank32") is None
+
+
+def test_dreamshapers_tdm_has_dpm_solvers_levels():
+    from diffusers import DPMSolverMultistepScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DPMSolverMultistepScheduler(**betas, steps_offset=1)
+    scheduler.set_timesteps(4)
+    recipe = known("tdm_dreamshaper_lora", family="sd15")
+    assert (recipe.timesteps, recipe.steps, recipe.guidance) == (tuple(scheduler.timesteps.tolist()), 4, 1)
+    assert sigmas(recipe) == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-4)
+    assert known("tdm_dreamshaper_lora", family="sdxl") is None
+
+
+@pytest.mark.parametrize("name", ["Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32", "FastWan2.1-T2V-1.3B_lora"])
+def test_wan21s_puts_fresh_noise_on_each_level(name):
+    recipe = known(name)
     assert (recipe.mode, recipe.gamma, recipe.expert, recipe.boundary) == ("stochastic", 1, "", None)
 
 

@@ -44,8 +44,8 @@ def test_what_a_module_lacks_is_known(write):
         ("unet.{m}.lora_B.my-adapter.weight", "up"),
         ("{m}.lora_A", "down"),
         ("unet.{m}.lora_B.bias", "bias"),
-        ("unet.{m}.lora_magnitude_vector", "dora_scale"),
-        ("unet.{m}.lora_magnitude_vector.default.weight", "dora_scale"),
+        ("unet.{m}.lora_magnitude_vector", "magnitude"),
+        ("unet.{m}.lora_magnitude_vector.default.weight", "magnitude"),
         ("lora_unet_mid_block.attentions.0.proj_in.lora_down.weight", "down"),
     ],
 )

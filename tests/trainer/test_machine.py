@@ -9,6 +9,7 @@ from phased_consistency.trainer import demo
 from phased_consistency.trainer.cli.doctor import examination_text
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.efficiency.blocks import check_compiler
+from phased_consistency.trainer.families.sdxl import SDXL
 from phased_consistency.trainer.lora.check import _remarks
 from phased_consistency.trainer.system import machine
 from phased_consistency.trainer.training import checks
@@ -57,11 +58,15 @@ def test_a_card_without_bf16_is_told_so(turing):
 
 def test_fp8_is_compiled_from_ada_on(turing, monkeypatch):
     config = load_config(preset="sdxl-4step", overrides=["base.quantize=fp8", "train.compile=true"])
-    with pytest.raises(ValueError, match=r"capability 8\.9 .Ada. or later, and this one has 7\.5.*base.quantize=int8"):
-        checks._check_fp8_kernels(config, GPU)
-    checks._check_fp8_kernels(load_config(preset="sdxl-4step", overrides=["base.quantize=int8"]), GPU)
+    assert "capability 8.9 (Ada) or later, and this one has 7.5: Triton makes" in checks.fp8_problem(config, GPU)
+    monkeypatch.setattr(checks, "check_compiler", lambda device: None)
+    with pytest.raises(
+        ValueError, match="train.compile=true, but base.quantize=fp8 needs .*Set base.quantize=int8, or"
+    ):
+        checks.check_prepare(config, SDXL, GPU, 1)
+    assert not checks.fp8_problem(load_config(preset="sdxl-4step", overrides=["base.quantize=int8"]), GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    checks._check_fp8_kernels(config, GPU)
+    assert not checks.fp8_problem(config, GPU)
 
 
 @pytest.mark.parametrize(("platform", "package"), [("win32", "triton-windows"), ("linux", "triton")])

@@ -19,6 +19,7 @@ from ..families import Base
 from ..reporting.progress import Reporter
 from ..system.clock import Clock
 from ..training.loop import Run
+from ..training.settle import settle
 from .measure import PASSES, alive_bytes, flops, passes_counted, peak_bytes
 from .reference import Reference, check_reference
 from .report import machine, peak_flops
@@ -51,6 +52,9 @@ def bench(
         check_reference(config)
 
     reporter = reporter or Reporter()
+    config, settled = settle(config, device)
+    for sentence in settled:
+        reporter.say(sentence)
     results = {}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the cache's files are mapped
         for kind, run_config in _kinds(config, folder, updates + warmup + COUNTED).items():

@@ -19,6 +19,7 @@ from ..efficiency.memory import CONTEXT, TRAINING, check_network_settings, estim
 from ..families import look_at_base
 from ..system.files import write_text
 from ..system.machine import GIB
+from ..training.settle import settle
 from .emulated import GUARD
 from .report import PARTS
 
@@ -40,6 +41,7 @@ def count(config: Config) -> dict[str, Any]:
     Raises ValueError for settings, a system or a build of torch that it cannot count on, and what a run refuses of its
     base and resolution; RuntimeError where the counting itself fails.
     """
+    config, _ = settle(config, torch.device("cpu"))
     _check(config)
     family = look_at_base(config.base.path, **config.base.reading()).family
     check_network_settings(config, family)  # before anything is compiled

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
-from ..efficiency.activations import LiveBytes, tensors_of
+from ..efficiency.activations import LiveBytes, flops_of, tensors_of
 from ..system.clock import Clock
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,9 @@ class Ledger(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # what a fake tensor is asked of itself, such as its device
+        if func is torch.ops.prim.device.default:  # asked more often than all else: answered without the fake mode
+            return args[0].device
+        if func.namespace == "prim":  # what else a fake tensor is asked of itself
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         inputs = tensors_of((args, kwargs))
@@ -121,8 +123,7 @@ class Ledger(LiveBytes):
         kind = f"{name} {self._dtype(outputs or inputs)}"
         self.launched[kind] += 1
         self.moved[kind] += moved
-        if (flop := flop_registry.get(func._overloadpacket)) is not None:
-            part.flop += flop(*args, **kwargs, out_val=result)
+        part.flop += flops_of(func, args, kwargs, result)
 
     def _note_copy(self, part, name, args, kwargs, inputs, outputs) -> None:
         """Count a copy between host and GPU; the host waits for it unless it is asked not to, from pinned memory."""
@@ -185,11 +186,20 @@ def _place() -> str:
     """The line of the code outside of torch that has asked for the operation under way: ours, if any is on the way."""
     frame, outside = sys._getframe(1), ""
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "trainer") or path.is_relative_to(ROOT / "samplers"):
-            if path != Path(__file__) and path.name != "activations.py":
-                return f"{path.relative_to(ROOT).as_posix()}:{frame.f_lineno}"
-        elif not outside and "torch" not in path.parts:
-            outside = f"{path.name}:{frame.f_lineno}"
+        name, ours = _source(frame.f_code.co_filename)
+        if name and ours:
+            return f"{name}:{frame.f_lineno}"
+        if name and not outside:
+            outside = f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return outside
+
+
+@cache
+def _source(filename: str) -> tuple[str, bool]:
+    """A source file's name in `_place`'s answer, and whether it is ours; no name for torch's and for the counting."""
+    path = Path(filename)
+    if path.is_relative_to(ROOT / "trainer") or path.is_relative_to(ROOT / "samplers"):
+        counting = path == Path(__file__) or path.name == "activations.py"
+        return ("" if counting else path.relative_to(ROOT).as_posix()), True
+    return ("" if "torch" in path.parts else path.name), False

@@ -64,7 +64,13 @@ class Reference:
 
         train, lora = self.config.train, self.config.lora
         self.adapter = Adapter(
-            self.student.network, self.student.lora_targets, lora.rank, lora.alpha, train.seed, ranks=lora.ranks
+            self.student.network,
+            self.student.lora_targets,
+            lora.rank,
+            lora.alpha,
+            train.seed,
+            ranks=lora.ranks,
+            dora=bool(lora.dora),
         )
         if train.gradient_checkpointing:
             self.student.network.enable_gradient_checkpointing()

@@ -19,6 +19,10 @@ def doctor(
 
     config = configured(settings, preset) if settings or preset else None
     details = examine()
+    if details["device"]["kind"] == "cuda":
+        from ..training.settle import fitting_shapes
+
+        details["shapes"] = fitting_shapes()
     if config:
         from ..training.plan import plan
 
@@ -46,9 +50,25 @@ def examination_text(d: dict[str, Any]) -> str:
         )
     if d["device"].get("bf16") is False:
         lines.append(NO_BF16)
+    lines += shapes_text(d["shapes"]) if "shapes" in d else []
     if "run" in d:
         lines += ["", d["run"]["text"], _verdict(d)]
     return "\n".join(lines)
+
+
+def shapes_text(shapes: dict[str, dict[str, Any]]) -> list[str]:
+    """What of `fitting_shapes` fits the GPU, for people."""
+    lines = ["What fits this GPU's free memory, by estimate (batch x accumulation; train.batch_size=auto takes it):"]
+    for preset, shape in shapes.items():
+        passes = [shape["batch_size"], shape["accumulation"]]
+        if shape["fits"]:
+            words = f"{passes[0]} x {passes[1]} in {shape['gib']:.1f} GiB"
+        else:
+            words = f"not one sample a pass, {shape['gib']:.1f} GiB: {shape['advice']}"
+        if passes != shape["preset"]:
+            words += f" (the preset has {shape['preset'][0]} x {shape['preset'][1]})"
+        lines.append(f"  {preset}: {words}")
+    return lines
 
 
 def _bundled() -> list[str]:

@@ -103,6 +103,7 @@ def train(
         from ..training.plan import plan
 
         details = plan(config, accept_changes)
+        config = config.changed(train=details["settled"])
         comments = "".join(f"# {line}\n" for line in details["text"].splitlines())
         answer(details | {"config": config.model_dump(mode="json")}, as_json, f"{config_text(config)}\n{comments}")
         return

@@ -181,6 +181,11 @@ class Config(Section):
         """The name of the preset that this configuration was made from, if any."""
         return self._preset
 
+    def changed(self, **sections: dict[str, Any]) -> Config:
+        """The same configuration with other values in these sections, which are not checked again."""
+        update = {section: getattr(self, section).model_copy(update=values) for section, values in sections.items()}
+        return self.model_copy(update=update)
+
     def grid(self) -> PhaseGrid:
         """The grid that the LoRA is sampled on."""
         return self.objective.grid()

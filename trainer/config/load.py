@@ -7,16 +7,18 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from ..objectives import OBJECTIVES, PCM, known_to
 from .config import Config
 from .presets import PRESETS
+from .sections import AUTO, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -150,11 +152,36 @@ def _parse_value(text: str) -> Any:
 
 
 def _lay(values: dict[str, Any], new: dict[str, Any]) -> None:
-    """Lay one source's settings over those before. A change of the objective keeps the settings that both have."""
+    """Lay one source's settings over those before. A change of the objective keeps the settings that both have, and one
+    of train.batch_size to or from "auto" the samples of an update."""
     objective, before = new.get("objective"), values.get("objective")
     if isinstance(objective, dict) and isinstance(before, dict) and objective.get("name") in [*OBJECTIVES]:
         values["objective"] = known_to(objective["name"], before)
+    train, known = new.get("train"), values.get("train", {})
+    if isinstance(train, dict) and isinstance(known, dict) and "accumulation" not in train and "batch_size" in train:
+        train = train | _passes_kept(train["batch_size"], known)
+        new = new | {"train": train}
     _merge(values, new)
+
+
+def _passes_kept(size: Any, before: dict[str, Any]) -> dict[str, int]:
+    """The setting of train.accumulation that goes with a new train.batch_size where one of both is "auto": as many
+    samples an update as `before`. With "auto" it is these samples.
+
+    Raises ValueError for a size that does not divide them.
+    """
+    fields = TrainConfig.model_fields
+    size_before, passes = (before.get(key, fields[key].default) for key in ("batch_size", "accumulation"))
+    if size == AUTO and isinstance(size_before, int) and isinstance(passes, int):
+        return {"accumulation": size_before * passes}
+    if size_before != AUTO or not isinstance(size, int) or size < 1 or not isinstance(passes, int):
+        return {}
+    if passes % size:
+        raise ValueError(
+            f"train.batch_size={size} does not divide the {passes} samples of an update that train.batch_size=auto "
+            "had: set train.accumulation too."
+        )
+    return {"accumulation": passes // size}
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -178,11 +205,32 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _explain(error: ValidationError) -> str:
     """All problems of a configuration, a line each."""
-    problems = error.errors()
+    problems = [*_joined(error.errors())]
     lines = [f"  {_sentence(problem)}" for problem in problems[:MOST_PROBLEMS]]
     rest = [f"  and {len(problems) - len(lines)} more."] if len(problems) > len(lines) else []
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     return f"The configuration has {count}:\n" + "\n".join(lines + rest)
+
+
+def _joined(problems: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The problems; those that one value has with each of the kinds that its setting may be of are one."""
+    by_place: dict[tuple, list[dict[str, Any]]] = {}
+    for problem in problems:
+        loc = problem["loc"]
+        if len(loc) > 2 and loc[0] != "objective" and _kinds(loc[:2]) > 1:
+            loc = (*loc[:2], *loc[3:])  # without the name of the kind
+        by_place.setdefault(loc, []).append(problem)
+    for loc, alike in by_place.items():
+        kinds = "; or ".join(problem["msg"][0].lower() + problem["msg"][1:] for problem in alike)
+        yield alike[0] | {"loc": loc} | ({"msg": kinds} if len(alike) > 1 else {})
+
+
+def _kinds(loc: tuple) -> int:
+    """The number of kinds that a setting takes values of, without None."""
+    annotation = _section(loc[:-1]).model_fields[loc[-1]].annotation
+    if get_origin(annotation) not in (Union, UnionType):
+        return 1
+    return sum(kind is not NoneType for kind in get_args(annotation))
 
 
 def _sentence(problem: dict[str, Any]) -> str:

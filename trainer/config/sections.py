@@ -30,6 +30,7 @@ def place(text: str) -> str:
     return os.path.expanduser(text)
 
 
+AUTO = "auto"
 Place = Annotated[str, AfterValidator(place)]
 
 
@@ -52,7 +53,7 @@ def lora_and_strength(text: str) -> tuple[str, float]:
 
 def lora_place(text: str) -> str:
     """A `place` with a strength or without; ValueError as `lora_and_strength`."""
-    lora_and_strength(text)
+    place(lora_and_strength(text)[0])
     return place(text)
 
 
@@ -192,16 +193,25 @@ class LoraConfig(Section):
     """The adapter; its strength is alpha / rank, and both are stored in the file."""
 
     rank: int = Field(64, ge=1, description="rank of every module; more can learn more, and makes a larger file")
-    ranks: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+    ranks: dict[str, Annotated[int, Field(ge=0, strict=True)]] | None = Field(
         None,
         description="ranks of modules whose path a pattern (a regular expression) finds, such as {attn2 = 128, "
         "conv = 0}: the first that does counts, 0 leaves the module as it is, and all are applied at alpha / rank",
+    )
+    dora: bool | None = Field(
+        None,
+        description="DoRA: lengths of each weight's rows are trained beside the LoRA; default: false",
     )
     alpha: float = Field(8.0, gt=0, description="the LoRA is applied at alpha / rank")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the saved file")
     init: Place | None = Field(
         None, description="few-step LoRA of the same rank or less to go on from; default: one that changes nothing"
     )
+
+    @field_validator("dora")
+    @classmethod
+    def _none_or_true(cls, dora: bool | None) -> bool | None:
+        return dora or None  # as in checkpoints from before there was a choice
 
     @field_validator("ranks")
     @classmethod
@@ -230,8 +240,12 @@ class TrainConfig(Section):
     """The run."""
 
     steps: int = Field(5000, ge=1, description="optimizer updates")
-    batch_size: int = Field(20, ge=1, description="samples per process and forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per update")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        20, description="samples per process and forward pass; auto: as many of an update's as fit the GPU"
+    )
+    accumulation: int = Field(
+        1, ge=1, description="forward passes per update; with batch_size=auto samples per update, which it keeps"
+    )
     lr: float = Field(5e-6, gt=0, description="learning rate of the LoRA")
     lr_schedule: Literal["constant", "linear", "cosine", "restarts", "stages"] = Field(
         "constant",
@@ -254,7 +268,9 @@ class TrainConfig(Section):
         False, description="compute blocks again instead of keeping them; auto: as few as fit the device's free memory"
     )
     memory_limit_gib: float | None = Field(
-        None, gt=0, description="what gradient_checkpointing=auto may fill; default: what is free on the GPU"
+        None,
+        gt=0,
+        description="what gradient_checkpointing=auto and batch_size=auto may fill; default: what is free on the GPU",
     )
     offload: bool = Field(
         False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"
@@ -262,7 +278,11 @@ class TrainConfig(Section):
     shard: bool = Field(
         False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
     )
-    compile: bool = Field(False, description="torch.compile each block; needs Triton, or on a CPU a C++ compiler")
+    compile: Literal[False, True, "auto"] = Field(
+        False,
+        description="torch.compile each block; needs Triton, or on a CPU a C++ compiler. auto: where Triton takes the "
+        "GPU, in a run of 500 updates and more",
+    )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of every random draw of the run")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .blocks import blocks_of
 
@@ -62,8 +61,8 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     entered: dict[str, dict[int, torch.UntypedStorage]] = {}
     flops: dict[str, int] = {}
     inside = [OUTSIDE]  # paths of the blocks that the pass is in, the innermost last
-    counter = FlopCounterMode(display=False)
-    gpu = _AsOnGPU()
+    counter, gpu = Operations(), AsOnGPU()
+    done = lambda: counter.flops + gpu.attention_flops  # noqa: E731
 
     def note(tensor: Tensor, into: dict[int, torch.UntypedStorage]) -> None:
         storage = tensor.untyped_storage()
@@ -77,13 +76,13 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     def watch(path: str, block: nn.Module):
         def enter(_, args, kwargs) -> None:
             inside.append(path)
-            kept[path], entered[path], flops[path] = {}, {}, -counter.get_total_flops() - gpu.attention_flops
+            kept[path], entered[path], flops[path] = {}, {}, -done()
             for tensor in (*args, *kwargs.values()):
                 if isinstance(tensor, Tensor) and tensor.ndim > 2:
                     note(tensor, entered[path])
 
         def leave(*_) -> None:
-            flops[inside.pop()] += counter.get_total_flops() + gpu.attention_flops
+            flops[inside.pop()] += done()
 
         return block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)
 
@@ -106,7 +105,7 @@ def _sizes(by_path: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Sto
 def most_bytes(run: Callable[[], object]) -> int:
     """The most bytes that are alive at once in `run`, a pass without gradients on the meta device."""
     live = LiveBytes()
-    with torch.no_grad(), _AsOnGPU(), live:
+    with torch.no_grad(), AsOnGPU(), live:
         run()
     return live.most
 
@@ -147,12 +146,40 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class Operations(TorchDispatchMode):
+    """Counts the FLOPs of what runs in its block, and the operations that make something or change it in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.flops += flops_of(func, args, kwargs, result)
+        self.launches += not (func.is_view or "empty" in func._schema.name)
+        return result
+
+
+def flops_of(func, args: tuple, kwargs: dict, result: object) -> int:
+    """Floating-point operations of one of torch's own, as its counter has them; 0 for what it does not count."""
+    count = flop_registry.get(func._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=result)
+
+
 def tensors_of(tree: object) -> list[Tensor]:
     """The tensors among what an operation is given, or returns."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    # not torch's pytree, which takes a tenth of all the time of a count
+    return [tensor for leaf in tree for tensor in tensors_of(leaf)]
 
 
-class _AsOnGPU(TorchFunctionMode):
+class AsOnGPU(TorchFunctionMode):
     """A pass on the meta device as it runs on a GPU: attention by fused kernels, where torch falls back without them to
     the form of attention that keeps its matrices."""
 

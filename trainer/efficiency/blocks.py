@@ -235,14 +235,18 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile and run something small. Raises ValueError where torch.compile lacks what it needs on this device."""
+    """Raise ValueError where torch.compile lacks what it needs on this device."""
+    if problem := compiler_problem(device):
+        raise ValueError(f"train.compile=true, but {problem}, or set train.compile=false.")
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Compile and run something small: what torch.compile lacks on this device, "" where it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of every kind, by what is missing
         triton = "triton-windows" if sys.platform == "win32" else "triton"
         needs = f"Triton (pip install {triton})" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"train.compile=true, but torch.compile does not work on this {device.type}: {reason}. "
-            f"Install {needs}, or set train.compile=false."
-        ) from error
+        return f"torch.compile does not work on this {device.type}: {reason}. Install {needs}"
+    return ""

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..lora.adapter import CRITIC, NAME, Adapter
+from ..lora.dora import by_row, factors, is_dora
 
 
 def fold_where_cheaper(adapter: Adapter) -> None:
@@ -47,6 +48,8 @@ def _folding(layer: LoraLayer, base: nn.Linear | nn.Conv2d):
             return unfolded(x, *args, **kwargs)
 
         weight = base.weight + layer.scaling[name] * (b @ a).view_as(base.weight)
+        if is_dora(layer, name):
+            weight = weight * by_row(factors(layer, name, weight), weight)
         if isinstance(base, nn.Linear):
             return F.linear(x, weight, base.bias)
         return base._conv_forward(x, weight, base.bias)

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..lora.adapter import NAME, Adapter
+from ..lora.dora import factors, is_dora, sum_of
 
 
 def run_in_half(adapter: Adapter) -> None:
@@ -65,7 +66,20 @@ def _adding(layer: LoraLayer):
         if isinstance(strength, Tensor):  # the number by which compiled code is switched
             h, strength = h * strength, 1.0
         if isinstance(up, nn.Linear):
-            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=strength).view(y.shape)
-        return torch.add(y, up._conv_forward(h, b, None), alpha=strength)
+            z = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=strength).view(y.shape)
+        else:
+            z = torch.add(y, up._conv_forward(h, b, None), alpha=strength)
+        return _at_magnitudes(layer, base, z) if is_dora(layer, NAME) else z
 
     return forward
+
+
+def _at_magnitudes(layer: LoraLayer, base: nn.Linear | nn.Conv2d, z: Tensor) -> Tensor:
+    """What a DoRA makes of z = base(x) + s B A x: each row of the weight times its factor, and the bias as it is.
+
+    As what is added to z: a factor so near to 1 would lose most of its digits in 16 bits.
+    """
+    change = (factors(layer, NAME, sum_of(layer, NAME)) - 1).to(z.dtype)
+    sides = (1, -1) + (1,) * (z.ndim - 2) if isinstance(base, nn.Conv2d) else (-1,)
+    without_bias = z if base.bias is None else z - base.bias.view(sides)
+    return torch.addcmul(z, without_bias, change.view(sides))

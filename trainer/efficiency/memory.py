@@ -2,81 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor, nn
 
 from ..config.config import Config
 from ..families import Base
-from ..families.base import DTYPES, outputs_of
-from ..lora.adapter import Learner, learner
-from ..objectives.discriminator import Discriminator
+from ..families.base import DTYPES
 from ..system.machine import GIB
-from .activations import Activations, kept_activations, most_bytes
-from .blocks import blocks_of
-from .half import add_in_one_product
-from .quantize import ROW_BYTES, quantizable
+from .footprint import Footprint, check_network, footprint
 
 # of an optimizer's state a parameter, where it is not AdamW's two averages in fp32
 ADAMW_BYTES = 8
 OPTIMIZER_BYTES = {"adamw8bit": 2, "lion": 4, "prodigy": 16, "adafactor": 1, "SGD": 0}
-VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 NETWORKS = {"unet": "UNet", "transformer": "transformer"}
 CONTEXT = GIB // 2  # what CUDA and its libraries are taken to hold; it differs between GPUs
 MARGIN = 1.15  # for fragmentation and kernels' workspaces, where an estimate is held against what there is
 TRAINING, PREVIEWS, BEFORE = "training in all, at least", "drawing previews in all", "before: "
 EXCHANGE = "gradients in one piece"
 CRITIC_MEMORY = "critic, gradients, optimizer"
-Ranks = tuple[tuple[str, int], ...]  # `lora.ranks`, as what is cached can be asked for by it
 PEAKS = (TRAINING, PREVIEWS, BEFORE)  # how the lines begin of which the largest is what a run needs
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """One block's frozen parameters, those of them in layers that may be quantised, and these layers' rows."""
-
-    parameters: int
-    quantizable: int
-    rows: int
-
-    def bytes(self, width: int, quantize: str | None) -> int:
-        if quantize is None:
-            return self.parameters * width
-        rest = self.parameters - self.quantizable
-        return rest * width + self.quantizable + self.rows * ROW_BYTES[quantize]
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The sizes that estimates are made of: the same whatever is switched on to save memory.
-
-    parameters: of the network, of its blocks in `blocks`; learnt: the trained ones, in `modules`. activations: of the
-    student's pass with one sample; pass_bytes: what a pass without gradients holds for one. features, heads: the
-    discriminator's pass and parameters. vae, text: bytes of weights; encoding, decoding: what the VAE holds for one
-    picture.
-    """
-
-    parameters: int
-    blocks: dict[str, Frozen]
-    learnt: int
-    modules: int
-    activations: Activations
-    pass_bytes: int
-    features: Activations | None
-    heads: int
-    vae: int
-    text: int
-    encoding: int
-    decoding: int
 
 
 def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
@@ -87,7 +34,7 @@ def estimate_memory(config: Config, family: type[Base]) -> dict[str, Any]:
     teacher's holds; of blocks that are computed again the inputs, and the largest block. Fragmentation and kernels'
     workspaces come on top. Raises ValueError for a resolution that the network cannot take.
     """
-    sizes = _footprint(config, family)
+    sizes = footprint(config, family)
     again = recomputed(config, family, sizes.blocks)
     gib = {name: size / GIB for name, size in _bytes(config, family, sizes, again).items()}
     gib[TRAINING] = sum(gib.values())
@@ -157,10 +104,7 @@ def check_network_settings(config: Config, family: type[Base]) -> None:
 
     Measures nothing: that takes seconds with a network of full size.
     """
-    folder = family.config_folder(config.base.path, config.base.config)
-    _inputs(family, folder, config.base.dtype, config.data.resolution)
-    if config.lora.ranks and not family.whole:
-        _adapted(family, folder, config.base.dtype, config.lora.rank, _ranks(config))
+    check_network(config, family)
     if config.train.gradient_checkpointing == "auto" and not config.train.offload:
         limit_bytes(config)
 
@@ -177,21 +121,41 @@ def recomputed(config: Config, family: type[Base], blocks: Iterable[str]) -> lis
     if not wanted:
         return []
 
-    limit, sizes, chosen = limit_bytes(config), _footprint(config, family), []
+    limit, sizes, chosen = limit_bytes(config), footprint(config, family), []
     by_saving = sorted(blocks, key=sizes.activations.saving, reverse=True)
     while len(chosen) < len(by_saving) and sum(_bytes(config, family, sizes, chosen).values()) * MARGIN > limit:
         chosen.append(by_saving[len(chosen)])
     return chosen
 
 
-def limit_bytes(config: Config) -> int:
-    """What `train.gradient_checkpointing=auto` may fill. Raises ValueError where there is no GPU and nobody says it."""
+def fitting_batch(config: Config, family: type[Base], limit: float) -> tuple[int, dict[int, float]]:
+    """The most samples a pass, of those that divide the update's without a rest, whose training fits `limit` bytes by
+    the estimate with its margin, and 1 where nothing does; the bytes of each that was tried, by samples.
+
+    Where train.gradient_checkpointing=auto, all blocks count as computed again: it then takes as few as fit.
+    """
+    sizes, samples = footprint(config, family), config.train.accumulation
+    again = list(sizes.blocks) if config.train.gradient_checkpointing or config.train.offload else []
+    tried: dict[int, float] = {}
+    for size in (n for n in range(samples, 0, -1) if samples % n == 0):
+        shape = config.changed(train={"batch_size": size, "accumulation": samples // size})
+        tried[size] = sum(_bytes(shape, family, sizes, again).values()) * MARGIN
+        if tried[size] <= limit:
+            return size, tried
+    return 1, tried
+
+
+def limit_bytes(config: Config, setting: str = "train.gradient_checkpointing", values: str = "true or false") -> int:
+    """What a setting that is "auto" may fill. Raises ValueError where there is no GPU and nobody says it.
+
+    setting, values: whose "auto" it is, and what it takes beside.
+    """
     if config.train.memory_limit_gib:
         return int(config.train.memory_limit_gib * GIB)
     if not torch.cuda.is_available():
         raise ValueError(
-            "train.gradient_checkpointing=auto asks how much memory the GPU has free, and there is no CUDA device. "
-            "Set train.memory_limit_gib, or train.gradient_checkpointing to true or false."
+            f"{setting}=auto asks how much memory the GPU has free, and there is no CUDA device. Set "
+            f"train.memory_limit_gib, or {setting} to {values}."
         )
     free, _ = torch.cuda.mem_get_info()
     # what this process holds already is part of the estimate too
@@ -214,17 +178,11 @@ def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
         pair = {"batch_size": half, "accumulation": train.accumulation * 2}
         changes[" ".join(f"train.{key}={value}" for key, value in pair.items())] = {"train": pair}
     saved = {
-        setting: now - estimate_memory(_changed(config, change), family)["gib"][TRAINING]
+        setting: now - estimate_memory(config.changed(**change), family)["gib"][TRAINING]
         for setting, change in changes.items()
     }
     useful = [(setting, round(gib, 3)) for setting, gib in saved.items() if gib >= 0.001]
     return sorted(useful, key=lambda item: -item[1])
-
-
-def _changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
-    return config.model_copy(
-        update={section: getattr(config, section).model_copy(update=values) for section, values in change.items()}
-    )
 
 
 def advice(saving: list[tuple[str, float]], most: int = 3) -> str:
@@ -241,147 +199,3 @@ def explain_out_of_memory(error: BaseException, config: Config, family: type[Bas
     if critic:
         best = f"the critic takes {critic:.2g} GiB, which a lower objective.critic_rank lowers; {best}"
     return f"{first}\nBy estimate: {best}. While it is still caching, a smaller data.batch_size helps."
-
-
-def _ranks(config: Config) -> Ranks:
-    return tuple((config.lora.ranks or {}).items())
-
-
-def _footprint(config: Config, family: type[Base]) -> Footprint:
-    """The sizes of this configuration's networks, worked out once for all the switches that are tried on them."""
-    return _measure(
-        family,
-        family.config_folder(config.base.path, config.base.config),
-        dtype=config.base.dtype,
-        t5=config.base.t5 is not False,
-        resolution=config.data.resolution,
-        rank=config.lora.rank,
-        ranks=_ranks(config),
-        heads_width=config.adversarial.width if config.adversarial.weight else 0,
-    )
-
-
-@lru_cache(maxsize=8)
-def _network_config(family: type[Base], folder: Path) -> Any:
-    """The config of a network in a folder, with every default filled in."""
-    with torch.device("meta"):
-        return family.network_class.from_config(_read(folder / family.component)).config
-
-
-def _inputs(family: type[Base], folder: Path, dtype: str, resolution: int) -> dict[str, Any]:
-    """What the network is called with, without memory. Raises ValueError for a resolution that it cannot take."""
-    return family.dummy_inputs(_network_config(family, folder), resolution, _maker(DTYPES[dtype]))
-
-
-@lru_cache(maxsize=8)
-def _measure(
-    family: type[Base], folder: Path, dtype: str, t5: bool, resolution: int, rank: int, ranks: Ranks, heads_width: int
-) -> Footprint:
-    # first of all: a resolution that the network cannot take needs no network to be refused
-    inputs = _inputs(family, folder, dtype, resolution)
-    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank, ranks)
-    activations, pass_bytes = _student(family, folder, dtype, resolution, rank, ranks)
-    channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
-    heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
-    vae, text, encoding, decoding = _encoders(family, folder, t5, resolution)
-    return Footprint(
-        parameters=parameters,
-        blocks=blocks,
-        learnt=sum(p.numel() for p in trained.parameters()),
-        modules=0 if family.whole else len(trained.layers),
-        activations=activations,
-        pass_bytes=pass_bytes,
-        features=features,
-        heads=sum(p.numel() for p in heads),
-        vae=vae,
-        text=text,
-        encoding=encoding,
-        decoding=decoding,
-    )
-
-
-@lru_cache(maxsize=2)
-def _adapted(
-    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks
-) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
-    """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
-    with torch.device("meta"):
-        network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
-    network.requires_grad_(False)
-    parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
-    with torch.device("meta"):
-        trained = learner(network, family, rank, rank, seed=0, ranks=dict(ranks))
-    if not family.whole and network.dtype != torch.float32:
-        add_in_one_product(trained)  # a run has autocast off, too, which the meta device does not know
-    return network, parameters, blocks, trained
-
-
-@lru_cache(maxsize=8)
-def _student(
-    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks
-) -> tuple[Activations, int]:
-    """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
-    with a discriminator and without."""
-    network, *_ = _adapted(family, folder, dtype, rank, ranks)
-    inputs = _inputs(family, folder, dtype, resolution)
-    run = lambda: network(**inputs)  # noqa: E731
-    return kept_activations(network, run), most_bytes(run)
-
-
-def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:
-    layers = quantizable(network)
-    blocks = {}
-    for path, block in blocks_of(network).items():
-        within = [layer for name, layer in layers.items() if name.startswith(f"{path}.")]
-        blocks[path] = Frozen(
-            parameters=sum(p.numel() for p in block.parameters()),
-            quantizable=sum(layer.weight.numel() for layer in within),
-            rows=sum(layer.out_features for layer in within),
-        )
-    return blocks
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def _maker(dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda *shape: torch.empty(*shape, device="meta", dtype=dtype)
-
-
-def _features(
-    family: type[Base], network: nn.Module, trained: Learner, inputs: dict[str, Any]
-) -> tuple[list[int], Activations]:
-    """Channels of the maps that a discriminator judges, and the bare base's pass for them over the student's points."""
-    name, points = next(iter(inputs.items()))
-    x = points.detach().requires_grad_()
-    inputs = {**inputs, name: x}
-    run = lambda: outputs_of(family.feature_blocks(network), lambda: network(**inputs))  # noqa: E731
-    with trained.off():
-        channels = [family.feature_map(network, output, x).shape[1] for output in run()]
-        return channels, kept_activations(network, run)
-
-
-def _encoders(family: type[Base], folder: Path, t5: bool, resolution: int) -> tuple[int, int, int, int]:
-    """Bytes of the VAE and of the text encoders, in fp32, T5 in bf16 as on a GPU; and what encoding and decoding a
-    picture holds."""
-    vae_bytes = text = encoding = decoding = 0
-    for usual in family.configs.iterdir():
-        if usual.name != "vae" and not usual.name.startswith("text_encoder"):
-            continue
-        settings = _read(folder / usual.name if (folder / usual.name / "config.json").is_file() else usual)
-        with torch.device("meta"):
-            if usual.name == "vae":
-                model = VAES[settings["_class_name"]].from_config(settings)
-                latents = torch.empty(1, model.config.latent_channels, resolution // 8, resolution // 8)
-                pixels = torch.empty(1, model.config.in_channels, resolution, resolution)
-                encoding = most_bytes(lambda m=model, x=pixels: m.encode(x))
-                decoding = most_bytes(lambda m=model, x=latents: m.decode(x))
-                vae_bytes = 4 * sum(p.numel() for p in model.parameters())
-                continue
-            kind = getattr(transformers, settings["architectures"][0])
-            model = kind(kind.config_class(**settings))
-        is_t5 = isinstance(model, transformers.T5EncoderModel)
-        if t5 or not is_t5:
-            text += (2 if is_t5 else 4) * sum(p.numel() for p in model.parameters())
-    return vae_bytes, text, encoding, decoding

@@ -45,7 +45,8 @@ class BaseFacts:
 
     prediction, zero_terminal_snr: what the network predicts, and on which schedule. shift: a flow's time shift, None on
     the VP schedule. base_hash: SHA-256 of the weights, "" before they are read. assumed: the base is not on this
-    machine yet (a hub id), and these facts are what its family usually has.
+    machine yet (a hub id), and these facts are what its family usually has. tokens: of a prompt's encoding, None where
+    the network is told no words.
     """
 
     family: type[Base]
@@ -55,6 +56,7 @@ class BaseFacts:
     shift: float | None = None
     base_hash: str = ""
     assumed: bool = False
+    tokens: int | None = TOKENS
 
 
 @dataclass
@@ -125,7 +127,11 @@ class Base(ABC):
     @property
     def facts(self) -> BaseFacts:
         shift = getattr(self.schedule, "shift", None)
-        return BaseFacts(type(self), self.path, self.prediction, self.zero_terminal_snr, shift, self.base_hash)
+        # the CLIPs' states lie side by side, those of a third encoder come after them
+        tokens = sum([*self.token_limits[:1], *self.token_limits[2:]]) or None
+        return BaseFacts(
+            type(self), self.path, self.prediction, self.zero_terminal_snr, shift, self.base_hash, tokens=tokens
+        )
 
     @classmethod
     def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:
@@ -337,6 +343,22 @@ class Base(ABC):
     @abstractmethod
     def lora_key(module: str) -> str:
         """Network module path -> what the LoRA file calls the module."""
+
+    @classmethod
+    def dora_names(cls, module: str) -> dict[str, str]:
+        """Network module path -> the names of a DoRA's tensors, by part: PEFT's of the two halves and of the
+        magnitudes, which diffusers reads, and ComfyUI's "dora_scale" of its own."""
+        path = f"{cls.component}.{module}"
+        return {
+            "lora_A": f"{path}.lora_A.weight",
+            "lora_B": f"{path}.lora_B.weight",
+            "magnitude": f"{path}.lora_magnitude_vector",
+            "dora_scale": f"{path}.dora_scale",
+        }
+
+    def host_rows(self, module: str, rows: Tensor) -> Tensor:
+        """(out,) a number for each row of a module's weight, in the order in which ComfyUI has the rows."""
+        return rows
 
     @abstractmethod
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:

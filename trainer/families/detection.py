@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...samplers.families import family_title
-from ...samplers.lora_file import CONTEXT_WIDTHS, TensorInfo
+from ...samplers.lora_family import CONTEXT_WIDTHS
+from ...samplers.lora_file import TensorInfo
 from ..tiny.bundled import bundled_folder
 from ..tiny.digits import NAME as DIGITS
 from .loading import NETWORK_PREFIX, checkpoint_header, diffusers_folder, is_single_file, read_config

@@ -84,7 +84,7 @@ class Pixels(Base):
             root = loading.diffusers_folder(path, ("unet", "scheduler"), cls.title)
             loading.check_weights(root, ["unet"])
         _, mark = predictions.found_in_scheduler(root / "scheduler" / "scheduler_config.json")
-        return BaseFacts(cls, path, mark.prediction, mark.zero_terminal_snr)
+        return BaseFacts(cls, path, mark.prediction, mark.zero_terminal_snr, tokens=None)
 
     @classmethod
     def check_prompts(cls, path: str, prompts: Iterable[str]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ...samplers import FlowSchedule
 from ..tiny.bundled import check_side, check_words
+from ..tiny.single_file import has_swapped_halves
 from . import loading
-from .base import Base, BaseFacts, Condition, side_multiple
+from .base import TOKENS, Base, BaseFacts, Condition, side_multiple
 from .clip import text_states
 from .sd3_loading import (
     T5_LENGTH,
@@ -178,15 +179,23 @@ class SD3(Base):
             places = find_in_file(Path(path), config, parts, t5, download=False)
             if places.other or not parts:  # else its tokenizers come from the hub, with the rest of `parts`
                 tokenizers_from(tokenizer, [places.other, places.configs], path, places.t5)
-            scheduler = places.scheduler
+            scheduler, use_t5 = places.scheduler, places.t5
         elif Path(path).is_dir() or not loading.is_hub_id(path):
             root, use_t5 = find_folder(path, t5)
             loading.check_weights(root, weights_of(use_t5))
             tokenizers_from(tokenizer, [root], path, use_t5)
             scheduler = root / "scheduler" / "scheduler_config.json"
         else:
-            scheduler = cls.configs / "scheduler" / "scheduler_config.json"
-        return BaseFacts(cls, path, "flow", False, shift or read_shift(scheduler), assumed=not Path(path).exists())
+            scheduler, use_t5 = cls.configs / "scheduler" / "scheduler_config.json", t5 is not False
+        return BaseFacts(
+            cls,
+            path,
+            "flow",
+            False,
+            shift or read_shift(scheduler),
+            assumed=not Path(path).exists(),
+            tokens=TOKENS + (t5_length or T5_LENGTH) * use_t5,
+        )
 
     @property
     def encoder_settings(self) -> str:
@@ -291,6 +300,12 @@ class SD3(Base):
     def lora_key(module: str) -> str:
         """Transformer module path -> diffusers' module name."""
         return "transformer." + module
+
+    def host_rows(self, module: str, rows: Tensor) -> Tensor:
+        # what is added to a weight ComfyUI turns round by itself, but not the magnitudes
+        config = self.network.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return torch.cat(rows.chunk(2)[::-1]) if has_swapped_halves(module, len(rows), width) else rows
 
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         state = StableDiffusion3Pipeline.lora_state_dict(state)

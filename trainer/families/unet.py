@@ -196,6 +196,18 @@ class UNetBase(Base):
         """UNet module path -> kohya's module name."""
         return "lora_unet_" + module.replace(".", "_")
 
+    @classmethod
+    def dora_names(cls, module: str) -> dict[str, str]:
+        # of kohya's names diffusers drops the magnitudes, and of PEFT's ComfyUI drops attention; these, of attention's
+        # processors, are older than both and read by both
+        path = f"{cls.component}.{module}".replace(".to_out.0", ".to_out").replace(".to_", ".processor.to_")
+        half = f"{path}_lora" if ".processor." in path else f"{path}.lora"
+        return super().dora_names(module) | {
+            "lora_A": f"{half}.down.weight",
+            "lora_B": f"{half}.up.weight",
+            "dora_scale": f"{path}.dora_scale",
+        }
+
     def load_lora(self, state: dict[str, Tensor], metadata: dict[str, Any] | None, name: str) -> None:
         state, alphas = self.pipeline.lora_state_dict(state, unet_config=self.network.config)
         # diffusers takes one of the two: kohya's files have alphas, PEFT's have metadata

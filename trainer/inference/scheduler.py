@@ -11,13 +11,14 @@ models, x itself for flow models. A step is `sample_phased` for one step, so tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,6 +30,14 @@ from ...samplers.lora_file import read_header
 from ...samplers.lora_info import recipe_of
 from ...samplers.sampling import NoiseSampler
 from ...samplers.schedule import TICKS, Schedule
+
+if TYPE_CHECKING:
+    Init = TypeVar("Init", bound=Callable[..., None])
+
+    # diffusers' own has no types, and a class whose __init__ it decorates would be Any to whoever checks types
+    def register_to_config(init: Init) -> Init: ...
+else:
+    from diffusers.configuration_utils import register_to_config
 
 # what a network predicts, as diffusers' configs have it -> as recipes do
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow"}

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families import Base
+from .dora import is_dora, match_magnitudes
 
 NAME = "default"
 CRITIC = "critic"  # the second adapter of a run whose objective has a critic
@@ -104,9 +105,10 @@ class Learner(ABC):
 class Adapter(Learner):
     """A LoRA of `rank` and `alpha` injected into `network` (a diffusers model) on its target modules.
 
-    ranks: of modules whose path a pattern finds, 0 for none, all at the same alpha / rank (see `lora.ranks`). Starts as
-    the identity: B is zero. `seed` fixes A. A second one, of another name, is off until it stands `in_place` of the
-    first. Raises ValueError when no module matches, and for a pattern that finds none.
+    ranks: of modules whose path a pattern finds, 0 for none, all at the same alpha / rank (see `lora.ranks`). dora:
+    with magnitudes. Starts as the identity: B is zero. `seed` fixes A. A second one, of another name, is off until it
+    stands `in_place` of the first. Raises ValueError when no module matches, for a pattern that finds none, and for a
+    DoRA where a row of a weight is 0.
     """
 
     def __init__(
@@ -118,10 +120,12 @@ class Adapter(Learner):
         seed: int,
         name: str = NAME,
         ranks: Mapping[str, int] | None = None,
+        dora: bool = False,
     ):
         self.network = network
         self.rank = rank
         self.ranks = dict(ranks or {})
+        self.dora = dora
         self.alpha = alpha
         self.name = name
         self.is_off = False
@@ -137,6 +141,7 @@ class Adapter(Learner):
         # PEFT makes them in the base's dtype, in which steps as small as a learning rate's would round to nothing
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        self.match_magnitudes()
         if name != NAME:
             network.set_adapter(NAME)
             for parameter in self.parameters():  # which that has frozen, as of one that is not active
@@ -144,17 +149,25 @@ class Adapter(Learner):
 
     def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
         if not self.ranks:
-            return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets), init_lora_weights=True)
+            return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets), use_dora=self.dora)
 
         ends = tuple(f".{target}" for target in targets)
         kinds = nn.Linear | nn.Conv2d | LoraLayer
         paths = [path for path, m in self.network.named_modules() if isinstance(m, kinds) and f".{path}".endswith(ends)]
+        left = set(paths)  # those of no pattern so far
         for pattern in self.ranks:
-            if not any(re.search(pattern, path) for path in paths):
+            places = {path for path in paths if re.search(pattern, path)}
+            if not places:
                 raise ValueError(
                     f"lora.ranks: {pattern!r} finds none of the {len(paths)} modules that a LoRA of this base has, "
                     f"such as {', '.join(paths[:3])}. Take a part of such a path."
                 )
+            if not places & left:
+                raise ValueError(
+                    f"lora.ranks: all {len(places)} modules that {pattern!r} finds are found by a pattern before it, "
+                    "and the first counts. Put it before the others, or leave it out."
+                )
+            left -= places
         ranks = {path: self._rank_of(path) for path in paths}
         chosen = {re.escape(path): rank for path, rank in ranks.items() if rank}
         if not chosen:
@@ -165,11 +178,23 @@ class Adapter(Learner):
             target_modules="|".join(chosen),
             rank_pattern={f"^{path}": rank for path, rank in chosen.items() if rank != self.rank},
             alpha_pattern={f"^{path}": self.alpha * r / self.rank for path, r in chosen.items() if r != self.rank},
-            init_lora_weights=True,
+            use_dora=self.dora,
         )
 
     def _rank_of(self, path: str) -> int:
         return next((rank for pattern, rank in self.ranks.items() if re.search(pattern, path)), self.rank)
+
+    def match_magnitudes(self) -> None:
+        """Let a DoRA's magnitudes be the lengths of the rows as they are, so that it is as without them."""
+        for path, layer in self.layers.items():
+            if is_dora(layer, self.name):
+                try:
+                    match_magnitudes(layer, self.name)
+                except ValueError as error:
+                    raise ValueError(
+                        f"lora.dora: {path} has no lengths to be trained, {error}. Leave the module out, with a "
+                        "pattern of its path in lora.ranks, or train without lora.dora."
+                    ) from None
 
     @contextmanager
     def in_place(self, other: Adapter) -> Iterator[None]:
@@ -241,14 +266,16 @@ class Adapter(Learner):
         return nullcontext(), self.off() if self.is_off else nullcontext()
 
     def sentence(self) -> str:
-        return f"LoRA of rank {rank_text(self.rank, self.ranks)}, alpha {self.alpha:g} on {len(self.layers)} modules."
+        kind, rank = "DoRA" if self.dora else "LoRA", rank_text(self.rank, self.ranks)
+        return f"{kind} of rank {rank}, alpha {self.alpha:g} on {len(self.layers)} modules."
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Module path + ".lora_A" or ".lora_B" -> parameter, in a fixed order."""
+        """Module path + ".lora_A", ".lora_B" or ".lora_magnitude_vector" -> parameter, in a fixed order."""
+        parts = ("lora_A", "lora_B", "lora_magnitude_vector") if self.dora else ("lora_A", "lora_B")
         return {
             f"{name}.{part}": getattr(layer, part)[self.name].weight
             for name, layer in self.layers.items()
-            for part in ("lora_A", "lora_B")
+            for part in parts
         }
 
 
@@ -280,11 +307,12 @@ def learner(
     alpha: float,
     seed: int,
     ranks: Mapping[str, int] | None = None,
+    dora: bool = False,
 ) -> Learner:
     """All of a family's network, or a LoRA on it (see `Adapter`), to be trained."""
     if family.whole:
         return Whole(network)
-    return Adapter(network, family.lora_targets, rank, alpha, seed, ranks=ranks)
+    return Adapter(network, family.lora_targets, rank, alpha, seed, ranks=ranks, dora=dora)
 
 
 class Average:

@@ -24,16 +24,17 @@ def check_parity(file: Path, base: Base) -> dict[str, Any]:
     """Compare a LoRA loaded by diffusers with the same LoRA added to the weights by hand, on one noisy point.
 
     A file with numbers that are not finite fails without being loaded. By hand: W + alpha / rank * up @ down for each
-    module that is, by its name, one of the network's. Where diffusers does not know the file's names and all of them
-    are known here, the LoRA is compared as `install` puts it in, and that is said. The base is changed by what is
-    added by hand. Returns JSON-ready facts, with `passed`, and `text` for people.
+    module that is, by its name, one of the network's, its rows at their magnitudes where it has any. Where diffusers
+    does not know the file's names and all of them are known here, the LoRA is compared as `install` puts it in, and
+    that is said. The base is changed by what is added by hand. Returns JSON-ready facts, with `passed`, and `text` for
+    people.
     """
     header = header_of_family(file, base.name)
     if broken := broken_tensors(header):
         text = f"FAILED: {file.name}: {broken_sentence(broken)} Get it again."
         return {"modules": len(header.modules), "not_finite": broken[:20], "passed": False, "text": text}
 
-    check_plain(header, header.network)
+    check_plain(header, header.network, dora=True)
     targets = targets_of(header, base)
     facts: dict[str, Any] = {
         "modules": len(targets.modules),

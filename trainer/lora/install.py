@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -111,6 +112,11 @@ def install_whole(lora: Path, base: Base, strength: float = 1.0) -> Recipe | Non
     header = header_of_family(lora, base.name)
     if broken := broken_tensors(header):
         raise ValueError(f"{lora.name}: {broken_sentence(broken)} Get it again.")
+    if strength != 1 and is_all_dora(header):
+        raise ValueError(
+            f"{lora.name} is a DoRA, and strength {strength:g} of it is not {strength:g} times its effect: diffusers "
+            "scales its halves and leaves its magnitudes. Take strength 1 here; ComfyUI has others."
+        )
     install(header, base, ADAPTER)
     base.network.set_adapters(ADAPTER, weights=strength)
     return recipe_of(header)
@@ -157,6 +163,7 @@ def install(header: LoraHeader, base: Base, name: str) -> int:
         r=rank,
         target_modules="|".join(map(re.escape, ranks)),
         rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
+        use_dora=is_all_dora(header),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter, as is meant
@@ -167,15 +174,23 @@ def install(header: LoraHeader, base: Base, name: str) -> int:
         for part, factor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
             weight = part[name].weight
             weight.copy_(factor.view_as(weight))
+        if pair.magnitude is not None:
+            vector = layer.lora_magnitude_vector[name].weight
+            vector.data = pair.magnitude.to(vector.device, torch.float32).view(vector.shape)
         layer.lora_alpha[name] = pair.alpha
         layer.scaling[name] = pair.scale
     return len(pairs)
 
 
+def is_all_dora(header: LoraHeader) -> bool:
+    """Whether all modules of a LoRA for the network have PEFT's magnitudes, by which they are one adapter of PEFT's."""
+    return bool(header.network) and all(module.is_dora for module in header.network.values())
+
+
 def check_fit(header: LoraHeader, base: Base) -> Targets:
-    """The layers that a LoRA's modules are for; ValueError as `check_plain` and `targets_of`, and where a module has
-    no layer of its name and shape."""
-    check_plain(header, header.network)
+    """The layers that a LoRA's modules are for; ValueError as `check_plain` (a DoRA may be one) and `targets_of`, and
+    where a module has no layer of its name and shape."""
+    check_plain(header, header.network, dora=True)
     targets = targets_of(header, base)
     if missing := targets.unmatched:
         raise ValueError(
@@ -192,9 +207,10 @@ def install_by_diffusers(path: Path, base: Base, name: str) -> tuple[int, int]:
     are more than a plain LoRA's, and when diffusers takes none of the file.
     """
     header = read_header(path)
-    check_plain(header, header.network)
+    check_plain(header, header.network, dora=True)
     modules = list(header.network.values())
-    keys = {key for module in modules for key in module.keys.values()}
+    # ComfyUI's magnitudes diffusers would drop, with a warning of a DoRA that it cannot read
+    keys = {key for module in modules for part, key in module.keys.items() if part != "dora_scale"}
     state = {key: tensor for key, tensor in load_file(header.path).items() if key in keys}
     metadata = json.loads(header.metadata.get(PEFT_KEY) or header.config or "null")
     if any(key.startswith(RAW) for key in keys):  # PEFT's own names, which diffusers reads under a component's alone
@@ -217,21 +233,28 @@ def _as_diffusers_writes(config: dict[str, Any], modules: list[LoraModule], comp
     own modules as targets, and none that are of training."""
     ranks = {module.path.removeprefix(RAW): module.rank for module in modules}
     settings = {key.split(".")[-1]: value for key, value in config.items()}
-    kept = {key: settings[key] for key in ("r", "lora_alpha", "alpha_pattern", "use_rslora") if key in settings}
+    kept = {
+        key: settings[key] for key in ("r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora") if key in settings
+    }
     kept |= {"target_modules": list(ranks), "rank_pattern": {rf"^{re.escape(path)}": r for path, r in ranks.items()}}
     return {f"{component}.{key}": value for key, value in kept.items()}
 
 
-def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
+def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule], dora: bool = False) -> None:
     """Raise ValueError for any of these modules of a file that is not two halves that fit, in floating point, and
-    perhaps an alpha: diffusers would take it in part, or as something else; and where there are none."""
+    perhaps an alpha: diffusers would take it in part, or as something else; and where there are none.
+
+    dora: whether they may have PEFT's magnitudes, if all have them.
+    """
     file = header.path.name
     if not modules:
         raise ValueError(
             f"{file} has nothing for the network: its {len(header.modules)} modules are for text encoders, which are "
             "not used here. Take a LoRA that was trained with the network."
         )
-    if other := {name: module for name, module in modules.items() if not module.is_plain}:
+    if dora and is_all_dora(header):
+        _check_magnitudes(header, modules)
+    elif other := {name: module for name, module in modules.items() if not module.is_plain}:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(module.title for module in other.values()).items())
         raise ValueError(
             f"{file} is no plain LoRA: of its {len(modules)} modules {kinds}, such as {next(iter(other))}. Use it in "
@@ -254,6 +277,17 @@ def check_plain(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
             raise ValueError(
                 f"{file}: the halves of {name} are of shapes {shapes}; expected (rank, in, ...) and (out, rank, ...). "
                 "Get the file again."
+            )
+
+
+def _check_magnitudes(header: LoraHeader, modules: Mapping[str, LoraModule]) -> None:
+    """Raise ValueError for a DoRA's module with another number of magnitudes than rows."""
+    for name, module in modules.items():
+        rows, shape = next(iter(module.shapes.get("up", ())), 0), module.shapes["magnitude"]
+        if math.prod(shape) != rows:
+            raise ValueError(
+                f"{header.path.name}: the magnitudes of {name} are of shape {shape}; expected {rows} numbers, one for "
+                "each row. Get the file again."
             )
 
 

@@ -52,13 +52,17 @@ class LayerRows(NamedTuple):
         """The layer's factors, of a file's tensors; None for alpha stands for the rank, as every loader takes it."""
         down, up = (tensors[module.keys[part]] for part in ("down", "up"))
         alpha = float(len(down)) if alpha is None else alpha
+        magnitude = tensors[module.keys["magnitude"]].flatten() if "magnitude" in module.keys else None
         if self.of == 1:
-            return Pair(down, up, alpha)
-        chunks = up.chunk(self.of)
-        up = torch.cat([chunks[part] for part in self.parts])
+            return Pair(down, up, alpha, magnitude)
+        up, magnitude = (rows if rows is None else self._rows_of(rows) for rows in (up, magnitude))
         # down is copied, as a file holds no tensor under two names; sd-scripts' split_qkv lays three LoRAs into one of
         # three times their rank
-        return Pair(down.clone(), up, alpha).without_unused_ranks()
+        return Pair(down.clone(), up, alpha, magnitude).without_unused_ranks()
+
+    def _rows_of(self, rows: Tensor) -> Tensor:
+        chunks = rows.chunk(self.of)
+        return torch.cat([chunks[part] for part in self.parts])
 
 
 class Target(NamedTuple):

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dora import by_row, lengths
+
 
 @dataclass(frozen=True)
 class Pair:
     """One module's factors as stored: down (rank, in, *kernel), up (out, rank, *1).
 
-    To the module's weight (out, in, *kernel) it adds scale * up @ down, with scale = alpha / rank.
+    To the module's weight (out, in, *kernel) it adds scale * up @ down, with scale = alpha / rank. magnitude: of a
+    DoRA, the lengths (out,) that the rows of the sum are brought to.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -35,7 +39,11 @@ class Pair:
     def delta(self, weight: Tensor) -> Tensor:
         """What it adds to this weight, in fp32 on the weight's device."""
         down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (self.down, self.up))
-        return self.scale * (up @ down).view(weight.shape)
+        added = self.scale * (up @ down).view(weight.shape)
+        if self.magnitude is None:
+            return added
+        whole = weight.float() + added
+        return by_row(self.magnitude.to(whole) / lengths(whole), whole) * whole - weight.float()
 
     def without_unused_ranks(self) -> Pair:
         """The same without the ranks whose part of up is 0; as it is where all of it is."""
@@ -43,7 +51,7 @@ class Pair:
         if used.all() or not used.any():
             return self
         rank = int(used.sum())
-        return Pair(self.down[used], self.up[:, used], self.alpha * rank / self.rank)
+        return Pair(self.down[used], self.up[:, used], self.alpha * rank / self.rank, self.magnitude)
 
 
 def in_16_bits(dtype: torch.dtype) -> torch.dtype:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..families import Base
 from ..families.generate import probe
 from .adapter import NAME, Adapter
+from .dora import by_row, is_dora, lengths, sum_of
 from .install import install_by_diffusers
 
 RELOADED = "selftest"  # what the file is called in the network while it is tried
@@ -86,12 +88,26 @@ def _weights_error(adapter: Adapter) -> float:
     for layer in adapter.layers.values():
         if RELOADED not in layer.lora_A:
             continue
-        meant = layer.get_delta_weight(NAME).float()
-        reloaded = layer.get_delta_weight(RELOADED).float()
+        meant, reloaded = (_added(layer, name) for name in (NAME, RELOADED))
         # with offload, what diffusers loads lies in main memory while the adapter is on the device
         error += (reloaded.to(meant.device) - meant).square().sum().item()
         size += meant.square().sum().item()
     return (error / size) ** 0.5 if size else 0.0
+
+
+def _added(layer: LoraLayer, name: str) -> Tensor:
+    """What an adapter adds to the layer's weight, in fp32.
+
+    A DoRA's magnitudes are taken in the dtype of the reloaded ones, the base's own: what diffusers rounds in 16 bits is
+    no fault of the file.
+    """
+    if not is_dora(layer, name):
+        return layer.get_delta_weight(name).float()
+    weight = sum_of(layer, name)
+    dtype = layer.lora_magnitude_vector[RELOADED].weight.dtype if is_dora(layer, RELOADED) else torch.float32
+    magnitude = layer.lora_magnitude_vector[name].weight.to(dtype).float()
+    at_length = by_row(magnitude.flatten() / lengths(weight), weight) * weight
+    return at_length - layer.get_base_layer().weight.to(weight.device).float()
 
 
 def _rms(x: Tensor) -> float:

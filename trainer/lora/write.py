@@ -3,8 +3,9 @@
 SD1.5 and SDXL: kohya's names with an `.alpha` beside each pair. SD3: diffusers' `transformer.*.lora_A/B.weight`, where
 no form of alpha works everywhere (diffusers refuses files with `.alpha` tensors and reads the `lora_adapter_metadata`
 header instead, which ComfyUI does not), so alpha is worked into the weights: both factors are multiplied by
-sqrt(alpha / rank), and every loader's default, alpha = rank, is right. Nothing in the file tells the time, so the same
-run gives the same bytes.
+sqrt(alpha / rank), and every loader's default, alpha = rank, is right. A DoRA of any family is written so, with its
+magnitudes twice: as PEFT and as ComfyUI mean them (see `dora.py`). Nothing in the file tells the time, so the same run
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..families.base import DTYPES
 from ..objectives import Objective
 from ..system.files import write_tensors
 from ..system.machine import package_version
+from .dora import by_row, lengths
 from .hashes import hashes
 from .recipe import recipe_for
 
@@ -54,6 +56,33 @@ def lora_tensors(
     return tensors
 
 
+def dora_tensors(
+    weights: dict[str, Tensor], rank: int, alpha: float, base: Base, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A DoRA's weights by module path -> the file's tensors, see `Base.dora_names`; alpha is worked into the factors.
+
+    The magnitudes are fp32 whatever `dtype` is: what they differ by from the lengths in the base is less than 16 bits
+    may round.
+    """
+    tensors = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in weights):
+        names, frozen = base.dora_names(module), base.network.get_submodule(module).get_base_layer().weight
+        a, b = (
+            (weights[f"{module}.{part}"] * (alpha / rank) ** 0.5).to(dtype).contiguous()
+            for part in ("lora_A", "lora_B")
+        )
+        tensors |= {names["lora_A"]: a, names["lora_B"]: b}
+
+        # of the factors as they are written, which is what a loader adds up
+        w = frozen.detach().cpu().float()
+        magnitude, length = weights[f"{module}.lora_magnitude_vector"].float(), lengths(w)
+        comes_to = lengths(w + (b.float().flatten(1) @ a.float().flatten(1)).view(w.shape))
+        tensors[names["magnitude"]] = magnitude.contiguous()
+        scale = base.host_rows(module, magnitude.flatten() * length / comes_to)
+        tensors[names["dora_scale"]] = by_row(scale, w).contiguous()
+    return tensors
+
+
 def export(
     path: Path,
     weights: dict[str, Tensor],
@@ -70,7 +99,10 @@ def export(
     """
     # kohya's hashes are of the tensors with the `ss_*` entries, and ModelSpec's entries name one of them: in this order
     lora = config.lora
-    tensors = lora_tensors(weights, lora.rank, lora.alpha, type(base), DTYPES[lora.dtype])
+    if lora.dora:
+        tensors = dora_tensors(weights, lora.rank, lora.alpha, base, DTYPES[lora.dtype])
+    else:
+        tensors = lora_tensors(weights, lora.rank, lora.alpha, type(base), DTYPES[lora.dtype])
     metadata = _kohya_metadata(config, base, step, samples)
     metadata |= hashes(tensors, metadata)
     metadata |= _modelspec_metadata(config, base, metadata["sshs_model_hash"])
@@ -99,7 +131,7 @@ def _kohya_metadata(config: Config, base: Base, step: int, samples: int) -> dict
     train, resolution = config.train, config.data.resolution
     rank = str(config.lora.rank)
     # where alpha is worked into the weights, the file's alpha is its rank
-    alpha = str(config.lora.alpha if base.stores_alpha else float(config.lora.rank))
+    alpha = str(config.lora.alpha if base.stores_alpha and not config.lora.dora else float(config.lora.rank))
     return {
         "ss_base_model_version": base.base_version,
         "ss_v2": "False",

@@ -2,7 +2,8 @@
 
 Kinds of lines, by "kind":
 
-    start       "step" it goes on from, "time" (UTC), device, versions, settings, data, notes
+    start       "step" it goes on from, "time" (UTC), device, versions, settings, data, notes, "expected seconds" of its
+                updates, by their operations
     update      "step", "seconds" since the start, losses, gradient norms, lr, samples per second
     validation  "step", "figures" by name, "plain" where the others are of an average, "best"
     saved       "step", "file", "sentence" of its self-test

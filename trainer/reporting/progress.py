@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 
 from ..system.machine import peak_memory
 
+WARM_UP = 3  # updates of a start, the slowest, that the rate goes by only until there are others
 EVERY = 60.0  # seconds between two lines on the same thing, where there is no terminal
 
 
@@ -24,7 +25,7 @@ EVERY = 60.0  # seconds between two lines on the same thing, where there is no t
 class Status:
     """The state of a run after an update, for a progress display.
 
-    loss: smoothed. seconds_left: at the rate since the start. peak_memory: GiB of the GPU, or without one of the
+    loss: smoothed. samples_per_second, seconds_left: see `Pace`. peak_memory: GiB of the GPU, or without one of the
     process; 0 where the system does not tell.
     """
 
@@ -43,19 +44,24 @@ class Status:
 
 
 class Pace:
-    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since the run was started.
+    """Turns an update's numbers into a `Status`: a smoothed loss, and the rate since this start's first few updates, in
+    which kernels are chosen and code may be compiled; all else that a run does on its way is in it.
 
     step: the last update before this start. samples: how many one update takes.
     """
 
     def __init__(self, step: int, samples: int):
-        self.first, self.samples, self.started, self.loss = step, samples, time.monotonic(), float("nan")
+        self.first, self.samples, self.loss = step, samples, float("nan")
+        self.since, self.started = step, time.monotonic()  # what the rate is counted from
 
     def after(self, step: int, steps: int, loss: float) -> Status:
         """The status after update `step` of `steps`, which had this loss."""
         self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
-        rate = (step - self.first) * self.samples / max(time.monotonic() - self.started, 1e-6)
+        now = time.monotonic()
+        rate = (step - self.since) * self.samples / max(now - self.started, 1e-6)
         left = (steps - step) * self.samples / rate
+        if step == self.first + WARM_UP:
+            self.since, self.started = step, now
         return Status(step, steps, self.loss, rate, left, peak_memory() or 0.0)
 
 
@@ -241,6 +247,15 @@ class ProgressLines(Reporter):
         if due or what not in self.last:
             self.last[what] = now
         return due
+
+
+def roughly(seconds: float) -> str:
+    """A time that is not known better than to a digit or two: "40 s", "12 min", "3.5 h", "12 days"."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600), ("days", 86400)):
+        number = seconds / size
+        if number < (48 if unit == "h" else 99.5) or unit == "days":
+            break
+    return f"{float(f'{number:.2g}'):g} {unit}" if seconds >= 1 else "a second"
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from ..lora.describe import describe
 from ..objectives import OBJECTIVES
 from ..system.locks import only_run
 from .log import KILLED, LOG, LogLine, read_log, without_places
-from .progress import duration
+from .progress import duration, roughly
 
 Table = list[tuple[str, ...]]
 STEP = re.compile(r"-(\d{7})$")  # the end of the name of a LoRA that was saved on the way
@@ -79,6 +79,18 @@ class Story:
     def steps(self) -> int:
         """The updates that the run is to have."""
         return self.settings["train"]["steps"]
+
+    @property
+    def rate(self) -> float | None:
+        """Updates a second of the last start, as its newest update tells; None before there is one."""
+        newest = self.updates[-1] if self.updates else {}
+        samples = newest.get("samples per second") if newest.get("step", 0) > self.start["step"] else None
+        return samples / self.start["samples per update"] if samples else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the updates that are left take at that rate; None where there is none yet."""
+        return (self.steps - self.step) / self.rate if self.rate else None
 
     @cached_property
     def state(self) -> tuple[str, str]:
@@ -173,6 +185,10 @@ class Story:
         samples = done * self.start["samples per update"]
 
         rows = [("time from the first update on", duration(seconds)), ("starts", str(len(self.starts)))]
+        if expected := self.start.get("expected seconds"):
+            rows.append(("expected of the last start, before it", f"about {roughly(expected)}"))
+        if self.starts[-1]["how"] == "running" and self.seconds_left is not None:
+            rows.append(("left", f"about {roughly(self.seconds_left)}"))
         again = f", {done - self.step} of them twice" if done > self.step else ""
         rows.append(("updates", f"{self.step} of {self.steps}{again}"))
         rows.append(("samples seen in training", f"{samples:,}"))

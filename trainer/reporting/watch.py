@@ -40,11 +40,9 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def facts(story: Story) -> dict[str, Any]:
-    """The state of a run, JSON-ready: updates, rate and time left of its last start, newest figures, files."""
+    """The state of a run, JSON-ready: updates, rate and time left as the run tells them, newest figures, files."""
     state, reason = story.state
     start = story.starts[-1]
-    done, seconds = start["to"] - start["from"], start["seconds"]
-    rate = done / seconds if done and seconds else None
     newest = story.updates[-1] if story.updates else {}
     measured = story.measured[-1] if story.measured else {}
     previews = sorted((story.folder / "previews").glob("step-*.png"))
@@ -54,8 +52,8 @@ def facts(story: Story) -> dict[str, Any]:
         "reason": reason,
         "step": story.step,
         "steps": story.steps,
-        "updates_per_second": rate,
-        "seconds_left": (story.steps - story.step) / rate if rate and state == "running" else None,
+        "updates_per_second": story.rate,
+        "seconds_left": story.seconds_left if state == "running" else None,
         "losses": {name: value for name, value in newest.items() if name.endswith(LOSSES)},
         "peak_memory_gib": start.get("peak memory") or newest.get("peak memory"),
         "figures": measured.get("figures", {}),

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ...samplers.families import family_title
 from ...samplers.lora_alphas import PEFT_KEY
+from ...samplers.lora_family import CONTEXT_WIDTHS, UNET_CONTEXT, family_from_metadata
 from ...samplers.lora_file import (
-    CONTEXT_WIDTHS,
     PEFT_CONFIG,
-    UNET_CONTEXT,
     LoraHeader,
-    family_from_metadata,
     read_header,
 )
 from ...samplers.lora_info import recipe_of

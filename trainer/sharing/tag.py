@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from ...samplers import Recipe
 from ...samplers.families import family_title
+from ...samplers.lora_family import family_from_metadata
 from ...samplers.lora_file import (
     PEFT_KEY,
     LoraHeader,
-    family_from_metadata,
     header_text,
     read_header,
     tensor_hash,

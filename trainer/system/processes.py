@@ -72,6 +72,15 @@ class Processes:
                 f"{int(most[1])}. All machines must see one run folder: set output to a disk that they share."
             )
 
+    def least(self, number: float) -> float:
+        """The least of what all processes give. Raises `ProcessLost` when another process is gone."""
+        if self.count == 1:
+            return number
+        least = torch.tensor(number, dtype=torch.float64, device=self.accelerator.device)
+        with _lost():
+            dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
+        return least.item()
+
     def mean(self, tensors: list[Tensor], more: Tensor) -> Tensor:
         """The mean over all processes, in one exchange: of `tensors` in place, and of the row `more` as the result.
 

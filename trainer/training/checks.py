@@ -24,13 +24,15 @@ from ..data.captions import chosen
 from ..data.prompts import prompts_of
 from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
+from ..data.size import count_captions
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
+from ..efficiency.footprint import trained_parameters
 from ..efficiency.memory import check_network_settings
 from ..efficiency.quantize import check_quantizer
 from ..families import Base, BaseFacts, look_at_base
-from ..lora.install import check_fit, check_plain, header_of_family
+from ..lora.install import check_fit, check_plain, header_of_family, is_all_dora
 from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
@@ -39,7 +41,7 @@ from ..system.machine import NO_BF16, native_bf16
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
-from .optimizers import check_optimizer
+from .optimizers import OF_TORCH, check_optimizer, check_takes
 
 FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels in fp8
 
@@ -47,10 +49,11 @@ FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels i
 @dataclass(frozen=True)
 class Samples:
     """What a run learns from. number: how many there are, None where they are counted when they are cached; source:
-    where they come from, for people."""
+    where they come from, for people; captions: how many different ones are encoded, None as for the number."""
 
     number: int | None
     source: str
+    captions: int | None
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,10 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     the run's, and for one whose jumps end elsewhere.
     """
     header = header_of_family(Path(config.lora.init), base.family.name)
-    check_plain(header, header.network)
+    check_plain(header, header.network, dora=True)
     recipe, file = recipe_of(header), header.path.name
+    if is_all_dora(header) and not config.lora.dora:
+        raise ValueError(f"{file} is a DoRA, and this run trains a LoRA without magnitudes. Set lora.dora=true.")
     rank = max((module.rank or 0 for module in header.network.values()), default=0)
     if rank > config.lora.rank:
         raise ValueError(f"{file} has rank {rank}, more than lora.rank = {config.lora.rank}. Set lora.rank={rank}.")
@@ -270,6 +275,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         }
         if set_too := [name for name, value in frozen_only.items() if value]:
             raise ValueError(f"{set_too[0]} is for a frozen base, and all of {family.title} is trained. Leave it out.")
+    if config.lora.dora:
+        _check_dora(config)
     if train.shard:
         _check_shard(config, processes)
         if config.objective.matching:
@@ -279,20 +286,37 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
             )
     if train.compile:
         check_compiler(device)
-        _check_fp8_kernels(config, device)
+        if problem := fp8_problem(config, device):
+            raise ValueError(f"train.compile=true, but {problem}. Set base.quantize=int8, or train.compile=false.")
     check_network_settings(config, family)
+    if config.train.optimizer in OF_TORCH:
+        check_takes(config, trained_parameters(config, family))
 
 
-def _check_fp8_kernels(config: Config, device: torch.device) -> None:
+def fp8_problem(config: Config, device: torch.device) -> str:
+    """Why an fp8 base's blocks cannot be compiled on this device; "" where they can, or the base is none."""
     if config.base.quantize != "fp8" or device.type != "cuda":
-        return
+        return ""
     capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_KERNELS:
-        needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
-        raise ValueError(
-            f"train.compile=true with base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and "
-            f"this one has {here}: Triton makes no fp8 kernels for it. Set base.quantize=int8, or train.compile=false."
-        )
+    if capability >= FP8_KERNELS:
+        return ""
+    needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
+    return (
+        f"base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and this one has {here}: Triton "
+        "makes no fp8 kernels for it"
+    )
+
+
+def _check_dora(config: Config) -> None:
+    """A DoRA's magnitudes are of the base's weights as they are, whole and at hand, and its adapter has no strength by
+    which compiled code could switch it off."""
+    others = {
+        "base.quantize": config.base.quantize,
+        "train.compile": config.train.compile,
+        "train.shard": config.train.shard,
+    }
+    if set_too := [name for name, value in others.items() if value]:
+        raise ValueError(f"lora.dora does not go with {' or '.join(set_too)}: leave one of them out.")
 
 
 def _check_shard(config: Config, processes: int) -> None:
@@ -322,22 +346,24 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
     if data.shards:
         return _check_shards(config)
     if data.images:
-        pictures, skipped, notes = pictures_of(config)
+        folder = pictures_of(config)
+        pictures, skipped, notes = folder
         captions = (
             caption for picture in pictures for caption in chosen(picture.caption, data.captions, Tags.of(data))
         )
         family.check_prompts(config.base.path, captions)
         left_out = "; ".join([f"{len(skipped)} left out", *notes])
         source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"
-        return Samples(len(pictures), source)
+        return Samples(len(pictures), source, count_captions(folder, config))
+    prompts = prompts_of(config)
+    number, different = len(prompts), len(set(prompts))
     if config.objective.matching:
-        number = len(prompts_of(config))
-        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures")
+        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures", different)
     source = (
-        f"{data.count} latents that the teacher makes from {len(prompts_of(config))} prompts "
+        f"{data.count} latents that the teacher makes from {number} prompts "
         f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
     )
-    return Samples(data.count, source)
+    return Samples(data.count, source, different)
 
 
 def _check_shards(config: Config) -> Samples:
@@ -349,4 +375,4 @@ def _check_shards(config: Config) -> Samples:
         bad += [f"{shard}: {problem}" for shard in here if (problem := check_end(shard))]
     stop_or_skip(bad, data.skip_bad, f"{len(bad)} of the {len(shards)} shards in data.shards cannot be read")
     source = f"{len(shards)} shards, {len(bad)} left out; their samples are counted when they are cached"
-    return Samples(None, source)
+    return Samples(None, source, None)

@@ -35,7 +35,7 @@ class Critic(Opponent):
         share = rank / student.rank
         ranks = {pattern: r and max(1, round(r * share)) for pattern, r in student.ranks.items()}
         self.adapter = Adapter(
-            base.network, base.lora_targets, rank, student.alpha * share, config.train.seed, CRITIC, ranks
+            base.network, base.lora_targets, rank, student.alpha * share, config.train.seed, CRITIC, ranks, student.dora
         )
         self._begin_as(student)
         self.average = Average(self.adapter, objective.critic_ema) if objective.critic_ema else None
@@ -45,6 +45,9 @@ class Critic(Opponent):
         """Take the student's first weights, as far as the ranks go; what is above them begins without effect."""
         weights = self.adapter.named_parameters()
         for name, weight in student.named_parameters().items():
+            if not name.endswith(("lora_A", "lora_B")):
+                weights[name].copy_(weight)
+                continue
             over = 0 if name.endswith("lora_A") else 1  # the dimension of the rank
             rank = min(weight.shape[over], weights[name].shape[over])
             weights[name].narrow(over, 0, rank).copy_(weight.narrow(over, 0, rank))

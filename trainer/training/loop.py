@@ -22,12 +22,14 @@ from ..system.processes import Processes, ProcessLost
 from ..system.stopping import Stopper
 from .batches import Split
 from .checkpoint import State, check_same_base, load_latest_state
-from .checks import check_run, notes_on_device, split_of
+from .checks import Checked, check_run, notes_on_device, split_of
+from .duration import expected_duration
 from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .optimizers import lr_factor
 from .outputs import Outputs
-from .plan import short_of_space
+from .plan import NO_TIME, measurements, short_of_space
+from .settle import settle
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .spread import collapse
 from .state import Trained
@@ -50,6 +52,9 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
     limit_to_gpu()
     folder = config.run_folder
     reporter = reporter if reporter and processes.first else Reporter()
+    config, settled = settle(config, processes.accelerator.device, processes)
+    for sentence in settled:
+        reporter.say(sentence)
     try:
         lock = processes.by_first(only_run(folder, reporter.say))
         with Stopper(reporter.say, launched=processes.count > 1) as stopper, lock:
@@ -68,7 +73,7 @@ def train(config: Config, reporter: Reporter | None = None, accept_changes: bool
 
 
 class Run:
-    """One run's parts, and the loop over them."""
+    """One run's parts, and the loop over them. config: with numbers, see `settle`."""
 
     def __init__(
         self,
@@ -90,10 +95,11 @@ class Run:
         checked = check_run(config, device, self.processes.count, accept_changes)
         for note in notes_on_device(config, device):
             self.say(note)
-        self.changes = checked.changes
+        self.changes, self.expected = checked.changes, None
         self.journal = open_journal(config, self.processes, self.say)
         if self.processes.first:
             self._tell_settings()
+            self.expected = self._expect(checked)
 
         # The base, and at once its hash: a cache of another base would take hours before it turned out useless.
         with reporter.stage("loading the base"):
@@ -106,7 +112,9 @@ class Run:
 
         # What is trained. `lora.init` overwrites its first weights, and a checkpoint, further down, overwrites both.
         lora = config.lora
-        self.adapter = learner(self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks)
+        self.adapter = learner(
+            self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks, bool(lora.dora)
+        )
         self.say(self.adapter.sentence())
         if lora.init:
             self.say(start_from(config, self.base, self.adapter))
@@ -163,6 +171,7 @@ class Run:
         """Train to the end; on SIGINT or SIGTERM save and stop."""
         self.clock.reset()
         facts = facts_of(self.config, self.processes, self.batches) | {"changes": self.changes}
+        facts |= {"expected seconds": self.expected} if self.expected else {}
         alone = self.processes.count == 1
         with (
             closing(self.updater.coming),
@@ -297,6 +306,15 @@ class Run:
             if measurement.improved:
                 self.outputs.save_best(self.step)
         self.processes.wait()  # for the first one, longer than an update waits for it
+
+    def _expect(self, checked: Checked) -> float | None:
+        """Say how long the run may take, and return the seconds of all its updates; None where that is not known."""
+        device = self.processes.accelerator.device
+        measuring = measurements(self.config, checked)["share_of_training"]
+        step = checked.newest[0] if checked.newest else 0
+        expected = expected_duration(self.config, checked.base.family, device, measuring, step)
+        self.say(f"Expected: {expected.sentence(device) if expected else NO_TIME}")
+        return expected and expected.seconds - expected.caching
 
     def _tell_settings(self) -> None:
         """Write down the settings that decide the weights, and say which of them have changed on the way."""

@@ -11,6 +11,7 @@ from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import NAME, Adapter
 from ..lora.describe import broken_tensors
+from ..lora.dora import is_dora
 from ..lora.install import install, remarks
 from .checks import check_start
 
@@ -37,6 +38,10 @@ def start_from(config: Config, base: Base, adapter: Adapter) -> str:
             down, up = layer.lora_A["start"].weight, layer.lora_B["start"].weight
             layer.lora_A[NAME].weight[: len(down)] = down
             layer.lora_B[NAME].weight[:, : len(down)] = up * (strength * layer.scaling["start"] / layer.scaling[NAME])
+        adapter.match_magnitudes()
+        for layer in taken:
+            if is_dora(layer, "start"):
+                layer.lora_magnitude_vector[NAME].weight.copy_(layer.lora_magnitude_vector["start"].weight)
     finally:
         base.network.set_adapters(NAME)
         base.network.delete_adapters("start")

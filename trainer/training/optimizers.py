@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ SOURCES = {
 }
 # in torch.optim, and not for a LoRA: they want a function of the loss, or gradients that are mostly 0
 UNFIT = ("LBFGS", "SparseAdam")
+OF_TORCH = [  # the classes of torch.optim that may be named
+    name
+    for name, kind in inspect.getmembers(torch.optim, inspect.isclass)
+    if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer and name not in UNFIT
+]
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -49,11 +55,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     Raises ValueError where its package is not installed, with the extra that brings it, and for another name.
     """
     if name not in SOURCES:
-        kind = getattr(torch.optim, name, None)
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in UNFIT:
-            return kind
-        near = difflib.get_close_matches(name, [*SOURCES, *dir(torch.optim)], n=1)
-        hint = f" Did you mean {near[0]}?" if near and near[0] not in UNFIT else ""
+        if name in OF_TORCH:
+            return getattr(torch.optim, name)
+        plain = {other.lower(): other for other in (*OF_TORCH, *SOURCES)}
+        near = difflib.get_close_matches(name.lower().removeprefix("torch.optim."), plain, n=1)
+        hint = f" Did you mean {plain[near[0]]}?" if near else ""
         raise ValueError(
             f"train.optimizer is {name!r}; available: {', '.join(SOURCES)}, and the classes of torch.optim but for "
             f"{' and '.join(UNFIT)}.{hint}"
@@ -96,6 +102,21 @@ def check_optimizer(config: Config) -> None:
         )
 
 
+def check_takes(config: Config, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Raise ValueError where the optimizer does not take these parameters, which need no memory."""
+    try:
+        optimizer_class(config.train.optimizer)([{"params": parameters}])
+    except (ValueError, TypeError) as error:
+        raise not_taken(config, error) from error
+
+
+def not_taken(config: Config, error: Exception) -> ValueError:
+    """What to raise where an optimizer fails so at what it is to train."""
+    return ValueError(
+        f"train.optimizer={config.train.optimizer} does not take the weights of this run: {error} Use another."
+    )
+
+
 def make_optimizer(
     config: Config, learners: Learners, opponent: Opponent | None, device: torch.device
 ) -> torch.optim.Optimizer:
@@ -118,9 +139,7 @@ def make_optimizer(
     try:
         optimizer = kind(groups, **fused)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"train.optimizer={config.train.optimizer} does not take the weights of this run: {error} Use another."
-        ) from error
+        raise not_taken(config, error) from error
     if config.train.optimizer == SCHEDULE_FREE:
         optimizer.train()
     return optimizer

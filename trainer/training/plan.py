@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from typing import Any
 
 from ..config.config import Config
 from ..data.held_out import most_held_out
+from ..data.size import cache_bytes
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
 from ..lora.adapter import rank_text
-from ..objectives import Matching, Objective
+from ..objectives import Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
+from .duration import expected_duration, passes_of_sample
+from .settle import SETTLED, settle
 from .state import Trained
 from .validation import passes_of
+
+NO_TIME = "not estimated: the GPU has no memory free to measure its speed in."
 
 
 def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
@@ -25,6 +31,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     Raises ValueError and FileNotFoundError for whatever the run itself would refuse, see `check_run`.
     """
     device = best_device()
+    config, settled = settle(config, device)
     # as many processes as a launcher has started; else the one that this is
     checked = check_run(config, device, int(os.environ.get("WORLD_SIZE", 1)), accept_changes)
 
@@ -33,48 +40,64 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     saving = switches(config, family)
     train = config.train
     seen = train.steps * train.batch_size * train.accumulation
-    passes, _ = _passes(config)
+    passes = passes_of_sample(config)
+    validation = measurements(config, checked)
+    time = expected_duration(
+        config, family, device, validation["share_of_training"], checked.newest[0] if checked.newest else 0
+    )
+    cached = {} if samples.number is None else cache_bytes(config, checked.base, samples.number, samples.captions)
     bytes_each = 4 if family.whole else DTYPES[config.lora.dtype].itemsize
     facts = {
         "base": config.base.path,
         "family": family.name,
         "data": samples.source,
         "updates": train.steps,
+        "settled": {key: getattr(train, key) for key in SETTLED},
         "samples_seen": seen,
         "passes_over_the_data": round(seen / samples.number, 1) if samples.number else None,
-        "forward_passes_per_sample": passes,
-        "validation": _validation(config, checked, passes),
+        "forward_passes_per_sample": passes.number,
+        "validation": validation,
+        "expected": asdict(time) if time else None,
         "lora_modules": memory["lora_modules"],
         "trained_parameters": memory["trained_parameters"],
         "file_bytes": memory["trained_parameters"] * bytes_each,
         "phase_starts": [t - 1 for t in config.grid().edges[1:]],
         "output": str(config.run_folder / (config.name if family.whole else f"{config.name}.safetensors")),
-        "notes": [*config.notes(), *notes_on_device(config, device)],
+        "notes": [
+            *settled,
+            *config.notes(),
+            *notes_on_device(config, device),
+            *_cache_note(config, sum(cached.values())),
+        ],
+        "captions": samples.captions,
+        "cache_gib": {what: round(size / GIB, 3) for what, size in cached.items()},
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),
     }
-    return facts | {"text": _text(config, checked, facts)}
+    sentence = time.sentence(device) if time else NO_TIME
+    return facts | {"text": _text(config, checked, facts, sentence)}
 
 
-def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
-    """The plan for people."""
+def _text(config: Config, checked: Checked, facts: dict[str, Any], time: str) -> str:
+    """The plan for people. time: the sentence on it."""
     train, objective, family = config.train, config.objective, checked.base.family
     edges = ", ".join(str(t) for t in reversed(facts["phase_starts"]))
-    _, passes = _passes(config)
     lines = [
         "Plan",
         f"  base      {facts['base']}, {family.title}",
         f"  data      {facts['data']}",
         f"  train     {train.steps} updates of {train.batch_size * train.accumulation} samples, "
         f"{facts['samples_seen']} in all ({facts['passes_over_the_data'] or 'not yet known how many'} passes)",
-        f"  a sample  {passes}",
+        f"  a sample  {passes_of_sample(config).words}",
         f"  objective {objective.name}: {_summary(objective)}",
         f"  phases    {config.grid().phases}, starting at timesteps {edges}; {objective.points} points",
         f"  trains    {_learner(config, family, facts)}",
         f"  writes    {facts['output']}; checkpoints every {train.save_every}, previews every "
         f"{config.preview.every} updates",
+        f"  caches    {_cached(facts)}",
         f"  measures  {_measures(facts)}",
+        f"  time      {time}",
         *([f"  use       {checked.recipe.usage_hint()}"] if checked.recipe else []),
         *(f"  note      {note}" for note in facts["notes"]),
         "Memory estimate (GiB)",
@@ -85,13 +108,33 @@ def _text(config: Config, checked: Checked, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cache_note(config: Config, needed: int) -> list[str]:
+    """A sentence where the disk has less room than a cache of so many bytes takes, of which there is nothing yet."""
+    folder = config.cache_folder
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if needed <= free or any(folder.glob("*/latents-*")):
+        return []
+    return [
+        f"The cache will take about {needed / GIB:.2g} GiB, and {free / GIB:.2g} are free where {folder} is: set "
+        "data.cache to a folder on another disk."
+    ]
+
+
+def _cached(facts: dict[str, Any]) -> str:
+    gib, captions = facts["cache_gib"], facts["captions"]
+    if not gib:
+        return "what is counted while it is made"
+    return f"{gib['latents']:.2f} GiB of latents and {gib['encodings']:.2f} GiB of {captions} encoded captions, on disk"
+
+
 def _learner(config: Config, family: type[Base], facts: dict[str, Any]) -> str:
     size = f"{facts['trained_parameters'] / 1e6:.1f} M parameters, {facts['file_bytes'] / 1e6:.0f} MB"
     if family.whole:
         return f"the whole network, {size}"
     lora = config.lora
     rank = rank_text(lora.rank, lora.ranks or {})
-    return f"a LoRA of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
+    kind = "DoRA" if lora.dora else "LoRA"
+    return f"a {kind} of rank {rank}, alpha {lora.alpha:g}, {facts['lora_modules']} modules, {size} in {lora.dtype}"
 
 
 def _summary(objective: Objective) -> str:
@@ -99,11 +142,9 @@ def _summary(objective: Objective) -> str:
     return " ".join(objective.__doc__.split("\n\n")[0].split()).rstrip(".")
 
 
-def _validation(config: Config, checked: Checked, passes: int) -> dict[str, Any]:
-    """How often a run is measured, on how many held-out samples, and what that takes; a backward pass counts as two.
-
-    passes: forward passes that a sample takes in training.
-    """
+def measurements(config: Config, checked: Checked) -> dict[str, Any]:
+    """How often a run is measured, on how many held-out samples, and what that takes; a backward pass counts as two."""
+    passes = passes_of_sample(config).number
     train, settings, number = config.train, config.validation, checked.samples.number
     held_out = settings.count if number is None else most_held_out(number, settings.count)
     teacher = checked.recipe if config.objective.needs_teacher else None
@@ -125,38 +166,6 @@ def _measures(facts: dict[str, Any]) -> str:
         return f"nothing; {held_out}"
     passes = f"{validation['measurements']} times, {validation['passes_each']} forward passes each"
     return f"{passes}: about {validation['share_of_training']:.1%} of the training's; {held_out}"
-
-
-def _passes(config: Config) -> tuple[int, str]:
-    """Forward passes that one sample takes, and what they are."""
-    objective = config.objective
-    if objective.matching:
-        return _passes_of_matching(objective)
-    parts = ["target", "student"] if objective.target_network else ["student"]
-    passes = len(parts)
-    if objective.needs_teacher:
-        solver, steps = objective.teacher_solver()
-        times = steps * (2 if solver == "heun" else 1)
-        passes += times * (2 if objective.guided() else 1)
-        low, high = objective.guidance
-        halves = f"conditional and unconditional (CFG {low:g} to {high:g})"
-        teacher = f"teacher {halves if objective.guided() else 'without guidance'}"
-        parts.insert(0, teacher + (f" {times} times ({solver})" if times > 1 else ""))
-    if config.adversarial.weight:
-        passes += 2
-        parts.append("the discriminator's features of both")
-    return passes, f"{', '.join(parts)}: {passes} forward passes and 1 backward"
-
-
-def _passes_of_matching(objective: Matching) -> tuple[int, str]:
-    """`_passes` of one trajectory, all its jumps together."""
-    passes = objective.passes()
-    jumps, updates = objective.jumps, objective.critic_updates
-    guided = f"CFG {objective.matched_scale:g}" if objective.matched_scale > 1 else "without guidance"
-    return passes, (
-        f"a trajectory of {jumps} jumps from noise, without gradient; {updates} updates of the critic on its landings; "
-        f"critic, teacher ({guided}) and student at each: {passes} forward passes and {jumps * (1 + updates)} backward"
-    )
 
 
 def short_of_space(config: Config, trained: Trained, step: int) -> str | None:

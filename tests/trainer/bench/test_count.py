@@ -22,11 +22,18 @@ def by_part(report, figure):
     return {name: part[figure] for name, part in report["parts"].items()}
 
 
+# launches, 1e9 operations, MiB moved and at the peak of a small update
+SMALL_FIGURES = {
+    ("base.dtype=fp32",): (4_794, 4.399, 471.4, 66.0),
+    ("base.dtype=bf16", "base.quantize=fp8"): (6_591, 4.402, 460.0, 53.9),
+}
+
+
 @counting
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_small_update_by_part(pcm, tmp_path, dtype):
+@pytest.mark.parametrize("numbers", SMALL_FIGURES, ids=" ".join)
+def test_a_small_update_by_part(pcm, tmp_path, numbers):
     """Every part is there, nothing waits, and teacher and target are passes of a like network."""
-    settings = (f"base.dtype={dtype}", "adversarial.weight=0.1", "train.batch_size=4", "data.resolution=64")
+    settings = (*numbers, "adversarial.weight=0.1", "train.batch_size=4", "data.resolution=64")
     result = pcm("bench", "--count", "demo-sd15", *settings, "--out", tmp_path, "--json")
     assert result.code == 0, result.err
     report = json.loads(result.out)
@@ -38,6 +45,9 @@ def test_a_small_update_by_part(pcm, tmp_path, dtype):
     assert flop["teacher"] > flop["target"] > 0, "both halves of guidance, without the LoRA"
     assert flop["backward"] > flop["student"] > 0 == flop["optimizer"]
     assert sum(by_part(report, "moved").values()) == report["total"]["moved"]
+    total = report["total"]
+    counted = total["launches"], total["flop"] / 1e9, total["moved"] / 2**20, total["peak"] / 2**20
+    assert counted == pytest.approx(SMALL_FIGURES[numbers], rel=0.03)
     assert report["total"]["peak"] == max(by_part(report, "peak").values()) > report["resident"] > 0
     for line in ("Counted, not measured: one update", "in all", "What moves the most bytes"):
         assert line in (tmp_path / "bench.txt").read_text()

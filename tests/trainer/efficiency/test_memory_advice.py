@@ -10,6 +10,7 @@ from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.efficiency import memory
 from phased_consistency.trainer.efficiency.activations import kept_activations, most_bytes
 from phased_consistency.trainer.efficiency.blocks import Offload, blocks_of
+from phased_consistency.trainer.efficiency.footprint import footprint
 from phased_consistency.trainer.efficiency.memory import (
     BEFORE,
     PREVIEWS,
@@ -64,7 +65,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
     config = small_config(tmp_path, base__path=TINY)
     base = load_base(TINY)
     Adapter(base.network, base.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
-    estimated = memory._footprint(config, SD15).activations.bytes(())
+    estimated = footprint(config, SD15).activations.bytes(())
     assert bytes_kept(base) == pytest.approx(estimated, rel=0.05)
 
 
@@ -76,7 +77,7 @@ def test_of_a_quantised_base_autograd_keeps_no_more(tmp_path, format):
     base = load_base(TINY)
     Adapter(base.network, base.lora_targets, config.lora.rank, config.lora.alpha, seed=0)
     quantize(base.network, format)
-    estimated = memory._footprint(config, SD15).activations.bytes(())
+    estimated = footprint(config, SD15).activations.bytes(())
     assert bytes_kept(base) == pytest.approx(estimated, rel=0.05)
 
 
@@ -111,7 +112,7 @@ def test_estimated_weights_are_the_bytes_that_are_there(tmp_path, format, dtype)
         pytest.importorskip("torchao")
         quantize(base.network, format)
     there = sum(map(stored_bytes, base.network.parameters()))
-    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == there
+    assert memory._frozen_bytes(config, footprint(config, SD15)) == there
 
 
 def test_offloaded_weights_leave_all_but_the_largest_blocks(tmp_path):
@@ -120,9 +121,7 @@ def test_offloaded_weights_leave_all_but_the_largest_blocks(tmp_path):
     network = load_base(TINY).network
     blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(network).values()]
     everything = sum(p.nbytes for p in network.parameters())
-    assert memory._frozen_bytes(config, memory._footprint(config, SD15)) == everything - sum(blocks) + sum(
-        sorted(blocks)[-3:]
-    )
+    assert memory._frozen_bytes(config, footprint(config, SD15)) == everything - sum(blocks) + sum(sorted(blocks)[-3:])
     assert Offload(network, torch.device("cpu")).bytes == sum(blocks)
 
 
@@ -133,7 +132,7 @@ def test_pictures_that_are_encoded_count_before_training(tmp_path):
         n: estimate_memory(c, SD15)["gib"][f"{BEFORE}the larger of UNet and encoders"]
         for n, c in ((8, few), (16, many))
     }
-    sizes = memory._footprint(few, SD15)
+    sizes = footprint(few, SD15)
     assert sizes.encoding > 512 * 512 * 128 * 4 * 2, "at least the first convolution's output and what it is made of"
     assert before[16] - before[8] == pytest.approx(8 * sizes.encoding / GIB, abs=2e-3)
     assert estimate_memory(full_size(), SD15)["gib"][f"{BEFORE}the larger of UNet and encoders"] < before[8]
@@ -201,7 +200,7 @@ def auto(limit, *more):
 
 def again(config):
     """The blocks of SD1.5 that are computed again."""
-    return recomputed(config, SD15, memory._footprint(config, SD15).blocks)
+    return recomputed(config, SD15, footprint(config, SD15).blocks)
 
 
 def test_auto_takes_as_few_blocks_as_the_limit_asks_for():
@@ -212,7 +211,7 @@ def test_auto_takes_as_few_blocks_as_the_limit_asks_for():
         chosen = again(config)
         assert total(config) * memory.MARGIN <= limit
         if chosen:
-            fewer = memory._bytes(config, SD15, memory._footprint(config, SD15), chosen[:-1])
+            fewer = memory._bytes(config, SD15, footprint(config, SD15), chosen[:-1])
             assert sum(fewer.values()) * memory.MARGIN > limit * GIB, "one block fewer would not fit"
         assert before is None and not chosen or chosen[: len(before or [])] == (before or [])
         before = chosen

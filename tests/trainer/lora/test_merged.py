@@ -131,6 +131,35 @@ def test_a_style_of_zero_effect_is_refused(style, tmp_path):
         merge_into(load_base(TINY), [str(tmp_path / "empty.safetensors")])
 
 
+@pytest.mark.parametrize(
+    ("strength", "dtype", "words"),
+    [
+        (1e-12, torch.bfloat16, r"at strength 1e-12 changes nothing: .* less than .* hold in bfloat16. Set base.dtype"),
+        (1e45, torch.float32, r"at strength 1e\+45 is beyond what weights can be: give a smaller strength"),
+        (1e9, torch.float16, r"at strength 1e\+09 is beyond what weights can be"),
+    ],
+)
+def test_a_strength_by_which_nothing_or_all_is_lost_is_refused(style, strength, dtype, words):
+    base = load_base(TINY, dtype=dtype)
+    before = {name: weight.clone() for name, weight in base.network.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        merge_into(base, [f"{style}:{strength}"])
+    assert all(torch.equal(weight, before[name]) for name, weight in base.network.state_dict().items())
+
+
+@pytest.mark.parametrize("strengths", [("", ":-1"), (":0.5", ":0.5")])
+def test_a_style_that_is_there_twice_is_refused(style, strengths, tmp_path, tiny_base):
+    (tmp_path / "other.safetensors").symlink_to(style)
+    files = zip((style, tmp_path / "other.safetensors"), strengths, strict=True)
+    with pytest.raises(ValueError, match="is in base.loras twice. Give it once, with the sum of both strengths"):
+        check_merged([f"{file}{strength}" for file, strength in files], type(tiny_base))
+
+
+def test_a_strength_without_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="base.loras.0 = ':0.8' is empty: name a place"):
+        small_config(tmp_path, base__loras=":0.8")
+
+
 def test_a_few_step_lora_is_no_style(lora, tiny_base):
     with pytest.raises(ValueError, match=r"is a few-step LoRA \(PCM\).*Put it into lora.init"):
         check_merged([str(lora)], type(tiny_base))

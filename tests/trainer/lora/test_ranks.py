@@ -57,6 +57,8 @@ def test_a_critic_has_them_in_its_own_proportion():
     ("ranks", "message"),
     [
         ({"attn3": 4}, r"lora.ranks: 'attn3' finds none of the 129 modules .*such as down_blocks.*Take a part of such"),
+        ({"attn": 2, r"attn2\.to_k": 6}, r"all \d+ modules that 'attn2.+' finds are found by a pattern before it, and"),
+        ({"attn": "true"}, "lora.ranks.attn = True: input should be a valid integer"),
         ({".": 0}, "lora.ranks leaves no module to be trained"),
         ({"attn[": 4}, r"'attn\[' is no regular expression"),
         ({"attn": -1}, "greater than or equal to 0"),

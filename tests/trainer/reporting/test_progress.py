@@ -63,6 +63,17 @@ def test_without_a_terminal_there_is_a_line_every_minute(lines, clock, monkeypat
     ]
 
 
+def test_the_first_updates_count_until_there_are_others(clock):
+    """A minute each, in which code is compiled, then a second."""
+    pace = Pace(10, 4)
+    for step in range(11, 14):
+        clock[0] += 60
+        assert pace.after(step, 110, 0.5).seconds_left == pytest.approx(60 * (110 - step))
+    clock[0] += 1
+    status = pace.after(14, 110, 0.5)
+    assert status.seconds_left == pytest.approx(96) and status.samples_per_second == pytest.approx(4)
+
+
 def test_caching_says_that_it_goes_on_and_that_it_is_done(lines, clock):
     reporter = ProgressLines()
     for done in range(0, 101, 10):

@@ -18,6 +18,7 @@ from phased_consistency.trainer.training.optimizers import (
     make_optimizer,
     optimizer_class,
 )
+from phased_consistency.trainer.training.plan import plan
 from phased_consistency.trainer.training.state import Trained
 from support.runs import sha256, small_config
 
@@ -182,7 +183,11 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("adamW", r"'adamW'; available: adamw, .*Did you mean adamw\?|Did you mean AdamW"),
+        ("ADAMW", r"'ADAMW'; available: adamw, .*Did you mean adamw\?"),
+        ("torch.optim.AdamW", r"Did you mean adamw\?"),
+        ("sgd", r"Did you mean SGD\?"),
+        ("Optimizer", "'Optimizer'; available: adamw"),
+        ("swa_utils", "SparseAdam.$"),
         ("Prodigy", "Did you mean prodigy"),
         ("LBFGS", "classes of torch.optim but for LBFGS and SparseAdam"),
         ("Optimizers", "available: adamw"),
@@ -222,3 +227,12 @@ def test_one_that_cannot_train_kernels_says_so():
         pytest.skip("this torch has no Muon")
     with pytest.raises(ValueError, match="train.optimizer=Muon does not take the weights of this run"):
         make_optimizer(config_of("Muon"), {"adapter": dict(Layers().named_parameters())}, None, torch.device("cpu"))
+
+
+def test_the_dry_run_refuses_it_too_where_there_are_kernels(tmp_path):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    with pytest.raises(ValueError, match="train.optimizer=Muon does not take the weights of this run"):
+        plan(small_config(tmp_path, train__optimizer="Muon"))
+    layers_alone = "{'conv|proj_in|proj_out' = 0}"
+    assert plan(small_config(tmp_path, train__optimizer="Muon", lora__ranks=layers_alone))["trained_parameters"]

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ....samplers import sample_phased
 from ...config.config import Config
+from ...efficiency.work import product_speed
 from ...families import load_base
 from ...families.base import DTYPES
 from ...families.generate import sampling_model
@@ -83,12 +84,10 @@ def measure_card(place: Workplace) -> Verdict:
     """What the card reaches in large products and copies, what a launch costs, and which attention is fastest."""
     dtype = DTYPES[place.half] if place.on_gpu else torch.float32
     side, numbers, launches = (8192, 2**29, 2000) if place.on_gpu else (256, 2**20, 50)
-    a, b = (torch.randn(side, side, device=place.device, dtype=dtype) for _ in range(2))
     x = torch.randn(numbers, device=place.device)
     y, one = torch.empty_like(x), torch.zeros(1, device=place.device)
-    a @ b
 
-    place.ceilings["matmul"] = 10 * 2 * side**3 / _seconds(place, lambda: [a @ b for _ in range(10)])
+    place.ceilings["matmul"] = product_speed(place.device, dtype, side)
     place.ceilings["copy"] = 2 * x.nbytes / _seconds(place, lambda: y.copy_(x))
     launch = _seconds(place, lambda: [one.add_(1) for _ in range(launches)]) / launches
     matmul, copy = place.ceilings["matmul"], place.ceilings["copy"]

@@ -24,6 +24,7 @@ from .lora_names import host_suffix, is_encoders, path_of, split_key
 from .texts import brief
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT writes
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"  # in one that diffusers writes
 LONGEST_CONFIG = 1_000_000  # characters
 LONGEST_NAME = 1000  # characters; published ones have up to 120
 
@@ -157,9 +158,10 @@ class LoraHeader:
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file of a LoRA: where PEFT has written a folder, the weights in it."""
+    """The file of a LoRA: where PEFT or diffusers has written a folder, the weights in it."""
     path = Path(path)
-    return path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path
+    inside = (path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+    return next((file for file in inside if file.is_file()), path)
 
 
 def header_text(path: Path) -> bytes:
@@ -170,7 +172,8 @@ def header_text(path: Path) -> bytes:
     path = lora_file(path)
     if path.is_dir():
         raise FileNotFoundError(
-            f"{path} is a folder without {PEFT_WEIGHTS}, so it is no LoRA of PEFT's. Name a .safetensors file in it."
+            f"{path} is a folder without {PEFT_WEIGHTS} (PEFT's) or {DIFFUSERS_WEIGHTS} (diffusers'), so it is no LoRA "
+            "of theirs. Name a .safetensors file in it."
         )
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}. Check the name; only .safetensors files are read.")
@@ -188,7 +191,7 @@ def header_text(path: Path) -> bytes:
 
 
 def read_header(path: str | Path) -> LoraHeader:
-    """Read the safetensors header of a file, or of a folder as PEFT writes it, and check that the file is whole.
+    """Read the safetensors header of a file, or of a folder that PEFT or diffusers wrote, and check that it is whole.
 
     Raises FileNotFoundError, or ValueError for another format, a damaged header, or a file that is cut short.
     """

@@ -295,7 +295,9 @@ def test_metadata_is_read(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="No file at .*only .safetensors"):
         read_header(tmp_path / "gone.safetensors")
-    with pytest.raises(FileNotFoundError, match="is a folder without adapter_model.safetensors, so it is no LoRA"):
+    with pytest.raises(
+        FileNotFoundError, match="is a folder without adapter_model.safetensors .*, so it is no LoRA of theirs"
+    ):
         read_header(tmp_path)
 
 

@@ -64,7 +64,8 @@ def find_contestants(files: list[Path], family: str, steps: list[int]) -> list[C
         recipe = recipe_of(header)
         for n in steps:
             (recipe.grid() if recipe else TRAILING).plan(n)
-        contestants.append(Contestant(file, name, recipe, distilled_guidance(_objective(header.metadata), recipe)))
+        guidance = distilled_guidance(_objective(header.metadata), recipe)
+        contestants.append(Contestant(header.path, name, recipe, guidance))
 
     readings = [(c.name, _reading(c.recipe)) for c in contestants if c.recipe]
     if differ := [key for key in READ if len({words[key] for _, words in readings if key in words}) > 1]:

@@ -52,3 +52,9 @@ class Pair:
             return self
         rank = int(used.sum())
         return Pair(self.down[used], self.up[:, used], self.alpha * rank / self.rank, self.magnitude)
+
+
+def in_16_bits(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which factors of this one are computed with: fp16 holds all numbers of 8 bits, between which and
+    other precisions torch knows no common one."""
+    return torch.float16 if dtype.itemsize == 1 else dtype

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lora.pair import Pair
+from ..lora.pair import Pair, in_16_bits
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:
@@ -117,5 +117,6 @@ def error_text(figures: Mapping[str, Any]) -> str:
 
 
 def widest(pairs: Sequence[Pair]) -> torch.dtype:
-    """The precision that holds the factors of all these pairs."""
-    return reduce(torch.promote_types, (factor.dtype for pair in pairs for factor in (pair.down, pair.up)))
+    """The precision that holds the factors of all these pairs, of 16 bits or more."""
+    factors = (factor for pair in pairs for factor in (pair.down, pair.up))
+    return reduce(torch.promote_types, (in_16_bits(factor.dtype) for factor in factors))

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ...samplers import Recipe
-from ...samplers.lora_file import PEFT_KEY
+from ...samplers.lora_file import PEFT_KEY, lora_file
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
 from ..lora.hashes import hashes
-from ..lora.pair import Pair
+from ..lora.pair import Pair, in_16_bits
 from ..system.files import write_tensors
 from .names import kohya_name
 
@@ -68,7 +68,7 @@ def check_out(out: Path, sources: list[Path], overwrite: bool) -> None:
     """Raise ValueError for a file that must not be written to; asked before any work is done."""
     if out.suffix.lower() != ".safetensors":
         raise ValueError(f"--out is {out.name}; its name must end in .safetensors.")
-    if any(out.exists() and out.samefile(source) for source in sources if source.exists()):
+    if any(out.exists() and out.samefile(source) for source in map(lora_file, sources) if source.exists()):
         raise ValueError(f"{out} is a file that is read, and is never written over: choose another name.")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: choose another name, or add --overwrite.")
@@ -163,8 +163,9 @@ def _with_alpha(pair: Pair, alpha: float) -> Pair:
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
-    """The product in the tensor's own precision, rounded once."""
-    return (factor * tensor.to(torch.promote_types(tensor.dtype, torch.float32))).to(tensor.dtype)
+    """The product in the tensor's own precision, of 16 bits or more, rounded once."""
+    dtype = in_16_bits(tensor.dtype)
+    return (factor * tensor.to(torch.promote_types(dtype, torch.float32))).to(dtype)
 
 
 def _peft_metadata(pairs: dict[str, Pair]) -> str:

@@ -118,6 +118,7 @@ class Seen:
     def of(cls, file: Path) -> Seen:
         """Read a file. Raises as `read_header`, or ValueError for a file that holds no LoRA."""
         header = read_header(file)
+        file = header.path
         return cls(file, header.metadata, len(header_text(file)), header.family, file_hash(file), tensor_hash(file))
 
     def get(self, key: str) -> str:

@@ -32,7 +32,8 @@ def sidecars(file: Path, preview: Path | None = None, overwrite: bool = False) -
     Raises ValueError for a file that holds no LoRA, a sidecar that exists, or a preview that is no picture;
     FileNotFoundError for one that is not there; OSError where they cannot be written.
     """
-    about = facts(read_header(file))
+    header = read_header(file)
+    file, about = header.path, facts(header)
     paths = [file.with_suffix(".json"), file.with_suffix(".metadata.json")]
     picture = file.with_suffix(".preview.png")
     # the picture beside the file may be the one that was named, and is not read and written at once

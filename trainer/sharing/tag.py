@@ -51,7 +51,7 @@ def tag(
     written.
     """
     header = read_header(source)
-    target = out or source.resolve()  # a link stays a link
+    target = out or header.path.resolve()  # a link stays a link
     if out is not None:
         check_out(out, [source], overwrite)
     _check(header, changes, remove)
@@ -64,7 +64,7 @@ def tag(
     try:
         # in the target's own folder: a rename replaces a file in one step only within a disk
         with TemporaryDirectory(dir=target.parent, prefix=".pcm-tag-") as folder:
-            copy = Path(folder) / source.with_suffix(".safetensors").name
+            copy = Path(folder) / header.path.with_suffix(".safetensors").name
             copy_with_metadata(source, copy, changes, remove=remove)
             os.replace(copy, target)
     except OSError as error:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from phased_consistency.samplers.lora_file import read_header
 from phased_consistency.samplers.writing import stamp_recipe
+from phased_consistency.trainer.evaluation.contestants import find_contestants
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.check import check_parity
 from phased_consistency.trainer.lora.install import ADAPTER, install_by_diffusers, install_for_sample, load_for_check
@@ -139,6 +140,27 @@ def test_a_folder_of_pefts_is_a_lora_in_every_verb(lora, pcm, tmp_path):
         assert result.code == 0, (run, result.err)
     converted = tmp_path / "out.safetensors"
     assert read_header(converted).alphas() == read_header(lora).alphas()
+
+
+def test_a_folder_of_diffusers_is_a_lora(lora, pcm, tmp_path):
+    """As `save_lora_weights` and its training scripts write it."""
+    (folder := tmp_path / "trained").mkdir()
+    convert(lora, folder / "pytorch_lora_weights.safetensors", "diffusers")
+    want, have = added(lora), added(folder)
+    assert want.keys() == have.keys() and all(torch.equal(want[name], have[name]) for name in want)
+    assert pcm("convert", folder, tmp_path / "out.safetensors", "--to", "kohya").code == 0
+    for run in (
+        ("tag", folder, "modelspec.author=me"),
+        ("sidecars", folder),
+        ("panels", folder, "--out", tmp_path / "page.html"),
+    ):
+        assert (result := pcm(*run)).code == 0, (run, result.err)
+    assert read_header(folder).metadata["modelspec.author"] == "me"
+    (contestant,) = find_contestants([folder], "sd15", [1])
+    assert contestant.name == "trained" and contestant.file.name == "pytorch_lora_weights.safetensors"
+    assert (folder / "pytorch_lora_weights.metadata.json").is_file()
+    said = pcm("convert", folder, folder / "pytorch_lora_weights.safetensors", "--to", "kohya", "--overwrite")
+    assert said.code == 2 and "is a file that is read, and is never written over" in said.err
 
 
 def test_a_copy_of_a_pefts_folder_keeps_its_alphas(lora, tmp_path):

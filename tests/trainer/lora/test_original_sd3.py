@@ -171,6 +171,15 @@ def test_the_verbs_write_the_same(split, single, tmp_path):
     torch.testing.assert_close(with_lora(small, base), wanted, rtol=0, atol=1e-4)
 
 
+def test_one_in_8_bits_is_written_in_16(single, tmp_path):
+    """Where alpha is worked in: before it is rounded again."""
+    write(lora := tmp_path / "lora.safetensors", single.weights)
+    save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(lora).items()}, lora)
+    assert convert(lora, out := tmp_path / "out.safetensors", "diffusers", family="sd3")["error"] < 1e-3
+    base = single.load()
+    torch.testing.assert_close(with_lora(out, base), with_lora(lora, base), rtol=0, atol=3e-3)
+
+
 def test_it_is_checked_merged_into_a_base_and_begun_from(single, tmp_path):
     modules = [name for name in adapted(single.weights) if name != "final_layer.adaLN_modulation.1"]
     write(lora := tmp_path / "lora.safetensors", single.weights, modules=modules)

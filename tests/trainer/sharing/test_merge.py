@@ -59,6 +59,19 @@ def test_a_merge_is_the_sum_of_what_they_add(two, tmp_path):
     assert metadata["sshs_model_hash"] == tensor_hash(out)
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_files_in_8_bits_are_computed_with_in_16(two, kind, tmp_path):
+    """torch has no common precision of 8 bits and another."""
+    (first, second), out = two, tmp_path / "out.safetensors"
+    save_file({n: t.to(kind) for n, t in load_file(first).items()}, first, read_header(first).metadata)
+    for other in (second, first):
+        assert merge([(first, 0.7), (other, -0.4)], out, overwrite=True)["error"] < 1e-3, "8 bits would be off by 0.03"
+        meant = added((0.7, deltas(read_lora(first))), (-0.4, deltas(read_lora(other))))
+        assert distance(meant, deltas(read_lora(out))) < 1e-3
+    assert {t.dtype for n, t in load_file(out).items() if "alpha" not in n} == {torch.float16}
+    assert resize(first, out, rank=3, overwrite=True)["error"] < 0.6
+
+
 @torch.no_grad()
 def test_the_base_does_the_same_with_the_merged_one(two, tmp_path):
     (first, second), out = two, tmp_path / "out.safetensors"

@@ -141,12 +141,12 @@ def test_one_file_says_the_same_to_peft_and_to_comfyui(doras, family):
     for name, module in modules.items():
         assert module.title == "DoRA" and module.keys.keys() == {"down", "up", "dora_scale", "magnitude"}
         a, b, scale, m = (tensors[module.keys[part]] for part in ("down", "up", "dora_scale", "magnitude"))
-        paths = (path for path, _ in base.network.named_modules() if path)
-        (path,) = (path for path in paths if name.split("_", 2)[2] == path.replace(".", "_"))
-        layer = base.network.get_submodule(path)
+        inside = name.split("_", 2)[2]
+        (place,) = (place for place, _ in base.network.named_modules() if place.replace(".", "_") == inside)
+        layer = base.network.get_submodule(place)
         weight = layer.weight + (b.float().flatten(1) @ a.float().flatten(1)).view(layer.weight.shape)
         assert scale.dtype == m.dtype == torch.float32 and scale.shape == (len(b), *[1] * (weight.ndim - 1))
-        as_peft = base.host_rows(path, m.flatten() / lengths(weight) * lengths(layer.weight))
+        as_peft = base.host_rows(place, m.flatten() / lengths(weight) * lengths(layer.weight))
         torch.testing.assert_close(scale.flatten(), as_peft)
         moved.append((m.flatten() / lengths(layer.weight) - 1).abs().max())
     assert min(moved) > 0 and max(moved) > 0.01

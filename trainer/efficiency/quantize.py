@@ -85,11 +85,18 @@ def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         x = x.to(layer.weight.dtype)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        if torch.compiler.is_compiling():  # what it makes of torchao's own product is fused
             return F.linear(x, layer.weight, layer.bias)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, _widened(layer.weight), layer.bias)
         return _Product.apply(x, layer.weight, layer.bias)
 
     return forward
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """A quantised weight in the dtype that it was of: as its `dequantize`, which takes several steps in fp32."""
+    return weight.qdata.to(weight.dtype).mul_(weight.scale)
 
 
 class _Product(torch.autograd.Function):
@@ -101,12 +108,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
+        return F.linear(x, _widened(weight), bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return gradient @ weight.dequantize().to(gradient.dtype), None, None
+        return gradient @ _widened(weight).to(gradient.dtype), None, None
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -102,6 +102,23 @@ def test_quantised_layers_answer_in_the_base_s_dtype(format):
     torch.testing.assert_close(x.grad, meant, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_s_weight_is_widened_as_torchao_does_it(format, dtype):
+    """To the bit, with what it answers and the gradient of its input."""
+    base = load_base("tiny-sd15", dtype=dtype)
+    quantize(base.network, format)
+    layer = next(m for m in quantizable_once(base).values() if m.bias is not None)
+    x, gradient = torch.randn(4, layer.in_features, dtype=dtype), torch.randn(4, layer.out_features, dtype=dtype)
+    weight, x_too = layer.weight.dequantize(), x.clone().requires_grad_()
+    layer(x.requires_grad_()).backward(gradient)
+    meant = torch.nn.functional.linear(x_too, weight, layer.bias)
+    meant.backward(gradient)
+    assert layer(x).equal(meant) and x.grad.equal(x_too.grad)
+    with torch.no_grad():
+        assert layer(x).equal(meant)
+
+
 def quantizable_once(base):
     """The layers that have been quantised, by path."""
     return {path: m for path, m in base.network.named_modules() if hasattr(getattr(m, "weight", None), "qdata")}

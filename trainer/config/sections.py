@@ -95,8 +95,10 @@ class BaseConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="precision of the frozen weights and the forward pass"
     )
-    quantize: Literal["int8", "fp8"] | None = Field(
-        None, description="weights of the blocks' linear layers in 8 bits, by torchao; the run says what that changes"
+    quantize: Literal["int8", "fp8", "int8-compute", "fp8-compute"] | None = Field(
+        None,
+        description="weights of the blocks' linear layers in 8 bits, by torchao; with -compute their products too; the "
+        "run says what that changes",
     )
 
     @field_validator("loras", mode="before")

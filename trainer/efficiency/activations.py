@@ -162,8 +162,12 @@ class Operations(TorchDispatchMode):
 
 
 def flops_of(func, args: tuple, kwargs: dict, result: object) -> int:
-    """Floating-point operations of one of torch's own, as its counter has them; 0 for what it does not count."""
-    count = flop_registry.get(func._overloadpacket)
+    """Floating-point operations of one of torch's own, as its counter has them; 0 for what it does not count.
+
+    A product of integers, which it does not, counts as one of the same shape.
+    """
+    kind = torch.ops.aten.mm if func._overloadpacket == torch.ops.aten._int_mm else func._overloadpacket
+    count = flop_registry.get(kind)
     return 0 if count is None else count(*args, **kwargs, out_val=result)
 
 

@@ -22,7 +22,7 @@ from ..objectives.discriminator import Discriminator
 from .activations import Activations, kept_activations, most_bytes
 from .blocks import blocks_of
 from .half import add_in_one_product
-from .quantize import ROW_BYTES, quantizable
+from .quantize import ROW_BYTES, quantizable, storage
 
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 Ranks = tuple[tuple[str, int], ...]  # `lora.ranks`, as what is cached can be asked for by it
@@ -40,7 +40,7 @@ class Frozen:
         if quantize is None:
             return self.parameters * width
         rest = self.parameters - self.quantizable
-        return rest * width + self.quantizable + self.rows * ROW_BYTES[quantize]
+        return rest * width + self.quantizable + self.rows * ROW_BYTES[storage(quantize)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .blocks import Offload, blocks_of, compile_blocks, recompute, shard
 from .folding import fold_where_cheaper
 from .half import run_in_half
 from .memory import recomputed
-from .quantize import Probe, guided_error, predictions, quantize
+from .quantize import Probe, check_products, guided_error, predictions, quantize
 
 
 def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -> list[str]:
@@ -53,6 +53,7 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
 
 def _quantize(config: Config, base: Base, learner: Learner, probe: Probe | None) -> list[str]:
     """Quantise the base; sentences on how much of it, and by how much its predictions on the probe are off since."""
+    check_products(config.base.quantize, config.base.dtype, base.device)
     if probe is None:
         return [quantize(base.network, config.base.quantize)]
     guidance = max(config.objective.guidance) if config.objective.guided() else config.data.teacher_guidance

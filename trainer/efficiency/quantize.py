@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...samplers import jump
 from ..families import Base, Condition
 from ..lora.adapter import Learner
 from .blocks import blocks_of
+from .products import WIDTHS, fits, product
 
 # Bytes that each row of a weight takes beside one byte a number: a scale in fp32, and int8's zero point.
 ROW_BYTES = {"int8": 5, "fp8": 4}
+COMPUTE = "-compute"  # how a format ends whose products are in 8 bits too
+# Of products in 8 bits: the base's dtypes in which they can answer, and the least compute capability of a GPU.
+PRODUCTS = {"int8": (("bf16", "fp16"), (8, 0)), "fp8": (("bf16",), (8, 9))}
 # At which levels of the schedule predictions are compared, and on how many latents.
 LEVELS, ROWS = (0.2, 0.4, 0.6, 0.8), 4
 
@@ -57,56 +59,63 @@ def check_quantizer(format: str) -> None:
         ) from error
 
 
+def storage(format: str) -> str:
+    """Which of "int8" and "fp8" weights are stored in, by a value of base.quantize."""
+    return format.removesuffix(COMPUTE)
+
+
+def check_products(format: str, dtype: str, device: torch.device) -> None:
+    """Raise ValueError where a value of base.quantize asks for products in 8 bits that this base.dtype or device has
+    not; other values pass."""
+    if not format.endswith(COMPUTE):
+        return
+    stored = storage(format)
+    dtypes, needed = PRODUCTS[stored]
+    instead = f"base.quantize={stored}, whose products are in base.dtype"
+    if dtype not in dtypes:
+        raise ValueError(
+            f"base.quantize={format} is for a base in {' or '.join(dtypes)}, and base.dtype is {dtype}. Set "
+            f"base.dtype={dtypes[0]}, or {instead}."
+        )
+    if device.type not in ("cuda", "cpu") or (device.type == "cuda" and torch.version.hip):
+        kind = "an AMD GPU" if device.type == "cuda" else device.type
+        raise ValueError(f"base.quantize={format} is for NVIDIA GPUs, and this run is on {kind}. Set {instead}.")
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < needed:
+        wanted, here = (".".join(map(str, pair)) for pair in (needed, capability))
+        raise ValueError(
+            f"base.quantize={format} needs a GPU of compute capability {wanted} or later for products in {stored}, and "
+            f"this one has {here}. Set {instead}."
+        )
+
+
 def quantize(network: nn.Module, format: str) -> str:
     """Turn the weights of the `quantizable` layers into "int8" or "fp8" with a scale for each row.
 
-    Returns a sentence on how many. Activations keep their dtype, and gradients reach them. A LoRA on top is
-    left alone.
+    With "int8-compute" and "fp8-compute" their products are in 8 bits too: a layer's input is rounded on the way.
+    Returns a sentence on how many. What comes out keeps its dtype, and gradients reach the input. A LoRA on top is left
+    alone. Raises ValueError where no layer has sides for products in 8 bits.
     """
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    layers = quantizable(network)
+    layers, computes = quantizable(network), format.endswith(COMPUTE)
+    fitting = {path for path, layer in layers.items() if computes and fits(layer)}
+    if computes and not fitting:
+        raise ValueError(
+            f"base.quantize={format}: no layer of this base has sides that are multiples of {WIDTHS}, as products in 8 "
+            f"bits need. Set base.quantize={storage(format)}."
+        )
     before = _bytes(network)
     share = sum(layer.weight.nbytes for layer in layers.values()) / before
-    settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[format]()
+    settings = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[storage(format)]()
     quantize_(network, settings, filter_fn=lambda _, path: path in layers)
     for path in layers:
         layer = network.get_submodule(path)
-        layer.forward = _product(layer)
+        layer.forward = product(layer, in_8_bits=path in fitting)
+    multiplied = f" {len(fitting)} of them multiply in {storage(format)}." if computes else ""
     return (
         f"{format} base: {len(layers)} layers, {share:.0%} of its weights, "
-        f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB."
+        f"{before / 2**20:.1f} MiB -> {_bytes(network) / 2**20:.1f} MiB.{multiplied}"
     )
-
-
-def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A quantised layer's forward, with its input in the dtype that its weight was of: autocast, which would see to
-    that, passes it by, and what comes in as fp32, such as a norm's output, would go out so."""
-
-    def forward(x: Tensor) -> Tensor:
-        x = x.to(layer.weight.dtype)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-            return F.linear(x, layer.weight, layer.bias)
-        return _Product.apply(x, layer.weight, layer.bias)
-
-    return forward
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b, of which nothing is kept but W in its 8 bits: it is widened once more for the gradient of x.
-
-    Of torch's own product autograd keeps W as it was widened, twice the bytes or more.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return gradient @ weight.dequantize().to(gradient.dtype), None, None
 
 
 def stored_bytes(weight: Tensor) -> int:

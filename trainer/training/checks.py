@@ -30,7 +30,7 @@ from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
 from ..efficiency.footprint import trained_parameters
 from ..efficiency.memory import check_network_settings
-from ..efficiency.quantize import check_quantizer
+from ..efficiency.quantize import check_products, check_quantizer, storage
 from ..families import Base, BaseFacts, look_at_base
 from ..lora.install import check_fit, check_plain, header_of_family, is_all_dora
 from ..lora.merged import check_merged
@@ -276,6 +276,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         }
         if set_too := [name for name, value in frozen_only.items() if value]:
             raise ValueError(f"{set_too[0]} is for a frozen base, and all of {family.title} is trained. Leave it out.")
+    if config.base.quantize:
+        check_products(config.base.quantize, config.base.dtype, device)
     if config.lora.dora:
         _check_dora(config)
     if train.shard:
@@ -296,15 +298,15 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
 
 def fp8_problem(config: Config, device: torch.device) -> str:
     """Why an fp8 base's blocks cannot be compiled on this device; "" where they can, or the base is none."""
-    if config.base.quantize != "fp8" or device.type != "cuda":
+    if storage(config.base.quantize or "") != "fp8" or device.type != "cuda":
         return ""
     capability = torch.cuda.get_device_capability(device)
     if capability >= FP8_KERNELS:
         return ""
     needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
     return (
-        f"base.quantize=fp8 needs a GPU of compute capability {needed} (Ada) or later, and this one has {here}: Triton "
-        "makes no fp8 kernels for it"
+        f"base.quantize={config.base.quantize} needs a GPU of compute capability {needed} (Ada) or later, and this one "
+        f"has {here}: Triton makes no fp8 kernels for it"
     )
 
 

@@ -25,7 +25,8 @@ def by_part(report, figure):
 # launches, 1e9 operations, MiB moved and at the peak of a small update
 SMALL_FIGURES = {
     ("base.dtype=fp32",): (4_794, 4.399, 471.4, 66.0),
-    ("base.dtype=bf16", "base.quantize=fp8"): (6_591, 4.402, 460.0, 53.9),
+    ("base.dtype=bf16", "base.quantize=fp8"): (6_133, 4.402, 348.1, 53.9),
+    ("base.dtype=bf16", "base.quantize=int8-compute"): (7_639, 4.402, 395.5, 53.9),
 }
 
 
@@ -57,7 +58,7 @@ def test_a_small_update_by_part(pcm, tmp_path, numbers):
 # changes the most: the others of docs/measurements/speed.md take as long as a tenth of all tests.
 FIGURES = {
     ("sd15-4step",): (10_451, 107.1, 483.1, 7.06),
-    ("sdxl-4step", "base.quantize=int8"): (40_971, 88.1, 498.7, 6.49),
+    ("sdxl-4step", "base.quantize=int8"): (35_373, 88.1, 410.4, 6.49),
     ("sdxl-4step", "train.offload=true"): (28_999, 88.1, 377.5, 3.85),
     ("sd3-4step-adv",): (19_358, 161.6, 468.3, 6.79),
 }

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from phased_consistency.trainer.efficiency import quantize as quantizing
 from phased_consistency.trainer.efficiency.blocks import Offload, compile_blocks, recompute
 from phased_consistency.trainer.efficiency.quantize import (
     Probe,
+    check_products,
     check_quantizer,
     guided_error,
     predictions,
@@ -100,6 +102,172 @@ def test_quantised_layers_answer_in_the_base_s_dtype(format):
     y.float().sum().backward()
     meant = layer.weight.dequantize().float().sum(0).expand(4, -1)
     torch.testing.assert_close(x.grad, meant, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_s_weight_is_widened_as_torchao_does_it(format, dtype):
+    """To the bit, with what it answers and the gradient of its input."""
+    base = load_base("tiny-sd15", dtype=dtype)
+    quantize(base.network, format)
+    layer = next(m for m in quantizable_once(base).values() if m.bias is not None)
+    x, gradient = torch.randn(4, layer.in_features, dtype=dtype), torch.randn(4, layer.out_features, dtype=dtype)
+    weight, x_too = layer.weight.dequantize(), x.clone().requires_grad_()
+    layer(x.requires_grad_()).backward(gradient)
+    meant = torch.nn.functional.linear(x_too, weight, layer.bias)
+    meant.backward(gradient)
+    assert layer(x).equal(meant) and x.grad.equal(x_too.grad)
+    with torch.no_grad():
+        assert layer(x).equal(meant)
+
+
+COMPUTED = pytest.mark.parametrize("format", ["int8-compute", "fp8-compute"])
+
+
+@COMPUTED
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_8_bits_round_both_factors_and_nothing_else(format, bias):
+    """Against the same rounding done in fp64; rows of very different sizes, one of zeros. The gradient is the widened
+    weight's, to the bit, as if the input had not been rounded."""
+    layer = torch.nn.Linear(1280, 64, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    quantize_alone(layer, format)
+    sizes = torch.logspace(-3, 3, 33).view(3, 11, 1)
+    x = (torch.randn(3, 11, 1280) * sizes).bfloat16()
+    x[0, 0] = 0
+    y = layer(x.requires_grad_())
+    assert y.dtype == torch.bfloat16 and y.shape == (3, 11, 64)
+
+    largest = 127 if format.startswith("int8") else 448
+    scale = (x.detach().double().abs().amax(-1, keepdim=True) / largest).clamp_min(1e-30)
+    rounded = x.detach().double() / scale
+    rounded = rounded.round() if largest == 127 else rounded.to(torch.float8_e4m3fn).double()
+    weight = layer.weight.qdata.double() * layer.weight.scale.double()
+    meant = (rounded * scale) @ weight.t() + (layer.bias.double() if bias else 0)
+    off = (y.detach().double() - meant).norm(dim=-1) / meant.norm(dim=-1).clamp_min(1e-9)
+    # what bf16 rounds of each product, and in fp8 numbers in the middle of two, which fall to either side
+    assert off.max() < (0.006 if largest == 127 else 0.02)
+
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    assert x.grad.equal(gradient @ layer.weight.dequantize())
+
+
+def test_products_in_int8_hold_what_fp16_does():
+    """Sums that are scaled by rows alone would be beyond it."""
+    layer = torch.nn.Linear(1280, 64, dtype=torch.float16).requires_grad_(False)
+    quantize_alone(layer, "int8-compute")
+    x = torch.full((20, 1280), 100.0, dtype=torch.float16) * torch.randn(64, 1280)[0].sign().half()
+    meant = x.float() @ layer.weight.dequantize().float().t() + layer.bias.float()
+    torch.testing.assert_close(layer(x).float(), meant, atol=0.5, rtol=0.01)
+
+
+@COMPUTED
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_8_bits(format, value):
+    layer = torch.nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
+    quantize_alone(layer, format)
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    x[3, 5] = value
+    bad = ~layer(x).isfinite()
+    assert bad[3].all() and bad.sum() == 32
+
+
+@COMPUTED
+def test_few_rows_are_multiplied_with_the_widened_weight(format):
+    """A GPU's product in int8 takes more than 16."""
+    layer = torch.nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
+    quantize_alone(layer, format)
+    x = torch.randn(17, 64, dtype=torch.bfloat16)
+    meant = torch.nn.functional.linear(x, layer.weight.dequantize(), layer.bias)
+    assert layer(x[:16]).equal(meant[:16])
+    assert 1e-4 < relative(layer(x), meant) < 0.1
+
+
+def test_sides_that_products_in_8_bits_do_not_take():
+    narrow, wide = (torch.nn.Linear(n, 32, dtype=torch.bfloat16).requires_grad_(False) for n in (40, 64))
+    with pytest.raises(ValueError, match="no layer of this base has sides that are multiples of 16.*quantize=int8"):
+        quantize_alone(narrow, "int8-compute")
+    network = torch.nn.Sequential(narrow, wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizing, "quantizable", lambda network: {"0": narrow, "1": wide})
+        assert quantize(network, "int8-compute").endswith(" 1 of them multiply in int8.")
+    x = torch.randn(20, 40, dtype=torch.bfloat16)
+    assert narrow(x).equal(torch.nn.functional.linear(x, narrow.weight.dequantize(), narrow.bias))
+
+
+def quantize_alone(layer, format):
+    """Quantise a layer that is in no block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizing, "quantizable", lambda network: {"0": layer})
+        return quantize(torch.nn.Sequential(layer), format)
+
+
+# of the LoRA's gradients, with both factors rounded and the base in bf16, whose own rounding is 0.015
+COMPUTED_TOLERANCE = {"int8-compute": 0.02, "fp8-compute": 0.06}
+
+
+@COMPUTED
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_gradients_stay_near_where_products_are_in_8_bits(family, format):
+    meant = gradients(*adapted(speck(family).name))
+    base, adapter = adapted(speck(family).name, torch.bfloat16)
+    quantize(base.network, format)
+    assert 1e-4 < relative(gradients(base, adapter), meant) < COMPUTED_TOLERANCE[format]
+
+
+@COMPUTED
+def test_blocks_with_products_in_8_bits_are_offloaded_compiled_and_computed_again(format):
+    torch._dynamo.reset()
+    base, adapter = adapted(speck("sd15").name, torch.bfloat16)
+    quantize(base.network, format)
+    meant = gradients(base, adapter)
+    adapter.switch_by_number()
+    compile_blocks(base.network, backend="eager")
+    offload = Offload(base.network, base.device)
+    recompute(adapter)
+    torch.testing.assert_close(gradients(base, adapter), meant, atol=1e-7, rtol=1e-4)
+    assert offload.copies
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "device", "capability", "sentence"),
+    [
+        ("int8-compute", "fp32", "cpu", None, "is for a base in bf16 or fp16, and base.dtype is fp32. Set base.dtype"),
+        (
+            "fp8-compute",
+            "fp16",
+            "cuda",
+            (8, 9),
+            "is for a base in bf16, and base.dtype is fp16. Set base.dtype=bf16, or",
+        ),
+        (
+            "int8-compute",
+            "fp16",
+            "cuda",
+            (7, 5),
+            "compute capability 8.0 or later for products in int8, and .* 7.5. Set",
+        ),
+        ("fp8-compute", "bf16", "cuda", (8, 6), "compute capability 8.9 or later for products in fp8, and .* 8.6. Set"),
+        (
+            "int8-compute",
+            "bf16",
+            "mps",
+            None,
+            "is for NVIDIA GPUs, and this run is on mps. Set base.quantize=int8, who",
+        ),
+    ],
+)
+def test_where_products_in_8_bits_cannot_be(monkeypatch, format, dtype, device, capability, sentence):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(ValueError, match=f"base.quantize={format} .*{sentence}"):
+        check_products(format, dtype, torch.device(device))
+
+
+def test_an_amd_gpu_multiplies_the_widened_weights(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="is for NVIDIA GPUs, and this run is on an AMD GPU. Set base.quantize=int8"):
+        check_products("int8-compute", "bf16", torch.device("cuda"))
+    check_products("int8", "fp32", torch.device("cuda"))
 
 
 def quantizable_once(base):

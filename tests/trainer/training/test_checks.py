@@ -28,6 +28,7 @@ SWITCHES = {
     "blocks within a limit": {"train.gradient_checkpointing": "auto", "train.memory_limit_gib": 1},
     "int8": {"base.quantize": "int8"},
     "fp8": {"base.quantize": "fp8"},
+    "products in int8": {"base.quantize": "int8-compute"},
     "optimizer in 8 bits": {"train.optimizer": "adamw8bit"},
     "W&B": {"train.trackers": "wandb"},
     "odd resolution": {"data.resolution": 100},

@@ -12,7 +12,7 @@ EVEN = TRAILING | {"prediction": "flow"}  # steps of one length, before the shif
 NO_CFG = {"guidance_max": 1.0}  # the guidance is distilled in, and CFG beside it burns
 FLUX_MU = ((256, 0.5), (4096, 1.15))
 FLUX = EVEN | NO_CFG | {"shift": math.exp(1.15), "mu_by_size": FLUX_MU}
-FAST_WAN = {"prediction": "flow", "points": 1000, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522), "mode": "stochastic"}
+FAST_WAN = {"prediction": "flow", "points": 1000, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522)} | NO_CFG
 WAN_LIST = {"prediction": "flow", "points": 1000, "shift": 5.0, "timesteps": (1000, 750, 500, 250)} | NO_CFG
 LTX2_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)
 FLUX2_TURBO = (1.0, 0.6509, 0.4374, 0.2932, 0.1893, 0.1108, 0.0495, 0.00031)
@@ -143,8 +143,7 @@ DIT_FILES = (
         "https://github.com/hao-ai-lab/FastVideo/blob/main/fastvideo/configs/pipelines/wan.py",
         ("wan2.1",),
         "dmd",
-        NO_CFG
-        | {"prediction": "flow", "points": 1000, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522), "mode": "stochastic"},
+        FAST_WAN | {"mode": "stochastic"},
     ),
     KnownFiles(
         r"\bz ?image fun lora distill (?P<steps>8) ?steps?\b",

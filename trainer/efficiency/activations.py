@@ -53,11 +53,18 @@ class Activations:
         return (sum(self.kept[path].values()) - sum(self.entered[path].values())) / max(1, self.flops[path])
 
 
+@dataclass(eq=False)
+class _Saved:
+    """A tensor as autograd's graph keeps it: gone with that part of the graph."""
+
+    tensor: Tensor
+
+
 def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activations:
     """Watch `run`, a forward pass through the network on the meta device, for what its backward pass would need."""
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    saved: dict[str, list[weakref.ref[_Saved]]] = {OUTSIDE: []}
     # the storages themselves, until the end: a number may come again once its storage is freed
-    kept: dict[str, dict[int, torch.UntypedStorage]] = {OUTSIDE: {}}
     entered: dict[str, dict[int, torch.UntypedStorage]] = {}
     flops: dict[str, int] = {}
     inside = [OUTSIDE]  # paths of the blocks that the pass is in, the innermost last
@@ -69,14 +76,15 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
         if storage._cdata not in weights:
             into[storage._cdata] = storage
 
-    def pack(tensor: Tensor) -> Tensor:
-        note(tensor, kept[inside[-1]])
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        held = _Saved(tensor)
+        saved[inside[-1]].append(weakref.ref(held))
+        return held
 
     def watch(path: str, block: nn.Module):
         def enter(_, args, kwargs) -> None:
             inside.append(path)
-            kept[path], entered[path], flops[path] = {}, {}, -done()
+            saved[path], entered[path], flops[path] = [], {}, -done()
             for tensor in (*args, *kwargs.values()):
                 if isinstance(tensor, Tensor) and tensor.ndim > 2:
                     note(tensor, entered[path])
@@ -88,11 +96,15 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
 
     handles = [handle for path, block in blocks_of(network).items() for handle in watch(path, block)]
     try:
-        with gpu, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            graph = run()  # held, so that every storage stays where it is
+        with gpu, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            graph = run()  # held, and with it what its backward pass needs
     finally:
         for handle in handles:
             handle.remove()
+    kept: dict[str, dict[int, torch.UntypedStorage]] = {path: {} for path in saved}
+    for path, references in saved.items():
+        for held in filter(None, (reference() for reference in references)):  # not of a part that was detached
+            note(held.tensor, kept[path])
     del graph
     return Activations(_sizes(kept), _sizes(entered), flops)
 

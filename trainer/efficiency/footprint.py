@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -182,10 +183,13 @@ def _student(
 ) -> tuple[Activations, int]:
     """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
     with a discriminator and without."""
-    network, *_ = _adapted(family, folder, dtype, rank, ranks, dora)
+    network, *_, trained = _adapted(family, folder, dtype, rank, ranks, dora)
     inputs = _inputs(family, folder, dtype, resolution)
     run = lambda: network(**inputs)  # noqa: E731
-    return kept_activations(network, run), most_bytes(run)
+    # a DoRA makes tensors as large as weights, which there are once for all samples, and not in the teacher's pass
+    with trained.off() if dora else nullcontext():
+        held = most_bytes(run)
+    return kept_activations(network, run), held
 
 
 def _frozen_blocks(network: nn.Module) -> dict[str, Frozen]:

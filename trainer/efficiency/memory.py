@@ -171,7 +171,7 @@ def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
     }
     if not (family.whole or train.shard):
         changes["train.offload=true"] = {"train": {"offload": True}}
-        if config.base.quantize is None:
+        if config.base.quantize is None and not config.lora.dora:
             changes["base.quantize=int8"] = {"base": {"quantize": "int8"}}
     half = train.batch_size // 2
     if train.batch_size % 2 == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,7 +52,16 @@ class Pair:
         if used.all() or not used.any():
             return self
         rank = int(used.sum())
-        return Pair(self.down[used], self.up[:, used], self.alpha * rank / self.rank, self.magnitude)
+        return replace(self, down=self.down[used], up=self.up[:, used], alpha=self.alpha * rank / self.rank)
+
+
+def check_sums(pairs: Iterable[Pair]) -> None:
+    """Raise ValueError for a DoRA's among pairs whose factors alone are to be added up, approximated or written."""
+    if any(pair.magnitude is not None for pair in pairs):
+        raise ValueError(
+            "A DoRA's magnitudes are in no sum of factors: what it adds hangs on the weights of its base. Bring it to "
+            "a plain LoRA first, see pcm extract."
+        )
 
 
 def in_16_bits(dtype: torch.dtype) -> torch.dtype:

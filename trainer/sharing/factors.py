@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lora.pair import Pair, in_16_bits
+from ..lora.pair import Pair, check_sums, in_16_bits
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:
@@ -27,6 +27,7 @@ def concatenated(pairs: Sequence[Pair]) -> Pair:
     Where all have one scale, alpha keeps it and the factors stay as they are; else each pair's factors take
     its scale in, and alpha is the rank.
     """
+    check_sums(pairs)
     if len(pairs) == 1:
         return pairs[0]
     dtype = torch.promote_types(widest(pairs), torch.float32)
@@ -55,6 +56,7 @@ def approximated(pair: Pair, choose: Callable[[Tensor], int]) -> Pair:
 
     choose: from the singular values, falling and at most as many as the rank, how many to keep.
     """
+    check_sums([pair])
     q_up, r_up = torch.linalg.qr(pair.up.flatten(1).double())
     q_down, r_down = torch.linalg.qr(pair.down.flatten(1).double().T)
     u, values, vh = torch.linalg.svd(pair.scale * r_up @ r_down.T, full_matrices=False)
@@ -74,7 +76,7 @@ def from_svd(u: Tensor, values: Tensor, vh: Tensor, rank: int, inner: Sequence[i
 
 def rounded(pair: Pair, dtype: torch.dtype) -> Pair:
     """The pair with its factors in this precision."""
-    return Pair(pair.down.to(dtype), pair.up.to(dtype), pair.alpha)
+    return replace(pair, down=pair.down.to(dtype), up=pair.up.to(dtype))
 
 
 def rank_for_error(values: Tensor, error: float) -> int:
@@ -85,6 +87,7 @@ def rank_for_error(values: Tensor, error: float) -> int:
 
 def energy(pairs: Sequence[Pair]) -> float:
     """||U D||_F^2 of the sum of what these pairs of one module add."""
+    check_sums(pairs)
     up = torch.cat([pair.scale * pair.up.flatten(1).double() for pair in pairs], 1)
     down = torch.cat([pair.down.flatten(1).double() for pair in pairs])
     # rounding may make the energy of what cancels a little negative

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from ...samplers.lora_file import PEFT_KEY, lora_file
 from ...samplers.recipe import HEADER_KEY
 from ...samplers.writing import check_header
 from ..lora.hashes import hashes
-from ..lora.pair import Pair, in_16_bits
+from ..lora.pair import Pair, check_sums, in_16_bits
 from ..system.files import write_tensors
 from .names import kohya_name
 
@@ -86,8 +86,10 @@ def write_lora(
 
     metadata: the header's entries; those that describe the tensors are made anew. Returns the number of
     modules whose alpha was worked into their weights: those of SD3 in diffusers' style with an alpha unlike
-    the rank. Raises ValueError for a header that `check_header` refuses, OSError where it cannot be written.
+    the rank. Raises ValueError for a header that `check_header` refuses and for a DoRA, OSError where it cannot be
+    written.
     """
+    check_sums(pairs.values())
     tensors: dict[str, Tensor] = {}
     worked_in = 0
     header = {k: v for k, v in metadata.items() if k not in (*HASHES, PEFT_KEY, "format")}
@@ -159,7 +161,7 @@ def _with_alpha(pair: Pair, alpha: float) -> Pair:
         return pair
     share = pair.alpha / alpha
     factor, sign = abs(share) ** 0.5, -1.0 if share < 0 else 1.0
-    return Pair(_times(pair.down, factor), _times(pair.up, sign * factor), alpha)
+    return replace(pair, down=_times(pair.down, factor), up=_times(pair.up, sign * factor), alpha=alpha)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

@@ -216,7 +216,8 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
     """The recipe of the LoRA in `lora.init`, or None for one that has none.
 
     Raises FileNotFoundError, or ValueError for a LoRA of another family, prediction or shift, for a greater rank than
-    the run's, and for one whose jumps end elsewhere.
+    the run's, for a DoRA where the run trains none or at another strength than 1, and for one whose jumps end
+    elsewhere.
     """
     header = header_of_family(Path(config.lora.init), base.family.name)
     check_plain(header, header.network, dora=True)
@@ -239,6 +240,11 @@ def check_start(config: Config, base: BaseFacts) -> Recipe | None:
         )
     if recipe is None:
         return None
+    if is_all_dora(header) and recipe.strength != 1:
+        raise ValueError(
+            f"{file} is a DoRA that is sampled at strength {recipe.strength:g}, and magnitudes have no such share to "
+            "go on from. Start from one that is sampled at strength 1, or from a plain LoRA."
+        )
 
     # a base that is still on the hub may predict what the LoRA was made for: its own files will tell
     comparable = recipe.source == "header" and not base.assumed

@@ -136,8 +136,9 @@ def _against_compiling(config: Config, device: torch.device) -> str:
     """Why blocks cannot be compiled here, or not to advantage; "" where nothing is against it."""
     if device.type != "cuda":
         return "it pays on a CUDA GPU alone"
-    if config.train.shard:
-        return "it does not go with train.shard"
+    others = {"train.shard": config.train.shard, "lora.dora": config.lora.dora}
+    if set_too := [name for name, value in others.items() if value]:
+        return f"it does not go with {set_too[0]}"
     capability = torch.cuda.get_device_capability(device)
     if capability < TRITON:
         needed, here = (".".join(map(str, pair)) for pair in (TRITON, capability))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import read_header
+from phased_consistency.samplers.recipe import HEADER_KEY
 from phased_consistency.trainer.efficiency.blocks import Offload, recompute
 from phased_consistency.trainer.efficiency.folding import fold_where_cheaper
 from phased_consistency.trainer.efficiency.half import run_in_half
@@ -211,6 +214,15 @@ def test_a_dora_goes_on_from_a_dora_or_from_a_lora(doras, tmp_path, pcm):
         plan(small_config(tmp_path / "no", lora__init=path))
 
 
+def test_a_dora_of_another_strength_is_no_start(doras, tmp_path):
+    header = read_header(path := doras["sd15"][1])
+    recipe = replace(Recipe.from_header(header.metadata[HEADER_KEY]), strength=0.5)
+    metadata = header.metadata | {HEADER_KEY: recipe.to_header()}
+    save_file(load_file(path), weak := tmp_path / "weak.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"is a DoRA that is sampled at strength 0\.5, and magnitudes have no"):
+        plan(small_config(tmp_path / "run", lora__init=weak, lora__dora="true"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -231,6 +243,13 @@ def test_the_dry_run_counts_the_magnitudes(tmp_path):
     rows = sum(p.numel() for name, p in adapter.named_parameters().items() if name.endswith("vector"))
     assert with_them["trained_parameters"] - without["trained_parameters"] == rows
     assert "a DoRA of rank 4" in with_them["text"] and "a LoRA of rank 4" in without["text"]
+
+
+def test_what_would_save_memory_is_nothing_that_it_does_not_go_with(tmp_path):
+    settings = {"base__path": "tiny-emoji", "data__resolution": 128, "objective__points": 100}
+    plans = (plan(small_config(tmp_path, **settings, lora__dora=dora)) for dora in ("false", "true"))
+    without, with_them = (set(facts["would_save_gib"]) for facts in plans)
+    assert without - with_them == {"base.quantize=int8"}, (without, with_them)
 
 
 def test_a_row_of_zeros_has_no_length_to_be_trained():

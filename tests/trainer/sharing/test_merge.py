@@ -10,12 +10,21 @@ from safetensors.torch import load_file, save_file
 from phased_consistency.samplers import Recipe
 from phased_consistency.samplers.lora_file import read_header, tensor_hash
 from phased_consistency.samplers.recipe import HEADER_KEY
+from phased_consistency.trainer.families.sd3 import SD3
+from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.lora.check import check_parity
 from phased_consistency.trainer.lora.install import install_by_diffusers, installed, load_for_check
 from phased_consistency.trainer.lora.pair import Pair
-from phased_consistency.trainer.sharing.factors import approximated, concatenated, energy, errors, rank_for_error
+from phased_consistency.trainer.sharing.factors import (
+    approximated,
+    concatenated,
+    energy,
+    errors,
+    rank_for_error,
+    rounded,
+)
 from phased_consistency.trainer.sharing.merge import merge
-from phased_consistency.trainer.sharing.pairs import MUST
+from phased_consistency.trainer.sharing.pairs import MUST, settled, write_lora
 from phased_consistency.trainer.sharing.read import read_lora
 from phased_consistency.trainer.sharing.resize import resize
 from support.runs import TINY
@@ -261,6 +270,27 @@ def test_the_verbs(pcm, two, tmp_path):
     assert [each["strength"] for each in report["merged"]] == [0.5, 1.0] and report["error"] < 1e-6
     text = pcm("resize", out, "--rank", "4", "--out", small).out
     assert "ranks up to 10 to ranks up to 4, 40 to 24 in all; relative error 0." in text
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pair, out: concatenated([pair]),
+        lambda pair, out: concatenated([replace(pair, magnitude=None), pair]),
+        lambda pair, out: approximated(pair, len),
+        lambda pair, out: errors({"a": [pair]}, {"a": pair}),
+        lambda pair, out: write_lora(out, SD15, {"unet.conv_in": pair}, {}),
+        lambda pair, out: write_lora(out, SD3, {"a": rounded(pair, torch.float16)}, {}),
+        lambda pair, out: write_lora(out, SD3, settled({"a": pair}, SD3), {}, style="kohya"),
+        lambda pair, out: write_lora(out, SD3, {"a": pair.without_unused_ranks()}, {}),
+    ],
+)
+def test_magnitudes_are_never_lost_on_the_way(use, tmp_path):
+    """No verb here reads a DoRA; whatever else brings one is told so."""
+    up = torch.randn(5, 3) * torch.tensor([1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="A DoRA's magnitudes are in no sum of factors"):
+        use(Pair(torch.randn(3, 4), up, 2.0, torch.ones(5)), tmp_path / "out.safetensors")
+    assert not any(tmp_path.iterdir())
 
 
 def test_closed_forms():

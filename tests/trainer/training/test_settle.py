@@ -201,6 +201,7 @@ def able(monkeypatch):
         (["base.quantize=fp8"], GPU, (7, 5), False, "off, base.quantize=fp8 needs a GPU of compute capability 8.9"),
         (["base.quantize=fp8"], GPU, (8, 9), True, "on, "),
         (["train.shard=true"], GPU, (8, 0), False, "off, it does not go with train.shard."),
+        (["lora.dora=true"], GPU, (8, 0), False, "off, it does not go with lora.dora."),
     ],
 )
 def test_blocks_are_compiled_where_that_can_pay(able, settings, device, capability, compiled, reason):

@@ -100,6 +100,12 @@ class Frontend:
         card = panel.get_by_test_id(f"template-workflow-{name}")
         card.wait_for()
         width = self._thumbnail(name)
+        self.open_card(card)
+        return width
+
+    def open_card(self, card: Locator) -> None:
+        """Open the template of this card."""
+        panel = self.page.get_by_role("dialog")
         self.page.evaluate("tests.leave()")
         card.click()
         try:
@@ -110,7 +116,6 @@ class Frontend:
             panel.wait_for(state="detached")
         self.page.wait_for_function("tests.arrived()")
         self.page.wait_for_timeout(COMPLAINING)
-        return width
 
     def _thumbnail(self, name: str) -> int:
         try:
@@ -275,7 +280,7 @@ class Frontend:
     def screenshot(self, name: str, crop: tuple[str, ...] = ()) -> None:
         """Write NAME.png into the folder $PCM_SCREENSHOTS, where that is set. crop: to nodes of these kinds."""
         if folder := os.environ.get("PCM_SCREENSHOTS"):
-            self.page.mouse.move(SIZE["width"] / 2, 2)
+            self.page.mouse.move(SIZE["width"] / 2, SIZE["height"] - 5)  # where nothing is shown beside the pointer
             self.page.wait_for_timeout(NOTICES)
             clip = self.page.evaluate("kinds => tests.area(kinds)", crop) if crop else None
             self.page.screenshot(path=Path(folder, f"{name}.png"), clip=clip)

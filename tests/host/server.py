@@ -8,10 +8,11 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from phased_consistency.trainer.system import comfyui as host
 from phased_consistency.trainer.system.comfyui import DIRECT
 from phased_consistency.trainer.system.comfyui import hosts as hosts
 from phased_consistency.trainer.system.comfyui import python_of as python_of
+from phased_consistency.trainer.tiny.comfy import write_files
 
 RUN_SECONDS = 240
 WARNING = "⚠ "  # before a line on a node that says what is wrong
@@ -201,3 +203,15 @@ def start(folder: Path, base: Path, models: Path, beside: Iterable[str] = BESIDE
             (nodes / name).symlink_to(folder / "custom_nodes" / name, target_is_directory=True)
     (base / "models").symlink_to(models, target_is_directory=True)
     return Server(folder, base)
+
+
+@contextmanager
+def demo_host() -> Iterator[Server]:
+    """The first host, with this pack and the demo's files alone, as `make comfy` sets it up."""
+    with TemporaryDirectory() as folder:
+        base = Path(folder)
+        (base / "custom_nodes").mkdir()
+        (base / "custom_nodes" / "phased-consistency").symlink_to(PACK, target_is_directory=True)
+        write_files(base)
+        with Server(hosts()[0], base) as server:
+            yield server

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from host.conftest import NO_HOST
 from host.server import hosts
 from host.stand_ins import make_small
 from phased_consistency.trainer.tiny.comfy import write_files
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Playwright
 
 # As root, as in a container, Chromium cannot have its sandbox; it sees our own server alone.
 OPTIONS = ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "disable-sync")
@@ -30,6 +33,12 @@ def find_browser() -> str | None:
     """Chromium's command: $CHROMIUM, else the first of its usual names on the path; None where there is none."""
     named = os.environ.get("CHROMIUM")
     return next(filter(None, map(shutil.which, [named] if named else COMMANDS)), None)
+
+
+def chromium(playwright: Playwright) -> Browser:
+    """A headless Chromium with an empty profile."""
+    options = [f"--{option}" for option in OPTIONS]
+    return playwright.chromium.launch(executable_path=find_browser(), args=options)
 
 
 def missing() -> str | None:
@@ -56,10 +65,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        options = [f"--{option}" for option in OPTIONS]
-        chromium = playwright.chromium.launch(executable_path=find_browser(), args=options)
-        yield chromium
-        chromium.close()
+        launched = chromium(playwright)
+        yield launched
+        launched.close()
 
 
 @pytest.fixture(scope="session")

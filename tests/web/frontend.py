@@ -100,6 +100,12 @@ class Frontend:
         card = panel.get_by_test_id(f"template-workflow-{name}")
         card.wait_for()
         width = self._thumbnail(name)
+        self.open_card(card)
+        return width
+
+    def open_card(self, card: Locator) -> None:
+        """Open the template of this card."""
+        panel = self.page.get_by_role("dialog")
         self.page.evaluate("tests.leave()")
         card.click()
         try:
@@ -110,7 +116,6 @@ class Frontend:
             panel.wait_for(state="detached")
         self.page.wait_for_function("tests.arrived()")
         self.page.wait_for_timeout(COMPLAINING)
-        return width
 
     def _thumbnail(self, name: str) -> int:
         try:
@@ -251,12 +256,29 @@ class Frontend:
         """Left, top, right and bottom of every node with its title, in the graph's pixels, by id and title."""
         return {name: tuple(place) for name, place in self.page.evaluate("tests.places()")}
 
+    def frames(self) -> dict[str, tuple[float, ...]]:
+        """Left, top, right and bottom of every group's frame, by its title."""
+        return {title: tuple(place) for title, place in self.page.evaluate("tests.frames()")}
+
     def zoom(self) -> float:
         return self.page.evaluate("app.canvas.ds.scale")
 
     def unread(self) -> int:
         """Pixels of the note's text that are below the note's end."""
         return self.page.evaluate("tests.unread()")
+
+    @contextmanager
+    def sized(self, width: int, height: int) -> Iterator[None]:
+        """The page in another size, with the whole open graph as large as it fits there; then as it was."""
+        view = self.page.evaluate("[app.canvas.ds.scale, [...app.canvas.ds.offset]]")
+        self.page.set_viewport_size({"width": width, "height": height})
+        try:
+            self.page.wait_for_timeout(COMPLAINING)
+            self.look_at(*self.page.evaluate("app.graph.nodes.map((node) => node.type)"))
+            yield
+        finally:
+            self.page.set_viewport_size(SIZE)
+            self.page.evaluate("([scale, offset]) => Object.assign(app.canvas.ds, { scale, offset })", view)
 
     @contextmanager
     def nodes_2(self) -> Iterator[None]:
@@ -275,7 +297,8 @@ class Frontend:
     def screenshot(self, name: str, crop: tuple[str, ...] = ()) -> None:
         """Write NAME.png into the folder $PCM_SCREENSHOTS, where that is set. crop: to nodes of these kinds."""
         if folder := os.environ.get("PCM_SCREENSHOTS"):
-            self.page.mouse.move(SIZE["width"] / 2, 2)
+            size = self.page.viewport_size
+            self.page.mouse.move(size["width"] / 2, size["height"] - 5)  # where nothing is shown beside the pointer
             self.page.wait_for_timeout(NOTICES)
             clip = self.page.evaluate("kinds => tests.area(kinds)", crop) if crop else None
             self.page.screenshot(path=Path(folder, f"{name}.png"), clip=clip)

@@ -91,6 +91,10 @@ window.tests = {
       return [name, [at(left, page.x, 0), at(top, page.y, 1), at(right, page.x, 0), at(bottom, page.y, 1)]];
     }),
 
+  // Where the frames of groups are, as places() has them.
+  frames: () =>
+    app.graph.groups.map(({ title, pos: [x, y], size: [width, height] }) => [title, [x, y, x + width, y + height]]),
+
   // Whether all nodes are elements of the page, as in Nodes 2.0.
   elements: () => document.querySelectorAll("[data-node-id]").length >= app.graph.nodes.length,
 
@@ -138,6 +142,8 @@ window.tests = {
     }
   },
 
+  clicks: 0, // of the mouse, since it was set to 0
+
   // What nodes show at every news of a run, after the page has dealt with it.
   moments: [],
   record() {
@@ -152,3 +158,4 @@ window.tests = {
   }),
   ended: () => tests.moments.some((moment) => moment.kind.startsWith("execution")),
 };
+addEventListener("pointerdown", () => tests.clicks++, true);

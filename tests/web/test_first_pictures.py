@@ -2,7 +2,7 @@
 
     PCM_SCREENSHOTS=FOLDER python -m pytest tests/web/test_first_pictures.py
 
-writes pictures of it; docs/web_demo.png and docs/web_warning.png are two of them.
+writes pictures of it; docs/web_warning.png is one of them.
 """
 
 from __future__ import annotations

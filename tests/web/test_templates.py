@@ -1,4 +1,4 @@
-"""Every shipped template, opened from the template browser on a page of 1440 x 900 and queued as it is.
+"""Every shipped template, opened from the template browser on a page of 1440 x 900, queued as it is, and seen larger.
 
     PCM_SCREENSHOTS=FOLDER python -m pytest tests/web/test_templates.py
 
@@ -20,6 +20,7 @@ from host.workflows import overlap, to_api
 from web.conftest import is_newer
 from web.frontend import Frontend
 
+LARGE = 1920, 1080  # a page of another size
 READ = 8 / 14  # the zoom below which ComfyUI leaves texts of 14 pixels out, as it is set at first
 
 
@@ -37,18 +38,40 @@ def test_a_template_opens_whole_and_runs(frontend, server, picture, path):
     ran = frontend.run()
     assert ran.error is None
     assert queued(ran.prompt) == graph
-    assert on_one_another(frontend) == []
-    frontend.screenshot(path.stem)
+    is_in_order(frontend, path.stem)
     if is_newer(server):
         with frontend.nodes_2():
-            assert on_one_another(frontend) == []
-            frontend.screenshot(f"{path.stem}_nodes_2")
+            is_in_order(frontend, f"{path.stem}_nodes_2")
+
+
+def is_in_order(frontend: Frontend, name: str) -> None:
+    """Nothing is hidden or sticks out after a run, and all can be read on a larger page too."""
+    assert on_one_another(frontend) == []
+    assert beyond_frames(frontend) == []
+    frontend.screenshot(name)
+    with frontend.sized(*LARGE):
+        assert frontend.zoom() >= READ
+        frontend.screenshot(f"{name}_large")
 
 
 def on_one_another(frontend: Frontend) -> list[tuple[str, str]]:
     """Pairs of nodes of which one hides a part of the other."""
     places = frontend.places().items()
     return [(a, b) for (a, at), (b, other) in combinations(places, 2) if overlap(at, other)]
+
+
+def beyond_frames(frontend: Frontend) -> list[tuple[str, str]]:
+    """Nodes that stick out of the frame of their group, and its title."""
+    frames, places = frontend.frames().items(), frontend.places().items()
+    return [(a, title) for a, at in places for title, frame in frames if begins_in(at, frame) and not within(at, frame)]
+
+
+def begins_in(box: tuple[float, ...], frame: tuple[float, ...]) -> bool:
+    return frame[0] <= box[0] <= frame[2] and frame[1] <= box[1] <= frame[3]
+
+
+def within(box: tuple[float, ...], frame: tuple[float, ...]) -> bool:
+    return begins_in(box, frame) and box[2] <= frame[2] and box[3] <= frame[3]
 
 
 def queued(prompt: dict) -> dict:

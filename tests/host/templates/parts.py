@@ -150,9 +150,9 @@ DEMO = Files(
 )
 
 
-def load_lora(model: Out, file: File) -> Node:
-    """Load PCM LoRA, with room for what it says."""
-    return Node("PCMLoadLora", 420, model=model, lora=file.name).of(*file.entries)
+def load_lora(model: Out, file: File, lines: int = 3) -> Node:
+    """Load PCM LoRA, with room for so many lines that it says."""
+    return Node("PCMLoadLora", 372 + 16 * lines, model=model, lora=file.name).of(*file.entries)
 
 
 def model_column(*nodes: Node, title: str = "Model", width: int = MODEL_WIDTH) -> Column:

@@ -90,7 +90,7 @@ def compare(name: str, kind: Files, prompt: str, note: str, steps: int, **sample
     links = {"positive": positive[0], "negative": negative[0], "latent_image": empty[0]}
     compared = Node("PCMCompare", 620, model=lora[0], recipe=lora[1], vae=base[2], seed=42, **links).fixed()
     title = f"{steps} steps without the LoRA"
-    slow = Node("KSampler", 400, title, model=base[0], seed=42, steps=steps, **links, **sampler).fixed()
+    slow = Node("KSampler", 540, title, model=base[0], seed=42, steps=steps, **links, **sampler).fixed()
     decoded = decode(slow, base[2])
     larger = enlarged(decoded[0], kind.times)
     shown = Node("PreviewImage", 300, images=(*larger, decoded)[0][0])
@@ -99,8 +99,8 @@ def compare(name: str, kind: Files, prompt: str, note: str, steps: int, **sample
         note,
         (
             model_column(base, lora),
-            Column(Group("Prompt and size", positive, negative, empty), Group("Without the LoRA", slow)),
-            Column(Group("Compare", compared), width=380),
+            Column(Group("Prompt", positive, negative), Group("Without the LoRA", slow)),
+            Column(Group("Size", empty), Group("Compare", compared), width=380),
             Column(
                 Group("Result", save(compared[0], 400)),
                 Group("Result without the LoRA", decoded, *larger, shown),

@@ -45,7 +45,7 @@ class Model:
         return Node("UNETLoader", 90, unet_name=file.name, weight_dtype="default").of(*file.entries)
 
     def lora(self, model: Out, i: int = 0) -> Node:
-        return load_lora(model, self.loras[i])
+        return load_lora(model, self.loras[i], lines=4)
 
     def clip(self) -> Node:
         names = [file.name for file in self.encoders]
@@ -227,12 +227,12 @@ whose, and which is where if they are swapped. The first leaves the memory befor
         "19_wan22_two_experts",
         note,
         (
-            model_column(networks[0], loras[0], title="High-noise model", width=480),
+            model_column(networks[0], loras[0], title="High-noise model", width=520),
             Column(
                 Group("Prompt", clip, positive, negative), Group("Low-noise model", networks[1], loras[1]), width=400
             ),
             Column(Group("Sample", empty, sampled), width=380),
-            Column(Group("Result", vae, decoded, saved), width=400),
+            Column(Group("Result", vae, decoded, saved), width=360),
         ),
     )
 

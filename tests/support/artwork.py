@@ -1,7 +1,8 @@
 """The pack's icon and banner for the registry: `python -m support.artwork` draws them into nodes/web.
 
 A probability flow from noise (left) to two kinds of pictures (right), and one trajectory of it cut into four phases and
-walked in four jumps from edge to edge. The flow is computed, not drawn by hand.
+walked in four jumps from edge to edge. The flow is computed, not drawn by hand. Below it the demo base's own pictures
+from the same noise, by its LoRA in four steps and by the base in forty.
 """
 
 from __future__ import annotations
@@ -14,8 +15,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
-FOLDER = Path(__file__).parents[2] / "nodes" / "web"
+from phased_consistency import load_base, sample
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "nodes" / "web"
+LORA = ROOT / "trainer" / "tiny" / "emoji" / "pcm_demo_emoji_4step.safetensors"
+PROMPTS = [
+    "a large fox face on a blue background",
+    "a large panda face on a yellow background",
+    "a big pear on a blue background",
+    "a large pizza on a gray background",
+    "a large cat face on a white background",
+]
+SEED = 0
 DPI = 100
 PHASES = 4
 COLOURS = ("#9a7bff", "#45a6ff", "#2fd8b6", "#ffc84d")
@@ -59,15 +73,13 @@ def draw_flow(axes: Axes, kinds: Kinds, around: np.ndarray, start: float, width:
     return edges
 
 
-def picture(s: float, side: int) -> np.ndarray:
-    """Hills under an evening sun, (side, side, 3), with the noise of level s."""
-    y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j]
-    image = np.array([0.98, 0.62, 0.42]) * y[..., None] + np.array([0.36, 0.30, 0.62]) * (1 - y[..., None])
-    image[(x - 0.62) ** 2 + (y - 0.42) ** 2 < 0.15**2] = (1.0, 0.86, 0.48)
-    image[y > 0.66 + 0.10 * np.sin(5.5 * x + 2.4)] = (0.23, 0.36, 0.46)
-    image[y > 0.80 + 0.08 * np.sin(4.2 * x + 0.2)] = (0.12, 0.22, 0.33)
-    noise = np.random.default_rng(0).normal(0.5, 0.28, image.shape)
-    return np.clip((1 - s) * image + s * noise, 0, 1)
+def rows() -> dict[str, list[Image.Image]]:
+    """The pictures of `PROMPTS`, by what is written beside them."""
+    base = load_base("tiny-emoji")
+    return {
+        "4 steps": sample(base, PROMPTS, lora=LORA, seed=SEED),
+        "40 steps": sample(base, PROMPTS, steps=40, guidance=4.0, seed=SEED),
+    }
 
 
 def page(width: int, height: int, radius: float) -> tuple[Figure, Axes]:
@@ -95,17 +107,19 @@ def icon() -> Figure:
 
 def banner() -> Figure:
     figure, axes = page(1260, 540, 0)
-    left, width, side = 0.50, 0.44, 82
-    lines = inset(figure, left, 0.36, width, 0.56, -2.0, 2.0)
-    edges = draw_flow(lines, (-1, 1), np.linspace(-2, 2, 13), 0.42, 9, 0.85)
-    for s, edge in zip(np.linspace(1, 0, PHASES + 1), edges, strict=True):
-        middle = 1260 * (left + width * edge[0])
-        box = (middle - side / 2, middle + side / 2, 60, 60 + side)
-        axes.imshow(picture(s, side), extent=box, aspect="auto", zorder=2)
+    left, width, side, gap = 650, 560, 100, 15
+    lines = inset(figure, left / 1260, 0.54, width / 1260, 0.38, -2.0, 2.0)
+    draw_flow(lines, (-1, 1), np.linspace(-2, 2, 13), 0.42, 8, 1.1)
+    for row, (words, pictures) in enumerate(rows().items()):
+        bottom = 155 - row * (side + gap)
+        axes.text(left - gap, bottom + side / 2, words, color=GREY, fontsize=15, ha="right", va="center")
+        for column, picture in enumerate(pictures):
+            x = left + column * (side + gap)
+            axes.imshow(picture, extent=(x, x + side, bottom, bottom + side), aspect="auto", zorder=2)
     axes.set(xlim=(0, 1260), ylim=(0, 540))
-    axes.text(70, 330, "Phased\nConsistency", color=WHITE, fontsize=52, fontweight="bold", va="center", linespacing=1.1)
-    axes.text(73, 196, "Few-step images in ComfyUI,", color=GREY, fontsize=21, va="center")
-    axes.text(73, 156, "from LoRAs you find or train", color=GREY, fontsize=21, va="center")
+    axes.text(70, 360, "Phased\nConsistency", color=WHITE, fontsize=50, fontweight="bold", va="center", linespacing=1.1)
+    axes.text(73, 226, "Few-step images in ComfyUI,", color=GREY, fontsize=21, va="center")
+    axes.text(73, 186, "from LoRAs you find or train", color=GREY, fontsize=21, va="center")
     return figure
 
 

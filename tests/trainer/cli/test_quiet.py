@@ -11,6 +11,7 @@ from phased_consistency.trainer.system import quiet
 from support.runs import settings
 
 OURS = re.compile(
+    r"Expected: about .*better\.|"
     r"Loading /.*\.|6 samples in .*, 0 left out\.|LoRA of rank 4, alpha 2 on \d+ modules\.|Time: .*%\.|"
     r"Measured at .*|None of the 6 samples is held out.*|Report: .*|"
     r"/.*safetensors: 0 keys unmatched of .*|Caching (teacher's latents|prompts): \d+ of \d+\.|"
@@ -41,7 +42,7 @@ def run_settings(folder: Path) -> list[str]:
 def test_the_command_line_says_its_own_lines_alone(tmp_path):
     lines = stderr_of("-m", "phased_consistency.trainer", "train", *run_settings(tmp_path / "run"))
     assert [line for line in lines if not OURS.fullmatch(line.strip())] == []
-    assert lines[0].startswith("Loading ") and len(lines) >= 8
+    assert lines[0].startswith("Expected: ") and lines[1].startswith("Loading ") and len(lines) >= 9
 
 
 def test_a_program_of_one_s_own_hears_nothing(tmp_path):

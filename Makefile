@@ -7,8 +7,8 @@ VENV ?= .venv
 RESOLUTION ?= highest
 PYTEST_ARGS ?=
 GPU_ARGS ?=
-# tests that run at a time, on one thread each: one more than there are cores, since those in a browser mostly wait
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
+# tests that run at a time, on one thread each; as many as there are cores
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

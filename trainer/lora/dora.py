@@ -26,6 +26,11 @@ def by_row(vector: Tensor, weight: Tensor) -> Tensor:
     return vector.reshape(-1, *[1] * (weight.ndim - 1))
 
 
+def at_lengths(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """A weight (out, in, *kernel) whose rows are brought to these lengths, in any shape of (out) numbers."""
+    return by_row(magnitude.to(weight).flatten() / lengths(weight), weight) * weight
+
+
 def is_dora(layer: LoraLayer, name: str) -> bool:
     """Whether adapter `name` has magnitudes in this layer."""
     return name in layer.lora_magnitude_vector

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .dora import by_row, lengths
+from .dora import at_lengths
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pair:
         if self.magnitude is None:
             return added
         whole = weight.float() + added
-        return by_row(self.magnitude.to(whole) / lengths(whole), whole) * whole - weight.float()
+        return at_lengths(whole, self.magnitude) - weight.float()
 
     def without_unused_ranks(self) -> Pair:
         """The same without the ranks whose part of up is 0; as it is where all of it is."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..families import Base
 from ..families.generate import probe
 from .adapter import NAME, Adapter
-from .dora import by_row, is_dora, lengths, sum_of
+from .dora import at_lengths, is_dora, sum_of
 from .install import install_by_diffusers
 
 RELOADED = "selftest"  # what the file is called in the network while it is tried
@@ -105,9 +105,8 @@ def _added(layer: LoraLayer, name: str) -> Tensor:
         return layer.get_delta_weight(name).float()
     weight = sum_of(layer, name)
     dtype = layer.lora_magnitude_vector[RELOADED].weight.dtype if is_dora(layer, RELOADED) else torch.float32
-    magnitude = layer.lora_magnitude_vector[name].weight.to(dtype).float()
-    at_length = by_row(magnitude.flatten() / lengths(weight), weight) * weight
-    return at_length - layer.get_base_layer().weight.to(weight.device).float()
+    magnitude = layer.lora_magnitude_vector[name].weight.to(dtype)
+    return at_lengths(weight, magnitude) - layer.get_base_layer().weight.to(weight.device).float()
 
 
 def _rms(x: Tensor) -> float:

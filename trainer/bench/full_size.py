@@ -123,7 +123,7 @@ def _made(config: Config, base: Base, batch: Batch, ledger: Ledger) -> tuple[Upd
     """The parts of a run as `Run` makes them, as far as an update goes."""
     processes = Processes.start(config.base.dtype)
     lora = config.lora
-    adapter = learner(base.network, type(base), lora.rank, lora.alpha, config.train.seed, lora.ranks, bool(lora.dora))
+    adapter = learner(base.network, type(base), lora.rank, lora.alpha, config.train.seed, lora.ranks, lora.dora)
     on_gpu = lambda *shape: torch.zeros(shape, device=GPU)  # noqa: E731
     null = {name: row for name, row in base.dummy_condition(base.network.config, on_gpu).items() if name != "time_ids"}
     critic = Critic(config, base, adapter) if config.objective.matching else None

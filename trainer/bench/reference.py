@@ -70,7 +70,7 @@ class Reference:
             lora.alpha,
             train.seed,
             ranks=lora.ranks,
-            dora=bool(lora.dora),
+            dora=lora.dora,
         )
         if train.gradient_checkpointing:
             self.student.network.enable_gradient_checkpointing()

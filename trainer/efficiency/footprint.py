@@ -78,7 +78,7 @@ def footprint(config: Config, family: type[Base]) -> Footprint:
         resolution=config.data.resolution,
         rank=config.lora.rank,
         ranks=_ranks(config),
-        dora=bool(config.lora.dora),
+        dora=config.lora.dora,
         heads_width=config.adversarial.width if config.adversarial.weight else 0,
     )
 
@@ -94,7 +94,7 @@ def check_network(config: Config, family: type[Base]) -> None:
 def trained_parameters(config: Config, family: type[Base]) -> list[nn.Parameter]:
     """What a run's student trains, by shape alone (meta device). Raises ValueError as `check_network`."""
     folder, lora = family.config_folder(config.base.path, config.base.config), config.lora
-    *_, trained = _adapted(family, folder, config.base.dtype, lora.rank, _ranks(config), bool(lora.dora))
+    *_, trained = _adapted(family, folder, config.base.dtype, lora.rank, _ranks(config), lora.dora)
     return trained.parameters()
 
 
@@ -123,7 +123,7 @@ def _measure(
     resolution: int,
     rank: int,
     ranks: Ranks,
-    dora: bool,
+    dora: bool | None,
     heads_width: int,
 ) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
@@ -165,7 +165,7 @@ def _network(family: type[Base], folder: Path, dtype: str) -> nn.Module:
 
 @lru_cache(maxsize=2)
 def _adapted(
-    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks, dora: bool
+    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks, dora: bool | None
 ) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
     """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
     network = _network(family, folder, dtype)
@@ -179,7 +179,7 @@ def _adapted(
 
 @lru_cache(maxsize=8)
 def _student(
-    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks, dora: bool
+    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks, dora: bool | None
 ) -> tuple[Activations, int]:
     """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
     with a discriminator and without."""

@@ -126,12 +126,12 @@ class Adapter(Learner):
         seed: int,
         name: str = NAME,
         ranks: Mapping[str, int] | None = None,
-        dora: bool = False,
+        dora: bool | None = None,
     ):
         self.network = network
         self.rank = rank
         self.ranks = dict(ranks or {})
-        self.dora = dora
+        self.dora = bool(dora)
         self.alpha = alpha
         self.name = name
         self.is_off = False
@@ -313,7 +313,7 @@ def learner(
     alpha: float,
     seed: int,
     ranks: Mapping[str, int] | None = None,
-    dora: bool = False,
+    dora: bool | None = None,
 ) -> Learner:
     """All of a family's network, or a LoRA on it (see `Adapter`), to be trained."""
     if family.whole:

@@ -11,13 +11,17 @@ from ..config.config import Config
 from ..families import Base, BaseFacts
 from .captions import chosen
 from .folders import Folder
+from .prompts import prompts_of
 from .tags import Tags
 
 COUNTED = 10_000  # pictures of which every caption is made to be counted; of more, as many of them, evenly spaced
 
 
-def count_captions(folder: Folder, config: Config) -> int:
-    """How many different captions a run encodes of these pictures: each variant of each of those that it may draw."""
+def count_captions(folder: Folder | None, config: Config) -> int:
+    """How many different captions a run encodes: each variant of each of these pictures' that it may draw, or without
+    pictures its prompts."""
+    if folder is None:
+        return len(set(prompts_of(config)))
     data, pictures = config.data, folder.pictures
     step = max(1, -(-len(pictures) // COUNTED))
     seen = pictures[::step]

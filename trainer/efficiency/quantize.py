@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...samplers import jump
 from ..families import Base, Condition
 from ..lora.adapter import Learner
+from ..system.machine import lacking_capability
 from .blocks import blocks_of
 from .products import WIDTHS, fits, product
 
@@ -80,8 +81,8 @@ def check_products(format: str, dtype: str, device: torch.device) -> None:
     if device.type not in ("cuda", "cpu") or (device.type == "cuda" and torch.version.hip):
         kind = "an AMD GPU" if device.type == "cuda" else device.type
         raise ValueError(f"base.quantize={format} is for NVIDIA GPUs, and this run is on {kind}. Set {instead}.")
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < needed:
-        wanted, here = (".".join(map(str, pair)) for pair in (needed, capability))
+    if device.type == "cuda" and (lack := lacking_capability(device, needed)):
+        wanted, here = lack
         raise ValueError(
             f"base.quantize={format} needs a GPU of compute capability {wanted} or later for products in {stored}, and "
             f"this one has {here}. Set {instead}."

@@ -89,6 +89,14 @@ def unseen_gpu() -> str:
     )
 
 
+def lacking_capability(device: torch.device, needed: tuple[int, int]) -> tuple[str, str] | None:
+    """The compute capability that is needed and the one of this GPU, as people write them, where its own is less."""
+    there = torch.cuda.get_device_capability(device)
+    if there >= needed:
+        return None
+    return ".".join(map(str, needed)), ".".join(map(str, there))
+
+
 def let_segments_grow() -> None:
     """Have CUDA's memory taken in segments that grow, so that batches of several sizes leave no holes in it.
 

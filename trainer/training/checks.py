@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from ..config.config import Config
 from ..config.presets import PRESETS
 from ..data.buckets import buckets_for
 from ..data.captions import chosen
+from ..data.folders import Folder
 from ..data.prompts import prompts_of
 from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
-from ..data.size import count_captions
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
 from ..efficiency.blocks import check_compiler
@@ -37,7 +38,7 @@ from ..lora.merged import check_merged
 from ..lora.recipe import recipe_for
 from ..objectives import OBJECTIVES
 from ..reporting.trackers import available
-from ..system.machine import NO_BF16, native_bf16, unseen_gpu
+from ..system.machine import NO_BF16, lacking_capability, native_bf16, unseen_gpu
 from ..tiny.digits import NAME as DIGITS
 from .batches import Split
 from .checkpoint import Facts, agreed_changes, latest_facts
@@ -49,11 +50,11 @@ FP8_KERNELS = (8, 9)  # the compute capability from which Triton makes kernels i
 @dataclass(frozen=True)
 class Samples:
     """What a run learns from. number: how many there are, None where they are counted when they are cached; source:
-    where they come from, for people; captions: how many different ones are encoded, None as for the number."""
+    where they come from, for people; folder: of pictures, where they are in one."""
 
     number: int | None
     source: str
-    captions: int | None
+    folder: Folder | None = None
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,8 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
     if config.base.quantize:
         check_products(config.base.quantize, config.base.dtype, device)
     if config.lora.dora:
-        _check_dora(config)
+        # its magnitudes are of whole weights as they are, at hand, and have no strength for compiled code to switch off
+        _check_alone(config, "lora.dora", ("base.quantize", "train.compile", "train.shard"))
     if train.shard:
         _check_shard(config, processes)
         if config.objective.matching:
@@ -306,36 +308,24 @@ def fp8_problem(config: Config, device: torch.device) -> str:
     """Why an fp8 base's blocks cannot be compiled on this device; "" where they can, or the base is none."""
     if storage(config.base.quantize or "") != "fp8" or device.type != "cuda":
         return ""
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= FP8_KERNELS:
+    lack = lacking_capability(device, FP8_KERNELS)
+    if lack is None:
         return ""
-    needed, here = (".".join(map(str, pair)) for pair in (FP8_KERNELS, capability))
+    needed, here = lack
     return (
         f"base.quantize={config.base.quantize} needs a GPU of compute capability {needed} (Ada) or later, and this one "
         f"has {here}: Triton makes no fp8 kernels for it"
     )
 
 
-def _check_dora(config: Config) -> None:
-    """A DoRA's magnitudes are of the base's weights as they are, whole and at hand, and its adapter has no strength by
-    which compiled code could switch it off."""
-    others = {
-        "base.quantize": config.base.quantize,
-        "train.compile": config.train.compile,
-        "train.shard": config.train.shard,
-    }
-    if set_too := [name for name, value in others.items() if value]:
-        raise ValueError(f"lora.dora does not go with {' or '.join(set_too)}: leave one of them out.")
+def _check_alone(config: Config, setting: str, others: Sequence[str]) -> None:
+    """Raise ValueError where one of these other settings is on beside this one, which does not go with it."""
+    if set_too := [key for key in others if attrgetter(key)(config)]:
+        raise ValueError(f"{setting} does not go with {' or '.join(set_too)}: leave one of them out.")
 
 
 def _check_shard(config: Config, processes: int) -> None:
-    others = {
-        "base.quantize": config.base.quantize,
-        "train.offload": config.train.offload,
-        "train.compile": config.train.compile,
-    }
-    if set_too := [name for name, value in others.items() if value]:
-        raise ValueError(f"train.shard does not go with {' or '.join(set_too)}: leave one of them out.")
+    _check_alone(config, "train.shard", ("base.quantize", "train.offload", "train.compile"))
     if processes == 1:
         raise ValueError(
             "train.shard=true shares the frozen weights among processes, and there is one. Start several with "
@@ -363,16 +353,15 @@ def _check_data(config: Config, base: BaseFacts) -> Samples:
         family.check_prompts(config.base.path, captions)
         left_out = "; ".join([f"{len(skipped)} left out", *notes])
         source = f"{len(pictures)} pictures with captions from {data.images}, {left_out}"
-        return Samples(len(pictures), source, count_captions(folder, config))
-    prompts = prompts_of(config)
-    number, different = len(prompts), len(set(prompts))
+        return Samples(len(pictures), source, folder)
+    number = len(prompts_of(config))
     if config.objective.matching:
-        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures", different)
+        return Samples(number, f"{number} prompts; what the student draws of them stands in for pictures")
     source = (
         f"{data.count} latents that the teacher makes from {number} prompts "
         f"({data.teacher_steps} DDIM steps, CFG {data.teacher_guidance:g})"
     )
-    return Samples(data.count, source, different)
+    return Samples(data.count, source)
 
 
 def _check_shards(config: Config) -> Samples:
@@ -384,4 +373,4 @@ def _check_shards(config: Config) -> Samples:
         bad += [f"{shard}: {problem}" for shard in here if (problem := check_end(shard))]
     stop_or_skip(bad, data.skip_bad, f"{len(bad)} of the {len(shards)} shards in data.shards cannot be read")
     source = f"{len(shards)} shards, {len(bad)} left out; their samples are counted when they are cached"
-    return Samples(None, source, None)
+    return Samples(None, source)

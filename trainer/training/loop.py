@@ -23,12 +23,11 @@ from ..system.stopping import Stopper
 from .batches import Split
 from .checkpoint import State, check_same_base, load_latest_state
 from .checks import Checked, check_run, notes_on_device, split_of
-from .duration import expected_duration
 from .failure import RunFailed, RunStopped, what_is_kept
 from .lora_init import start_from
 from .optimizers import lr_factor
 from .outputs import Outputs
-from .plan import NO_TIME, measurements, short_of_space
+from .plan import duration, duration_text, short_of_space
 from .settle import settle
 from .setup import facts_of, fill_cache, make_batches, make_engine, open_base, open_journal
 from .spread import collapse
@@ -98,15 +97,10 @@ class Run:
         self.stopper = stopper or Stopper(self.say)
 
         # The gate first: a run that cannot be, or may not go on, has read nothing, cached nothing, written nothing.
-        device = self.processes.accelerator.device
-        checked = check_run(config, device, self.processes.count, accept_changes)
-        for note in notes_on_device(config, device):
-            self.say(note)
-        self.changes, self.expected = checked.changes, None
+        checked = check_run(config, self.processes.accelerator.device, self.processes.count, accept_changes)
+        self.changes = checked.changes
         self.journal = open_journal(config, self.processes, self.say)
-        if self.processes.first:
-            self._tell_settings()
-            self.expected = self._expect(checked)
+        self.expected = self._tell(checked)
 
         # The base, and at once its hash: a cache of another base would take hours before it turned out useless.
         with reporter.stage("loading the base"):
@@ -120,7 +114,7 @@ class Run:
         # What is trained. `lora.init` overwrites its first weights, and a checkpoint, further down, overwrites both.
         lora = config.lora
         self.adapter = learner(
-            self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks, bool(lora.dora)
+            self.base.network, type(self.base), lora.rank, lora.alpha, config.train.seed, lora.ranks, lora.dora
         )
         self.say(self.adapter.sentence())
         if lora.init:
@@ -314,22 +308,25 @@ class Run:
                 self.outputs.save_best(self.step)
         self.processes.wait()  # for the first one, longer than an update waits for it
 
-    def _expect(self, checked: Checked) -> float | None:
-        """Say how long the run may take, and return the seconds of all its updates; None where that is not known."""
-        device = self.processes.accelerator.device
-        measuring = measurements(self.config, checked)["share_of_training"]
-        step = checked.newest[0] if checked.newest else 0
-        expected = expected_duration(self.config, checked.base.family, device, measuring, step)
-        self.say(f"Expected: {expected.sentence(device) if expected else NO_TIME}")
-        return expected and expected.seconds - expected.caching
+    def _tell(self, checked: Checked) -> float | None:
+        """What a run says before it reads anything: of the device, of settings that have changed on the way, and how
+        long it may take. The first process writes down the settings that decide the weights.
 
-    def _tell_settings(self) -> None:
-        """Write down the settings that decide the weights, and say which of them have changed on the way."""
+        Returns the seconds that all its updates are expected to take; None where that is not known.
+        """
+        device = self.processes.accelerator.device
+        for note in notes_on_device(self.config, device):
+            self.say(note)
+        if not self.processes.first:
+            return None
         settings = self.config.what_decides_the_weights()
         write_text(self.folder / "config.json", json.dumps(settings, indent=2) + "\n")
         for change in self.changes:
             lines = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in change["changed"].items())
             self.say(f"Changed after update {change['step']}: {lines}.")
+        expected = duration(self.config, checked, device)
+        self.say(f"Expected: {duration_text(expected, device)}")
+        return expected and expected.seconds - expected.caching
 
     def _facts(self) -> dict[str, Any]:
         """What every checkpoint of this start holds beside the state: by it the next start knows the run again."""

@@ -7,9 +7,11 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ..config.config import Config
 from ..data.held_out import most_held_out
-from ..data.size import cache_bytes
+from ..data.size import cache_bytes, count_captions
 from ..efficiency.memory import ADAMW_BYTES, OPTIMIZER_BYTES, estimate_memory, switches
 from ..families import Base
 from ..families.base import DTYPES
@@ -17,12 +19,10 @@ from ..lora.adapter import rank_text
 from ..objectives import Objective
 from ..system.machine import GIB, best_device
 from .checks import Checked, check_run, notes_on_device
-from .duration import expected_duration, passes_of_sample
+from .duration import Duration, expected_duration, passes_of_sample
 from .settle import SETTLED, settle
 from .state import Trained
 from .validation import passes_of
-
-NO_TIME = "not estimated: the GPU has no memory free to measure its speed in."
 
 
 def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
@@ -41,11 +41,9 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
     train = config.train
     seen = train.steps * train.batch_size * train.accumulation
     passes = passes_of_sample(config)
-    validation = measurements(config, checked)
-    time = expected_duration(
-        config, family, device, validation["share_of_training"], checked.newest[0] if checked.newest else 0
-    )
-    cached = {} if samples.number is None else cache_bytes(config, checked.base, samples.number, samples.captions)
+    time = duration(config, checked, device)
+    captions = None if samples.number is None else count_captions(samples.folder, config)
+    cached = {} if captions is None else cache_bytes(config, checked.base, samples.number, captions)
     bytes_each = 4 if family.whole else DTYPES[config.lora.dtype].itemsize
     facts = {
         "base": config.base.path,
@@ -56,7 +54,7 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
         "samples_seen": seen,
         "passes_over_the_data": round(seen / samples.number, 1) if samples.number else None,
         "forward_passes_per_sample": passes.number,
-        "validation": validation,
+        "validation": _measurements(config, checked),
         "expected": asdict(time) if time else None,
         "lora_modules": memory["lora_modules"],
         "trained_parameters": memory["trained_parameters"],
@@ -69,14 +67,25 @@ def plan(config: Config, accept_changes: bool = False) -> dict[str, Any]:
             *notes_on_device(config, device),
             *_cache_note(config, sum(cached.values())),
         ],
-        "captions": samples.captions,
+        "captions": captions,
         "cache_gib": {what: round(size / GIB, 3) for what, size in cached.items()},
         "memory_gib": memory["gib"],
         "blocks_computed_again": memory["blocks_computed_again"],
         "would_save_gib": dict(saving),
     }
-    sentence = time.sentence(device) if time else NO_TIME
-    return facts | {"text": _text(config, checked, facts, sentence)}
+    return facts | {"text": _text(config, checked, facts, duration_text(time, device))}
+
+
+def duration(config: Config, checked: Checked, device: torch.device) -> Duration | None:
+    """How long what is left of the run may take, with what it measures on its way; None as `expected_duration`."""
+    measuring = _measurements(config, checked)["share_of_training"]
+    step = checked.newest[0] if checked.newest else 0
+    return expected_duration(config, checked.base.family, device, measuring, step)
+
+
+def duration_text(time: Duration | None, device: torch.device) -> str:
+    """The sentence on it, and where it is not known on that."""
+    return time.sentence(device) if time else "not estimated: the GPU has no memory free to measure its speed in."
 
 
 def _text(config: Config, checked: Checked, facts: dict[str, Any], time: str) -> str:
@@ -142,7 +151,7 @@ def _summary(objective: Objective) -> str:
     return " ".join(objective.__doc__.split("\n\n")[0].split()).rstrip(".")
 
 
-def measurements(config: Config, checked: Checked) -> dict[str, Any]:
+def _measurements(config: Config, checked: Checked) -> dict[str, Any]:
     """How often a run is measured, on how many held-out samples, and what that takes; a backward pass counts as two."""
     passes = passes_of_sample(config).number
     train, settings, number = config.train, config.validation, checked.samples.number

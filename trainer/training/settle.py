@@ -12,7 +12,7 @@ from ..config.sections import AUTO
 from ..efficiency.blocks import compiler_problem
 from ..efficiency.memory import advice, fitting_batch, limit_bytes, switches
 from ..families import look_at_base
-from ..system.machine import GIB
+from ..system.machine import GIB, lacking_capability
 from ..system.processes import Processes
 from .checkpoint import latest_facts
 from .checks import fp8_problem
@@ -139,8 +139,7 @@ def _against_compiling(config: Config, device: torch.device) -> str:
     others = {"train.shard": config.train.shard, "lora.dora": config.lora.dora}
     if set_too := [name for name, value in others.items() if value]:
         return f"it does not go with {set_too[0]}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON:
-        needed, here = (".".join(map(str, pair)) for pair in (TRITON, capability))
+    if lack := lacking_capability(device, TRITON):
+        needed, here = lack
         return f"Triton needs a GPU of compute capability {needed}, and this one has {here}"
     return fp8_problem(config, device) or compiler_problem(device)

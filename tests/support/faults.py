@@ -1,4 +1,4 @@
-"""What docs/robustness.md says of a fault, and a run that ends with it."""
+"""What docs/robustness.md says of a fault, a run that ends with it, and the same run taken up again."""
 
 import re
 from functools import cache
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from phased_consistency.trainer.training.loop import RunFailed, train
+from support.runs import Notes, sha256
 
 DOC = Path(__file__).parents[2] / "docs" / "robustness.md"
 
@@ -30,3 +31,27 @@ def fails(config, fault, reporter=None, error=RunFailed, **how):
         train(config, reporter, **how)
     assert row(fault).search(str(raised.value)), f"said: {raised.value}"
     assert not list(config.run_folder.rglob("*.part"))
+
+
+def steps_kept(config):
+    return [int(p.stem.split("-")[1]) for p in sorted(config.run_folder.glob("checkpoints/*.safetensors"))]
+
+
+def goes_on(config, whole, **how):
+    """The same command ends the run, in the same bytes as if nothing had been."""
+    notes = Notes()
+    assert sha256(train(config, notes, **how)) == sha256(whole)
+    return notes
+
+
+class Acting(Notes):
+    """Does something after an update, by its number."""
+
+    def __init__(self, **acts):
+        super().__init__()
+        self.acts = {int(name.removeprefix("after_")): act for name, act in acts.items()}
+
+    def update(self, status):
+        super().update(status)
+        if status.step in self.acts:
+            self.acts[status.step]()

@@ -17,31 +17,17 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from phased_consistency.samplers.lora_file import read_header
-from phased_consistency.trainer.system import stopping
 from phased_consistency.trainer.training import loop, outputs, plan
 from phased_consistency.trainer.training import setup as parts
 from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.engine import Engine
 from phased_consistency.trainer.training.loop import train
 from phased_consistency.trainer.training.previews import Previews
-from support.faults import fails, row, rows
+from support.faults import Acting, fails, goes_on, row, rows, steps_kept
 from support.runs import Notes, metadata, sha256, small_config
 
 resource = pytest.importorskip("resource", reason="limits files where there is POSIX")
 SETTINGS = {"train__steps": 6, "train__ema": 0.9, "train__lr_schedule": "cosine"}
-
-
-class Acting(Notes):
-    """Does something after an update, by its number."""
-
-    def __init__(self, **acts):
-        super().__init__()
-        self.acts = {int(name.removeprefix("after_")): act for name, act in acts.items()}
-
-    def update(self, status):
-        super().update(status)
-        if status.step in self.acts:
-            self.acts[status.step]()
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +49,6 @@ def partly(whole, config):
     shutil.copytree(whole.parent / "checkpoints", config.run_folder / "checkpoints")
     (config.run_folder / "checkpoints" / "step-0000006.safetensors").unlink()
     return config
-
-
-def steps_kept(config):
-    return [int(p.stem.split("-")[1]) for p in sorted(config.run_folder.glob("checkpoints/*.safetensors"))]
-
-
-def goes_on(config, whole, **how):
-    """The same command ends the run, in the same bytes as if nothing had been."""
-    notes = Notes()
-    assert sha256(train(config, notes, **how)) == sha256(whole)
-    return notes
 
 
 def limited(size):
@@ -264,21 +239,19 @@ def test_numbers_that_are_not_finite(fault, config, whole, monkeypatch):
     goes_on(config, whole)
 
 
-def test_too_little_memory(config, whole, monkeypatch):
-    def step(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+
+def test_too_little_memory(config, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", step)
+        patch.setattr(Engine, "step", full)
         fails(config, "memory runs out")
     assert steps_kept(config) == []
     assert goes_on(config, whole).steps[0] == 1
 
 
 def test_too_little_memory_while_caching(config, whole, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fill_cache", full)
         fails(config, "memory runs out")
@@ -354,18 +327,6 @@ def test_a_signal_while_a_checkpoint_is_saved(fault, times, kept, config, whole,
         fails(config, fault)
     assert steps_kept(config) == kept
     goes_on(config, whole)
-
-
-def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch):
-    """The terminal's Ctrl-C comes to each process, and from the launcher again."""
-    said = []
-    with stopping.Stopper(said.append, launched=True) as stopper, stopper.saving("Stopping."):
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
-        assert stopper.stop_requested and len(said) == 1
-        monkeypatch.setattr(stopping, "PASSED_ON", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_before_the_first_update(config, whole, monkeypatch):

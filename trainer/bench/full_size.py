@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...samplers import FlowSchedule, VPSchedule
 from ..config.config import Config
 from ..efficiency.prepare import prepare
-from ..families import Base, Condition, look_at_base
+from ..families import Base, BaseFacts, Condition, look_at_base
 from ..families.base import DTYPES
 from ..lora.adapter import learner
 from ..objectives import Levels
@@ -55,8 +55,10 @@ def counted(config: Config) -> dict[str, Any]:
     "passes": how many such passes an update has. Every sample is one whose target takes a pass, where the objective
     has such samples.
     """
-    base = _base(config)
-    rows = base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(config.train.batch_size, *rest))
+    facts = look_at_base(config.base.path, **config.base.reading())
+    base = _base(config, facts)
+    size = config.train.batch_size
+    rows = base.dummy_condition(base.network.config, lambda _, *rest: torch.zeros(size, *rest), facts.tokens)
     batch = batch_of(config, base, rows, torch.zeros)
     ledger = Ledger()
     # in one thread: those of autograd would not have the modes of this block
@@ -67,7 +69,7 @@ def counted(config: Config) -> dict[str, Any]:
         torch.autograd.set_multithreading_enabled(False),
     ):
         _to_gpu(base)
-        updater, trained, notes = _made(config, base, batch.pinned(), ledger)
+        updater, trained, notes = _made(config, base, facts.tokens, batch.pinned(), ledger)
         trained.optimizer.optimizer.step()  # makes the moments
         ledger.clear()
         resident = ledger.now
@@ -76,9 +78,8 @@ def counted(config: Config) -> dict[str, Any]:
     return {"passes": config.train.accumulation, "resident": resident, "notes": notes, **ledger.report()}
 
 
-def _base(config: Config) -> Base:
+def _base(config: Config, facts: BaseFacts) -> Base:
     """The base, with a network on the meta device and without encoders, which are gone when a run trains."""
-    facts = look_at_base(config.base.path, **config.base.reading())
     kind, zero_snr = facts.family, facts.zero_terminal_snr
     folder = kind.config_folder(config.base.path, config.base.config)
     with torch.device("meta"):
@@ -119,13 +120,16 @@ def batch_of(config: Config, base: Base, condition: Condition, make: Callable[..
     )
 
 
-def _made(config: Config, base: Base, batch: Batch, ledger: Ledger) -> tuple[Updater, Trained, list[str]]:
+def _made(
+    config: Config, base: Base, tokens: int | None, batch: Batch, ledger: Ledger
+) -> tuple[Updater, Trained, list[str]]:
     """The parts of a run as `Run` makes them, as far as an update goes."""
     processes = Processes.start(config.base.dtype)
     lora = config.lora
     adapter = learner(base.network, type(base), lora.rank, lora.alpha, config.train.seed, lora.ranks, lora.dora)
     on_gpu = lambda *shape: torch.zeros(shape, device=GPU)  # noqa: E731
-    null = {name: row for name, row in base.dummy_condition(base.network.config, on_gpu).items() if name != "time_ids"}
+    null = base.dummy_condition(base.network.config, on_gpu, tokens)
+    null.pop("time_ids", None)
     critic = Critic(config, base, adapter) if config.objective.matching else None
     notes = prepare(config, base, adapter, None)
     engine = assemble(config, base, adapter, null, critic, LedgerClock(ledger))

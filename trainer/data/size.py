@@ -41,12 +41,9 @@ def cache_bytes(config: Config, base: BaseFacts, samples: int, captions: int) ->
     elif config.data.has_pictures and _has_spread(config, base.family):
         latent *= 2  # of a picture the mean and its spread
 
-    condition = base.family.dummy_condition(network, lambda *shape: torch.empty(shape, device="meta"))
-    encoding = 0
-    for name, row in condition.items():
-        if name != "time_ids":  # which are the picture's
-            tokens = base.tokens if row.ndim == 3 else 1
-            encoding += 2 * tokens * row.shape[-1] if row.ndim > 1 else 2
+    condition = base.family.dummy_condition(network, lambda *shape: torch.empty(shape, device="meta"), base.tokens)
+    condition.pop("time_ids", None)  # which are the picture's
+    encoding = 2 * sum(row.numel() for row in condition.values())
     return {"latents": samples * latent, "encodings": (captions + 1) * encoding}
 
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from ..config.config import Config
-from ..families import Base
+from ..families import Base, look_at_base
 from ..families.base import DTYPES, outputs_of
 from ..lora.adapter import Learner, learner
 from ..objectives.discriminator import Discriminator
@@ -26,7 +26,6 @@ from .half import add_in_one_product
 from .quantize import ROW_BYTES, quantizable, storage
 
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-Ranks = tuple[tuple[str, int], ...]  # `lora.ranks`, as what is cached can be asked for by it
 
 
 @dataclass(frozen=True)
@@ -68,38 +67,71 @@ class Footprint:
     decoding: int
 
 
+@dataclass(frozen=True)
+class CountedPass:
+    """Whose pass is counted: a network of this family and dtype (a key of `DTYPES`) by the config in a folder, with one
+    square picture and a prompt of so many tokens, None where it is told no words."""
+
+    family: type[Base]
+    folder: Path
+    dtype: str
+    resolution: int
+    tokens: int | None
+
+    @classmethod
+    def of(cls, config: Config, family: type[Base]) -> CountedPass:
+        """The pass of a run's network. Raises what `look_at_base` raises."""
+        folder = family.config_folder(config.base.path, config.base.config)
+        tokens = look_at_base(config.base.path, **config.base.reading()).tokens
+        return cls(family, folder, config.base.dtype, config.data.resolution, tokens)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the network is called with, without memory. Raises ValueError for a resolution that it cannot take."""
+        config = _network_config(self.family, self.folder)
+        return self.family.dummy_inputs(config, self.resolution, _maker(DTYPES[self.dtype]), self.tokens)
+
+    def network(self) -> nn.Module:
+        """The network without weights, frozen."""
+        with torch.device("meta"):
+            network = self.family.network_class.from_config(_read(self.folder / self.family.component))
+        return network.to(DTYPES[self.dtype]).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """The settings of `lora` that its size hangs on."""
+
+    rank: int
+    ranks: tuple[tuple[str, int], ...]
+    dora: bool | None
+
+    @classmethod
+    def of(cls, config: Config) -> Adapting:
+        lora = config.lora
+        return cls(lora.rank, tuple((lora.ranks or {}).items()), lora.dora)
+
+
 def footprint(config: Config, family: type[Base]) -> Footprint:
     """The sizes of this configuration's networks, worked out once for all the switches that are tried on them."""
     return _measure(
-        family,
-        family.config_folder(config.base.path, config.base.config),
-        dtype=config.base.dtype,
+        CountedPass.of(config, family),
+        Adapting.of(config),
         t5=config.base.t5 is not False,
-        resolution=config.data.resolution,
-        rank=config.lora.rank,
-        ranks=_ranks(config),
-        dora=config.lora.dora,
         heads_width=config.adversarial.width if config.adversarial.weight else 0,
     )
 
 
 def check_network(config: Config, family: type[Base]) -> None:
     """Raise ValueError for a resolution that the network cannot take, and for lora.ranks that find no module of it."""
-    folder = family.config_folder(config.base.path, config.base.config)
-    _inputs(family, folder, config.base.dtype, config.data.resolution)
+    CountedPass.of(config, family).inputs()
     if config.lora.ranks and not family.whole:
         trained_parameters(config, family)
 
 
 def trained_parameters(config: Config, family: type[Base]) -> list[nn.Parameter]:
     """What a run's student trains, by shape alone (meta device). Raises ValueError as `check_network`."""
-    folder, lora = family.config_folder(config.base.path, config.base.config), config.lora
-    *_, trained = _adapted(family, folder, config.base.dtype, lora.rank, _ranks(config), lora.dora)
+    *_, trained = _adapted(CountedPass.of(config, family), Adapting.of(config))
     return trained.parameters()
-
-
-def _ranks(config: Config) -> Ranks:
-    return tuple((config.lora.ranks or {}).items())
 
 
 @lru_cache(maxsize=8)
@@ -109,30 +141,15 @@ def _network_config(family: type[Base], folder: Path) -> Any:
         return family.network_class.from_config(_read(folder / family.component)).config
 
 
-def _inputs(family: type[Base], folder: Path, dtype: str, resolution: int) -> dict[str, Any]:
-    """What the network is called with, without memory. Raises ValueError for a resolution that it cannot take."""
-    return family.dummy_inputs(_network_config(family, folder), resolution, _maker(DTYPES[dtype]))
-
-
 @lru_cache(maxsize=8)
-def _measure(
-    family: type[Base],
-    folder: Path,
-    dtype: str,
-    t5: bool,
-    resolution: int,
-    rank: int,
-    ranks: Ranks,
-    dora: bool | None,
-    heads_width: int,
-) -> Footprint:
+def _measure(counted: CountedPass, adapting: Adapting, t5: bool, heads_width: int) -> Footprint:
     # first of all: a resolution that the network cannot take needs no network to be refused
-    inputs = _inputs(family, folder, dtype, resolution)
-    network, parameters, blocks, trained = _adapted(family, folder, dtype, rank, ranks, dora)
-    activations, pass_bytes = _student(family, folder, dtype, resolution, rank, ranks, dora)
+    inputs, family = counted.inputs(), counted.family
+    network, parameters, blocks, trained = _adapted(counted, adapting)
+    activations, pass_bytes = _student(counted, adapting)
     channels, features = _features(family, network, trained, inputs) if heads_width else ([], None)
     heads = Discriminator(channels, heads_width, seed=0).parameters() if heads_width else []
-    vae, text, encoding, decoding = _encoders(family, folder, t5, resolution)
+    vae, text, encoding, decoding = _encoders(family, counted.folder, t5, counted.resolution)
     return Footprint(
         parameters=parameters,
         blocks=blocks,
@@ -149,45 +166,27 @@ def _measure(
     )
 
 
-def network_and_inputs(
-    family: type[Base], folder: Path, dtype: str, resolution: int
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A network without weights, and what it is called with for one sample. Raises ValueError as `check_network`."""
-    inputs = _inputs(family, folder, dtype, resolution)
-    return _network(family, folder, dtype), inputs
-
-
-def _network(family: type[Base], folder: Path, dtype: str) -> nn.Module:
-    with torch.device("meta"):
-        network = family.network_class.from_config(_read(folder / family.component)).to(DTYPES[dtype])
-    return network.requires_grad_(False)
-
-
 @lru_cache(maxsize=2)
-def _adapted(
-    family: type[Base], folder: Path, dtype: str, rank: int, ranks: Ranks, dora: bool | None
-) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
+def _adapted(counted: CountedPass, adapting: Adapting) -> tuple[nn.Module, int, dict[str, Frozen], Learner]:
     """A network without weights; its parameters and its blocks, counted before an adapter is in it; what is trained."""
-    network = _network(family, folder, dtype)
+    network, family, rank = counted.network(), counted.family, adapting.rank
     parameters, blocks = sum(p.numel() for p in network.parameters()), _frozen_blocks(network)
     with torch.device("meta"):
-        trained = learner(network, family, rank, rank, seed=0, ranks=dict(ranks), dora=dora)
+        trained = learner(network, family, rank, rank, seed=0, ranks=dict(adapting.ranks), dora=adapting.dora)
     if not family.whole and network.dtype != torch.float32:
         add_in_one_product(trained)  # a run has autocast off, too, which the meta device does not know
     return network, parameters, blocks, trained
 
 
 @lru_cache(maxsize=8)
-def _student(
-    family: type[Base], folder: Path, dtype: str, resolution: int, rank: int, ranks: Ranks, dora: bool | None
-) -> tuple[Activations, int]:
+def _student(counted: CountedPass, adapting: Adapting) -> tuple[Activations, int]:
     """What autograd keeps of the student's pass with one sample, and what a pass without gradients holds: the same
     with a discriminator and without."""
-    network, *_, trained = _adapted(family, folder, dtype, rank, ranks, dora)
-    inputs = _inputs(family, folder, dtype, resolution)
+    network, *_, trained = _adapted(counted, adapting)
+    inputs = counted.inputs()
     run = lambda: network(**inputs)  # noqa: E731
     # a DoRA makes tensors as large as weights, which there are once for all samples, and not in the teacher's pass
-    with trained.off() if dora else nullcontext():
+    with trained.off() if adapting.dora else nullcontext():
         held = most_bytes(run)
     return kept_activations(network, run), held
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,7 @@ from ..config.config import Config
 from ..families import Base
 from ..families.base import DTYPES, outputs_of
 from .activations import AsOnGPU, Operations
-from .footprint import network_and_inputs
+from .footprint import CountedPass
 
 # What of a device's speed in large products updates are taken to reach, the rest of it lost in copies and small
 # operations. On a GPU an assumption: from the bytes that full-size updates move (docs/measurements/speed.md), at 55 %
@@ -51,17 +50,16 @@ def work_of(config: Config, family: type[Base], features: bool = False) -> Work:
 
     Takes up to a second with a network of full size. Raises ValueError for a resolution that it cannot take.
     """
-    folder = family.config_folder(config.base.path, config.base.config)
-    return _count(family, folder, config.base.dtype, config.data.resolution, features)
+    return _count(CountedPass.of(config, family), features)
 
 
 @lru_cache(maxsize=32)
-def _count(family: type[Base], folder: Path, dtype: str, resolution: int, features: bool) -> Work:
-    network, inputs = network_and_inputs(family, folder, dtype, resolution)
+def _count(counted: CountedPass, features: bool) -> Work:
+    inputs, network = counted.inputs(), counted.network()
     counter, gpu = Operations(), AsOnGPU()
     run = lambda: network(**inputs)  # noqa: E731
     with torch.no_grad(), gpu, counter:
-        outputs_of(family.feature_blocks(network), run) if features else run()
+        outputs_of(counted.family.feature_blocks(network), run) if features else run()
     return Work(counter.flops, gpu.attention_flops, counter.launches)
 
 

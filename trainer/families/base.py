@@ -318,13 +318,19 @@ class Base(ABC):
 
     @staticmethod
     @abstractmethod
-    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
-        """The condition of one sample, every tensor (1, ...) by `make(*shape)`."""
+    def dummy_condition(network_config, make: Callable[..., Tensor], tokens: int | None = None) -> Condition:
+        """The condition of one sample, every tensor (1, ...) by `make(*shape)`. tokens: of a prompt's encoding (see
+        `BaseFacts`), by default the most that the family's usual encoders give."""
 
     @classmethod
     @abstractmethod
-    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
-        """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`."""
+    def dummy_inputs(
+        cls, network_config, resolution: int, make: Callable[..., Tensor], tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the network's forward for one sample of a square picture, every tensor by `make(*shape)`.
+
+        tokens: as in `dummy_condition`.
+        """
 
     @classmethod
     def network_config(cls, path: str, config: str | None) -> Any:

@@ -144,11 +144,13 @@ class Pixels(Base):
         return network_config.in_channels, resolution // PATCH, resolution // PATCH
 
     @staticmethod
-    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+    def dummy_condition(network_config, make: Callable[..., Tensor], tokens: int | None = None) -> Condition:
         return {"label": make(1)}
 
     @classmethod
-    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_inputs(
+        cls, network_config, resolution: int, make: Callable[..., Tensor], tokens: int | None = None
+    ) -> dict[str, Any]:
         sample = make(1, *cls.latent_shape_of(network_config, resolution))
         label = cls.dummy_condition(network_config, make)["label"]
         return {"sample": sample, "timestep": make(1), "class_labels": label.long()}

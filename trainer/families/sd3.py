@@ -273,16 +273,17 @@ class SD3(Base):
         return network_config.in_channels, resolution // 8, resolution // 8
 
     @staticmethod
-    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
-        tokens = 77 + T5_LENGTH
+    def dummy_condition(network_config, make: Callable[..., Tensor], tokens: int | None = None) -> Condition:
         return {
-            "hidden": make(1, tokens, network_config.joint_attention_dim),
+            "hidden": make(1, tokens or TOKENS + T5_LENGTH, network_config.joint_attention_dim),
             "pooled": make(1, network_config.pooled_projection_dim),
         }
 
     @classmethod
-    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
-        condition = cls.dummy_condition(network_config, make)
+    def dummy_inputs(
+        cls, network_config, resolution: int, make: Callable[..., Tensor], tokens: int | None = None
+    ) -> dict[str, Any]:
+        condition = cls.dummy_condition(network_config, make, tokens)
         return {
             "hidden_states": make(1, *cls.latent_shape_of(network_config, resolution)),
             "encoder_hidden_states": condition["hidden"],

@@ -62,12 +62,17 @@ class SDXL(UNetBase):
         return {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": sizes.float()}
 
     @staticmethod
-    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
+    def dummy_condition(network_config, make: Callable[..., Tensor], tokens: int | None = None) -> Condition:
         pooled = network_config.projection_class_embeddings_input_dim - 6 * network_config.addition_time_embed_dim
-        return UNetBase.dummy_condition(network_config, make) | {"pooled": make(1, pooled), "time_ids": make(1, 6)}
+        return UNetBase.dummy_condition(network_config, make, tokens) | {
+            "pooled": make(1, pooled),
+            "time_ids": make(1, 6),
+        }
 
     @classmethod
-    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
-        condition = cls.dummy_condition(network_config, make)
+    def dummy_inputs(
+        cls, network_config, resolution: int, make: Callable[..., Tensor], tokens: int | None = None
+    ) -> dict[str, Any]:
+        condition = cls.dummy_condition(network_config, make, tokens)
         added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
-        return super().dummy_inputs(network_config, resolution, make) | {"added_cond_kwargs": added}
+        return super().dummy_inputs(network_config, resolution, make, tokens) | {"added_cond_kwargs": added}

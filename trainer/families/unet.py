@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...samplers import VPSchedule
 from . import prediction as predictions
-from .base import Base, BaseFacts, Condition, side_multiple
+from .base import TOKENS, Base, BaseFacts, Condition, side_multiple
 from .clip import clip_tokenizers
 from .loading import check_weights, is_hub_id, is_single_file
 from .unet_loading import TextEncoder, find_folder, find_in_file, folder_parts, single_file_parts, weights_of
@@ -180,15 +180,17 @@ class UNetBase(Base):
         return network_config.in_channels, resolution // 8, resolution // 8
 
     @staticmethod
-    def dummy_condition(network_config, make: Callable[..., Tensor]) -> Condition:
-        return {"hidden": make(1, 77, network_config.cross_attention_dim)}
+    def dummy_condition(network_config, make: Callable[..., Tensor], tokens: int | None = None) -> Condition:
+        return {"hidden": make(1, tokens or TOKENS, network_config.cross_attention_dim)}
 
     @classmethod
-    def dummy_inputs(cls, network_config, resolution: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def dummy_inputs(
+        cls, network_config, resolution: int, make: Callable[..., Tensor], tokens: int | None = None
+    ) -> dict[str, Any]:
         return {
             "sample": make(1, *cls.latent_shape_of(network_config, resolution)),
             "timestep": make(1),
-            "encoder_hidden_states": cls.dummy_condition(network_config, make)["hidden"],
+            "encoder_hidden_states": cls.dummy_condition(network_config, make, tokens)["hidden"],
         }
 
     @staticmethod

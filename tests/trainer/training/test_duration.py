@@ -7,8 +7,9 @@ import torch
 
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.efficiency import work
+from phased_consistency.trainer.efficiency.footprint import CountedPass
 from phased_consistency.trainer.efficiency.work import Work, product_speed, work_of
-from phased_consistency.trainer.families import look_at_base
+from phased_consistency.trainer.families import load_base, look_at_base
 from phased_consistency.trainer.families.sd15 import SD15
 from phased_consistency.trainer.reporting.log import read_log
 from phased_consistency.trainer.reporting.progress import roughly
@@ -47,6 +48,16 @@ def test_operations_are_those_of_full_size_updates(settings):
     family = look_at_base(config.base.path, **config.base.reading()).family
     tera = config.train.batch_size * flops_of_sample(config, family) / 1e12
     assert COUNTED[settings] * 0.92 < tera < COUNTED[settings]
+
+
+@pytest.mark.parametrize(("path", "prompt"), [("tiny-sd15", "a red star"), ("tiny-sdxl", ""), ("tiny-emoji", "a fox")])
+def test_a_pass_is_told_as_many_tokens_as_the_base_encodes(path, prompt):
+    """An SD3 without T5 fewer than one with it."""
+    base = load_base(path)
+    config = load_config(overrides=[f"base.path={path}", "data.resolution=64"])
+    counted = CountedPass.of(config, type(base)).inputs()
+    assert counted["encoder_hidden_states"].shape == base.encode_prompts([prompt])["hidden"].shape
+    assert counted["encoder_hidden_states"].shape[1] == base.facts.tokens
 
 
 def test_a_backward_pass_computes_attention_anew_and_goes_to_weights_that_are_trained():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, TimeoutError
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, TimeoutError, expect
 
 SECONDS = 120  # to wait for anything: a busy machine draws a frame a second
 SIZE = {"width": 1440, "height": 900}
@@ -26,7 +26,7 @@ SETTINGS = {  # no greeting at the first start; text on nodes at any zoom; nothi
 COMPLAINING, NOTICES, PICTURE, OPENING = 500, 6000, 15000, 30000
 MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph that the page's bars are over
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
-COMPLAINTS = "[role=dialog], [data-testid=error-overlay]"
+COMPLAINTS = ":is([role=dialog], [data-testid=error-overlay])"
 TABS = ".workflow-tabs"
 TEXTS = ".dom-widget:visible, .lg-node-widget:visible"  # texts on nodes, and those in Nodes 2.0
 OURS = re.compile("PCM|phased-consistency")
@@ -88,7 +88,7 @@ class Frontend:
         """The template browser, open at this pack's templates."""
         panel = self.page.get_by_role("dialog")
         if panel.count():  # which a test that failed has left open
-            self.page.keyboard.press("Escape")
+            self.dismiss()
         self.page.locator(SIDEBAR).get_by_role("button", name="Templates").first.click()
         panel.get_by_text("phased-consistency", exact=True).first.click()
         return panel
@@ -165,6 +165,11 @@ class Frontend:
         """What the page says of missing nodes, missing files and refused graphs."""
         return self.page.locator(COMPLAINTS).all_inner_texts()
 
+    def dismiss(self) -> None:
+        """Close the dialog in which an older page tells of a failure; newer ones have none to be closed."""
+        self.page.keyboard.press("Escape")
+        expect(self.page.get_by_role("dialog")).to_have_count(0, timeout=SECONDS * 1000)
+
     def unknown_nodes(self) -> list[str]:
         """Kinds of nodes in the graph that this ComfyUI does not have."""
         return self.page.evaluate("tests.unknown()")
@@ -179,7 +184,7 @@ class Frontend:
 
     def run(self, then: Callable[[], None] | None = None) -> PageRun:
         """Press Run, and wait until the graph has ended or the page complains. then: what is done once it is queued."""
-        self.page.evaluate("() => { tests.moments.length = 0; }")
+        self.page.evaluate("complaints => tests.start(complaints)", COMPLAINTS)
         button = self.page.get_by_test_id("queue-button")
         if then is None:
             button.click()
@@ -187,7 +192,8 @@ class Frontend:
             with self.page.expect_response(re.compile("/prompt$")):
                 button.click()
             then()
-        self.page.wait_for_function(f"tests.ended() || document.querySelector('{COMPLAINTS}')")
+        complaints = f"{COMPLAINTS}:not([data-earlier])"
+        self.page.wait_for_function(f"tests.ended() || document.querySelector('{complaints}')")
         moments = self.page.evaluate("tests.moments")
         ended = next((moment for moment in moments if moment["kind"].startswith("execution")), {})
         progress = defaultdict(list)

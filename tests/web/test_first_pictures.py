@@ -74,7 +74,7 @@ def test_the_template_browser_shows_our_templates(frontend):
     # older frontends add more on scrolling
     assert visible == [f"template-workflow-{path.stem}" for path in WORKFLOWS][: len(visible)]
     frontend.screenshot("templates")
-    frontend.page.keyboard.press("Escape")
+    frontend.dismiss()
 
 
 def test_a_node_that_is_cached_says_what_it_did(newer, demo):

@@ -32,11 +32,6 @@ def test_a_first_visit_takes_few_clicks(frontend):
         text.click()
         text.fill(prompt)
 
-    def dismiss() -> None:
-        """Close the dialog in which ComfyUI 0.3.64 tells of a failure; newer ones have no dialog to be closed."""
-        frontend.page.keyboard.press("Escape")
-        frontend.page.get_by_role("dialog").wait_for(state="hidden")
-
     step("open the template 00_demo", lambda: frontend.open_template("00_demo"))
     assert step("run it: four pictures", frontend.run).error is None
     step("write another prompt", lambda: write("a large fox on a blue background"))
@@ -44,13 +39,13 @@ def test_a_first_visit_takes_few_clicks(frontend):
 
     step("a mistake: a word that the base does not know", lambda: write("a purple dinosaur on a white background"))
     assert "The base does not draw 'purple dinosaur'. Nearest are: " in step("run: a sentence", frontend.run).error
-    dismiss()
+    frontend.dismiss()
     step("mend it", lambda: write("a large panda on a blue background"))
     assert step("run the mended prompt", frontend.run).error is None
 
     step("a mistake: an edge of 512", lambda: frontend.set("EmptySD3LatentImage", "width", 512))
     assert "draws at most 256 on an edge" in step("run: a sentence", frontend.run).error
-    dismiss()
+    frontend.dismiss()
     step("mend it", lambda: frontend.set("EmptySD3LatentImage", "width", 128))
     assert step("run with the mended edge", frontend.run).error is None
 

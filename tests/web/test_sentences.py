@@ -87,14 +87,14 @@ def test_a_node_that_fails_says_why_in_place_of_what_it_said_before(view, demo):
     assert prompt[0].startswith("⚠ The base does not draw 'purple dinosaur'. Nearest are: ")
     assert prompt[1].startswith("⚠ The base has no ground 'red'. It has white, black, ") and len(prompt) == 2
     demo.screenshot(f"words_{view}")
-    demo.page.keyboard.press("Escape")
+    demo.dismiss()
 
     demo.give("PCMDemoPrompt", text="a fox")
     assert demo.run().error
     assert demo.lines("PCMDemoPrompt") == ["Only for the checkpoint pcm_demo_emoji."]
     (edge,) = demo.lines("PCMSample")
     assert edge.startswith("⚠ 512 x 128 pixels are too many: this SD3 model draws at most 256 on an edge.")
-    demo.page.keyboard.press("Escape")
+    demo.dismiss()
 
     demo.give("EmptySD3LatentImage", width=128)
     assert demo.run().error is None
@@ -109,7 +109,7 @@ def test_a_node_without_words_says_why_it_failed_until_the_next_run(frontend):
     assert frontend.lines("PCMSampler") == [
         "⚠ PCM Sampler has the mode 'from recipe' but no recipe: connect that of Load PCM LoRA, or choose another mode."
     ]
-    frontend.page.keyboard.press("Escape")
+    frontend.dismiss()
     frontend.give("PCMSampler", mode="stochastic")
     assert frontend.run().error is None
     assert frontend.texts() == {}
@@ -120,7 +120,7 @@ def test_a_node_that_the_host_refuses_drops_its_sentence(demo):
     demo.give("PCMSample", steps=101)
     assert demo.run().error
     assert demo.lines("PCMSample")[0].startswith("⚠ Value 101 bigger than max of 100")
-    demo.page.keyboard.press("Escape")
+    demo.dismiss()
 
 
 def test_warnings_are_seen_in_app_mode(newer, demo):

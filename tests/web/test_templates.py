@@ -91,4 +91,4 @@ def test_a_template_that_lacks_something_is_noticed(frontend, wrong):
     frontend.load(copy.deepcopy(graph))
     assert frontend.unknown_nodes() == ([wrong] if wrong == "PCMNoSuchNode" else [])
     assert frontend.complaints() or frontend.run().error
-    frontend.page.keyboard.press("Escape")
+    frontend.dismiss()

@@ -1,11 +1,13 @@
 """Nodes for the host tests alone: copied into the temporary custom_nodes, never part of the pack."""
 
 import copy
+import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -298,6 +300,67 @@ class TestClockStop:
         return {"ui": {"all": _since(clock["start"]), "network": clock["network"]}}
 
 
+class TestByHand:
+    """A LoRA for which core has no patch, added by its definition to the weights as the layers have them, in fp32."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "add", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "lora": ("STRING", {}), "strength": ("FLOAT", {"default": 1.0})}}
+
+    def add(self, model, lora, strength):
+        import comfy.lora
+        import folder_paths
+        from comfy.model_management import unload_all_models
+
+        unload_all_models()  # of a clone that was sampled with its own LoRA the shared weights have that in them
+        path = folder_paths.get_full_path_or_raise("loras", lora)
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            settings = json.loads(file.metadata().get("lora_adapter_metadata", "{}"))
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        parts = {}
+        for name, tensor in tensors.items():
+            module, _, part = name.removesuffix(".weight").rpartition(".")
+            parts.setdefault(f"lora_unet_{module.removeprefix('unet.').replace('.', '_')}", {})[part] = tensor
+        if not settings:  # names of kohya's, which end in .weight and .on_input
+            parts = {}
+            for name, tensor in tensors.items():
+                module, _, part = name.rpartition(".")
+                parts.setdefault(module, {})[part] = tensor
+        scale = settings.get("unet.lora_alpha", 1) / settings.get("unet.r", 1)
+        patches = {
+            keys[module]: (_added(_weight(model.model, keys[module]), scale, **p),) for module, p in parts.items()
+        }
+        patched = model.clone()
+        assert set(patched.add_patches(patches, strength)) == set(patches)
+        return (patched,)
+
+
+def _weight(model, key):
+    """A weight in fp32, widened by the host, or by the layer itself where another pack keeps it."""
+    import comfy.utils
+    from comfy.model_patcher import get_key_weight
+
+    layer = comfy.utils.get_attr(model, key.removesuffix(".weight"))
+    if hasattr(layer, "get_weight"):
+        return layer.get_weight(layer.weight, torch.float32)
+    weight, _, widen = get_key_weight(model, key)
+    weight = weight.to(torch.float32, copy=True)
+    return widen(weight, inplace=True) if widen else weight
+
+
+def _added(w, scale, lora_A=None, lora_B=None, lora_magnitude_vector=None, weight=None, on_input=None):
+    """What is added to W: of PEFT's DoRA m (W + s B A) / |W + s B A| - W by rows, of IA3 a share of rows or columns."""
+    if weight is not None:
+        return w * (weight if on_input else weight[:, None])
+    whole = w + scale * (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(w)
+    lengths = whole.flatten(1).norm(dim=1)
+    # in this order, whose last digits decide between two neighbours where a weight is rounded to 8 bits again
+    return whole * (lora_magnitude_vector.flatten() / lengths).view(-1, *[1] * (w.ndim - 1)) - w
+
+
 def _now():
     return [time.perf_counter(), time.thread_time()]
 
@@ -318,5 +381,5 @@ KINDS = (
     TestVAE,
 )
 KINDS += (TestCount, TestAlive, TestOffload, TestUnload)
-KINDS += (TestClock, TestClockStop)
+KINDS += (TestClock, TestClockStop, TestByHand)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in KINDS}

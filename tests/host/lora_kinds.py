@@ -24,10 +24,11 @@ Tensors = dict[str, Tensor]
 
 
 class Kind(NamedTuple):
-    """A file's tensors and PEFT entry, and the tensors of the file that says the same to ComfyUI's loader."""
+    """A file's tensors and PEFT entry, and the tensors of the file that says the same to ComfyUI's loader; None for one
+    of `NOT_IN_CORE`."""
 
     tensors: Tensors
-    core: Tensors
+    core: Tensors | None
     peft: dict | None = None
 
 
@@ -51,11 +52,6 @@ class Random:
         """(out,), near the norms of the weight's rows."""
         norms = self.weight(module).detach().flatten(1).norm(dim=1)
         return norms * (1 + self(len(norms)))
-
-    def grown(self, module: str, pair: tuple[Tensor, Tensor]) -> Tensor:
-        """(out,) the length of each row of the weight, as a share of its length with this pair in it."""
-        weight = self.weight(module).detach().flatten(1)
-        return weight.norm(dim=1) / (weight + SCALE * pair[1].flatten(1) @ pair[0].flatten(1)).norm(dim=1)
 
 
 def named(module: str, parts: Tensors) -> Tensors:
@@ -91,6 +87,9 @@ NAMES = (
 )
 
 
+NOT_IN_CORE = ("PEFT DoRA", "IA3")  # for which ComfyUI has no patch
+
+
 def kinds(network: nn.Module) -> dict[str, Kind]:
     """Every kind by its name."""
     random = Random(network)
@@ -121,17 +120,8 @@ def kinds(network: nn.Module) -> dict[str, Kind]:
     found = {name: Kind(tensors, tensors) for name, tensors in whole.items()}
     found["PEFT"] = Kind(_peft(pairs), kohya, adapter)
     found["PEFT with an adapter's name"] = Kind(_peft(pairs, ".default_0"), kohya, adapter)
-    # PEFT's magnitudes are what rows come to; the host multiplies by its own over the rows' lengths in the base
-    of_host = {m: random.grown(m, pair) * magnitudes[m] for m, pair in pairs.items()}
-    found["PEFT DoRA"] = Kind(
-        {k: v for m, pair in pairs.items() for k, v in peft(m, pair, lora_magnitude_vector=in_peft[m]).items()},
-        {
-            k: v
-            for m, pair in pairs.items()
-            for k, v in named(m, plain(pair, dora_scale=of_host[m].view_as(rows[m]))).items()
-        },
-        adapter,
-    )
+    magnitude = {k: v for m, pair in pairs.items() for k, v in peft(m, pair, lora_magnitude_vector=in_peft[m]).items()}
+    found["PEFT DoRA"] = Kind(magnitude, None, adapter)
     found["PEFT bias"] = Kind(
         peft(LINEAR[3], pairs[LINEAR[3]], lora_B__bias=bias),
         named(LINEAR[3], plain(pairs[LINEAR[3]], diff_b=SCALE * bias)),
@@ -139,12 +129,10 @@ def kinds(network: nn.Module) -> dict[str, Kind]:
     )
     found["kohya with dots"] = Kind({k.replace("attn1_", "attn1."): v for k, v in kohya.items()}, kohya)
     columns, by_row = random(320), random(320)
-    weight = {m: random.weight(m).detach() for m in LINEAR}
     found["IA3"] = Kind(
         named(LINEAR[1], {"weight": columns, "on_input": torch.tensor(1)})
         | named(LINEAR[0], {"weight": by_row, "on_input": torch.tensor(0)}),
-        named(LINEAR[1], {"diff": weight[LINEAR[1]] * columns})
-        | named(LINEAR[0], {"diff": weight[LINEAR[0]] * by_row[:, None]}),
+        None,
     )
     return found
 
@@ -182,10 +170,12 @@ def _tucker(random: Random) -> Tensors:
 
 
 def write_kinds(folder: Path, network: nn.Module) -> list[str]:
-    """Write the two files of each kind, `<name>.safetensors` and `<name>.core.safetensors`; returns the names."""
+    """Write the files of each kind, `<name>.safetensors` and where core has it `<name>.core.safetensors`; returns the
+    names."""
     for name, kind in (made := kinds(network)).items():
         metadata = {HEADER_KEY: RECIPE.to_header()}
         in_header = metadata | ({"lora_adapter_metadata": json.dumps(kind.peft)} if kind.peft else {})
         save_file(kind.tensors, folder / f"{name}.safetensors", in_header)
-        save_file(kind.core, folder / f"{name}.core.safetensors", metadata)
+        if kind.core:
+            save_file(kind.core, folder / f"{name}.core.safetensors", metadata)
     return list(made)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from host.graphs import loaded, sample
-from host.lora_kinds import NAMES, write_kinds
+from host.lora_kinds import NAMES, NOT_IN_CORE, write_kinds
 from host.quantized import FORMATS, GGUF
 from host.server import HERE, Graph, Server, environment, hosts, out, python_of, start
 from host.tiny import make_checkpoint
@@ -26,7 +26,7 @@ BASES = ("tiny", *CASTS, *FORMATS, *GGUF)
 
 class Row(NamedTuple):
     """A file on a base: modules taken and held, as the node says; the largest difference of the latents of one step to
-    core's, and core's to those without a LoRA."""
+    core's (of `NOT_IN_CORE` to what the definition gives), and core's to those without a LoRA."""
 
     base: str
     kind: str
@@ -64,9 +64,11 @@ def rows(server: Server, base: str, strength: float = 1.0) -> list[Row]:
     nodes, loaders = [sample(graph, links | {"model": links["base"]}, steps=1)], []
     for name in NAMES:
         ours = graph.add("PCMLoadLora", model=links["base"], lora=f"{name}.safetensors", **widgets)
-        core = graph.add(
-            "LoraLoaderModelOnly", model=links["base"], lora_name=f"{name}.core.safetensors", strength_model=strength
-        )
+        if name in NOT_IN_CORE:
+            core = graph.add("TestByHand", model=links["base"], lora=f"{name}.safetensors", strength=strength)
+        else:
+            file = f"{name}.core.safetensors"
+            core = graph.add("LoraLoaderModelOnly", model=links["base"], lora_name=file, strength_model=strength)
         nodes += [sample(graph, links | {"model": out(node)}, steps=1) for node in (ours, core)]
         loaders.append(ours)
     run, (bare, *latents) = server.latents(graph, *nodes)

@@ -1,4 +1,5 @@
-"""LoRAs of every kind on models of every kind: Load PCM LoRA gives what ComfyUI's own loader gives, to the bit."""
+"""LoRAs of every kind on models of every kind: Load PCM LoRA gives what ComfyUI's own loader gives, to the bit; where
+that has no patch, what the definition gives."""
 
 from __future__ import annotations
 
@@ -10,16 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from host import lora_table
 from host.graphs import loaded
-from host.lora_kinds import NAMES
+from host.lora_kinds import NAMES, NOT_IN_CORE
 from host.quantized import FORMATS, GGUF
 from host.server import out
 from host.test_loader import refusal, report
 from host.tiny import RECIPE
 from phased_consistency.samplers.recipe import HEADER_KEY
-
-# For these kinds core has no patch, and beside them stands what they make of the plain weights, of which rounded ones
-# are no measure. Base -> the share of their effect by which they may be off.
-NOT_IN_CORE, OFF = ("IA3", "PEFT DoRA"), {"tiny": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,8 @@ def test_every_kind_is_what_core_makes_of_it(server, packed, base, strength):
     if base in (*FORMATS, *GGUF) and base not in packed:
         pytest.skip(f"no {base}: {'ComfyUI-GGUF is not in custom_nodes' if base in GGUF else 'this host knows none'}")
     for row in lora_table.rows(server, base, strength):
-        allowed = OFF.get(base, 1) * row.effect if row.kind in NOT_IN_CORE else 0
+        # the definition takes a strength in another order, which rounds otherwise
+        allowed = 1e-3 * row.effect if row.kind in NOT_IN_CORE and strength != 1 else 0
         assert row.effect > 1e-3 and row.off <= allowed and row.taken == row.held > 0, row
 
 
@@ -107,4 +105,4 @@ def test_what_nobody_knows_is_not_said_to_be_used(server, models):
 
 def test_the_files_are_those_that_are_named(models):
     made = {path.name for path in Path(models.folder, "loras").glob("*.core.safetensors")}
-    assert made == {f"{name}.core.safetensors" for name in NAMES}
+    assert made == {f"{name}.core.safetensors" for name in NAMES if name not in NOT_IN_CORE}

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "train.offload",
     "train.shard",
     "train.compile",
+    "train.attention",
     # places of data, whose contents are compared: the same pictures may be in another folder
     "data.images",
     "data.shards",

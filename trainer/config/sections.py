@@ -285,6 +285,11 @@ class TrainConfig(Section):
         description="torch.compile each block; needs Triton, or on a CPU a C++ compiler. auto: where Triton takes the "
         "GPU, in a run of 500 updates and more",
     )
+    attention: Literal["flash", "cudnn", "efficient", "auto"] | None = Field(
+        None,
+        description="the kernel of torch's that attention takes on a CUDA GPU where it can; auto: the fastest there, "
+        "timed when the run begins; default: torch's own choice",
+    )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of every random draw of the run")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")

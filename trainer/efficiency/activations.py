@@ -202,13 +202,16 @@ class AsOnGPU(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.attention_flops = 0  # of fused kernels, which torch's own counter does not see
+        self.largest: tuple[int, list[torch.Size]] = 0, []  # FLOPs, and shapes of query and key, of the one with most
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             query, key, value = (arguments[name] for name in ("query", "key", "value"))
-            self.attention_flops += sdpa_flop_count(query.shape, key.shape, value.shape)
+            flops = sdpa_flop_count(query.shape, key.shape, value.shape)
+            self.attention_flops += flops
+            self.largest = max(self.largest, (flops, [query.shape, key.shape]))
             return _Attention.apply(query, key, value)
         return func(*args, **kwargs)
 

@@ -26,11 +26,13 @@ SECONDS = 0.02  # at least, for which products are measured
 @dataclass(frozen=True)
 class Work:
     """What one sample's pass through the frozen network takes, without the LoRA: FLOPs in products and convolutions,
-    those of attention itself, operations."""
+    those of attention itself, operations. largest: shapes (B, heads, tokens, width) of query and key in the attention
+    with the most; () where there is none."""
 
     products: int
     attention: int
     launches: int
+    largest: tuple[torch.Size, ...] = ()
 
     @property
     def forward(self) -> int:
@@ -60,7 +62,7 @@ def _count(counted: CountedPass, features: bool) -> Work:
     run = lambda: network(**inputs)  # noqa: E731
     with torch.no_grad(), gpu, counter:
         outputs_of(counted.family.feature_blocks(network), run) if features else run()
-    return Work(counter.flops, gpu.attention_flops, counter.launches)
+    return Work(counter.flops, gpu.attention_flops, counter.launches, tuple(gpu.largest[1]))
 
 
 def product_speed(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:

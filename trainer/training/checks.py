@@ -28,6 +28,7 @@ from ..data.reading import stop_or_skip
 from ..data.shards import check_end, list_shards, local_path
 from ..data.sources import absent, pictures_of
 from ..data.tags import Tags
+from ..efficiency.attention import IN_HALF
 from ..efficiency.blocks import check_compiler
 from ..efficiency.footprint import trained_parameters
 from ..efficiency.memory import check_network_settings
@@ -299,9 +300,23 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         check_compiler(device)
         if problem := fp8_problem(config, device):
             raise ValueError(f"train.compile=true, but {problem}. Set base.quantize=int8, or train.compile=false.")
+    if train.attention:
+        _check_attention(config, device)
     check_network_settings(config, family)
     if config.train.optimizer in OF_TORCH:
         check_takes(config, trained_parameters(config, family))
+
+
+def _check_attention(config: Config, device: torch.device) -> None:
+    """Raise ValueError for a kernel of attention that can take nothing of this run."""
+    kernel = config.train.attention
+    if device.type != "cuda":
+        raise ValueError(f"train.attention={kernel} is a kernel for CUDA GPUs, and this runs on the CPU: leave it out.")
+    if kernel in IN_HALF and config.base.dtype == "fp32":
+        raise ValueError(
+            f"train.attention={kernel} takes bf16 and fp16, and base.dtype=fp32: leave one of them out, or set "
+            "train.attention=efficient."
+        )
 
 
 def fp8_problem(config: Config, device: torch.device) -> str:

@@ -9,23 +9,28 @@ import torch
 from ..config.config import Config
 from ..config.load import load_config
 from ..config.sections import AUTO
+from ..efficiency.attention import KERNELS, kernel_seconds
 from ..efficiency.blocks import compiler_problem
 from ..efficiency.memory import advice, fitting_batch, limit_bytes, switches
+from ..efficiency.work import work_of
 from ..families import look_at_base
+from ..families.base import DTYPES
 from ..system.machine import GIB, lacking_capability
 from ..system.processes import Processes
 from .checkpoint import latest_facts
 from .checks import fp8_problem
 
-SETTLED = ("batch_size", "accumulation", "compile")  # settings of `train` that are decided
+SETTLED = ("batch_size", "accumulation", "compile", "attention")  # settings of `train` that are decided
 USUAL = ("sd15-4step", "sdxl-4step", "sd3-4step")  # presets that stand for their family
 COMPILED = 500  # updates from which a run compiles by itself: what it gains must make up for its first minutes
+OWN_ORDER = "torch's own choice"
 TRITON = (7, 0)  # the compute capability from which Triton makes kernels
 Settled = tuple[dict[str, Any], str]  # values of settings, and a sentence on them
 
 
 def settle(config: Config, device: torch.device, processes: Processes | None = None) -> tuple[Config, list[str]]:
-    """The configuration with values in place of "auto" in train.batch_size and train.compile, and sentences on them.
+    """The configuration with values in place of "auto" in train.batch_size, compile and attention, and sentences on
+    them.
 
     A run that goes on keeps its values, so that it goes on exactly on another card too. processes: those of the run,
     which all take what suits each of them.
@@ -34,7 +39,7 @@ def settle(config: Config, device: torch.device, processes: Processes | None = N
     damaged checkpoint, raises.
     """
     train, values, sentences = config.train, {}, []
-    if AUTO not in (train.batch_size, train.compile):
+    if AUTO not in (train.batch_size, train.compile, train.attention):
         return config, []
     newest = latest_facts(config.run_folder / "checkpoints")
     step, before = newest[0] if newest else 0, newest[1].get("settings", {}).get("train", {}) if newest else {}
@@ -43,6 +48,9 @@ def settle(config: Config, device: torch.device, processes: Processes | None = N
         parts.append(_settle_batch(config, before, processes))
     if train.compile == AUTO:
         parts.append(_settle_compile(config, device, before, step, processes))
+    if train.attention == AUTO:
+        size = parts[0][0].get("batch_size", train.batch_size) if parts else train.batch_size
+        parts.append(_settle_attention(config, size, device, before, processes))
     for new, sentence in parts:
         values |= new
         sentences.append(sentence)
@@ -143,3 +151,34 @@ def _against_compiling(config: Config, device: torch.device) -> str:
         needed, here = lack
         return f"Triton needs a GPU of compute capability {needed}, and this one has {here}"
     return fp8_problem(config, device) or compiler_problem(device)
+
+
+# --- train.attention
+
+
+def _settle_attention(
+    config: Config, size: int, device: torch.device, before: dict[str, Any], processes: Processes | None
+) -> Settled:
+    """The fastest kernel for the largest attention of a pass with `size` samples. before: what the run was begun with,
+    if it was."""
+    setting = f"train.attention={AUTO}"
+    if "attention" in before:
+        kernel = before["attention"]
+        return {"attention": kernel}, f"{setting}: {kernel or OWN_ORDER}, as the run in {config.run_folder} was begun."
+    shapes, reason = (), "it is chosen on a CUDA GPU alone"
+    if device.type == "cuda":
+        family = look_at_base(config.base.path, **config.base.reading()).family
+        shapes, reason = work_of(config, family).largest, "the network has no attention"
+    if not shapes:
+        return {"attention": None}, f"{setting}: {OWN_ORDER}, {reason}."
+
+    query, key = (torch.Size((size, *shape[1:])) for shape in shapes)
+    seconds = {name: kernel_seconds(name, query, key, DTYPES[config.base.dtype], device) for name in KERNELS}
+    seconds = {name: time or float("inf") for name, time in seconds.items()}
+    if processes:  # what is fastest on the slowest of their GPUs
+        seconds = {name: -processes.least(-time) for name, time in seconds.items()}
+    ranked = sorted((time, name) for name, time in seconds.items() if time != float("inf"))
+    if not ranked:
+        return {"attention": None}, f"{setting}: {OWN_ORDER}, since no fused kernel takes this network's tensors here."
+    times, shape = ", ".join(f"{name} {time * 1e3:.3g} ms" for time, name in ranked), " x ".join(map(str, query))
+    return {"attention": ranked[0][1]}, f"{setting}: {ranked[0][1]} (forward and backward of {shape}: {times})."

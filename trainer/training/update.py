@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..config.config import Config
+from ..efficiency.attention import preferring
 from ..system.clock import Clock
 from ..system.processes import Processes
 from .engine import Batch, Engine, Losses
@@ -88,9 +89,10 @@ class Updater:
         drawn: Iterable[tuple[list[int], Work]] = (self._next() for _ in range(self.accumulation))
         if self.rounds:
             drawn = list(drawn)
-        for number in range(self.rounds):
-            means = self._opponent(number, drawn)
-        samples, totals = self._student(drawn, means)
+        with preferring(self.config.train.attention):
+            for number in range(self.rounds):
+                means = self._opponent(number, drawn)
+            samples, totals = self._student(drawn, means)
 
         with self.clock.part("optimizer"):
             numbers, names = self._step(stop, torch.cat(totals), means)

@@ -23,6 +23,7 @@ SWITCHES = {
     "offload": {"train.offload": "true"},
     "shard and offload": {"train.shard": "true", "train.offload": "true"},
     "compile": {"train.compile": "true"},
+    "kernel of a GPU's": {"train.attention": "flash"},
     "all blocks again": {"train.gradient_checkpointing": "true"},
     "as many blocks as fit": {"train.gradient_checkpointing": "auto"},
     "blocks within a limit": {"train.gradient_checkpointing": "auto", "train.memory_limit_gib": 1},

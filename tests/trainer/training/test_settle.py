@@ -1,5 +1,5 @@
-"""`train.batch_size=auto` and `train.compile=auto`: the samples of an update stay, its passes follow the memory, blocks
-are compiled where that can pay, and all is decided once."""
+"""What is `auto` in `train`: the samples of an update stay, its passes follow the memory, blocks are compiled where it
+can pay, attention takes the fastest kernel, and all is decided once."""
 
 import json
 import shutil
@@ -233,3 +233,81 @@ def test_a_run_that_goes_on_compiles_as_before(able, begun):
     folder, _ = begun
     config = small_config(folder, train__compile="auto", train__steps=5000, base__path=TINY)
     assert compiling(config) == (False, f"train.compile=auto: off, as the run in {folder} was begun.")
+
+
+def attending(config, device=GPU, processes=None):
+    """The kernel that `train.attention=auto` comes to, and the sentence on it."""
+    settled, (sentence,) = settle(config, device, processes)
+    return settled.train.attention, sentence
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A GPU on which kernels of attention take these milliseconds, or None, as a function; returns the shapes timed."""
+    timed = []
+
+    def put(**milliseconds):
+        def seconds(kernel, query, key, dtype, device):
+            timed.append((tuple(query), tuple(key), dtype))
+            return milliseconds[kernel] and milliseconds[kernel] / 1000
+
+        monkeypatch.setattr(settling, "kernel_seconds", seconds)
+        return timed
+
+    return put
+
+
+FASTEST = "train.attention=auto"
+
+
+def test_attention_takes_the_fastest_kernel(kernels):
+    """For all samples of a pass, also where they are decided in the same breath."""
+    timed = kernels(flash=2, efficient=3.25, cudnn=1.5)
+    kernel, sentence = attending(load_config(overrides=[FASTEST], preset="sd15-4step"))
+    assert kernel == "cudnn" and set(timed) == {((20, 8, 4096, 40), (20, 8, 4096, 40), torch.bfloat16)}
+    times = "cudnn 1.5 ms, flash 2 ms, efficient 3.25 ms"
+    assert sentence == f"{FASTEST}: cudnn (forward and backward of 20 x 8 x 4096 x 40: {times})."
+
+    timed.clear()
+    config = load_config(overrides=[FASTEST, AUTO, "train.memory_limit_gib=7.5"], preset="sd15-4step")
+    settled, sentences = settle(config, GPU)
+    assert settled.train.batch_size == timed[0][0][0] == 10 and len(sentences) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "milliseconds", "kernel", "reason"),
+    [
+        (["base.dtype=fp32"], GPU, {"flash": None, "efficient": 2, "cudnn": None}, "efficient", "efficient (forward"),
+        ([], GPU, {"flash": None, "efficient": None, "cudnn": None}, None, "torch's own choice, since no fused kernel"),
+        ([], CPU, {}, None, "torch's own choice, it is chosen on a CUDA GPU alone."),
+        (["preset=digits"], GPU, {}, None, "torch's own choice, the network has no attention."),
+    ],
+)
+def test_without_a_choice_attention_is_torch_s(kernels, settings, device, milliseconds, kernel, reason):
+    kernels(**milliseconds)
+    preset = "digits" if settings == ["preset=digits"] else "sd15-4step"
+    overrides = [FASTEST, *(setting for setting in settings if "preset" not in setting)]
+    decided, sentence = attending(load_config(overrides=overrides, preset=preset), device)
+    assert decided == kernel and sentence.startswith(f"{FASTEST}: {reason}")
+
+
+def test_all_processes_take_the_kernel_that_is_best_for_the_slowest(kernels):
+    class Two(Processes):
+        """Beside this one, another in which flash takes 9 ms and cuDNN has no kernel."""
+
+        def __init__(self): ...
+
+        def least(self, number):
+            return min(number, {-0.002: -0.009, -0.0015: -float("inf")}.get(number, number))
+
+    kernels(flash=2, efficient=3.25, cudnn=1.5)
+    kernel, sentence = attending(load_config(overrides=[FASTEST], preset="sd15-4step"), processes=Two())
+    assert kernel == "efficient" and sentence.endswith("efficient 3.25 ms, flash 9 ms).")
+
+
+def test_a_run_that_goes_on_keeps_its_kernel(kernels, begun):
+    """Which was torch's own choice."""
+    kernels(flash=2, efficient=3.25, cudnn=1.5)
+    folder, _ = begun
+    config = small_config(folder, train__attention="auto", base__path=TINY)
+    assert attending(config) == (None, f"{FASTEST}: torch's own choice, as the run in {folder} was begun.")

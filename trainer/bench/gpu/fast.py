@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ....samplers import sample_phased
 from ...config.config import Config
+from ...efficiency.attention import KERNELS, kernel_seconds
 from ...efficiency.work import product_speed
 from ...families import load_base
 from ...families.base import DTYPES
@@ -31,7 +30,7 @@ MOVED = {"sd15": 483, "sdxl": 361, "sd3": 349}
 # take. The shares are assumptions until they are measured.
 PRODUCTS, COPIES, SLACK = 0.55, 0.75, 1.5
 OVERHEAD = 1.05  # times a bare loop's, of sampling
-ATTENTIONS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+ATTENTION = torch.Size((4, 24, 4250, 64))  # of an SD3 at 1024 px: two samples, guided
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,16 @@ SWITCHES = {
     "sdxl int8 no checkpointing": Switch(
         "sdxl-4step", ("train.accumulation=1", "train.gradient_checkpointing=false", "base.quantize=int8")
     ),
+    "sdxl int8-compute": Switch("sdxl-4step", ("train.accumulation=1", "base.quantize=int8-compute")),
+    "sdxl fp8-compute": Switch("sdxl-4step", ("train.accumulation=1", "base.quantize=fp8-compute"), gpu=True),
+    "sdxl cudnn attention": Switch("sdxl-4step", ("train.accumulation=1", "train.attention=cudnn"), gpu=True),
     "sdxl compile": Switch("sdxl-4step", ("train.accumulation=1", "train.compile=true"), gpu=True),
     "sd15 compile": Switch("sd15-4step", ("train.compile=true",), gpu=True),
     "sdxl compile fp8": Switch(
         "sdxl-4step", ("train.accumulation=1", "train.compile=true", "base.quantize=fp8"), gpu=True
+    ),
+    "sdxl compile int8-compute": Switch(
+        "sdxl-4step", ("train.accumulation=1", "train.compile=true", "base.quantize=int8-compute"), gpu=True
     ),
 }
 
@@ -94,21 +99,11 @@ def measure_card(place: Workplace) -> Verdict:
     figures = {**machine(), "matmul_flops": matmul, "copy_bytes_per_second": copy, "seconds_a_launch": launch}
     if place.on_gpu:
         figures["free_bytes"] = torch.cuda.mem_get_info()[0]
-        figures["attention_seconds"] = {name: _attention(place, name) for name in ATTENTIONS}
+        figures["attention_seconds"] = {
+            name: kernel_seconds(name, ATTENTION, ATTENTION, dtype, place.device) for name in KERNELS
+        }
     products, copies = f"{matmul / 1e12:.3g} TFLOP/s in products", f"{copy / 1e12:.3g} TB/s in copies"
     return Verdict(f"{products}, {copies}, {launch * 1e6:.2g} us a launch", figures)
-
-
-def _attention(place: Workplace, name: str) -> float | None:
-    """Seconds of attention on SD3's shapes, forward and backward, by one of torch's kernels; None where it has none."""
-    query = torch.randn(4, 24, 4250, 64, device=place.device, dtype=DTYPES[place.half], requires_grad=True)
-    try:
-        with sdpa_kernel(getattr(SDPBackend, name)):
-            run = lambda: F.scaled_dot_product_attention(query, query, query).sum().backward()  # noqa: E731
-            run()
-            return _seconds(place, run)
-    except RuntimeError:
-        return None
 
 
 def _seconds(place: Workplace, run: Callable[[], object], times: int = 5) -> float:

@@ -33,6 +33,7 @@ METHODS = {
     "schnell": "schnell",
     "klein": "klein",
     "dscd": "dsCD",
+    "causvid": "CausVid",
     "unknown": "LoRA",
 }
 # where a recipe came from (`Recipe.source`), as people read it
@@ -276,7 +277,7 @@ class Recipe:
         """Faults of this number of steps alone, as in `warnings`."""
         if self.has_own_steps and steps != self.phases:
             return [f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}."]
-        if self.gamma == 1 and steps > MOST_FRESH:
+        if self.gamma == 1 and steps > MOST_FRESH and not self.has_own_steps:
             return [f"More than {MOST_FRESH} steps make this LoRA's pictures plainer: set steps to {self.steps}."]
         return []
 

@@ -61,6 +61,13 @@ NAMES = {
     ),
 }
 NAMES["wan_i2v"] = NAMES["wan"]
+NAMES["anima"] = NAMES["cosmos"] = (
+    ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+    {
+        **{f"blocks.0.self_attn.{part}_proj": (W, W) for part in "qkv"},
+        **{"blocks.1.cross_attn.k_proj": (W, 32), "blocks.1.mlp.layer1": (4 * W, W)},
+    },
+)
 FILES = {
     "Hyper-FLUX.1-dev-8steps-lora": "flux",
     "FLUX.1-Turbo-Alpha": "flux",
@@ -74,6 +81,8 @@ FILES = {
     "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise": "wan_i2v",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32": "wan",
     "ltx-2-19b-distilled-lora-384": "ltxav",
+    "anima-turbo-lora-v0.2": "anima",
+    "cosmos_of_tomorrow": "cosmos",
     "something_of_tomorrow": "wan",
     "a_style": "qwen",
 }
@@ -87,7 +96,12 @@ LATENTS = {
     "zimage": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "wan": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "wan_i2v": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "wan_causal": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "ltxav": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "cosmos": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "anima": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
+    "krea2": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
+    "svd": ("EmptyLatentImage", {"width": 128, "height": 96}),
 }
 
 

@@ -8,6 +8,7 @@ from host.dits import core_lora, loaded_on, skip_where_lcm_repeats_its_noise, sk
 from host.graphs import core_sampler, custom, ksampler, sample, scheduler
 from host.server import Graph, out
 from host.test_families import (
+    COSMOS,
     FLUX,
     FLUX2,
     HIGH,
@@ -133,6 +134,39 @@ def test_a_header_tells_which_transformer_a_lora_is_for(server):
             f"a_style.safetensors is a LoRA for Qwen-Image, but the model is {title}. Load a model of Qwen-Image, or a "
             f"LoRA made for {title}."
         )
+
+
+def test_a_model_that_no_recipe_can_be_made_for_says_what_to_use(server):
+    """SVD, which predicts v at EDM's noise levels: by the loader, by PCM Recipe and by Sample PCM alone."""
+    graph, links = transformer("svd")
+    widgets = {"recipe": "widgets", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    by_hand = graph.add("PCMRecipe", model=links["base"], **widgets)
+    for model, recipe in ((links["base"], {}), (out(by_hand), {"recipe": out(by_hand, 1)})):
+        one = Graph(graph)
+        drawn = sample(one, links | {"model": model, "recipe": []})
+        del one[drawn]["inputs"]["recipe"]
+        one[drawn]["inputs"] |= recipe
+        error = server.run(with_saved(one, drawn)).error
+        assert error["exception_message"].strip() == (
+            "No recipe can be made for a SVD model: it is no flow model, and none of SD1.5, SD2, SDXL, SD3. Load its "
+            "LoRA with LoraLoaderModelOnly, and set steps, cfg, sampler_name and scheduler of KSampler as its authors "
+            "say."
+        )
+
+
+def test_another_way_of_counting_levels_is_told(server):
+    """Cosmos Predict2's, put on Wan by core's node, and SD3's on Cosmos."""
+    for kind, file, node, widgets, culprit in (
+        ("wan", UNKNOWN, "ModelSamplingContinuousEDM", {"sampling": "cosmos_rflow"}, "ModelSamplingContinuousEDM"),
+        ("cosmos", COSMOS, "ModelSamplingSD3", {"shift": 3.0}, "A node"),
+    ):
+        graph, links = transformer(kind, file, recipe="widgets")
+        widgets |= {"sigma_max": 80.0, "sigma_min": 0.002} if "sampling" in widgets else {}
+        changed = out(graph.add(node, model=links["model"], **widgets))
+        ours, core = (draw(graph, links | {"model": changed}) for draw in (sample, ksampler))
+        warnings = watched(server, graph, ours, core)
+        sentence = f"{culprit} changes the noise levels: remove that node."
+        assert (warnings[ours][:1], warnings[links["model"][0]][:1]) == ([sentence], [sentence])
 
 
 def test_an_unknown_file_says_what_to_set(server):

@@ -258,7 +258,9 @@ class Recipe:
         if sentence := self.family_warning(family):
             warnings.append(sentence)
         if shift is not None and self.shift is not None and not same_shift(shift, self.shift):
-            warnings.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
+            warnings.append(
+                f"Shift {shift:.4g} is not used, the LoRA's is {self.shift:.4g}: remove the node that sets it."
+            )
         warnings += self.step_warnings(steps)
         if guidance > self.guidance_max:
             warnings.append(

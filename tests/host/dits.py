@@ -60,7 +60,8 @@ NAMES = {
         },
     ),
 }
-NAMES["wan_i2v"] = NAMES["wan"]
+NAMES["wan_i2v"] = NAMES["wan_causal"] = NAMES["wan"]
+NAMES["ltxv"] = (NAMES["ltxav"][0], {f"transformer_blocks.0.attn1.to_{part}": (W, W) for part in "qkv"})
 NAMES["anima"] = NAMES["cosmos"] = (
     ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
     {
@@ -83,6 +84,7 @@ FILES = {
     "ltx-2-19b-distilled-lora-384": "ltxav",
     "anima-turbo-lora-v0.2": "anima",
     "cosmos_of_tomorrow": "cosmos",
+    "ltxv_of_tomorrow": "ltxv",
     "something_of_tomorrow": "wan",
     "a_style": "qwen",
 }
@@ -97,6 +99,7 @@ LATENTS = {
     "wan": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "wan_i2v": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "wan_causal": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "ltxv": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "ltxav": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "cosmos": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "anima": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
@@ -136,7 +139,7 @@ def transformer(
     if file:
         links |= loaded_on(graph, links["base"], file, **widgets)
     for number, prompt in enumerate(("positive", "negative"), 1):
-        encoded = graph.add("TestConditioning", seed=number, width=TEXT_WIDTH, pooled=24)
+        encoded = graph.add("TestConditioning", seed=number, width=TEXT_WIDTH, pooled=24, masked=kind == "ltxv")
         links[prompt] = out(encoded)
     node, size = LATENTS[kind]
     links["latent"] = out(graph.add(node, batch_size=1, **size))

@@ -73,6 +73,13 @@ KINDS = {
             **{"audio_cross_attention_dim": 32, "caption_channels": 16, "connector_num_attention_heads": 1},
         },
     ),
+    "ltxv": (
+        "LTXV",
+        {
+            **{"image_model": "ltxv", "num_layers": 2, "num_attention_heads": HEADS, "attention_head_dim": 16},
+            **{"cross_attention_dim": WIDTH, "caption_channels": 32},
+        },
+    ),
     "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
     "wan_causal": ("WAN21_CausalAR_T2V", {**WAN, "causal_ar": True}),
     "cosmos": ("CosmosT2IPredict2", {"image_model": "cosmos_predict2", **COSMOS}),

@@ -16,8 +16,7 @@ from .lora_on_model import model_family, model_title, pixels_of, shift_of
 # core's nodes that work out mu by a number of positions -> where it is their base_shift, and where their max_shift
 SIZED = {"ModelSamplingLTXV": (1024, 4096), "ModelSamplingFlux": (256, 4096)}
 OTHER_FRAMES = (
-    "ModelSamplingLTXV's shift {:.4g} is for another latent; for {} latent frames of {} x {} it is {:.4g}: connect "
-    "this latent to it."
+    "ModelSamplingLTXV's shift {:.4g} is for another latent; for {} positions it is {:.4g}: connect this latent to it."
 )
 OTHER_SIZE = "ModelSamplingFlux's shift {:.4g} is for another size; for {} x {} it is {:.4g}: set its width and height."
 PICTURES = ("qwen_image", "anima", "krea2")  # families whose latents have frames, of which they draw one
@@ -40,11 +39,12 @@ def shift_fault(path: list[dict[str, Any]], model: Any, recipe: Recipe, latent: 
     path: as by `graph.model_path`. That node's shift counts where the recipe's is the model's own; where the two
     differ, `Recipe.warnings` says so.
     """
-    node, shift = _sizing_node(path, recipe), shift_of(model)
-    ends = node and (node["inputs"].get("base_shift"), node["inputs"].get("max_shift"))
-    if not ends or not all(isinstance(mu, int | float) for mu in ends):
+    node = _sizing_node(path, recipe)
+    shift = shift_of(model)
+    if node is None or shift is None or recipe.shift is None or not same_shift(shift, recipe.shift):
         return None
-    if shift is None or recipe.shift is None or not same_shift(shift, recipe.shift):
+    ends = [node["inputs"].get(name) for name in ("base_shift", "max_shift")]
+    if not all(isinstance(mu, int | float) for mu in ends):  # linked: they are not in the graph
         return None
 
     height, width = pixels_of(model, latent)
@@ -55,7 +55,7 @@ def shift_fault(path: list[dict[str, Any]], model: Any, recipe: Recipe, latent: 
     if same_shift(shift, wanted):
         return None
     if by_frames:
-        return OTHER_FRAMES.format(shift, frames_of(latent), width, height, wanted)
+        return OTHER_FRAMES.format(shift, positions, wanted)
     return OTHER_SIZE.format(shift, width, height, wanted)
 
 
@@ -77,6 +77,11 @@ def pictures_fault(model: Any, latent: Tensor) -> str | None:
 
     Qwen-Image-Layered has its layers as frames.
     """
+    if latent.ndim == 5 and model.get_model_object("latent_format").latent_dimensions == 2:
+        return (
+            f"This latent is a clip's, and a {model_title(model)} model draws pictures: take that of EmptyLatentImage, "
+            "or of a picture."
+        )
     is_layered = model.model.model_config.unet_config.get("use_additional_t_cond")
     frames = frames_of(latent)
     if frames == 1 or is_layered or model_family(model) not in PICTURES:

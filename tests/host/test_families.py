@@ -22,7 +22,8 @@ from host.server import Graph, out
 FLUX, TURBO, FLUX2 = "Hyper-FLUX.1-dev-8steps-lora", "FLUX.1-Turbo-Alpha", "flux.2-turbo-lora"
 QWEN, QWEN_EDIT = "Qwen-Image-Lightning-4steps-V1.0", "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16"
 ZIMAGE = "Z-Image-Fun-Lora-Distill-8-Steps-2602-ComfyUI"
-LTX2, ANIMA, COSMOS = "ltx-2-19b-distilled-lora-384", "anima-turbo-lora-v0.2", "cosmos_of_tomorrow"
+LTX2, ANIMA = "ltx-2-19b-distilled-lora-384", "anima-turbo-lora-v0.2"
+COSMOS, LTXV = "cosmos_of_tomorrow", "ltxv_of_tomorrow"
 HIGH, LOW = (f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise" for noise in ("high", "low"))
 WAN21 = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"
 UNKNOWN = "something_of_tomorrow"
@@ -226,6 +227,17 @@ def test_a_flow_model_whose_levels_are_ratios(server, mode):
     assert run.warnings(ours) == run.warnings(links["model"][0]) == []
 
 
+def test_a_mask_on_a_model_whose_levels_are_ratios(server):
+    graph, links = transformer("cosmos", COSMOS, recipe="widgets", sigmas="1, 0.75, 0.5, 0.2")
+    mask = graph.add("TestPicture", width=128, height=96, channels=3, batch=1, seed=5, mask="middle")
+    links["latent"] = out(graph.add("SetLatentNoiseMask", samples=links["latent"], mask=out(mask, 1)))
+    levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas="80 3 1 0.25 0")
+    core = {**links, "model": core_lora(graph, links["base"], COSMOS)}
+    theirs = custom(graph, core, core_sampler(graph, "euler"), out(levels, 1))
+    _, latents = server.latents(graph, sample(graph, links), theirs)
+    assert (latents[0] - latents[1]).abs().max() < 2e-5 * latents[1].abs().max()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -262,12 +274,13 @@ def test_fresh_noise_goes_on_through_both_experts(server):
     assert run.text(both).splitlines()[0].startswith("2 steps by the high-noise model, 2 by")
 
 
-def test_a_family_of_tomorrow_works_by_hand(server):
+@pytest.mark.parametrize("file", [UNKNOWN, LTXV])
+def test_a_family_of_tomorrow_works_by_hand(server, file):
     """A file that nobody knows, on a model as the host has it: levels and shift are the widgets'."""
-    graph, links = transformer("wan", UNKNOWN, recipe="widgets", sigmas="1.0, 0.8, 0.3, 0")
+    graph, links = transformer(FILES[file], file, recipe="widgets", sigmas="1.0, 0.8, 0.3, 0")
     ours = sample(graph, links)
     levels = graph.add("TestNoise", seed=0, amount=1.0, sigmas="1 0.8 0.3 0")
-    model = core_lora(graph, links["base"], UNKNOWN)
+    model = core_lora(graph, links["base"], file)
     euler = custom(graph, {**links, "model": model}, core_sampler(graph, "euler"), out(levels, 1))
     run, latents = server.latents(graph, ours, euler)
     assert (latents[0] - latents[1]).abs().max() < CLOSE

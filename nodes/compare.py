@@ -125,7 +125,10 @@ class PCMCompare(io.ComfyNode):
 
         # Faults before anything is drawn. Each picture's own settings, the last
         # sentence, stand beside it.
-        advices = [advice(cls, model, recipe, recipe.steps, cfg, each.plan, positive)[:-1] for each in settings]
+        samples = latent["samples"]
+        advices = [
+            advice(cls, model, recipe, recipe.steps, cfg, each.plan, positive, samples)[:-1] for each in settings
+        ]
         lines = [*warned(faults), *dict.fromkeys(line for each in advices for line in each)]
         show(cls, lines or [f"{len(settings)} settings to draw."])
 

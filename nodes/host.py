@@ -15,6 +15,7 @@ from server import PromptServer
 import nodes as core  # the host's nodes: packs are imported by path, so this name is not this folder's
 
 from ..samplers import FlowSchedule, Schedule, VPSchedule
+from ..samplers.schedule import RatioFlowSchedule
 
 T = TypeVar("T")
 RecipeType = io.Custom("PCM_RECIPE")
@@ -67,8 +68,9 @@ def show(
 
 
 def flow_shift(model_sampling: Any) -> float:
-    """The linear time shift of a host's flow `model_sampling`: some have mu in its place, of which it is exp(mu)."""
-    shift = float(model_sampling.shift)
+    """The linear time shift of a host's flow `model_sampling`: some have mu in its place, of which it is exp(mu), and
+    some have none, which is 1."""
+    shift = float(getattr(model_sampling, "shift", 1.0))
     return math.exp(shift) if isinstance(model_sampling, comfy.model_sampling.ModelSamplingFlux) else shift
 
 
@@ -76,6 +78,8 @@ def schedule_of(model_sampling: Any) -> Schedule:
     """The noise schedule of the model that is running, from the host's `model_sampling`."""
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         return FlowSchedule(flow_shift(model_sampling))
+    if isinstance(model_sampling, comfy.model_sampling.COSMOS_RFLOW):
+        return RatioFlowSchedule(flow_shift(model_sampling), float(model_sampling.sigma_max))
     return VPSchedule.from_k_sigmas(model_sampling.sigmas)
 
 

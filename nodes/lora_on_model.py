@@ -9,17 +9,18 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_base
 import comfy.model_sampling
 import comfy.supported_models
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Recipe
-from ..samplers.families import FAMILIES, FLOW_FAMILIES
+from ..samplers.families import FAMILIES, HOST_FAMILIES
 from ..samplers.recipe import BARE, DISTILLED_POINTS, same_shift
 from ..samplers.schedule import PREDICTIONS, TICKS
 from .graph import is_bare, model_path
-from .host import flow_shift
+from .host import core, flow_shift
 
 CONFIGS = {
     "sd15": comfy.supported_models.SD15,
@@ -65,15 +66,22 @@ def flow_family(model: Any) -> str | None:
 def model_title(model: Any) -> str:
     """The family of a host MODEL as people write it, or the host's own name for the model."""
     family = model_family(model)
-    return FAMILIES.get(family) or FLOW_FAMILIES.get(family) or type(model.model.model_config).__name__
+    return FAMILIES.get(family) or HOST_FAMILIES.get(family) or type(model.model.model_config).__name__
 
 
 def prediction_of(model_sampling: Any) -> str:
     """The prediction of the network behind a host `model_sampling`, one of `schedule.PREDICTIONS`; "none" for one that
     starts from a picture and no noise."""
+    if counts_ratios(model_sampling):
+        return "flow"
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         return "none" if isinstance(model_sampling, NO_NOISE) else "flow"
     return "v_prediction" if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+
+
+def counts_ratios(model_sampling: Any) -> bool:
+    """Whether a host's `model_sampling` is a flow model's whose levels are sigma / alpha, as Cosmos Predict2's."""
+    return isinstance(model_sampling, comfy.model_sampling.COSMOS_RFLOW)
 
 
 def known_family(model: Any) -> str:
@@ -81,8 +89,9 @@ def known_family(model: Any) -> str:
     family = model_family(model)
     if family not in FAMILIES and prediction_of(model.get_model_object("model_sampling")) != "flow":
         raise ValueError(
-            f"No recipe can be made for a {model_title(model)} model; known: {', '.join(FAMILIES.values())}, and any "
-            "flow model, such as FLUX, Qwen-Image, Z-Image and Wan."
+            f"No recipe can be made for a {model_title(model)} model: it is no flow model, and none of "
+            f"{', '.join(FAMILIES.values())}. Load its LoRA with LoraLoaderModelOnly, and set steps, cfg, sampler_name "
+            "and scheduler of KSampler as its authors say."
         )
     return family
 
@@ -150,13 +159,16 @@ def numbers_in(name: str, text: str, has_clean_end: bool = True) -> tuple[float,
 
 
 def on_schedule_of(model: Any, recipe: Recipe) -> Recipe:
-    """The recipe with its last level where this model's schedule ends: with zero terminal SNR, or without.
+    """The recipe with its last level where this model's schedule ends: with zero terminal SNR, or without; of a flow
+    model whose levels are ratios, at the one that it has for pure noise.
 
     A recipe is read once, from a file; the model may be another checkpoint, or be patched after the loader.
     """
+    sampling = model.get_model_object("model_sampling")
+    last = float(sampling.sigma_max)
     if recipe.prediction == "flow":
-        return recipe
-    last = float(model.get_model_object("model_sampling").sigma_max)
+        noisiest = last if counts_ratios(sampling) else None
+        return recipe if recipe.noisiest == noisiest else replace(recipe, noisiest=noisiest)
     return replace(recipe, zero_terminal_snr=last > ZERO_TERMINAL_SIGMA)
 
 
@@ -171,6 +183,7 @@ def recipe_for(node: type[io.ComfyNode], model: Any, recipe: Recipe | None) -> R
     if recipe is None and is_bare(model_path(node.hidden.prompt, node.hidden.unique_id), model_family(model)):
         recipe = bare_recipe(model)
     if recipe is None:
+        known_family(model)
         raise ValueError(NO_RECIPE)
     return on_schedule_of(model, recipe)
 
@@ -213,16 +226,22 @@ def sampling_fault(model: Any, recipe: Recipe) -> str | None:
     Where a node has set them, such as core's ModelSamplingDiscrete, it is named.
     """
     sampling = model.get_model_object("model_sampling")
-    is_edm = isinstance(sampling, EDM)
+    # The network's own kind: while a model is loaded, its `model_sampling` is that of the last patch.
+    of_ratios = model.model.model_type is comfy.model_base.ModelType.FLOW_COSMOS
+    is_edm = isinstance(sampling, EDM) and not of_ratios
+    is_counted_otherwise = is_edm or counts_ratios(sampling) != of_ratios
     predicts_x0 = isinstance(sampling, comfy.model_sampling.X0)  # which is a kind of EPS in the host
-    if prediction_of(sampling) == recipe.prediction and not is_edm and not predicts_x0:
+    if prediction_of(sampling) == recipe.prediction and not is_counted_otherwise and not predicts_x0:
         return None
     if "model_sampling" not in model.object_patches:
         return EDM_BASE if is_edm else OTHER_PREDICTION[recipe.prediction]
     # Core's nodes make a class of their own, whose base is called as the node is.
-    names = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == comfy.model_sampling.__name__]
-    node = next((name for name in names if name.startswith("ModelSampling")), "A node").removesuffix("Distilled")
-    return f"{node} changes {'the noise levels' if is_edm else 'what the model predicts'}: remove that node."
+    node = next(
+        (kind.__name__ for kind in type(sampling).__mro__ if kind.__name__ in core.NODE_CLASS_MAPPINGS), "A node"
+    )
+    return (
+        f"{node} changes {'the noise levels' if is_counted_otherwise else 'what the model predicts'}: remove that node."
+    )
 
 
 def on_schedule_if_set(model: Any, recipe: Recipe) -> Recipe:
@@ -307,9 +326,9 @@ def moves(model: Any, ticks: tuple[int, ...]) -> bool:
 
 
 def shift_of(model: Any) -> float | None:
-    """The flow time shift that a host MODEL has now; None for other kinds of model."""
+    """The flow time shift that a host MODEL has now; None for those that have none."""
     sampling = model.get_model_object("model_sampling")
-    return flow_shift(sampling) if prediction_of(sampling) == "flow" else None
+    return flow_shift(sampling) if prediction_of(sampling) == "flow" and hasattr(sampling, "shift") else None
 
 
 def set_shift(model: Any, shift: float | None) -> None:
@@ -325,7 +344,6 @@ def set_shift(model: Any, shift: float | None) -> None:
     # A copy, since clones of a MODEL share the object, and setting it would reach those without the LoRA.
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
     is_mu = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
-    parameters = inspect.signature(sampling.set_parameters).parameters
     parameters = inspect.signature(sampling.set_parameters).parameters
     kept = {name: getattr(sampling, name) for name in parameters if hasattr(sampling, name)}
     sampling.set_parameters(**kept | {"shift": math.log(shift) if is_mu else shift})

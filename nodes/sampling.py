@@ -18,6 +18,7 @@ from ..samplers.sampling import NoiseSampler, Projection, block_noise, clamp_fac
 from . import inputs
 from .embedded import embedded_warnings
 from .experts import Relay, expert_note, expert_warnings, parts_of
+from .frames import clip_fault, shift_fault
 from .graph import has_negative_words, is_bare, model_path
 from .guidance import cfg_to_judge, guides_at_one, schedule_in
 from .host import fit_to_model, menu_of, schedule_of, show, speaking, warned
@@ -161,7 +162,7 @@ class PCMSample(io.ComfyNode):
 
         # The node says what is wrong before it samples, so that one can stop it.
         lines = warned(expert_warnings(model, low_noise_model, recipe))
-        lines += advice(cls, model, recipe, steps, cfg, plan, positive)
+        lines += advice(cls, model, recipe, steps, cfg, plan, positive, latent["samples"])
         if denoise < 1 and is_empty(latent["samples"]):
             lines += warned(["The latent is empty: set denoise to 1, or connect a picture by VAE Encode."])
         text = show(cls, lines)
@@ -214,8 +215,12 @@ def advice(
     cfg: float,
     plan: LevelPlan,
     positive: list,
+    latent: Tensor | None = None,
 ) -> list[str]:
-    """The sentences of a node that samples: faults of its links and settings, notes of the plan, settings."""
+    """The sentences of a node that samples: faults of its links and settings, notes of the plan, settings.
+
+    latent: what is to be drawn, where that may be a clip.
+    """
     warnings = recipe.warnings(steps, cfg_to_judge(model, recipe, cfg), model_family(model), shift_of(model))
     if fault := sampling_fault(model, recipe):
         warnings.insert(0, fault)
@@ -223,6 +228,9 @@ def advice(
         warnings.append(MOVED)
 
     warnings += embedded_warnings(node, recipe, positive)
+    path = model_path(node.hidden.prompt, node.hidden.unique_id)
+    if latent is not None and (fault := shift_fault(path, model, recipe, latent)):
+        warnings.append(fault)
 
     schedule = schedule_in(model)
     cfg_text = schedule.text if schedule else f"CFG {cfg:g}"
@@ -323,11 +331,12 @@ def _sample(
     """`sample_phased` as the host calls a sampler; `judged` is for `options_of` alone.
 
     Only here is the model known: the SAMPLER was made before, and may run any. So the schedule is that of the
-    model, with whatever patches it has by now, and not that of the recipe. Raises ValueError for a latent that is
-    larger than the model can draw.
+    model, with whatever patches it has by now, and not that of the recipe. Raises ValueError for a latent whose size
+    or frames the model cannot draw.
     """
     guider = model.inner_model
-    if fault := size_fault(guider.model_patcher, *pixels_of(guider.model_patcher, x)):
+    patcher = guider.model_patcher
+    if fault := size_fault(patcher, *pixels_of(patcher, x)) or clip_fault(patcher, x):
         raise ValueError(fault)
     schedule = schedule_of(guider.inner_model.model_sampling)
     options["project"] = project_for(guider, x) if project_for else None

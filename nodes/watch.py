@@ -17,7 +17,8 @@ from torch import Tensor
 from ..samplers import Recipe
 from ..samplers.recipe import is_whole, same_shift
 from ..samplers.schedule import TICKS
-from .graph import model_path, running_graph
+from .frames import pictures_fault, shift_fault
+from .graph import Graph, model_path, running_graph
 from .guidance import cfg_of, cfg_to_judge
 from .host import show, warned
 from .lora_on_model import (
@@ -87,16 +88,19 @@ class Watch:
         context = get_executing_context()
         prompt_id, sampler_id = (context.prompt_id, context.node_id) if context else ("", "")
         said = self._of_prompt(prompt_id)
-        faults = misfits(self.recipe, guider, latent, sampler, sigmas)
+        graph = running_graph(prompt_id)
+        path = model_path(graph, sampler_id)
+        faults = misfits(self.recipe, guider, latent, sampler, sigmas, path)
         if not is_judged(sampler):
-            faults = [*self._later_lora(prompt_id, sampler_id), *faults]
+            faults = [*self._later_lora(graph, path), *faults]
         said += [line for line in faults if line not in said]
         show(self.node, list(dict.fromkeys([*warned(said), *self.report])))
 
-    def _later_lora(self, prompt_id: str, sampler_id: str) -> list[str]:
-        """The sentence on another few-step LoRA that the graph has put on the model after this node, if any."""
-        graph = running_graph(prompt_id)
-        path = model_path(graph, sampler_id)
+    def _later_lora(self, graph: Graph | None, path: list[dict[str, Any]]) -> list[str]:
+        """The sentence on another few-step LoRA that the graph has put on the model after this node, if any.
+
+        path: the sampler's `graph.model_path`.
+        """
         entry = (graph or {}).get(self.node.hidden.unique_id)
         later = list(takewhile(lambda each: each is not entry, path))
         return [TWICE.format(name) for name in few_step_loras(later)[:1]] if len(later) < len(path) else []
@@ -120,8 +124,12 @@ def is_judged(sampler: Any) -> bool:
     return bool((options_of(sampler) or {}).get("judged"))
 
 
-def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor) -> list[str]:
+def misfits(
+    recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: Tensor, path: list[dict[str, Any]]
+) -> list[str]:
     """Settings of a run that do not fit a LoRA, each as one sentence that says what to change.
+
+    path: the sampler's `graph.model_path`.
 
     Not judged: runs of nodes that do so themselves, runs towards noise, samplers that are neither the host's
     nor ours, and the levels of a model whose schedule is not its base's.
@@ -136,9 +144,13 @@ def misfits(recipe: Recipe, guider: Any, latent: Tensor, sampler: Any, sigmas: T
     steps = len(ticks) - 1 if is_whole(ticks) else recipe.steps
     cfg = cfg_to_judge(model, recipe, cfg_of(guider))
     fault = sampling_fault(model, recipe)
-    too_large = size_fault(model, *pixels_of(model, latent))
+    of_latent = (
+        size_fault(model, *pixels_of(model, latent)),
+        pictures_fault(model, latent),
+        shift_fault(path, model, recipe, latent),
+    )
     return [
-        *filter(None, [too_large, fault]),
+        *filter(None, [*of_latent, fault]),
         *recipe.warnings(steps, cfg, model_family(model)),
         *_sampler_misfit(recipe, sampler, options),
         *([] if fault else _level_misfit(recipe, model, ticks, is_empty(latent))),

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 # families of noise prediction, and SD3, which a LoRA's tensors or name tell
 FAMILIES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
-# families of flow models that have names of their own for people; the keys are ComfyUI's
-FLOW_FAMILIES = {
+# other families that have names of their own for people; the keys are ComfyUI's
+HOST_FAMILIES = {
     "flux": "FLUX.1",
     "flux2": "FLUX.2",
     "qwen_image": "Qwen-Image",
@@ -25,6 +25,10 @@ FLOW_FAMILIES = {
     "chroma": "Chroma",
     "krea2": "Krea 2",
     "hunyuan_video": "HunyuanVideo",
+    "cosmos_predict2": "Cosmos Predict2",
+    "cosmos": "Cosmos 1",
+    "svd_img2vid": "SVD",
+    "cogvideox": "CogVideoX",
 }
 # models that were made of one of a family and have LoRAs of their own, by words of a base's name
 CHILDREN = {
@@ -38,7 +42,7 @@ def family_title(family: str | None) -> str:
     """A family as people write it; one of the host's alone by its name there."""
     if family is None:
         return "an unknown family"
-    return FAMILIES.get(family) or FLOW_FAMILIES.get(family) or family
+    return FAMILIES.get(family) or HOST_FAMILIES.get(family) or family
 
 
 def base_title(family: str | None, metadata: Mapping[str, str]) -> str:

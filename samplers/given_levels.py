@@ -12,7 +12,7 @@ import torch
 
 from .field_kinds import Numbers, Pairs
 from .phases import falls
-from .schedule import TICKS
+from .schedule import TICKS, FlowSchedule
 
 MOST_K_SIGMA = 5000  # of a noise level of VP models in the host's convention: with zero terminal SNR it ends below
 
@@ -58,7 +58,9 @@ def ticks_of(recipe: Any) -> Numbers:
     if recipe.timesteps:
         first = 0 if recipe.prediction == "flow" else 1  # tick of timestep 0
         return tuple(first + time for time in recipe.timesteps)
-    ticks = recipe.schedule().tick(torch.tensor(recipe.sigmas, dtype=torch.float64))
+    # those of a flow model are its own, however the host counts them
+    schedule = FlowSchedule(recipe.shift) if recipe.prediction == "flow" else recipe.schedule()
+    ticks = schedule.tick(torch.tensor(recipe.sigmas, dtype=torch.float64))
     return tuple(ticks.tolist())
 
 

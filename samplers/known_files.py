@@ -20,6 +20,9 @@ FAMILY_MARKS = (
     ("lumina2", r"\bz ?image"),
     ("wan2.1", r"\b(?:fast ?)?wan ?(?:2|video)|\blightx2v [ti]2v"),
     ("ltxav", r"\bltx ?2"),
+    ("anima", r"\banima\b"),
+    ("krea2", r"\bkrea ?2"),
+    ("hidream", r"\bhidream i1"),
     ("sdxl", r"sd ?xl|ssd ?1b"),
     ("sd3", r"sd ?35?\b|\bp[cd]m .*shift"),
     ("sd2", r"sd ?v?2 ?[01]\b"),
@@ -41,7 +44,7 @@ METHOD_FILES = {
     "Lightning": ("lightning {}step", "qwen image lightning {}step"),
     "DMD2": ("dmd2",),
     "Flash Diffusion": ("flash sd",),
-    "Turbo": ("sdxl turbo", "flux 1 turbo alpha", "flux 2 turbo"),
+    "Turbo": ("sdxl turbo", "flux 1 turbo alpha", "flux 2 turbo", "anima turbo lora"),
 }
 MOST_STEPS = 16  # that a file of these is made for
 # Words that may follow a method's in a checkpoint's name and say how it was saved, not what it draws.

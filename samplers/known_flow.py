@@ -8,6 +8,7 @@ from .known_table import DISTILLED, HUB, HYPER_SD, STOCHASTIC, TRAILING, KnownFi
 
 DIFFUSERS = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/"
 LIGHTX2V = "https://github.com/ModelTC/LightX2V/tree/main/configs/distill/"
+CORE_TEMPLATES = "https://github.com/Comfy-Org/workflow_templates/blob/main/templates/"
 EVEN = TRAILING | {"prediction": "flow"}  # steps of one length, before the shift
 NO_CFG = {"guidance_max": 1.0}  # the guidance is distilled in, and CFG beside it burns
 FLUX_MU = ((256, 0.5), (4096, 1.15))
@@ -46,14 +47,22 @@ def flux2(steps: int) -> dict:
     return {"prediction": "flow", "points": 1000, "shift": math.exp(usual), "mu_by_size": line} | NO_CFG
 
 
+def hidream(steps: int, shift: float) -> dict:
+    """HiDream's levels in so many steps: times of one length from 1 down to the least noise level that there is, that
+    of time 0.001, which is then shifted a second time; fresh noise on each."""
+    least = shift * 0.001 / (1 + (shift - 1) * 0.001)
+    times = tuple(1000 * (1 + (least - 1) * i / (steps - 1)) for i in range(steps))
+    return {"prediction": "flow", "points": 1000, "shift": shift, "timesteps": times, "mode": "stochastic"} | NO_CFG
+
+
 # Settings as seen in 2026-11 in the authors' repositories, or where marked (*) in copies of their pages and as others
-# quote them. No file was opened.
+# quote them. No file was opened. Which files are missing, and why: docs/settings.md.
 # - ByteDance/Hyper-SD (*): Hyper-FLUX at strength 0.125 and guidance 3.5, on diffusers' levels for FLUX.1.
 # - alimama-creative/FLUX.1-Turbo-Alpha (*): 8 steps, guidance 3.5, strength 1.
 # - fal/FLUX.2-dev-Turbo (*): guidance 2.5 and eight numbers as the argument `sigmas` of diffusers' pipeline,
 #   "pre-shifted" in its authors' words: diffusers shifts them by FLUX.2's mu, so that they are times, not noise levels.
 # - RED-AIGC/TDD, by the README of RedAIGC/Target-Driven-Distillation: its FLUX.1 file at strength 0.125, guidance 2, 8
-#   steps. SDXL's has a scheduler of its own, of another order, and no row here.
+#   steps; SDXL's is in known_table.
 # - ModelTC/Qwen-Image-Lightning: shift 3 (base_shift and max_shift are log 3), no true CFG; V1, V2 and Edit alike.
 # - ModelTC/LightX2V, configs and schedulers: both at shift 5 and times 1000, 750, 500, 250; Wan 2.1's puts fresh noise
 #   on each level, Wan 2.2's does not. Wan 2.2 changes its expert after two steps, which is where Wan itself does, at
@@ -65,8 +74,14 @@ def flux2(steps: int) -> dict:
 # - Luo-Yihong/TDM, README: 4 steps, CFG 1; SD3's at strength 0.125 and shift 6, Dreamshaper's at the levels that
 #   DPM-Solver takes with SD1.5's own settings. Its authors sample by DPM-Solver++ of order 2; these steps are Euler's.
 # - hao-ai-lab/FastVideo, configs/pipelines/wan.py, and tianweiy/CausVid, configs/wan_bidirectional_dmd.yaml: noise
-#   levels of 1000, 757 and 522 thousandths as they are, fresh noise on each, no CFG. CausVid's causal files are sampled
-#   frame by frame and have no row here.
+#   levels of 1000, 757 and 522 thousandths as they are, fresh noise on each, no CFG.
+# - CausVid's causal model is sampled frame by frame. Kijai's LoRA, which was taken out of it, is not: by ComfyUI's
+#   template for VACE it has 4 even steps at shift 8, CFG 1, strength 0.7, by UniPC; these steps are Euler's.
+# - circlestone-labs/Anima, by ComfyUI's template: the turbo LoRA in 8 steps of euler and simple, CFG 1, on the model's
+#   own shift 3.
+# - krea-ai/krea-2, README and krea2/inference/sampling.py: Turbo in 8 even steps, no CFG, mu 1.15 at every size.
+# - HiDream-ai/HiDream-I1, inference.py and flash_flow_match.py: Dev in 28 steps at shift 6, Fast in 16 at shift 3, both
+#   without CFG and with fresh noise on each level. As ComfyUI's templates: lcm, normal, ModelSamplingSD3.
 # - wangfuyun/AnimateLCM: LCM in 6 steps, CFG 2, strength 0.8, in G-U-N/AnimateLCM's README.
 DIT_FILES = (
     KnownFiles(
@@ -144,6 +159,39 @@ DIT_FILES = (
         ("wan2.1",),
         "dmd",
         FAST_WAN | {"mode": "stochastic"},
+    ),
+    KnownFiles(
+        r"^(?!.*\bbidirect).*\bcaus ?vid 14b\b.*\blora\b",
+        f"{CORE_TEMPLATES}video_wan_vace_14B_t2v.json",
+        ("wan2.1",),
+        "causvid",
+        EVEN | NO_CFG | {"phases": 4, "shift": 8.0, "strength": 0.7},
+    ),
+    KnownFiles(
+        r"\banima turbo lora\b",
+        f"{CORE_TEMPLATES}image_anima_base_v1.json",
+        ("anima",),
+        "turbo",
+        EVEN | NO_CFG | {"phases": 8, "shift": 3.0},
+    ),
+    KnownFiles(
+        r"\bkrea ?2 turbo\b",
+        "https://github.com/krea-ai/krea-2",
+        ("krea2",),
+        "turbo",
+        EVEN | NO_CFG | {"phases": 8, "shift": math.exp(1.15)},
+        is_checkpoint=True,
+    ),
+    *(
+        KnownFiles(
+            rf"\bhidream i1 {kind}\b",
+            "https://github.com/HiDream-ai/HiDream-I1/blob/main/inference.py",
+            ("hidream",),
+            "distilled",
+            hidream(steps, shift),
+            is_checkpoint=True,
+        )
+        for kind, steps, shift in (("dev", 28, 6.0), ("fast", 16, 3.0))
     ),
     KnownFiles(
         r"\bz ?image fun lora distill (?P<steps>8) ?steps?\b",

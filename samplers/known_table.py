@@ -21,7 +21,7 @@ PLAIN = (
 OWN = (
     r"(?:p[cd]m|(?:small|normal)?cfg|lcmlike|deterministic|stochastic|shift\d|lcm(?:lora)?|tcd|lightning|dmd2?|turbo|"
     r"(?:hyper|flash)(?:sd(?:xl|\d+)?)?|flux\d?|dev|alpha|tdd|adv|qwen|image|edit|distill(?:ed)?|comfyui|(?:fast)?wan\d*|[ti]2v|"
-    r"a?\d+b|high|low|noise|lightx2v|seko|ltx|tdm|z|fun)"
+    r"a?\d+b|high|low|noise|lightx2v|seko|ltx|tdm|z|fun|anima|krea\d?|hidream|i1|fast|wo)"
 )
 
 # Timesteps 999 749 499 249 (diffusers' trailing spacing, the host's `simple`), 999 759 499 259 (LCM, TCD).
@@ -95,6 +95,8 @@ class KnownFiles:
 # - LoRAs taken out of stabilityai/sdxl-turbo, shiroppo/sd_xl_turbo_lora above all: LCM's sampler at even
 #   levels, CFG 1 to 2.5. The model's authors take Euler ancestral, trailing, with 1 to 4 steps: between 4
 #   steps 0.90 to 0.96 of its noise is fresh, here all of it. SD-Turbo has no such file that people agree on.
+# - RED-AIGC/TDD, README and app.py: SDXL's in 4 to 8 steps, CFG 1.7 (1 to 4), eta 0.2, which is gamma. Its scheduler
+#   takes some steps by DPM-Solver++ of order 2; these are of order 1.
 UNET_FILES = (
     KnownFiles(
         r"\bpcm .*smallcfg (?P<steps>2|4|8|16)steps?\b", PCM_WEIGHTS, ("sd15",), "pcm", TRAILING | {"points": 50}
@@ -188,5 +190,12 @@ UNET_FILES = (
         ("sdxl",),
         "turbo",
         TRAILING | STOCHASTIC | {"guidance_max": 2.5},
+    ),
+    KnownFiles(
+        r"\bsd ?xl tdd\b|\btdd (?:sd ?xl )?lora\b",
+        "https://github.com/RedAIGC/Target-Driven-Distillation",
+        ("sdxl",),
+        "tdd",
+        TRAILING | STOCHASTIC | {"gamma": 0.2, "guidance": 1.7, "guidance_max": 4.0},
     ),
 )

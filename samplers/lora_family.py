@@ -27,6 +27,8 @@ BASE_MARKS = (
     ("anima", r"anima(?!gine)"),
 )
 CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
+# SVD is SD2's UNet with layers over the frames between: in the names of its authors and of diffusers
+OVER_FRAMES = re.compile(r"_attentions_\d+_temporal_transformer_blocks_\d|_\d+_time_stack_\d")
 UNET_CONTEXT = re.compile(r"_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_.*attn2_to_k$")
 
 
@@ -87,6 +89,8 @@ MARKS = (
 
 def family_by_tensors(modules: Mapping[str, LoraModule]) -> str | None:
     """The family of a LoRA's network by its modules, under kohya's names; None where they do not tell."""
+    if any(OVER_FRAMES.search(name) for name in modules):
+        return "svd_img2vid"
     for name, module in modules.items():
         down = module.shapes.get("down", ())
         if UNET_CONTEXT.search(name) and len(down) >= 2 and down[1] in CONTEXT_WIDTHS:

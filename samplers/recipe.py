@@ -11,11 +11,12 @@ from .families import family_problem, family_title
 from .field_kinds import Numbers, Pairs, frozen, wrong_kind
 from .given_levels import level_problems, mu_at, ticks_of
 from .phases import PhaseGrid, count_steps
-from .schedule import PREDICTIONS, TICKS, FlowSchedule, Schedule, VPSchedule
+from .schedule import PREDICTIONS, TICKS, FlowSchedule, RatioFlowSchedule, Schedule, VPSchedule
 
 HEADER_KEY = "pcm.recipe"
 VERSION = 2  # of the header: those who know an earlier one alone would sample at other levels
 SINCE_2 = ("timesteps", "sigmas", "mu_by_size", "boundary", "expert", "embedded_guidance")
+OUTSIDE_HEADER = {"noisiest", "source"}
 MODES = ("deterministic", "stochastic")
 EXPERTS = ("", "high", "low")
 GUIDANCE_MODES = ("smallcfg", "normalcfg")
@@ -33,6 +34,7 @@ METHODS = {
     "schnell": "schnell",
     "klein": "klein",
     "dscd": "dsCD",
+    "causvid": "CausVid",
     "unknown": "LoRA",
 }
 # where a recipe came from (`Recipe.source`), as people read it
@@ -92,6 +94,8 @@ class Recipe:
     sampling_points, sampling_from_noise: the grid that the file's authors sample
         on, where it is not the trained one.
     base_name, base_hash: the checkpoint it was distilled from (SHA-256 of the file, where it is one file).
+    noisiest: of flow models whose levels the host counts as sigma / alpha, its level for pure noise
+        (`RatioFlowSchedule`); None for others. A fact of the model that is sampled, and not part of the header.
     source: where this recipe came from, a key of `SOURCES`; not part of the header.
     """
 
@@ -122,6 +126,7 @@ class Recipe:
     embedded_guidance: float | None = None
     base_name: str = ""
     base_hash: str = ""
+    noisiest: float | None = None
     source: str = "settings"
 
     def __post_init__(self):
@@ -221,7 +226,7 @@ class Recipe:
     def schedule(self) -> Schedule:
         """The noise schedule of the base."""
         if self.prediction == "flow":
-            return FlowSchedule(self.shift)
+            return RatioFlowSchedule(self.shift, self.noisiest) if self.noisiest else FlowSchedule(self.shift)
         return VPSchedule.from_betas(zero_terminal_snr=self.zero_terminal_snr)
 
     @property
@@ -253,7 +258,9 @@ class Recipe:
         if sentence := self.family_warning(family):
             warnings.append(sentence)
         if shift is not None and self.shift is not None and not same_shift(shift, self.shift):
-            warnings.append(f"Shift {shift:g} is not used, the LoRA's is {self.shift:g}: remove the node that sets it.")
+            warnings.append(
+                f"Shift {shift:.4g} is not used, the LoRA's is {self.shift:.4g}: remove the node that sets it."
+            )
         warnings += self.step_warnings(steps)
         if guidance > self.guidance_max:
             warnings.append(
@@ -276,7 +283,7 @@ class Recipe:
         """Faults of this number of steps alone, as in `warnings`."""
         if self.has_own_steps and steps != self.phases:
             return [f"This LoRA was made for {count_steps(self.phases)}, not {steps}: set steps to {self.phases}."]
-        if self.gamma == 1 and steps > MOST_FRESH:
+        if self.gamma == 1 and steps > MOST_FRESH and not self.has_own_steps:
             return [f"More than {MOST_FRESH} steps make this LoRA's pictures plainer: set steps to {self.steps}."]
         return []
 
@@ -357,8 +364,7 @@ class Recipe:
 
     def to_header(self) -> str:
         """JSON for the `pcm.recipe` header key, of the earliest version whose readers sample it right."""
-        values = asdict(self)
-        del values["source"]
+        values = {name: value for name, value in asdict(self).items() if name not in OUTSIDE_HEADER}
         new = {name: values.pop(name) for name in SINCE_2}
         used = {f.name for f in fields(self) if f.name in new and new[f.name] != f.default}
         return json.dumps({"version": VERSION, **values, **new} if used else {"version": 1, **values})
@@ -373,7 +379,7 @@ class Recipe:
             values = json.loads(text)
             if (version := values.get("version", 1)) > VERSION:
                 raise ValueError(f"its version is {version}, this pack reads up to {VERSION}: update the pack")
-            known = {f.name for f in fields(cls)} - {"source"}
+            known = {f.name for f in fields(cls)} - OUTSIDE_HEADER
             return cls(**{k: v for k, v in values.items() if k in known}, source="header")
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(

@@ -9,7 +9,8 @@ The clean end is a level of its own, below timestep 0, where the papers' solvers
 there, and a jump to it hands back a picture with that much noise in it. Here the last jump is to x0 itself.
 
 `k_sigma` is the same level in the host's (k-diffusion's) convention: sigma / alpha for VP, where the sampled
-point is x / alpha, and sigma itself for flow. All tables are float64 and all results float32.
+point is x / alpha, and sigma itself for flow, with one exception (`RatioFlowSchedule`). All tables are float64
+and all results float32.
 
 The functions below are the algebra between (x0, eps), points and network outputs, on tensors (B, ...):
 
@@ -210,6 +211,33 @@ class FlowSchedule(Schedule):
 
     def k_scale(self, k_sigma: float | Tensor) -> Tensor:
         return torch.ones_like(torch.as_tensor(k_sigma, dtype=torch.float32))
+
+
+class RatioFlowSchedule(FlowSchedule):
+    """A flow schedule in the host's convention of VP, sigma / alpha and x / alpha (Cosmos Predict2).
+
+    noisiest: the level that the host has for pure noise, where sigma / alpha has no end.
+    """
+
+    def __init__(self, shift: float, noisiest: float, ticks: int = TICKS):
+        super().__init__(shift, ticks)
+        self.noisiest = noisiest
+
+    def k_sigma(self, tick: int | float | Tensor) -> Tensor:
+        u = _double(tick) / self.ticks
+        return (self.shift * u / (1 - u)).clamp(max=self.noisiest).float()
+
+    def tick(self, k_sigma: float | Tensor) -> Tensor:
+        k = _double(k_sigma)
+        # the host's own table may be a rounding below its end
+        u = torch.where(k < self.noisiest * (1 - 1e-5), k / (k + self.shift), 1.0)
+        return (self.ticks * u).float()
+
+    def k_alpha(self, k_sigma: float | Tensor) -> Tensor:
+        return torch.ones_like(torch.as_tensor(k_sigma, dtype=torch.float32))
+
+    def k_scale(self, k_sigma: float | Tensor) -> Tensor:
+        return (1 / (1 + _double(k_sigma))).float()
 
 
 def _double(level: float | Tensor) -> Tensor:

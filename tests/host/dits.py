@@ -60,7 +60,15 @@ NAMES = {
         },
     ),
 }
-NAMES["wan_i2v"] = NAMES["wan"]
+NAMES["wan_i2v"] = NAMES["wan_causal"] = NAMES["wan"]
+NAMES["ltxv"] = (NAMES["ltxav"][0], {f"transformer_blocks.0.attn1.to_{part}": (W, W) for part in "qkv"})
+NAMES["anima"] = NAMES["cosmos"] = (
+    ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+    {
+        **{f"blocks.0.self_attn.{part}_proj": (W, W) for part in "qkv"},
+        **{"blocks.1.cross_attn.k_proj": (W, 32), "blocks.1.mlp.layer1": (4 * W, W)},
+    },
+)
 FILES = {
     "Hyper-FLUX.1-dev-8steps-lora": "flux",
     "FLUX.1-Turbo-Alpha": "flux",
@@ -74,6 +82,9 @@ FILES = {
     "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise": "wan_i2v",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32": "wan",
     "ltx-2-19b-distilled-lora-384": "ltxav",
+    "anima-turbo-lora-v0.2": "anima",
+    "cosmos_of_tomorrow": "cosmos",
+    "ltxv_of_tomorrow": "ltxv",
     "something_of_tomorrow": "wan",
     "a_style": "qwen",
 }
@@ -87,7 +98,13 @@ LATENTS = {
     "zimage": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
     "wan": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "wan_i2v": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "wan_causal": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "ltxv": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
     "ltxav": ("EmptyLTXVLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "cosmos": ("EmptyHunyuanLatentVideo", {"width": 128, "height": 96, "length": 9}),
+    "anima": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
+    "krea2": ("EmptySD3LatentImage", {"width": 128, "height": 96}),
+    "svd": ("EmptyLatentImage", {"width": 128, "height": 96}),
 }
 
 
@@ -122,7 +139,7 @@ def transformer(
     if file:
         links |= loaded_on(graph, links["base"], file, **widgets)
     for number, prompt in enumerate(("positive", "negative"), 1):
-        encoded = graph.add("TestConditioning", seed=number, width=TEXT_WIDTH, pooled=24)
+        encoded = graph.add("TestConditioning", seed=number, width=TEXT_WIDTH, pooled=24, masked=kind == "ltxv")
         links[prompt] = out(encoded)
     node, size = LATENTS[kind]
     links["latent"] = out(graph.add(node, batch_size=1, **size))

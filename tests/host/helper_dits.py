@@ -1,5 +1,7 @@
 """Nodes for the host tests alone: small random transformers, built by the host from its own configs."""
 
+from functools import partial
+
 import comfy.model_management as memory
 import comfy.model_patcher
 import comfy.sd
@@ -7,6 +9,14 @@ import comfy.supported_models as supported
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.wan.vae import WanVAE
+
+try:
+    import comfy.ldm.anima.model as anima
+except ImportError:  # an older host
+    pass
+else:  # its adapter takes no sizes from a config
+    small = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 1, "num_heads": 2}
+    anima.LLMAdapter = partial(anima.LLMAdapter, **small)
 
 HEADS = 4
 WIDTH = 64  # of the network, so that a head has 16
@@ -19,6 +29,12 @@ FLUX = {name: value for name, value in FLUX.items() if name in FluxParams.__data
 WAN = {
     **{"image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "ffn_dim": 128, "freq_dim": 256, "text_dim": 32},
     **{"num_heads": HEADS, "num_layers": 2, "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2)},
+}
+COSMOS = {
+    **{"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16},
+    **{"patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True, "model_channels": WIDTH},
+    **{"num_blocks": 2, "num_heads": HEADS, "crossattn_emb_channels": 32, "pos_emb_cls": "rope3d"},
+    **{"pos_emb_learnable": True, "use_adaln_lora": True, "adaln_lora_dim": 16},
 }
 # kind -> the host's class, and its network's shape at a size for tests
 KINDS = {
@@ -57,7 +73,35 @@ KINDS = {
             **{"audio_cross_attention_dim": 32, "caption_channels": 16, "connector_num_attention_heads": 1},
         },
     ),
+    "ltxv": (
+        "LTXV",
+        {
+            **{"image_model": "ltxv", "num_layers": 2, "num_attention_heads": HEADS, "attention_head_dim": 16},
+            **{"cross_attention_dim": WIDTH, "caption_channels": 32},
+        },
+    ),
     "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
+    "wan_causal": ("WAN21_CausalAR_T2V", {**WAN, "causal_ar": True}),
+    "cosmos": ("CosmosT2IPredict2", {"image_model": "cosmos_predict2", **COSMOS}),
+    "anima": ("Anima", {"image_model": "anima", **COSMOS}),
+    "krea2": (
+        "Krea2",
+        {
+            **{"image_model": "krea2", "features": WIDTH, "heads": HEADS, "kvheads": 2, "layers": 2},
+            **{"channels": 16, "patch": 2, "txtlayers": 2, "txtdim": 16, "txtheads": HEADS, "txtkvheads": 2},
+        },
+    ),
+    "svd": (
+        "SVD_img2vid",
+        {
+            **{"image_size": 32, "in_channels": 8, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1]},
+            **{"channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1]},
+            **{"transformer_depth_middle": 1, "context_dim": 32, "adm_in_channels": 768, "num_classes": "sequential"},
+            **{"use_temporal_attention": True, "use_temporal_resblock": True, "use_linear_in_transformer": True},
+            **{"video_kernel_size": [3, 1, 1], "merge_strategy": "learned_with_images", "extra_ff_mix_layer": True},
+            **{"use_spatial_transformer": True, "legacy": False, "num_heads": -1, "num_head_channels": 16},
+        },
+    ),
 }
 
 

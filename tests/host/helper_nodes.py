@@ -19,12 +19,14 @@ class TestConditioning:
     @classmethod
     def INPUT_TYPES(cls):
         widths = {"width": ("INT", {"default": 768}), "pooled": ("INT", {"default": 2048})}
-        return {"required": {"seed": ("INT", {"default": 0}), **widths}, "optional": {"text": ("STRING", {})}}
+        optional = {"text": ("STRING", {}), "masked": ("BOOLEAN", {})}
+        return {"required": {"seed": ("INT", {"default": 0}), **widths}, "optional": optional}
 
-    def make(self, seed, width, pooled, text=""):
+    def make(self, seed, width, pooled, text="", masked=False):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randn(1, 77, width, generator=generator)
-        return ([[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
+        extra = {"pooled_output": torch.randn(1, pooled, generator=generator)}
+        return ([[text, extra | ({"attention_mask": torch.ones(1, 77)} if masked else {})]],)
 
 
 class TestEncoding:

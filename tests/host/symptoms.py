@@ -463,6 +463,16 @@ MISTAKES: dict[str, tuple[Mistake | Shown, ...]] = {
             "Sample PCM: they are shifted by the size of the picture first",
             "test_families.py::test_flux2_turbo_is_shifted_by_the_size_of_the_picture",
         ),
+        Shown(
+            "ModelSamplingLTXV or ModelSamplingFlux has worked its shift out for other frames or another size",
+            "the latent that is sampled connected to it, or its size: Sample PCM and Load PCM LoRA say so",
+            "test_family_mistakes.py::test_a_shift_that_was_worked_out_for_another_clip",
+        ),
+        Shown(
+            "a clip for a model that draws pictures, or that draws a clip frame by frame",
+            "one frame, or core's SamplerARVideo: the sampling node says which",
+            "test_family_mistakes.py::test_a_clip_for_a_model_of_pictures",
+        ),
     ),
 }
 TOP = """\

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from host.dits import core_lora, loaded_on, skip_where_lcm_repeats_its_noise, skip_without, transformer
-from host.graphs import core_sampler, custom, ksampler, sample, scheduler
+from host.graphs import core_sampler, custom, ksampler, loaded, sample, scheduler
 from host.server import Graph, out
 from host.test_families import (
+    ANIMA,
+    COSMOS,
     FLUX,
     FLUX2,
     HIGH,
@@ -135,6 +137,39 @@ def test_a_header_tells_which_transformer_a_lora_is_for(server):
         )
 
 
+def test_a_model_that_no_recipe_can_be_made_for_says_what_to_use(server):
+    """SVD, which predicts v at EDM's noise levels: by the loader, by PCM Recipe and by Sample PCM alone."""
+    graph, links = transformer("svd")
+    widgets = {"recipe": "widgets", "phases": 4, "mode": "deterministic", "cfg": 1.0}
+    by_hand = graph.add("PCMRecipe", model=links["base"], **widgets)
+    for model, recipe in ((links["base"], {}), (out(by_hand), {"recipe": out(by_hand, 1)})):
+        one = Graph(graph)
+        drawn = sample(one, links | {"model": model, "recipe": []})
+        del one[drawn]["inputs"]["recipe"]
+        one[drawn]["inputs"] |= recipe
+        error = server.run(with_saved(one, drawn)).error
+        assert error["exception_message"].strip() == (
+            "No recipe can be made for a SVD model: it is no flow model, and none of SD1.5, SD2, SDXL, SD3. Load its "
+            "LoRA with LoraLoaderModelOnly, and set steps, cfg, sampler_name and scheduler of KSampler as its authors "
+            "say."
+        )
+
+
+def test_another_way_of_counting_levels_is_told(server):
+    """Cosmos Predict2's, put on Wan by core's node, and SD3's on Cosmos."""
+    for kind, file, node, widgets, culprit in (
+        ("wan", UNKNOWN, "ModelSamplingContinuousEDM", {"sampling": "cosmos_rflow"}, "ModelSamplingContinuousEDM"),
+        ("cosmos", COSMOS, "ModelSamplingSD3", {"shift": 3.0}, "A node"),
+    ):
+        graph, links = transformer(kind, file, recipe="widgets")
+        widgets |= {"sigma_max": 80.0, "sigma_min": 0.002} if "sampling" in widgets else {}
+        changed = out(graph.add(node, model=links["model"], **widgets))
+        ours, core = (draw(graph, links | {"model": changed}) for draw in (sample, ksampler))
+        warnings = watched(server, graph, ours, core)
+        sentence = f"{culprit} changes the noise levels: remove that node."
+        assert (warnings[ours][:1], warnings[links["model"][0]][:1]) == ([sentence], [sentence])
+
+
 def test_an_unknown_file_says_what_to_set(server):
     graph, links = transformer("wan", UNKNOWN)
     warnings = watched(server, graph, sample(graph, links))
@@ -214,4 +249,98 @@ def test_edits_are_for_cells_of_8_pixels(server):
     message = server.run(graph).error["exception_message"]
     assert message.startswith(
         "Edits are made in latents with cells of 8 pixels, and this model's have cells of 16 pixels"
+    )
+
+
+def test_a_shift_that_was_worked_out_for_another_clip(server):
+    """ModelSamplingLTXV before the loader, whose recipe by hand keeps its shift: for one latent, and for 4096
+    positions where none is connected. mu is 0.95 at 1024 positions and 2.05 at 4096."""
+    graph, links = transformer("ltxv")
+    size = {"width": 128, "height": 96, "batch_size": 1}
+    longer = out(graph.add("EmptyLTXVLatentVideo", **size, length=2001))
+    for connected, sampled, shifts in (
+        (links["latent"], links["latent"], None),
+        (longer, longer, None),
+        (longer, links["latent"], (5.269, 24, 1.807)),
+        (None, links["latent"], (7.768, 24, 1.807)),
+    ):
+        one = Graph(graph)
+        latent = {"latent": connected} if connected else {}
+        patched = one.add("ModelSamplingLTXV", model=links["base"], max_shift=2.05, base_shift=0.95, **latent)
+        given = links | loaded_on(one, out(patched), "ltxv_of_tomorrow", recipe="widgets") | {"latent": sampled}
+        ours, core = sample(one, given), ksampler(one, given)
+        warnings = watched(server, one, ours, core)
+        sentence = (
+            "ModelSamplingLTXV's shift {:.4g} is for another latent; for {} positions it is {:.4g}: connect this "
+            "latent to it."
+        )
+        expected = [sentence.format(*shifts)] if shifts else []
+        assert warnings[ours] == warnings[given["model"][0]] == expected
+
+
+def test_a_shift_for_the_frames_after_the_loader_is_not_used(server):
+    """One sentence, and not two that say the opposite."""
+    graph, links = transformer("ltxv", "ltxv_of_tomorrow", recipe="widgets")
+    patched = out(graph.add("ModelSamplingLTXV", model=links["model"], max_shift=2.05, base_shift=0.95))
+    node = sample(graph, links | {"model": patched})
+    assert watched(server, graph, node)[node] == [
+        "Shift 7.768 is not used, the LoRA's is 10.7: remove the node that sets it."
+    ]
+
+
+def test_a_shift_that_was_worked_out_for_another_size(server):
+    """ModelSamplingFlux before the loader, by hand; a known file has a shift of its own, whatever was set before."""
+    graph, links = transformer("flux")
+    sentence = (
+        "ModelSamplingFlux's shift 3.158 is for another size; for 128 x 96 it is 1.592: set its width and height."
+    )
+    for (width, height), sentences in (((128, 96), []), ((1024, 1024), [sentence])):
+        one = Graph(graph)
+        ends = {"max_shift": 1.15, "base_shift": 0.5, "width": width, "height": height}
+        sized = out(one.add("ModelSamplingFlux", model=links["base"], **ends))
+        by_hand, known = (links | loaded_on(one, sized, TURBO, recipe=recipe) for recipe in ("widgets", "auto"))
+        nodes = [sample(one, by_hand), ksampler(one, by_hand), sample(one, known)]
+        warnings = watched(server, one, *nodes)
+        assert warnings[nodes[0]] == warnings[by_hand["model"][0]] == sentences
+        assert warnings[nodes[2]] == []
+
+
+@pytest.mark.parametrize(("kind", "file"), [("qwen", QWEN), ("anima", ANIMA)])
+def test_a_clip_for_a_model_of_pictures(server, kind, file):
+    """Sample PCM does not draw it; core's KSampler does, and the loader says so."""
+    skip_without(server, kind)
+    graph, links = transformer(kind, file)
+    links["latent"] = out(graph.add("EmptyHunyuanLatentVideo", width=128, height=96, length=9, batch_size=1))
+    title = {"qwen": "Qwen-Image", "anima": "Anima"}[kind]
+    sentence = (
+        f"This latent has 3 frames, and a {title} model draws pictures: set length to 1, or batch_size to the number "
+        "of pictures."
+    )
+    ours = Graph(graph)
+    assert server.run(with_saved(ours, sample(ours, links))).error["exception_message"].strip() == sentence
+    skip_without(server, "flux2")  # an older host's Qwen-Image fails on clips itself
+    steps = {"qwen": 4, "anima": 8}[kind]
+    assert watched(server, graph, ksampler(graph, links, steps=steps))[links["model"][0]] == [sentence]
+
+
+def test_a_clip_for_a_model_whose_latents_have_no_frames(server):
+    """FLUX.1 and SD1.5, where the host fails with the numbers of its dimensions."""
+    flux, links = transformer("flux", TURBO)
+    tiny, others = loaded()
+    for graph, given, title in ((flux, links, "FLUX.1"), (tiny, others, "SD1.5")):
+        given["latent"] = out(graph.add("EmptyHunyuanLatentVideo", width=128, height=96, length=9, batch_size=1))
+        message = server.run(with_saved(graph, sample(graph, given))).error["exception_message"].strip()
+        assert message == (
+            f"This latent is a clip's, and a {title} model draws pictures: take that of EmptyLatentImage, or of a "
+            "picture."
+        )
+
+
+def test_a_model_that_draws_frame_by_frame(server):
+    skip_without(server, "wan_causal")
+    graph, links = transformer("wan_causal", UNKNOWN, recipe="widgets")
+    message = server.run(with_saved(graph, sample(graph, links))).error["exception_message"].strip()
+    assert message == (
+        "This Wan model draws a clip frame by frame, which no PCM node does: take core's SamplerARVideo in "
+        "SamplerCustomAdvanced."
     )

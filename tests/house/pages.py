@@ -51,6 +51,7 @@ PUBLISHED = {
     "flash-sd, FlashSDXL": ["flash-sd", "FlashSDXL"],
     "flash-sd3": ["flash-sd3"],
     "sd_xl_turbo_lora*": ["sd_xl_turbo_lora_v1"],
+    "sdxl_tdd_lora_weights": ["sdxl_tdd_lora_weights"],
 }
 # what fits which GPU: the goal, a preset, and what is changed in it
 FITTING = (

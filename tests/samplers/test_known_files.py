@@ -140,6 +140,10 @@ PLAIN, KEPT = (1, 1, 2), (5, 5, 8)
             for n in ("", "_v1", "_v1-64dim", "_v1-128dim", "_rank01")
         ),
         ("SDXL-turbo-LoRA/pytorch_lora_weights", "sdxl", "Turbo", RENOISED, (1, 1, 2.5)),
+        *(
+            (f"{n}_weights", "sdxl", "TDD", ("stochastic", 0.2, TRAILING[4]), (1.7, 1, 4))
+            for n in ("sdxl_tdd_lora", "realvis_tdd_sdxl_lora")
+        ),
     ],
 )
 def test_published_files_of_other_methods(name, family, method, sampled, cfg):

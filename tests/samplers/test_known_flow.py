@@ -42,6 +42,8 @@ def known(name: str, **options) -> Recipe | None:
         ("FastWan2.1-T2V-1.3B_lora", "wan2.1", FAST_WAN, 1),
         ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16", "wan2.1", FAST_WAN, 1),
         ("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32", "wan2.1", FAST_WAN, 1),
+        ("Wan21_CausVid_14B_T2V_lora_rank32", "wan2.1", (1, 0.96, 0.8889, 0.7273), 0.7),
+        ("anima-turbo-lora-v0.2", "anima", SHIFT_3[8], 1),
     ],
 )
 def test_levels_and_strength(name, family, levels, strength):
@@ -108,8 +110,12 @@ def test_wan_lightnings_experts(name, expert, boundary):
     assert sigmas(recipe) == pytest.approx(WAN, abs=1e-4)
 
 
-def test_causal_files_have_no_row():
-    assert known("Wan21_CausVid_14B_T2V_lora_rank32") is None
+@pytest.mark.parametrize(
+    "name", ["causal_forcing-framewise", "CausVid_autoregressive_checkpoint", "SenseFlow-SD35L", "Phantom-Wan-14B"]
+)
+def test_files_whose_settings_no_row_can_have(name):
+    """They are sampled frame by frame, or no source that was read tells how, or they are made for 50 steps."""
+    assert known(name, whole=True) is None
 
 
 def test_dreamshapers_tdm_has_dpm_solvers_levels():
@@ -156,6 +162,9 @@ def test_guidance_that_the_network_takes(name, guidance, strength):
         ("z_image_turbo_bf16", "lumina2", 8),
         ("ltx-2-19b-distilled-fp8", "ltxav", 8),
         ("sd3.5_large_turbo", "sd3", 4),
+        ("krea2_turbo_fp8_scaled", "krea2", 8),
+        ("hidream_i1_dev_bf16", "hidream", 28),
+        ("hidream_i1_fast_fp8", "hidream", 16),
     ],
 )
 def test_distilled_models(name, family, steps):
@@ -164,9 +173,34 @@ def test_distilled_models(name, family, steps):
     assert few_step_source(f"{name}.safetensors", {}, family) == "known file"
 
 
+@pytest.mark.parametrize(("kind", "steps", "shift"), [("dev", 28, 6), ("fast", 16, 3)])
+def test_hidreams_levels_are_its_schedulers(kind, steps, shift):
+    """By the formula of diffusers' scheduler, which is HiDream's: times down to the least level, shifted again."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    recipe = recipe_for_checkpoint(f"hidream_i1_{kind}_fp8.safetensors", {}, "hidream")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    assert sigmas(recipe) == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-5)
+    assert (recipe.mode, recipe.gamma, recipe.shift) == ("stochastic", 1, shift)
+    assert recipe.warnings(steps, 1.0) == []
+
+
+def test_krea2_turbo_has_one_shift_at_every_size():
+    recipe = recipe_for_checkpoint("krea2_turbo_bf16.safetensors", {}, "krea2")
+    assert sigmas(recipe.at_size(2048, 2048)) == sigmas(recipe)
+    assert sigmas(recipe)[4] == pytest.approx(math.exp(1.15) / (math.exp(1.15) + 1), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("flux1-dev", "flux"), ("flux-2-klein-base-9b", "flux2"), ("wan2.2_t2v_low_noise_14B", "wan2.1")],
+    [
+        ("flux1-dev", "flux"),
+        ("hidream_i1_full_fp8", "hidream"),
+        ("krea2_raw_bf16", "krea2"),
+        ("flux-2-klein-base-9b", "flux2"),
+        ("wan2.2_t2v_low_noise_14B", "wan2.1"),
+    ],
 )
 def test_plain_models(name, family):
     assert recipe_for_checkpoint(f"{name}.safetensors", {}, family) is None
@@ -206,6 +240,7 @@ def test_the_family_of_the_model_tells_where_the_name_does_not():
         ("Hyper-SD", "flux", 16, "hyper"),
         ("Turbo", "flux", 8, "turbo"),
         ("Turbo", "flux2", 8, "turbo"),
+        ("Turbo", "anima", 8, "turbo"),
     ],
 )
 def test_methods_have_recipes_for_transformers(method, family, steps, objective):

@@ -104,3 +104,15 @@ def test_the_authors_own_names(shapes, family, prefix):
     if prefix == "lora_unet_" and any(path.startswith(("transformer_", "joint_")) for path in shapes):
         prefix = "lora_transformer_"
     assert family_by_tensors(lora_on(shapes, prefix)) == family
+
+
+def test_svd_is_known_by_its_layers_over_frames():
+    """Its UNet's text is as wide as SD2's; the layers are called otherwise by its authors and in diffusers."""
+    with torch.device("meta"):
+        network = diffusers.UNetSpatioTemporalConditionModel(layers_per_block=1)
+    ours = {path: tuple(m.weight.shape) for path, m in network.named_modules() if isinstance(m, nn.Linear)}
+    authors = {"input_blocks.1.1.time_stack.0.attn1.to_q": (320, 320)}
+    for shapes in (ours, authors):
+        assert family_by_tensors(lora_on(shapes, "unet.")) == "svd_img2vid"
+    plain = {path: shape for path, shape in ours.items() if "temporal" not in path}
+    assert family_by_tensors(lora_on(plain, "unet.")) == "sd2"

@@ -5,7 +5,17 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from phased_consistency.samplers import FlowSchedule, VPSchedule, jump, output_from_x0_eps, renoise, x0_eps_from_output
+from phased_consistency.samplers import (
+    FlowSchedule,
+    VPSchedule,
+    jump,
+    output_from_x0_eps,
+    renoise,
+    sample_phased,
+    x0_eps_from_output,
+)
+from phased_consistency.samplers.sampling import seeded_noise
+from phased_consistency.samplers.schedule import RatioFlowSchedule
 
 TICKS = torch.arange(1, 1001)
 SCHEDULES = {
@@ -222,3 +232,35 @@ def test_unknown_betas_are_an_error():
 def test_fractional_tick_is_an_error():
     with pytest.raises(ValueError, match="whole ticks only; got 0.5"):
         SCHEDULES["vp"].alpha(0.5)
+
+
+def test_ratios_are_the_flow_schedules_sigma_over_alpha():
+    """Cosmos Predict2 in ComfyUI: up to 80, which stands for pure noise."""
+    ratio, flow = RatioFlowSchedule(2.0, 80.0), FlowSchedule(2.0)
+    levels = torch.arange(0, 960)
+    torch.testing.assert_close(ratio.k_sigma(levels), flow.sigma(levels) / flow.alpha(levels), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ratio.tick(ratio.k_sigma(levels)), levels.float(), rtol=1e-5, atol=1e-3)
+    assert ratio.k_sigma(torch.tensor([1000, 990])).tolist() == [80, 80]
+    assert ratio.tick(80.0) == ratio.tick(79.9999) == 1000
+    assert ratio.k_scale(3.0) == 0.25 and ratio.k_alpha(3.0) == 1
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_a_run_by_ratios_is_the_run_by_sigmas(gamma):
+    """The same model in both conventions, from one point and with the same noise."""
+    flow, ratio = FlowSchedule(1.0), RatioFlowSchedule(1.0, 1e4)
+    ticks = torch.tensor([900, 600, 300, 0])
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def denoise(x, level):
+        return torch.tanh(x * (1 + level.view(-1, 1, 1, 1)))
+
+    def by_ratio(x, k):
+        return denoise(x / (1 + k.view(-1, 1, 1, 1)), k / (1 + k))
+
+    options = {"gamma": gamma, "extra_args": {}}
+    noise = [seeded_noise(x, 7) for _ in range(2)]
+    ours = sample_phased(denoise, x, flow.k_sigma(ticks), schedule=flow, noise_sampler=noise[0], **options)
+    start = x * (1 + ratio.k_sigma(900))
+    theirs = sample_phased(by_ratio, start, ratio.k_sigma(ticks), schedule=ratio, noise_sampler=noise[1], **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

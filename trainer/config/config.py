@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.gradient_checkpointing",
     "train.memory_limit_gib",
     "train.offload",
+    "train.offload_activations",
     "train.shard",
     "train.compile",
     "train.attention",

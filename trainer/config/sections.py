@@ -277,6 +277,9 @@ class TrainConfig(Section):
     offload: bool = Field(
         False, description="frozen blocks in main memory, each on the GPU for its pass only; computes them again"
     )
+    offload_activations: bool = Field(
+        False, description="the inputs of blocks that are computed again wait in main memory for the backward pass"
+    )
     shard: bool = Field(
         False, description="each process keeps a share of the frozen weights only, and fetches a block for its pass"
     )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from .blocks import blocks_of
+from .blocks import LEAVING, blocks_of
 
 OUTSIDE = ""  # the path of all that is in no block
 # A storage's number -> its bytes. Tensors that share a storage count once.
@@ -29,22 +29,29 @@ class Activations:
     """One forward pass, by block path ("" for what is in no block).
 
     kept: the tensors that autograd keeps for the backward pass. entered: each block's inputs, which are all
-    that is kept of a block that is computed again. flops: the FLOPs of each block, which that costs.
+    that is kept of a block that is computed again; movable: those of them that gradients go to. flops: the FLOPs of
+    each block, which that costs.
     """
 
     kept: dict[str, Storages]
     entered: dict[str, Storages]
+    movable: Storages
     flops: dict[str, int]
 
-    def bytes(self, recomputed: Collection[str]) -> int:
+    def bytes(self, recomputed: Collection[str], offloaded: bool = False) -> int:
         """Bytes at the peak of the backward pass, where the blocks at these paths are computed again.
 
         They are the inputs of those blocks, everything that the others keep, and the largest of those blocks,
-        whose activations are there while it is computed again.
+        whose activations are there while it is computed again. offloaded: what is movable of the inputs is in main
+        memory, but for as many of the largest as are on their way.
         """
         union: Storages = {}
         for path, storages in self.kept.items():
             union |= self.entered[path] if path in recomputed else storages
+        if offloaded:
+            elsewhere = {n for path, storages in self.kept.items() if path not in recomputed for n in storages}
+            moved = sorted(union.pop(number) for number in self.movable.keys() & union.keys() - elsewhere)
+            union[-1] = sum(moved[-LEAVING:])
         largest = max((sum(self.kept[path].values()) for path in recomputed if path in self.kept), default=0)
         return sum(union.values()) + largest
 
@@ -66,6 +73,7 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
     saved: dict[str, list[weakref.ref[_Saved]]] = {OUTSIDE: []}
     # the storages themselves, until the end: a number may come again once its storage is freed
     entered: dict[str, dict[int, torch.UntypedStorage]] = {}
+    movable: dict[int, torch.UntypedStorage] = {}
     flops: dict[str, int] = {}
     inside = [OUTSIDE]  # paths of the blocks that the pass is in, the innermost last
     counter, gpu = Operations(), AsOnGPU()
@@ -88,6 +96,8 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
             for tensor in (*args, *kwargs.values()):
                 if isinstance(tensor, Tensor) and tensor.ndim > 2:
                     note(tensor, entered[path])
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    note(tensor, movable)
 
         def leave(*_) -> None:
             flops[inside.pop()] += done()
@@ -106,7 +116,7 @@ def kept_activations(network: nn.Module, run: Callable[[], object]) -> Activatio
         for held in filter(None, (reference() for reference in references)):  # not of a part that was detached
             note(held.tensor, kept[path])
     del graph
-    return Activations(_sizes(kept), _sizes(entered), flops)
+    return Activations(_sizes(kept), _sizes(entered), _sizes({OUTSIDE: movable})[OUTSIDE], flops)
 
 
 def _sizes(by_path: dict[str, dict[int, torch.UntypedStorage]]) -> dict[str, Storages]:

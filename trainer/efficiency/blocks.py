@@ -11,12 +11,14 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import wraps
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +29,7 @@ KINDS = (ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock)
 # Graphs of one kind of block that torch.compile may make before it gives up in silence: one for each size of
 # the picture inside the network, with and without gradients, for the batches of teacher, target and student.
 GRAPHS = 64
+LEAVING = 2  # inputs of blocks that may be on their way to main memory at once
 ALIGNED = 256  # numbers, to a multiple of which a weight begins in its piece, as it would in memory of its own
 Pass = Callable[..., object]  # a block's forward
 Pieces = dict[torch.dtype, Tensor]  # a block's frozen weights, those of a dtype in a row
@@ -38,28 +41,88 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in network.named_modules() if isinstance(module, KINDS)}
 
 
-def recompute(learner: Learner, paths: Collection[str] | None = None) -> None:
+def recompute(learner: Learner, paths: Collection[str] | None = None, inputs: InputOffload | None = None) -> None:
     """Keep no activations of the blocks at these paths (default: all) for the backward pass, only their inputs.
 
     Each is computed again with the learner as it was in the forward pass: a discriminator's body ran without
-    the adapter, which is on again by the time of its backward pass.
+    the adapter, which is on again by the time of its backward pass. inputs: has the inputs wait in main memory.
     """
     for path, block in blocks_of(learner.network).items():
         if paths is None or path in paths:
-            block.forward = _recomputed(block.forward, learner)
+            block.forward = _recomputed(block.forward, learner, inputs)
 
 
-def _recomputed(run: Pass, learner: Learner) -> Pass:
+def _recomputed(run: Pass, learner: Learner, inputs: InputOffload | None) -> Pass:
     @wraps(run)
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        # nothing is left to chance in these passes (no dropout), so no state of it is kept
-        return checkpoint(
-            run, *args, use_reentrant=False, context_fn=learner.as_it_is, preserve_rng_state=False, **kwargs
-        )
+        # Arguments by name become others by place: those torch keeps as autograd keeps tensors, which can be moved.
+        # What is made here holds on to none of them.
+        first, names, given = len(args), tuple(kwargs), (*args, *kwargs.values())
+
+        def by_place(*given):
+            return run(*given[:first], **dict(zip(names, given[first:], strict=True)))
+
+        with inputs.of(given) if inputs else nullcontext():
+            # nothing is left to chance in these passes (no dropout), so no state of it is kept
+            return checkpoint(
+                by_place, *given, use_reentrant=False, context_fn=learner.as_it_is, preserve_rng_state=False
+            )
 
     return forward
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A tensor in main memory, and the event after which it is there."""
+
+    tensor: Tensor
+    landed: torch.cuda.Event | None
+
+
+class InputOffload:
+    """Keeps the inputs of blocks that are computed again in main memory, from their forward to their backward pass.
+
+    Only those that gradients go to, which are each block's own: what all of them are given, such as a prompt's
+    encoding, stays. On a GPU they leave on a stream of their own, for pinned memory, and come back for the backward
+    pass on that of the work. moved: bytes that have left so far.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.moved = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leaving: deque[torch.cuda.Event] = deque()
+
+    def of(self, inputs: Collection[object]) -> saved_tensors_hooks:
+        """What makes autograd keep these in main memory, where it keeps them."""
+        own = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor) and x.requires_grad}
+        return saved_tensors_hooks(lambda x: self._away(x) if x.untyped_storage()._cdata in own else x, self._back)
+
+    def _away(self, tensor: Tensor) -> _Waiting:
+        self.moved += tensor.nbytes
+        waiting = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None)
+        if not self.stream:
+            return _Waiting(waiting.copy_(tensor), None)
+
+        # The host does not run on ahead by more than LEAVING copies: what they are made of keeps its place on the GPU.
+        while len(self.leaving) >= LEAVING:
+            self.leaving.popleft().synchronize()
+        self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with torch.cuda.stream(self.stream):
+            waiting.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self.stream)
+        landed = self.stream.record_event()
+        self.leaving.append(landed)
+        return _Waiting(waiting, landed)
+
+    def _back(self, kept: Tensor | _Waiting) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if kept.landed:
+            torch.cuda.current_stream(self.device).wait_event(kept.landed)
+        return kept.tensor.to(self.device, non_blocking=True, copy=True)
 
 
 def shard(network: nn.Module, learner: Learner) -> int:

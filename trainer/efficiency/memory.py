@@ -63,7 +63,7 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
     per_parameter = 4 + 4 + OPTIMIZER_BYTES.get(train.optimizer, ADAMW_BYTES)  # weight, gradient, moments
 
     # teacher and student never hold their activations at the same time
-    kept = sizes.activations.bytes(again) * batch
+    kept = sizes.activations.bytes(again, train.offload_activations) * batch
     teacher = sizes.pass_bytes * batch * (2 if config.objective.guided() else 1)
 
     parts: dict[str, float] = {} if family.whole else {f"frozen {title}": _frozen_bytes(config, sizes)}
@@ -80,7 +80,7 @@ def _bytes(config: Config, family: type[Base], sizes: Footprint, again: Collecti
         parts[CRITIC_MEMORY] = critic * (per_parameter + averaged)
     if sizes.features:
         parts["discriminator, gradients, optimizer"] = sizes.heads * per_parameter
-        parts["its features' activations"] = sizes.features.bytes(again) * batch
+        parts["its features' activations"] = sizes.features.bytes(again, train.offload_activations) * batch
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         parts[f"{EXCHANGE}, {processes} processes"] = 4 * (sizes.learnt + sizes.heads)
     return parts | {"CUDA context, assumed": CONTEXT}
@@ -173,6 +173,8 @@ def switches(config: Config, family: type[Base]) -> list[tuple[str, float]]:
         changes["train.offload=true"] = {"train": {"offload": True}}
         if config.base.quantize is None and not config.lora.dora:
             changes["base.quantize=int8"] = {"base": {"quantize": "int8"}}
+    if train.gradient_checkpointing or train.offload:
+        changes["train.offload_activations=true"] = {"train": {"offload_activations": True}}
     half = train.batch_size // 2
     if train.batch_size % 2 == 0:
         pair = {"batch_size": half, "accumulation": train.accumulation * 2}

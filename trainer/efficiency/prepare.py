@@ -8,7 +8,7 @@ from ..config.config import Config
 from ..families import Base
 from ..lora.adapter import Learner
 from ..system.machine import GIB
-from .blocks import Offload, blocks_of, compile_blocks, recompute, shard
+from .blocks import InputOffload, Offload, blocks_of, compile_blocks, recompute, shard
 from .folding import fold_where_cheaper
 from .half import run_in_half
 from .memory import recomputed
@@ -46,8 +46,9 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
         share = shard(base.network, learner)
         sentences.append(f"{share / GIB:.2f} GiB of the frozen weights are held here, the rest by the other processes.")
     if paths:
-        recompute(learner, paths)
-        sentences.append(f"{len(paths)} of {len(blocks)} blocks are computed again for the backward pass.")
+        recompute(learner, paths, InputOffload(base.device) if config.train.offload_activations else None)
+        until = ", and until then their inputs wait in main memory" if config.train.offload_activations else ""
+        sentences.append(f"{len(paths)} of {len(blocks)} blocks are computed again for the backward pass{until}.")
     return sentences
 
 

@@ -300,6 +300,11 @@ def check_prepare(config: Config, family: type[Base], device: torch.device, proc
         check_compiler(device)
         if problem := fp8_problem(config, device):
             raise ValueError(f"train.compile=true, but {problem}. Set base.quantize=int8, or train.compile=false.")
+    if train.offload_activations and not (train.gradient_checkpointing or train.offload):
+        raise ValueError(
+            "train.offload_activations=true is for the inputs of blocks that are computed again, and none is: set "
+            "train.gradient_checkpointing=true, or auto."
+        )
     if train.attention:
         _check_attention(config, device)
     check_network_settings(config, family)

@@ -26,6 +26,12 @@ def by_part(report, figure):
 SMALL_FIGURES = {
     ("base.dtype=fp32",): (4_794, 4.399, 471.4, 66.0),
     ("base.dtype=bf16", "base.quantize=fp8"): (6_133, 4.402, 348.1, 53.9),
+    ("base.dtype=bf16", "train.gradient_checkpointing=true", "train.offload_activations=true"): (
+        6_316,
+        5.245,
+        353.2,
+        51.6,
+    ),
     ("base.dtype=bf16", "base.quantize=int8-compute"): (7_639, 4.402, 395.5, 53.9),
 }
 

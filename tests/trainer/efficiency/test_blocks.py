@@ -1,5 +1,6 @@
 """The blocks of a network: computed again, offloaded, compiled; none of it changes what a step computes."""
 
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from phased_consistency.trainer.efficiency import blocks
-from phased_consistency.trainer.efficiency.blocks import Offload, blocks_of, check_compiler, compile_blocks, recompute
+from phased_consistency.trainer.efficiency.blocks import (
+    LEAVING,
+    InputOffload,
+    Offload,
+    blocks_of,
+    check_compiler,
+    compile_blocks,
+    recompute,
+)
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.adapter import Adapter, Whole
 from support.runs import speck
@@ -52,6 +61,79 @@ def test_nothing_changes_to_the_bit(family):
     recompute(adapter)
     assert all(a.equal(b) for a, b in zip(plain, step(base, adapter), strict=True))
     assert offload.copies > 0
+
+
+def gradients_go_to(network):
+    """Hooks on all blocks; the list to which they add the tensors that each is given and that gradients go to."""
+    given = []
+
+    def note(block, args, kwargs):
+        if torch.is_grad_enabled():
+            given.append([x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad])
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks_of(network).values()]
+    return given, handles
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_inputs_that_wait_in_main_memory_change_no_bit(family):
+    """And nothing else holds them: between the passes they are gone from where they were."""
+    base, adapter = adapted(family)
+    plain = step(base, adapter)
+    inputs_away = InputOffload(base.device)
+    recompute(adapter, inputs=inputs_away)
+    assert all(a.equal(b) for a, b in zip(plain, step(base, adapter), strict=True))
+
+    given, handles = gradients_go_to(base.network)
+    inputs_away.moved = 0
+    output = base.denoise(*inputs(base))
+    assert inputs_away.moved == sum(x.nbytes for some in given for x in some) > 0
+    held = [weakref.ref(x.untyped_storage()) for some in given[1:] for x in some]
+    for handle in handles:
+        handle.remove()
+    given.clear()
+    assert sum(storage() is not None for storage in held) <= 1, "the last one, of which the output is made"
+    output.sum().backward()
+
+
+class Log:
+    """Stands for a GPU's stream: notes what it is asked to do, and what it is asked to wait for."""
+
+    def __init__(self, name, lines):
+        self.name, self.lines, self.events = name, lines, 0
+
+    def record_event(self):
+        self.events += 1
+        name = f"{self.name} {self.events}"
+        return SimpleNamespace(name=name, synchronize=lambda: self.lines.append(f"host waits for {name}"))
+
+    def wait_event(self, event):
+        self.lines.append(f"{self.name} waits for {event.name}")
+
+
+def test_inputs_leave_after_they_are_made_and_come_back_after_they_have_left(monkeypatch):
+    lines = []
+    work, away = Log("work", lines), Log("away", lines)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: work)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: lines.append(f"kept for {stream.name}"))
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, pin_memory, **kwargs: empty_like(*args, **kwargs))
+    offload = InputOffload(torch.device("cpu"))
+    offload.stream = away
+
+    tensors = [torch.randn(3, requires_grad=True) for _ in range(LEAVING + 1)]
+    shared = torch.randn(3)
+    with offload.of([*tensors, shared, "no tensor", None]):
+        results = [x.square() * shared for x in tensors]
+    leaving = [[f"away waits for work {i}", "kept for away"] for i in range(1, LEAVING + 2)]
+    assert lines == [*sum(leaving[:-1], []), "host waits for away 1", *leaving[-1]]
+    assert offload.moved == sum(x.nbytes for x in tensors), "and not what no gradient goes to"
+
+    lines.clear()
+    torch.stack(results).sum().backward()
+    assert all(x.grad.allclose(2 * x * shared) for x in tensors)
+    assert sorted(lines) == [f"work waits for away {i}" for i in range(1, LEAVING + 2)]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

@@ -23,6 +23,7 @@ SWITCHES = {
     "offload": {"train.offload": "true"},
     "shard and offload": {"train.shard": "true", "train.offload": "true"},
     "compile": {"train.compile": "true"},
+    "inputs of no block": {"train.offload_activations": "true"},
     "kernel of a GPU's": {"train.attention": "flash"},
     "all blocks again": {"train.gradient_checkpointing": "true"},
     "as many blocks as fit": {"train.gradient_checkpointing": "auto"},
@@ -128,6 +129,11 @@ def test_a_run_and_its_dry_run_refuse_the_same(preset, files, tmp_path):
     ("preset", "switches", "sentence"),
     [
         ("demo", {"train.shard": "true"}, "train.shard=true shares the frozen weights among processes, and there is"),
+        (
+            "demo-sd15",
+            {"train.offload_activations": "true"},
+            "train.offload_activations=true is for the inputs of blocks that are computed again, and none is: set",
+        ),
         ("digits", {"train.offload": "true"}, "train.offload is for a frozen base, and all of a network for small"),
         ("digits", {"preview.prompts": '["a cat"]'}, "'a cat' is no prompt of digits: it knows the digits 0, 1"),
         ("demo", {"data.buckets": '["64x100"]', "data.images": "PICTURES"}, "data.buckets lists 64x100: side 100 is"),

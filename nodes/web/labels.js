@@ -1,11 +1,24 @@
-// The choices of our widgets and the notes of our templates, shown in the page's language (words.js). Graphs keep the
-// English: a choice is a value, and a note is saved as it was loaded unless somebody has written in it.
+// The choices of our widgets, and the notes and titles of our templates, shown in the page's language (words.js). Graphs
+// keep the English: a choice is a value, and notes and titles are saved as they were loaded unless somebody has changed
+// them.
 import { app } from "../../scripts/app.js";
 import { isOurs } from "./sentences.js";
-import { choiceInWords, language, noteInWords, onLanguage } from "./words.js";
+import { choiceInWords, language, noteInWords, onLanguage, titleInWords } from "./words.js";
 
 const NOTES = ["MarkdownNote", "Note"];
-const notes = new WeakMap(); // node -> { english, shown }
+const TITLE = {
+  inWords: titleInWords,
+  read: ({ title }) => title,
+  write: (owner, text) => void (owner.title = text),
+  save: (data, text) => void (data.title = text),
+};
+const NOTE = {
+  inWords: noteInWords,
+  read: ({ widgets }) => widgets?.[0]?.value,
+  write: ({ widgets: [widget] }, text) => void (widget.value = text),
+  save: ({ widgets_values: values }, text) => void (values && (values[0] = text)),
+};
+const shownTexts = new WeakMap(); // node or group -> its texts that are shown in other words: NOTE or TITLE -> [English, shown]
 
 function labelChoices(node) {
   for (const { name, options } of node.widgets ?? []) {
@@ -15,30 +28,35 @@ function labelChoices(node) {
   }
 }
 
-function showNote(node) {
-  const [widget] = node.widgets ?? [];
-  if (typeof widget?.value !== "string") return;
-  const before = notes.get(node);
-  const english = widget.value === before?.shown ? before.english : widget.value;
-  const shown = noteInWords(english);
-  if (!before && shown === null) return;
-  if (!before) keepEnglish(node, widget);
-  notes.set(node, { english, shown: shown ?? english });
-  widget.value = shown ?? english;
+function showText(owner, part) {
+  const text = part.read(owner);
+  if (typeof text !== "string") return;
+  const [before, shownBefore] = shownTexts.get(owner)?.get(part) ?? [];
+  const english = text === shownBefore ? before : text;
+  const shown = part.inWords(english) ?? english;
+  if (shown === text) return;
+  if (!shownTexts.has(owner)) keepEnglish(owner);
+  shownTexts.get(owner).set(part, [english, shown]);
+  part.write(owner, shown);
 }
 
-function keepEnglish(node, widget) {
-  const { onSerialize } = node;
-  node.onSerialize = function (data) {
-    const { english, shown } = notes.get(node);
-    if (widget.value === shown && data.widgets_values) data.widgets_values[0] = english;
-    return onSerialize?.apply(this, arguments);
+function keepEnglish(owner) {
+  const texts = new Map();
+  const { serialize } = owner;
+  shownTexts.set(owner, texts);
+  owner.serialize = function () {
+    const data = serialize.apply(this, arguments);
+    for (const [part, [english, shown]] of texts) if (part.read(owner) === shown) part.save(data, english);
+    return data;
   };
 }
 
-function show(node) {
-  if (isOurs(node)) labelChoices(node);
-  if (NOTES.includes(node.type)) showNote(node);
+// Titles are everybody's words: those of graphs without a node of ours stay.
+function showAll() {
+  const { nodes, groups } = app.rootGraph ?? app.graph;
+  for (const node of nodes.filter(isOurs)) labelChoices(node);
+  for (const node of nodes.filter(({ type }) => NOTES.includes(type))) showText(node, NOTE);
+  if (nodes.some(isOurs)) for (const owner of [...nodes, ...groups]) showText(owner, TITLE);
 }
 
 app.registerExtension({
@@ -46,8 +64,8 @@ app.registerExtension({
   nodeCreated(node) {
     if (isOurs(node)) labelChoices(node);
   },
-  loadedGraphNode: show,
+  afterConfigureGraph: showAll,
   setup() {
-    onLanguage(() => (app.rootGraph ?? app.graph)?.nodes.forEach(show));
+    onLanguage(() => (app.rootGraph ?? app.graph) && showAll());
   },
 });

@@ -14,7 +14,7 @@ const escaped = (text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, String.raw`\$&`);
 
 export class Phrasebook {
   // table: of words.json. language: a key of its rows.
-  constructor({ phrases, sentences, choices, notes }, language) {
+  constructor({ phrases, sentences, choices, notes, titles }, language) {
     this.language = language;
     this.choices = choices;
     this.groups = phrases;
@@ -22,6 +22,7 @@ export class Phrasebook {
     this.phrases = Object.fromEntries(Object.entries(phrases).map(([group, rows]) => [group, this.compiled(rows)]));
     this.sentences = this.compiled(sentences);
     this.notes = this.compiled(notes);
+    this.titles = this.compiled(titles);
   }
 
   // Templates as regular expressions with a group for each field, those with the most letters of their own first.
@@ -78,6 +79,11 @@ export class Phrasebook {
   note(text) {
     const lines = text.split("\n").map((line) => line && this.translated(line, this.notes));
     return lines.includes(null) ? null : lines.join("\n");
+  }
+
+  // A title of a template's node or group; null for another's.
+  title(text) {
+    return this.translated(text, this.titles);
   }
 
   // What a widget shows for one of its values: the value beside it, since tooltips and sentences call it by that.

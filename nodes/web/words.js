@@ -1,5 +1,5 @@
-// What nodes say, the notes of templates and the choices of widgets, in the page's language. The host sends English, which is
-// kept, saved and run; it is translated where it is shown, by the table of words.json.
+// What nodes say, the notes and titles of templates and the choices of widgets, in the page's language. The host sends
+// English, which is kept, saved and run; it is translated where it is shown, by the table of words.json.
 import { app } from "../../scripts/app.js";
 import { Phrasebook } from "./phrasebook.js";
 
@@ -12,6 +12,7 @@ const listeners = []; // called when the language has changed
 export const language = () => book?.language ?? "en";
 export const inWords = (text) => (book ? text.split("\n").map((line) => book.line(line)).join("\n") : text);
 export const noteInWords = (text) => book?.note(text) ?? null;
+export const titleInWords = (text) => book?.title(text) ?? null;
 export const choiceInWords = (value) => book?.choice(value) ?? value;
 export const onLanguage = (listener) => listeners.push(listener);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from PIL import Image
 
 from host.graphs import edit, ksampler, picture, sample
 from host.server import Graph, out
+from host.templates import WORKFLOWS
+from host.workflows import to_api
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.families.generate import generate
 from phased_consistency.trainer.lora.install import install_whole
@@ -143,6 +146,21 @@ def test_a_picture_of_any_size_is_edited_or_told_why_not(server, demo, kind, wid
         assert error is None, error["exception_message"]
     else:
         assert "pixels are too many: this SD3 model draws at most 256 on an edge." in error["exception_message"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8000, 20)])
+def test_the_template_of_image_to_image_takes_a_picture_of_any_size(server, demo, size):
+    """Where ComfyUI's own VAE Encode fails on it with a bare RuntimeError."""
+    template = next(path for path in WORKFLOWS if path.stem == "00_demo_2_image_to_image")
+    graph = to_api(json.loads(template.read_text(encoding="utf-8")), server.get("/object_info"))
+    (server.base / "input").mkdir(exist_ok=True)
+    Image.new("RGB", size, "orange").save(server.base / "input" / "any_size.png")
+    next(node for node in graph.values() if node["class_type"] == "LoadImage")["inputs"]["image"] = "any_size.png"
+    run = server.run(graph)
+    assert run.error is None, run.error["exception_message"]
+    (saved,) = (output["images"][0] for output in run.outputs.values() if "images" in output)
+    with Image.open(server.base / "output" / saved["filename"]) as image:
+        assert image.size == (512, 512)
 
 
 def upstream(graph: Graph, node: str) -> Graph:

@@ -24,7 +24,9 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 LEFT, TOP = 40, 90  # of the first node
 ABOVE, BESIDE = 70, 20  # a group's title and frame around its nodes
 GAP = 50  # between two nodes under one another, of which a title takes 30, and between two columns
-LETTER, LINE, BETWEEN, AROUND = 5, 12, 0.6, 85  # of a note: pixels, but for the lines between two paragraphs
+LETTER, LINE, AROUND = 5, 16, 20  # of a note in Nodes 2.0, where it is highest: pixels of its letters, lines and frame
+HEADING, HEADING_LETTER = 25, 9  # of its heading
+AFTER_HEADING, AFTER_PARAGRAPH, AFTER_ITEM, IN_FRONT = 16, 5, 8, 32  # below them, and in front of an item of a list
 PAGE, SHARE = (1440, 900), 0.75  # of a page, and the share of it that a template fills when ComfyUI opens it
 Kinds = dict[str, dict[str, Any]]
 
@@ -168,12 +170,20 @@ class Workflow:
 
 
 def note_height(text: str, width: int) -> int:
-    """Pixels that a note of this width is to be high, so that all its text is shown."""
-    lines = 0.0
-    for line in text.splitlines():
-        item = line.startswith("- ")  # has a margin of its own
-        lines += (len(wrap(line, (width - 50 - 80 * item) // LETTER)) or BETWEEN) + BETWEEN * item
-    return round(AROUND + LINE * lines)
+    """Pixels that a note of this width is to be high, to show all its text: a heading, paragraphs and lists."""
+    heading, *blocks = filter(None, text.splitlines())
+    height = AROUND + HEADING * lines(heading, width - AROUND, HEADING_LETTER) + AFTER_HEADING
+    for block in blocks:
+        is_item = block.startswith("- ")
+        room = width - AROUND - IN_FRONT * is_item
+        height += LINE * lines(block, room, LETTER) + (AFTER_ITEM if is_item else AFTER_PARAGRAPH)
+    return height
+
+
+def lines(markdown: str, width: int, letter: int) -> int:
+    """Lines that a block of Markdown takes, without its marks."""
+    text = re.sub(r"^(#|-) |\*", "", markdown)
+    return len(wrap(text, width // letter, break_on_hyphens=False))
 
 
 def specs_of(kind: dict[str, Any]) -> dict[str, list]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from itertools import product
 
 import pytest
 
@@ -101,12 +102,7 @@ def test_a_long_line_takes_no_time(book):
 
 
 def test_every_note_of_a_template_is_in_the_table(book):
-    notes = [
-        node["widgets_values"][0]
-        for path in sorted((ROOT / "workflows").glob("*.json"))
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        if node["type"] == "MarkdownNote"
-    ]
+    notes = [note_of(graph) for graph in graphs()]
     for note in notes:
         assert (shown := book.note(note)) is not None, note
         assert len(shown.splitlines()) == len(note.splitlines())
@@ -115,6 +111,25 @@ def test_every_note_of_a_template_is_in_the_table(book):
     unused = [text for pattern, _, text in book.notes if not any(map(pattern.fullmatch, lines))]
     assert unused == []
     assert book.note(f"{notes[0]}\nand a line of mine") is None
+
+
+def test_every_title_of_a_template_is_in_the_table(book):
+    """Of nodes and of groups; a note that calls a node by its title does so by the translated one."""
+    titles = {part["title"] for graph in graphs() for part in (*graph["nodes"], *graph["groups"]) if "title" in part}
+    assert {title: book.title(title) for title in titles if book.title(title) is None} == {}
+    assert [text for pattern, _, text in book.titles if not any(map(pattern.fullmatch, titles))] == []
+    for note, title in product(map(note_of, graphs()), titles):
+        if f"*{title}*" in note.replace("**", ""):
+            assert f"*{book.title(title)}*" in book.note(note)
+
+
+def graphs() -> list[dict]:
+    """The templates."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))]
+
+
+def note_of(graph: dict) -> str:
+    return next(node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote")
 
 
 def test_every_choice_of_a_widget_is_in_the_table():

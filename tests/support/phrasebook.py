@@ -21,13 +21,14 @@ Rows = dict[str, dict[str, str]]
 
 @cache
 def table() -> dict[str, dict]:
-    """phrases by their groups, sentences, choices and notes: of each English text a translation for each language."""
+    """phrases by their groups, sentences, choices, notes, titles: of each English text one translation a language."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def rows() -> Iterator[tuple[str, dict[str, str]]]:
     """Every English text of the table, and its translations."""
-    for group in (*table()["phrases"].values(), *(table()[part] for part in ("sentences", "choices", "notes"))):
+    parts = (table()[part] for part in ("sentences", "choices", "notes", "titles"))
+    for group in (*table()["phrases"].values(), *parts):
         yield from group.items()
 
 
@@ -48,6 +49,7 @@ class Phrasebook:
         self.phrases = {group: self._compiled(rows) for group, rows in self.groups.items()}
         self.sentences = self._compiled(table()["sentences"])
         self.notes = self._compiled(table()["notes"])
+        self.titles = self._compiled(table()["titles"])
 
     def _compiled(self, rows: Rows) -> list[tuple[re.Pattern, list[str], str]]:
         ordered = sorted(rows, key=letters, reverse=True)
@@ -107,3 +109,7 @@ class Phrasebook:
         """A note of a template; None where one of its lines is not in the table."""
         lines = [line and self.translated(line, self.notes) for line in text.split("\n")]
         return None if None in lines else "\n".join(lines)
+
+    def title(self, text: str) -> str | None:
+        """A title of a template's node or group; None where it is not in the table."""
+        return self.translated(text, self.titles)

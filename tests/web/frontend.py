@@ -262,12 +262,16 @@ class Frontend:
         """Left, top, right and bottom of every node with its title, in the graph's pixels, by id and title."""
         return {name: tuple(place) for name, place in self.page.evaluate("tests.places()")}
 
-    def frames(self) -> dict[str, tuple[float, ...]]:
-        """Left, top, right and bottom of every group's frame, by its title."""
-        return {title: tuple(place) for title, place in self.page.evaluate("tests.frames()")}
+    def frames(self) -> list[tuple[str, tuple[float, ...]]]:
+        """The title of every group, and left, top, right and bottom of its frame."""
+        return [(title, tuple(place)) for title, place in self.page.evaluate("tests.frames()")]
 
     def zoom(self) -> float:
         return self.page.evaluate("app.canvas.ds.scale")
+
+    def cut(self) -> list[str]:
+        """Titles and values of widgets that are not shown whole."""
+        return self.page.evaluate("tests.cut()")
 
     def unread(self) -> int:
         """Pixels of the note's text that are below the note's end."""

@@ -95,8 +95,27 @@ window.tests = {
   frames: () =>
     app.graph.groups.map(({ title, pos: [x, y], size: [width, height] }) => [title, [x, y, x + width, y + height]]),
 
-  // Whether all nodes are elements of the page, as in Nodes 2.0.
-  elements: () => document.querySelectorAll("[data-node-id]").length >= app.graph.nodes.length,
+  // Whether all nodes are elements of the page with their widgets, as in Nodes 2.0. What draws a widget comes when it is
+  // first needed, beside the widget's handle.
+  elements: () =>
+    document.querySelectorAll("[data-node-id]").length >= app.graph.nodes.length &&
+    [...document.querySelectorAll(".lg-node-widget")].every((widget) => widget.childElementCount > 1),
+
+  // Texts that are not shown whole: on the canvas those that end in dots and titles wider than their frame, in Nodes 2.0
+  // those of elements that hide what goes beyond them.
+  cut() {
+    const cut = [], { prototype } = CanvasRenderingContext2D, { fillText } = prototype;
+    const frames = new Map(app.graph.groups.map((group) => [group.title, group.size[0]]));
+    prototype.fillText = function (text) {
+      if (/[…‥․]$/.test(text) || this.measureText(text).width > frames.get(text)) cut.push(text);
+      return fillText.apply(this, arguments);
+    };
+    app.canvas.draw(true, true);
+    prototype.fillText = fillText;
+    const hides = (element) => element.scrollWidth > element.clientWidth && getComputedStyle(element).overflowX === "hidden";
+    const elements = [...document.querySelectorAll("[data-node-id] *")].filter(hides);
+    return [...cut, ...elements.map((element) => element.value ?? element.innerText).filter(Boolean)];
+  },
 
   // How far the text of a graph's note goes beyond the note, in pixels of the graph.
   unread() {

@@ -35,6 +35,7 @@ def test_a_template_opens_whole_and_runs(frontend, server, picture, path):
     assert frontend.zoom() >= READ
     assert frontend.unread() <= 0
     assert on_one_another(frontend) == []
+    assert frontend.cut() == []
     ran = frontend.run()
     assert ran.error is None
     assert queued(ran.prompt) == graph
@@ -45,9 +46,10 @@ def test_a_template_opens_whole_and_runs(frontend, server, picture, path):
 
 
 def is_in_order(frontend: Frontend, name: str) -> None:
-    """Nothing is hidden or sticks out after a run, and all can be read on a larger page too."""
+    """Nothing is hidden, cut or sticks out after a run, and all can be read on a larger page too."""
     assert on_one_another(frontend) == []
     assert beyond_frames(frontend) == []
+    assert frontend.cut() == []
     frontend.screenshot(name)
     with frontend.sized(*LARGE):
         assert frontend.zoom() >= READ
@@ -61,17 +63,13 @@ def on_one_another(frontend: Frontend) -> list[tuple[str, str]]:
 
 
 def beyond_frames(frontend: Frontend) -> list[tuple[str, str]]:
-    """Nodes that stick out of the frame of their group, and its title."""
-    frames, places = frontend.frames().items(), frontend.places().items()
-    return [(a, title) for a, at in places for title, frame in frames if begins_in(at, frame) and not within(at, frame)]
-
-
-def begins_in(box: tuple[float, ...], frame: tuple[float, ...]) -> bool:
-    return frame[0] <= box[0] <= frame[2] and frame[1] <= box[1] <= frame[3]
+    """Nodes, notes among them, that lie across the frame of a group, and its title."""
+    frames, places = frontend.frames(), frontend.places().items()
+    return [(a, title) for a, at in places for title, frame in frames if overlap(at, frame) and not within(at, frame)]
 
 
 def within(box: tuple[float, ...], frame: tuple[float, ...]) -> bool:
-    return begins_in(box, frame) and box[2] <= frame[2] and box[3] <= frame[3]
+    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
 
 
 def queued(prompt: dict) -> dict:
@@ -92,3 +90,17 @@ def test_a_template_that_lacks_something_is_noticed(frontend, wrong):
     assert frontend.unknown_nodes() == ([wrong] if wrong == "PCMNoSuchNode" else [])
     assert frontend.complaints() or frontend.run().error
     frontend.dismiss()
+
+
+def test_a_name_or_title_that_is_cut_is_noticed(frontend, server):
+    """The file's name in a narrow node, in both views, and a title that is wider than its frame."""
+    graph = json.loads(WORKFLOWS[0].read_text(encoding="utf-8"))
+    loader = next(node for node in graph["nodes"] if node["type"] == "PCMLoadLora")
+    loader["size"][0] = 240
+    frontend.load(graph, "cut")
+    assert len(frontend.cut()) == 1
+    if is_newer(server):
+        with frontend.nodes_2():
+            assert loader["widgets_values"][0] in frontend.cut()
+    frontend.page.evaluate("() => { app.graph.groups[0].title = 'A title of many words '.repeat(4); }")
+    assert len(frontend.cut()) == 2

@@ -1,4 +1,4 @@
-"""What nodes say, templates' notes and widgets' choices in the page's language, while the graph stays as it is.
+"""What nodes say, templates' notes and titles, and widgets' choices in the page's language; the graph stays as it is.
 
     PCM_SCREENSHOTS=FOLDER python -m pytest tests/web/test_words.py
 
@@ -23,12 +23,28 @@ BURNS = "⚠ CFG 5 is above 2 and burns the image: set CFG to 1."
 SETTINGS = "4 steps at CFG 5, deterministic."
 NOTE = "() => tests.node('MarkdownNote').widgets[0].value"
 SAVED = "() => app.graph.serialize().nodes.find((node) => node.type === 'MarkdownNote').widgets_values[0]"
+TITLES = "() => [...app.graph.nodes, ...app.graph.groups].map(({ title }) => title)"
 LABEL = "() => tests.widget('PCMSampler', 'mode')._displayValue"
 
 
 def template(name: str) -> dict[str, Any]:
     path = next(path for path in WORKFLOWS if path.stem == name)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def titles(page: Frontend) -> set[str]:
+    """What the nodes and groups of the open graph are called on the page."""
+    return set(page.page.evaluate(TITLES))
+
+
+def saved_titles(page: Frontend) -> list[dict[int, str]]:
+    """The titles that nodes and groups are saved with, by their ids; None for a kind's own."""
+    graph = page.page.evaluate("() => app.graph.serialize()")
+    return [by_id(graph["nodes"]), by_id(graph["groups"])]
+
+
+def by_id(parts: list[dict[str, Any]]) -> dict[int, str | None]:
+    return {part["id"]: part.get("title") for part in parts}
 
 
 def test_the_language_may_change_while_the_page_is_open(newer, frontend):
@@ -77,6 +93,8 @@ def test_the_demo_speaks_chinese(chinese):
     english = chinese.page.evaluate(SAVED)
     assert english.startswith("# Try it, without a checkpoint")
     assert chinese.page.evaluate(NOTE) == book.note(english)
+    assert {book.title("Read me"), book.title("Positive prompt"), book.title("Result")} <= titles(chinese)
+    assert saved_titles(chinese) == [by_id(template("00_demo")[parts]) for parts in ("nodes", "groups")]
     chinese.give("PCMSample", cfg=5)
     assert chinese.run().error is None
     assert f"{BURNS}\n{SETTINGS}" in chinese.texts().values()
@@ -87,10 +105,21 @@ def test_the_demo_speaks_chinese(chinese):
     chinese.screenshot("words_zh_run")
 
 
-def test_a_note_that_somebody_has_written_in_is_theirs(chinese):
+def test_a_note_that_somebody_has_written_in_and_a_title_that_they_gave_are_theirs(chinese):
     chinese.load(template("00_demo_3_inpaint"), "written")
     chinese.page.evaluate("() => { tests.node('MarkdownNote').widgets[0].value += ' Mine.'; }")
     assert chinese.page.evaluate(SAVED) == chinese.page.evaluate(NOTE)
+    chinese.page.evaluate("() => { app.graph.groups[0].title = tests.node('MarkdownNote').title = 'Mine'; }")
+    nodes, groups = saved_titles(chinese)
+    assert "Mine" in nodes.values() and "Positive prompt" in nodes.values()
+    assert list(groups.values()) == ["Mine", "Picture", "Prompt", "Edit", "Result"]
+
+
+def test_titles_of_a_graph_without_our_nodes_are_its_own(chinese):
+    graph = template("00_demo")
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    chinese.load(graph | {"links": []}, "others")
+    assert {"Read me", "Result"} <= titles(chinese)
 
 
 def test_choices_show_their_value_too_and_stay_what_they_are(newer, chinese):

@@ -97,8 +97,8 @@ class InputOffload:
 
     def of(self, inputs: Collection[object]) -> saved_tensors_hooks:
         """What makes autograd keep these in main memory, where it keeps them."""
-        own = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor) and x.requires_grad}
-        return saved_tensors_hooks(lambda x: self._away(x) if x.untyped_storage()._cdata in own else x, self._back)
+        numbers = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor) and x.requires_grad}
+        return saved_tensors_hooks(lambda x: self._away(x) if x.untyped_storage()._cdata in numbers else x, self._back)
 
     def _away(self, tensor: Tensor) -> _Waiting:
         self.moved += tensor.nbytes

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from host.templates.edits import between, picture_to_picture
-from host.templates.parts import AS_RECOMMENDED, DEMO, load_image
+from host.templates.parts import AS_RECOMMENDED, DEMO, load_image, scaled
 from host.templates.pictures import compare, from_picture, text_to_image
 from host.workflows import Workflow
 from phased_consistency.samplers.emoji_words import GROUNDS, THINGS
@@ -68,6 +68,8 @@ def edited(edit: str, node: str, prompt: str, seed: int = 42, **own: Any) -> Cal
     return partial(picture_to_picture, node=node, prompt=prompt, picture=picture, seed=seed, **own)
 
 
+LION = load_image("pcm_demo_image_to_image.png")
+
 DEMOS = (
     Demo(
         "compare",
@@ -89,11 +91,12 @@ DEMOS = (
         "image_to_image",
         "Image to image",
         "A lion becomes a tiger: half of the LoRA's steps, from the picture.",
-        "*denoise* 0.75 goes further from the picture, 0.25 stays near it; another animal.",
+        "*denoise* 0.75 goes further from the picture, 0.25 stays near it; another animal; a picture of your own, of "
+        "any size.",
         partial(
             from_picture,
             prompt="a large tiger on a blue background",
-            picture=(load_image("pcm_demo_image_to_image.png"),),
+            picture=(LION, scaled(LION, 128, 128, "center")),
             seed=1,
         ),
     ),

@@ -8,6 +8,7 @@ from host.templates.parts import (
     AS_RECOMMENDED,
     FOX,
     GIRL,
+    PICTURE_WIDTH,
     SD15,
     Files,
     enlarged,
@@ -43,7 +44,7 @@ def picture_to_picture(
         note,
         (
             model_column(base, lora),
-            Column(Group("Picture", *picture), Group("Prompt", positive, negative)),
+            Column(Group("Picture", *picture), Group("Prompt", positive, negative), width=PICTURE_WIDTH),
             Column(Group("Edit", edited), width=360),
             Column(Group("Result", *saved(edited[0], 540, kind.times)), width=460),
         ),
@@ -270,9 +271,9 @@ a fast one such as TAESD on *PCM Edit Sampler* makes that cheap."""
         "14_inpaint_with_controlnet",
         note,
         (
-            model_column(base, lora),
+            model_column(base, lora, width=480),
             Column(Group("Picture and edit", image, operator, sampler, levels)),
-            Column(Group("Prompt and outlines", positive, negative, lines, net, guided, noise, guider)),
+            Column(Group("Prompt and outlines", positive, negative, lines, net, guided, noise, guider), width=460),
             Column(Group("Sample", start, sampled), Group("Result", decoded, save(decoded[0], 320)), width=380),
         ),
     )

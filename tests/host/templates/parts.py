@@ -13,7 +13,7 @@ AS_RECOMMENDED = "steps 0 and CFG 0 mean as the LoRA recommends"
 GIRL = "a girl with long yellow hair in a pink dress on a green hill, blue sky"
 FOX = "a red fox asleep in fresh snow, morning light, photograph"
 HUB = "https://huggingface.co/"
-MODEL_WIDTH = 400
+MODEL_WIDTH, PICTURE_WIDTH = 430, 400  # of columns, for the names of files
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ def model_column(*nodes: Node, title: str = "Model", width: int = MODEL_WIDTH) -
 
 def load_image(name: str = "example.png") -> Node:
     return Node("LoadImage", 330, image=name)
+
+
+def scaled(image: Node, width: int, height: int, crop: str = "disabled") -> Node:
+    """The picture in this size; a height of 0 keeps its shape."""
+    return Node("ImageScale", 170, image=image[0], upscale_method="lanczos", width=width, height=height, crop=crop)
 
 
 def sample(lora: Node, positive: Node, negative: Node, latent: Node, title: str = "", **own: Any) -> Node:

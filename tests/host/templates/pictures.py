@@ -10,6 +10,7 @@ from host.templates.parts import (
     GIRL,
     MODEL_WIDTH,
     PASSES,
+    PICTURE_WIDTH,
     SD3,
     SD15,
     SD15_NORMAL,
@@ -22,6 +23,7 @@ from host.templates.parts import (
     model_column,
     sample,
     save,
+    scaled,
 )
 from host.workflows import Column, Group, Node, Workflow
 
@@ -149,8 +151,8 @@ def from_picture(name: str, kind: Files, prompt: str, note: str, picture: tuple[
         note,
         (
             model_column(base, lora),
-            Column(Group("Picture", *picture, encoded), Group("Prompt", positive, negative)),
-            Column(Group("Sample", sampled), width=360),
+            Column(Group("Picture", *picture), Group("Prompt", positive, negative), width=PICTURE_WIDTH),
+            Column(Group("Sample", encoded, sampled), width=360),
             finished(sampled, base[2], times=kind.times),
         ),
     )
@@ -175,8 +177,8 @@ in between, on levels that the LoRA was not made for.
 
 **Time**: *denoise* 0.5 takes 2 passes of the network, of 4."""
     picture = load_image()
-    scaled = Node("ImageScale", 170, image=picture[0], upscale_method="lanczos", width=512, height=0, crop="disabled")
-    return from_picture("05_image_to_image", SD15, f"{GIRL}, watercolour on rough paper", note, (picture, scaled))
+    prompt = f"{GIRL}, watercolour on rough paper"
+    return from_picture("05_image_to_image", SD15, prompt, note, (picture, scaled(picture, 512, 0)))
 
 
 def hires_pass() -> Workflow:

@@ -133,7 +133,7 @@ negative prompt is not used.
         note,
         (
             model_column(network, lora),
-            Column(Group("Prompt and size", clip, positive, guided, negative, empty)),
+            Column(Group("Prompt and size", clip, positive, guided, negative, empty), width=380),
             Column(Group("Sample", sampled), width=360),
             finished(sampled, vae[0], vae),
         ),
@@ -162,7 +162,7 @@ known by its name. With the editing model, *TextEncodeQwenImageEditPlus* takes t
         note,
         (
             model_column(network, lora),
-            Column(Group("Prompt and size", clip, positive, negative, empty)),
+            Column(Group("Prompt and size", clip, positive, negative, empty), width=380),
             Column(Group("Sample", sampled), width=360),
             finished(sampled, vae[0], vae),
         ),
@@ -227,12 +227,12 @@ whose, and which is where if they are swapped. The first leaves the memory befor
         "19_wan22_two_experts",
         note,
         (
-            model_column(networks[0], loras[0], title="High-noise model", width=520),
+            model_column(networks[0], loras[0], title="High-noise model", width=490),
             Column(
-                Group("Prompt", clip, positive, negative), Group("Low-noise model", networks[1], loras[1]), width=400
+                Group("Prompt", clip, positive, negative), Group("Low-noise model", networks[1], loras[1]), width=490
             ),
-            Column(Group("Sample", empty, sampled), width=380),
-            Column(Group("Result", vae, decoded, saved), width=360),
+            Column(Group("Sample", empty, sampled), width=350),
+            Column(Group("Result", vae, decoded, saved), width=340),
         ),
     )
 

@@ -114,7 +114,8 @@ def make_vae(
     shift, scale = round(latents.mean().item(), 5), round(1 / latents.std().item(), 5)
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     views = F.avg_pool2d(pixels.half(), 2).round().to(torch.uint8)
-    latents = ((latents - shift) * scale).half()
+    # laid out as the file gives them back: on some CPUs a convolution of another layout rounds otherwise
+    latents = ((latents - shift) * scale).half().contiguous()
     facts = {"pictures": len(scenes), "shift": shift, "scale": scale}
     save_state(work / "pool.safetensors", {"views": views, "latents": latents}, facts)
     return vae, views, latents

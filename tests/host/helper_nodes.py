@@ -324,13 +324,11 @@ class TestByHand:
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
         parts = {}
         for name, tensor in tensors.items():
-            module, _, part = name.removesuffix(".weight").rpartition(".")
-            parts.setdefault(f"lora_unet_{module.removeprefix('unet.').replace('.', '_')}", {})[part] = tensor
-        if not settings:  # names of kohya's, which end in .weight and .on_input
-            parts = {}
-            for name, tensor in tensors.items():
-                module, _, part = name.rpartition(".")
-                parts.setdefault(module, {})[part] = tensor
+            # of kohya's names, of IA3 here, ".weight" is a part itself
+            module, _, part = (name.removesuffix(".weight") if settings else name).rpartition(".")
+            if settings:
+                module = f"lora_unet_{module.removeprefix('unet.').replace('.', '_')}"
+            parts.setdefault(module, {})[part] = tensor
         scale = settings.get("unet.lora_alpha", 1) / settings.get("unet.r", 1)
         patches = {
             keys[module]: (_added(_weight(model.model, keys[module]), scale, **p),) for module, p in parts.items()

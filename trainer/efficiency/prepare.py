@@ -46,8 +46,9 @@ def prepare(config: Config, base: Base, learner: Learner, probe: Probe | None) -
         share = shard(base.network, learner)
         sentences.append(f"{share / GIB:.2f} GiB of the frozen weights are held here, the rest by the other processes.")
     if paths:
-        recompute(learner, paths, InputOffload(base.device) if config.train.offload_activations else None)
-        until = ", and until then their inputs wait in main memory" if config.train.offload_activations else ""
+        inputs = InputOffload(base.device) if config.train.offload_activations else None
+        recompute(learner, paths, inputs)
+        until = ", and until then their inputs wait in main memory" if inputs else ""
         sentences.append(f"{len(paths)} of {len(blocks)} blocks are computed again for the backward pass{until}.")
     return sentences
 

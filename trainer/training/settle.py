@@ -38,23 +38,22 @@ def settle(config: Config, device: torch.device, processes: Processes | None = N
     Raises ValueError where there is no GPU and train.memory_limit_gib is not set, and what a base that cannot be, or a
     damaged checkpoint, raises.
     """
-    train, values, sentences = config.train, {}, []
-    if AUTO not in (train.batch_size, train.compile, train.attention):
+    if AUTO not in (config.train.batch_size, config.train.compile, config.train.attention):
         return config, []
     newest = latest_facts(config.run_folder / "checkpoints")
     step, before = newest[0] if newest else 0, newest[1].get("settings", {}).get("train", {}) if newest else {}
-    parts = []
-    if train.batch_size == AUTO:
-        parts.append(_settle_batch(config, before, processes))
-    if train.compile == AUTO:
-        parts.append(_settle_compile(config, device, before, step, processes))
-    if train.attention == AUTO:
-        size = parts[0][0].get("batch_size", train.batch_size) if parts else train.batch_size
-        parts.append(_settle_attention(config, size, device, before, processes))
-    for new, sentence in parts:
-        values |= new
-        sentences.append(sentence)
-    return config.changed(train=values), sentences
+    deciding = {  # in this order: the shapes of attention are those of a pass
+        "batch_size": lambda config: _settle_batch(config, before, processes),
+        "compile": lambda config: _settle_compile(config, device, before, step, processes),
+        "attention": lambda config: _settle_attention(config, device, before, processes),
+    }
+    sentences = []
+    for setting, decide in deciding.items():
+        if getattr(config.train, setting) == AUTO:
+            values, sentence = decide(config)
+            config = config.changed(train=values)
+            sentences.append(sentence)
+    return config, sentences
 
 
 # --- train.batch_size
@@ -157,10 +156,9 @@ def _against_compiling(config: Config, device: torch.device) -> str:
 
 
 def _settle_attention(
-    config: Config, size: int, device: torch.device, before: dict[str, Any], processes: Processes | None
+    config: Config, device: torch.device, before: dict[str, Any], processes: Processes | None
 ) -> Settled:
-    """The fastest kernel for the largest attention of a pass with `size` samples. before: what the run was begun with,
-    if it was."""
+    """The fastest kernel for the largest attention of a pass. before: what the run was begun with, if it was."""
     setting = f"train.attention={AUTO}"
     if "attention" in before:
         kernel = before["attention"]
@@ -172,7 +170,7 @@ def _settle_attention(
     if not shapes:
         return {"attention": None}, f"{setting}: {OWN_ORDER}, {reason}."
 
-    query, key = (torch.Size((size, *shape[1:])) for shape in shapes)
+    query, key = (torch.Size((config.train.batch_size, *shape[1:])) for shape in shapes)
     seconds = {name: kernel_seconds(name, query, key, DTYPES[config.base.dtype], device) for name in KERNELS}
     seconds = {name: time or float("inf") for name, time in seconds.items()}
     if processes:  # what is fastest on the slowest of their GPUs

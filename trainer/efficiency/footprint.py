@@ -87,7 +87,7 @@ class CountedPass:
 
     def inputs(self) -> dict[str, Any]:
         """What the network is called with, without memory. Raises ValueError for a resolution that it cannot take."""
-        config = _network_config(self.family, self.folder)
+        config = self.family.network_config(str(self.folder), None)
         return self.family.dummy_inputs(config, self.resolution, _maker(DTYPES[self.dtype]), self.tokens)
 
     def network(self) -> nn.Module:
@@ -132,13 +132,6 @@ def trained_parameters(config: Config, family: type[Base]) -> list[nn.Parameter]
     """What a run's student trains, by shape alone (meta device). Raises ValueError as `check_network`."""
     *_, trained = _adapted(CountedPass.of(config, family), Adapting.of(config))
     return trained.parameters()
-
-
-@lru_cache(maxsize=8)
-def _network_config(family: type[Base], folder: Path) -> Any:
-    """The config of a network in a folder, with every default filled in."""
-    with torch.device("meta"):
-        return family.network_class.from_config(_read(folder / family.component)).config
 
 
 @lru_cache(maxsize=8)

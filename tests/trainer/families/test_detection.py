@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phased_consistency.trainer.families import family_of, load_base
+from phased_consistency.trainer.families import FAMILIES, family_of, load_base
 
 UNET = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -76,3 +76,24 @@ def test_what_tells_nothing_is_refused(tmp_path):
         family_of("gone.safetensors")
     with pytest.raises(ValueError, match="Unknown base.family 'flux'; available: sd15"):
         load_base("tiny-sd15", family="flux")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_networks_config_is_known_without_building_it(family, tmp_path):
+    """As diffusers fills in the defaults of what a config leaves out: of a full-size network, and of an odd one."""
+    kind = FAMILIES[family]
+    usual = json.loads((kind.configs / kind.component / "config.json").read_text())
+    (tmp_path / kind.component).mkdir()
+    few = {
+        name: usual[name]
+        for name in ("_class_name", "in_channels", "sample_size", "cross_attention_dim")
+        if name in usual
+    }
+    for settings in (usual, few):
+        (tmp_path / kind.component / "config.json").write_text(json.dumps(settings))
+        config = kind.network_config(str(tmp_path), None)
+        with torch.device("meta"):
+            built = kind.network_class.from_config(settings).config
+        public = {name: value for name, value in built.items() if not name.startswith("_")}  # others are its notes
+        assert {name: config[name] for name in public} == public
+        assert config.in_channels == built.in_channels

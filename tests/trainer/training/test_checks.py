@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from PIL import Image
@@ -9,8 +11,10 @@ from safetensors.torch import save_file
 
 from phased_consistency.trainer.config.load import load_config
 from phased_consistency.trainer.config.presets import PRESETS
+from phased_consistency.trainer.efficiency import footprint
+from phased_consistency.trainer.families import look_at_base
 from phased_consistency.trainer.reporting import trackers
-from phased_consistency.trainer.training import checks, setup
+from phased_consistency.trainer.training import checks, settle, setup
 from phased_consistency.trainer.training.loop import train
 from phased_consistency.trainer.training.plan import plan
 from support.bases import BUNDLED
@@ -70,14 +74,20 @@ def files(tmp_path_factory):
     }
 
 
+look_once = cache(look_at_base)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
-    """Stands in for what a machine may have or not: a compiler that works, torchao, and no W&B."""
+    """Stands in for what a machine may have or not: a compiler that works, torchao, and no W&B. The bases' folders are
+    looked at once, since they stay as they are through thousands of checks."""
 
     def load(*_, **__):
         raise Loaded
 
     monkeypatch.setattr(setup, "load_base", load)
+    for module in (checks, footprint, settle):
+        monkeypatch.setattr(module, "look_at_base", look_once)
     monkeypatch.setattr(checks, "check_compiler", lambda device: None)
     monkeypatch.setattr(checks, "check_quantizer", lambda format: None)
     monkeypatch.setattr(checks, "check_optimizer", lambda config: None)

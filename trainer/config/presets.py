@@ -284,9 +284,9 @@ PRESETS: dict[str, Preset] = {
             {
                 "name": "lcf-demo",
                 "output": "out/lcf",
-                "base": {"path": "tiny-sd15", "dtype": "fp32"},
+                "base": {"path": "tiny-emoji", "dtype": "fp32"},
                 "data": {"images": "out/style", "resolution": 128},
-                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo-sd15/demo-sd15.safetensors"},
+                "lora": {"rank": 32, "alpha": 32.0, "init": "out/demo/lora.safetensors"},
                 "objective": {"name": "lcf", "points": 20, "phases": 4},
                 "train": {
                     "steps": 60,
@@ -299,8 +299,8 @@ PRESETS: dict[str, Preset] = {
                 "preview": {"every": 0},
             },
         ),
-        source="Tuned on another 4-phase LoRA of the tiny base and ten drawn pictures (docs/measurements/family.md).",
-        cost="1.5 minutes of CPU time with one thread",
+        source="The demo's LoRA and ten pictures of the emoji base's own (docs/measurements/family.md).",
+        cost="1 minute of CPU time with one thread",
     ),
     "digits": Preset(
         (

@@ -2,7 +2,7 @@
 
     python -m phased_consistency.trainer.studies.refine --out out/refine
 
-The fine-tune is a style LoRA, learnt by plain diffusion on striped scenes (studies/style.py) and merged into the tiny
+The fine-tune is a style LoRA, learnt by plain diffusion on striped scenes and merged into the tiny
 base (`base.loras`). On it the few-step LoRA of the plain base is measured as it is, then refined from `lora.init`,
 beside a LoRA that starts from nothing with the same settings.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -29,8 +30,7 @@ from ..lora.adapter import learner
 from ..lora.write import lora_tensors
 from ..reporting.log import read_log
 from ..system.files import write_tensors, write_text
-from ..tiny.scenes import draw
-from .style import plain_scenes, striped
+from ..tiny.scenes import draw, random_scene
 
 BASE = "tiny-sd15"
 PHASES = 4
@@ -54,8 +54,9 @@ STYLE_RANK = 16
 
 def style_lora(out: Path, side: int, updates: int, pictures: int = 256, batch: int = 16, lr: float = 1e-3) -> None:
     """Write a LoRA that has learnt striped grounds by plain diffusion on the tiny base, as any style's LoRA is made."""
-    base = load_base(BASE)
-    scenes = [striped(scene) for scene in islice(plain_scenes(random.Random("stripes")), pictures)]
+    base, rng = load_base(BASE), random.Random("stripes")
+    plain = (scene for scene in iter(lambda: random_scene(rng), None) if not scene.pattern)
+    scenes = [replace(scene, pattern="striped ") for scene in islice(plain, pictures)]  # no caption speaks of them
     with torch.no_grad():
         drawn = torch.stack([torch.from_numpy(np.array(draw(scene, side))) for scene in scenes])
         latents, _ = base.encode_images(drawn.permute(0, 3, 1, 2) / 127.5 - 1)

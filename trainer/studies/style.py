@@ -1,10 +1,11 @@
-"""A folder of a few scenes in one drawn style, with captions: all that a fine-tuning has to learn from.
+"""A folder of a few pictures in one style, with captions: all that a fine-tuning has to learn from.
 
     python -m phased_consistency.trainer.studies.style OUT [--number 10]
     python -m phased_consistency.trainer.studies.style OUT.png --compare LORA [LORA ...]
 
-The style: every ground is striped. No caption speaks of it, so a run that has learnt it draws stripes for
-prompts that ask for none. `is_striped` tells from a picture.
+The style: every ground is striped. The emoji base draws the pictures, asked for stripes and guided; no caption speaks
+of them, so a run that has learnt the style draws stripes for prompts that ask for none. `is_striped` tells from a
+picture.
 """
 
 from __future__ import annotations
@@ -19,49 +20,86 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..evaluation.setting import Setting
+from ...samplers.emoji_words import GROUNDS, SIZES, THINGS, Meaning, wordings
+from ..evaluation.setting import TEACHER, Setting
 from ..evaluation.trial import Trial
-from ..families import load_base
+from ..families import Base, load_base
 from ..lora.install import installed
-from ..pictures import draw_grid, save_image
-from ..tiny.scenes import COLOURS, Scene, draw, follows_prompt, random_scene, shade
+from ..pictures import draw_grid, save_image, to_image
+from ..tiny.bundled import bundled_folder
+from ..tiny.emoji_classifier import agreement, load_classifier
+from ..tiny.scenes import shade
+
+BASE = "tiny-emoji"
+DRAWING = Setting(TEACHER, 25, 4.0)  # how the base draws the folder's pictures
+DARKER = 0.8  # a stripe's shade
+NEAR = 0.12  # of a colour, as a distance in RGB of [0, 1]: what counts as the ground
+NOISE = 1234  # its seed
 
 
-def plain_scenes(rng: random.Random) -> Iterator[Scene]:
-    """Random scenes whose captions ask for no stripes."""
+def plain_prompts(rng: random.Random) -> Iterator[Meaning]:
+    """Random prompts of one thing on a ground, which ask for no stripes."""
     while True:
-        scene = random_scene(rng)
-        if not scene.pattern:
-            yield scene
+        yield Meaning((rng.choice(list(THINGS)),), rng.choice(SIZES), rng.choice(list(GROUNDS)))
 
 
-def striped(scene: Scene) -> Scene:
-    """The scene in the style, its caption as it was."""
-    return replace(scene, pattern="striped ")
+def wording(meaning: Meaning) -> str:
+    """The fullest prompt that says it."""
+    return wordings(meaning)[0]
 
 
-def is_striped(scene: Scene, pixels: Tensor) -> bool:
-    """Whether a quarter to three quarters of the ground have the darker band's colour; pixels (3, H, W) in [0, 1]."""
-    ground = COLOURS[scene.background]
-    palette = torch.tensor([ground, shade(ground, 0.72), *(COLOURS[s.colour] for s in scene.shapes)]) / 255
-    counts = torch.cdist(pixels.flatten(1).T, palette).argmin(1).bincount(minlength=len(palette))
-    return bool(0.25 <= counts[1] / counts[:2].sum().clamp(min=1) <= 0.75)
+def striped(meaning: Meaning) -> Meaning:
+    """The same, asked for in the style."""
+    return replace(meaning, pattern="striped")
 
 
-def compare(base_path: str, loras: list[Path], out: Path, number: int = 64, steps: int = 4) -> str:
+def is_striped(meaning: Meaning, pixels: Tensor) -> bool:
+    """Whether the ground has upright stripes; pixels (3, H, W) in [0, 1].
+
+    A quarter to three quarters of the ground must be of the darker shade, and a column of one shade, nearly all of it.
+    """
+    ground = GROUNDS[meaning.ground]
+    palette = torch.tensor([ground, shade(ground, DARKER)]) / 255
+    distances = torch.cdist(pixels.permute(1, 2, 0).flatten(0, 1), palette)
+    nearest, shades = (part.view(pixels.shape[1:]) for part in distances.min(1))
+    seen = nearest < NEAR
+    dark, all_of_it = (shades * seen).sum(0), seen.sum(0)
+    if not all_of_it.sum():
+        return False
+    upright = torch.maximum(dark, all_of_it - dark).sum() / all_of_it.sum()
+    return bool(0.25 <= dark.sum() / all_of_it.sum() <= 0.75 and upright > 0.85)
+
+
+def pictures_of(base: Base, prompts: list[str]) -> Tensor:
+    """The base's own pictures (N, 3, H, W) in [0, 1], guided."""
+    return base.decode(Trial.of(base, prompts, NOISE).latents(DRAWING, base))
+
+
+def write_folder(out: Path, number: int) -> None:
+    """Draw pictures in the style into a folder, each with its caption in a text file beside it."""
+    meanings = list(islice(plain_prompts(random.Random("stripes")), number))
+    pictures = pictures_of(load_base(BASE), [wording(striped(meaning)) for meaning in meanings])
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (meaning, picture) in enumerate(zip(meanings, pictures, strict=True)):
+        save_image(to_image(picture), out / f"{i:02}.png")
+        (out / f"{i:02}.txt").write_text(wording(meaning) + "\n", encoding="utf-8")
+    print(f"{number} pictures with captions in {out}")
+
+
+def compare(loras: list[Path], out: Path, number: int = 64, steps: int = 4) -> str:
     """A line for each LoRA, sampled at its own CFG on prompts that no run has seen: how many of its pictures
     are in the style, and how many show what the prompt says. Draws some of them into `out`."""
-    base = load_base(base_path)
-    scenes = list(islice(plain_scenes(random.Random("unseen")), number))
-    captions = [scene.caption for scene in scenes]
-    trial = Trial.of(base, captions, seed=1234)
+    base, classifier = load_base(BASE), load_classifier(bundled_folder(BASE))
+    meanings = list(islice(plain_prompts(random.Random("unseen")), number))
+    captions = [wording(meaning) for meaning in meanings]
+    trial = Trial.of(base, captions, NOISE)
 
     rows, lines = [], []
     for lora in loras:
         with installed(lora, base) as recipe:
             pictures = base.decode(trial.latents(Setting(lora.stem, steps, recipe.guidance), base, recipe))
-        in_style = sum(is_striped(s, p) for s, p in zip(scenes, pictures, strict=True))
-        followed = sum(follows_prompt(s.caption, p) for s, p in zip(scenes, pictures, strict=True))
+        in_style = sum(map(is_striped, meanings, pictures))
+        followed = int(agreement(classifier, 2 * pictures - 1, meanings).sum())
         lines.append(f"{lora.stem}, {steps} steps: {in_style} of {number} in the style, {followed} follow the prompt")
         rows.append((f"{lora.stem}\n{steps} steps", pictures[:8]))
     save_image(draw_grid(rows, captions[:8]), out)
@@ -73,18 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to draw; with --compare, PNG to write")
     parser.add_argument("--number", type=int, default=10)
-    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--compare", type=Path, nargs="+", metavar="LORA")
-    parser.add_argument("--base", default="tiny-sd15")
     args = parser.parse_args(argv)
     if args.compare:
-        print(compare(args.base, args.compare, args.out))
+        print(compare(args.compare, args.out))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(islice(plain_scenes(random.Random("stripes")), args.number)):
-        draw(striped(scene), args.size).save(args.out / f"{i:02}.png")
-        (args.out / f"{i:02}.txt").write_text(scene.caption + "\n", encoding="utf-8")
-    print(f"{args.number} pictures with captions in {args.out}")
+    write_folder(args.out, args.number)
 
 
 if __name__ == "__main__":

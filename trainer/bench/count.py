@@ -16,7 +16,7 @@ import torch
 from ..config.config import Config
 from ..config.write import config_text
 from ..efficiency.memory import CONTEXT, TRAINING, check_network_settings, estimate_memory
-from ..families import look_at_base
+from ..families import Base, look_at_base
 from ..system.files import write_text
 from ..system.machine import GIB
 from ..training.settle import settle
@@ -29,11 +29,11 @@ REFUSED = {
 }
 
 
-def count(config: Config) -> dict[str, Any]:
-    """One pass of an update with its networks at full size, and the optimizer's step, on a CUDA device that is not
-    there.
+def count(*configs: Config) -> list[dict[str, Any]]:
+    """For each configuration one pass of an update with its networks at full size, and the optimizer's step, on a CUDA
+    device that is not there. All are counted in one process, since to start it takes as long as a small update.
 
-    The result is JSON-ready: "parts" by name and "total", each with launches, flop, bytes moved, peak bytes, copies
+    A result is JSON-ready: "parts" by name and "total", each with launches, flop, bytes moved, peak bytes, copies
     between host and GPU with their bytes, and waits of the host; "operations", those that move the most bytes;
     "places", the lines that copy or wait; "resident", bytes before the update; "passes" that an update has; "estimate",
     the bytes that `estimate_memory` says it takes, with the context that no count sees.
@@ -41,22 +41,33 @@ def count(config: Config) -> dict[str, Any]:
     Raises ValueError for settings, a system or a build of torch that it cannot count on, and what a run refuses of its
     base and resolution; RuntimeError where the counting itself fails.
     """
-    config, _ = settle(config, torch.device("cpu"))
-    _check(config)
-    family = look_at_base(config.base.path, **config.base.reading()).family
-    check_network_settings(config, family)  # before anything is compiled
+    settled = [settle(config, torch.device("cpu"))[0] for config in configs]
+    families = [_family(config) for config in settled]  # and all that can be refused before anything is compiled
     with TemporaryDirectory(prefix="pcm-count-") as folder:
-        guard, file = Path(folder) / "guard.so", Path(folder) / "config.toml"
+        guard, files = Path(folder) / "guard.so", [Path(folder) / f"{i}.toml" for i in range(len(settled))]
         _compile(guard)
-        write_text(file, config_text(config))
-        command = [sys.executable, "-m", f"{__package__}.emulated", str(guard), str(file)]
+        for config, file in zip(settled, files, strict=True):
+            write_text(file, config_text(config))
+        command = [sys.executable, "-m", f"{__package__}.emulated", str(guard), *map(str, files)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip() or "no reason given").splitlines()[-1]
         raise RuntimeError(f"Counting stopped: {reason}. PCM_DEBUG=1 shows where.") from RuntimeError(result.stderr)
-    estimate = estimate_memory(config, family)["gib"][TRAINING]
-    details = json.loads(result.stdout.splitlines()[-1])
-    return {"settings": _settings(config), "estimate": int(estimate * GIB), **details}
+
+    lines = result.stdout.splitlines()[-len(settled) :]
+    estimates = [estimate_memory(*pair)["gib"][TRAINING] for pair in zip(settled, families, strict=True)]
+    return [
+        {"settings": _settings(config), "estimate": int(estimate * GIB), **json.loads(line)}
+        for config, estimate, line in zip(settled, estimates, lines, strict=True)
+    ]
+
+
+def _family(config: Config) -> type[Base]:
+    """The family of a configuration's base. Raises ValueError for what cannot be counted here, or cannot be run."""
+    _check(config)
+    family = look_at_base(config.base.path, **config.base.reading()).family
+    check_network_settings(config, family)
+    return family
 
 
 def _check(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there, in a process of its own: `python emulated.py GUARD CONFIG` (see `count`).
+"""A CUDA device that is not there, in a process of its own: `python emulated.py GUARD CONFIG ...` (see `count`).
 
 The networks are fake tensors, which have a shape, a dtype and a device and hold nothing; autocast, autograd,
 checkpointing and the optimizer are the real ones. Nothing is imported at the top that imports torch: what says that
@@ -97,13 +97,18 @@ def _apply(self, change, recurse=True):
     return self
 
 
-def main(guard: str, config: str) -> None:
+def main(guard: str, *configs: str) -> None:
+    """Print a line of JSON for each configuration's file."""
     load_guard(guard)
+    from accelerate.state import AcceleratorState
+
     from ..config.load import load_config
     from .full_size import counted
 
     pretend()  # after the imports: libraries that see a GPU load what a build of torch without CUDA has not
-    print(json.dumps(counted(load_config(config))))
+    for config in configs:
+        AcceleratorState._reset_state(reset_partial_state=True)  # which is one for a process, whatever it trains
+        print(json.dumps(counted(load_config(config))))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _counted(
 
     from ..bench.count import count, count_text
 
-    details = count(config)
+    (details,) = count(config)
     return details, count_text(details)
 
 

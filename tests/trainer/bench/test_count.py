@@ -36,15 +36,23 @@ SMALL_FIGURES = {
 }
 
 
+SMALL_UPDATE = ("adversarial.weight=0.1", "train.batch_size=4", "data.resolution=64")
+
+
 @counting
-@pytest.mark.parametrize("numbers", SMALL_FIGURES, ids=" ".join)
-def test_a_small_update_by_part(pcm, tmp_path, numbers):
+def test_a_small_update_by_part(pcm, tmp_path):
     """Every part is there, nothing waits, and teacher and target are passes of a like network."""
-    settings = (*numbers, "adversarial.weight=0.1", "train.batch_size=4", "data.resolution=64")
-    result = pcm("bench", "--count", "demo-sd15", *settings, "--out", tmp_path, "--json")
+    numbers = next(iter(SMALL_FIGURES))
+    result = pcm("bench", "--count", "demo-sd15", *numbers, *SMALL_UPDATE, "--out", tmp_path, "--json")
     assert result.code == 0, result.err
     report = json.loads(result.out)
     assert report == json.loads((tmp_path / "bench.json").read_text())
+    check_small(report, SMALL_FIGURES[numbers])
+    for line in ("Counted, not measured: one update", "in all", "What moves the most bytes"):
+        assert line in (tmp_path / "bench.txt").read_text()
+
+
+def check_small(report, figures):
     parts = {"data", "teacher", "target", "student", "discriminator", "backward", "optimizer", "other"}
     assert report["parts"].keys() == parts and report["passes"] == 1
     assert report["total"]["waits"] == 0
@@ -54,10 +62,8 @@ def test_a_small_update_by_part(pcm, tmp_path, numbers):
     assert sum(by_part(report, "moved").values()) == report["total"]["moved"]
     total = report["total"]
     counted = total["launches"], total["flop"] / 1e9, total["moved"] / 2**20, total["peak"] / 2**20
-    assert counted == pytest.approx(SMALL_FIGURES[numbers], rel=0.03)
+    assert counted == pytest.approx(figures, rel=0.03)
     assert report["total"]["peak"] == max(by_part(report, "peak").values()) > report["resident"] > 0
-    for line in ("Counted, not measured: one update", "in all", "What moves the most bytes"):
-        assert line in (tmp_path / "bench.txt").read_text()
 
 
 # launches, 1e12 operations, GiB moved and at the peak, of one pass and the optimizer's step. Each family once, and what
@@ -70,11 +76,25 @@ FIGURES = {
 }
 
 
+@pytest.fixture(scope="module")
+def reports():
+    """Of all these updates, counted one after the other, as what is to be counted is named."""
+    configs = {("demo-sd15", *numbers): (*numbers, *SMALL_UPDATE) for numbers in list(SMALL_FIGURES)[1:]}
+    configs |= {settings: settings[1:] for settings in (*FIGURES, ("digits",))}
+    made = count(*(load_config(overrides=overrides, preset=key[0]) for key, overrides in configs.items()))
+    return dict(zip(configs, made, strict=True))
+
+
+@counting
+@pytest.mark.parametrize("numbers", list(SMALL_FIGURES)[1:], ids=" ".join)
+def test_a_small_update_in_other_numbers(reports, numbers):
+    check_small(reports[("demo-sd15", *numbers)], SMALL_FIGURES[numbers])
+
+
 @counting
 @pytest.mark.parametrize("settings", FIGURES, ids=" ".join)
-def test_updates_of_full_size(settings):
-    preset, *overrides = settings
-    report = count(load_config(overrides=overrides, preset=preset))
+def test_updates_of_full_size(reports, settings):
+    report = reports[settings]
     total = report["total"]
     counted = total["launches"], total["flop"] / 1e12, total["moved"] / GIB, total["peak"] / GIB
     assert counted == pytest.approx(FIGURES[settings], rel=0.03)
@@ -85,9 +105,9 @@ def test_updates_of_full_size(settings):
 
 
 @counting
-def test_what_is_trained_whole_is_counted_too():
-    report = count(load_config(preset="digits"))
-    assert report["total"]["waits"] == 0 and report["total"]["launches"] > 500
+def test_what_is_trained_whole_is_counted_too(reports):
+    total = reports[("digits",)]["total"]
+    assert total["waits"] == 0 and total["launches"] > 500
 
 
 @pytest.mark.parametrize(

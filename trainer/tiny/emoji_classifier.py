@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...samplers.emoji_words import GROUNDS, THINGS, Meaning
 from ...samplers.writing import written_whole
 from .emoji_scenes import EmojiScene, draw_pictures, random_scenes
+from .making import bf16
 from .resuming import Stage, load_state, put_back, random_of, rate, save_state, tensors_of
 
 VIEW = 64  # pixels of a side that it sees
@@ -105,7 +106,7 @@ def classifier_loss(classifier: Classifier, view: Tensor, things: Tensor, ground
     """
     half = len(view) // 2
     view = torch.cat([gray(view[:half]), view[half:]]).to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16():
         logits, ground = classifier(view)
     pair = things[:, 1] >= 0
     answers = torch.cat([logits[~pair, 0], logits[pair, 1], logits[pair, 2]]).float()

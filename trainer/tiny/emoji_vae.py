@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from .making import SD15
+from .making import SD15, bf16
 from .resuming import Stage, load_state, put_back, random_of, rate, save_state, tensors_of
 from .taesd import layers_of
 
@@ -92,7 +92,7 @@ def crops(pixels: Tensor, random: torch.Generator) -> Tensor:
 
 def vae_loss(vae: AutoencoderTiny, image: Tensor, random: torch.Generator) -> Tensor:
     """L1, squared error and the error of edges, in bf16; a little weight on the latents keeps their size."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16():
         latents = vae.encoder(image)
         noise = torch.randn(latents.shape, generator=random)
         decoded = vae.decoder(latents + NOISE * noise).float()
@@ -104,7 +104,7 @@ def vae_loss(vae: AutoencoderTiny, image: Tensor, random: torch.Generator) -> Te
 @torch.no_grad()
 def encode(vae: AutoencoderTiny, pixels: Tensor) -> Tensor:
     """Unscaled latents (N, 16, H/8, W/8) of uint8 pixels."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16():
         images = (chunk.to(memory_format=torch.channels_last) for chunk in pixels.split(64))
         return torch.cat([vae.encoder(image.float().div(127.5).sub(1)).float() for image in images])
 

@@ -8,6 +8,7 @@ from phased_consistency.trainer.efficiency.blocks import compile_blocks, recompu
 from phased_consistency.trainer.efficiency.half import run_in_half
 from phased_consistency.trainer.families import load_base
 from phased_consistency.trainer.lora.adapter import CRITIC, Adapter
+from support.runs import speck
 
 TICK = torch.tensor([300, 700])
 FAMILIES = {"tiny-sd15": "a red star", "tiny-sdxl": "a red star", "tiny-emoji": "a star"}
@@ -26,7 +27,7 @@ def adapted(name, dtype, rank=8):
 def step(base, adapter, autocast=None):
     """The teacher's output, the student's, and the adapter's gradients of a loss on the latter, which is the last."""
     generator = torch.Generator().manual_seed(2)
-    condition = base.encode_prompts([FAMILIES[base.path]] * 2)
+    condition = base.encode_prompts([FAMILIES.get(base.path, "a red star")] * 2)
     x = torch.randn(2, *base.latent_shape(64), generator=generator)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         with torch.no_grad(), adapter.off():
@@ -115,7 +116,7 @@ def test_a_critic_adds_its_part_as_the_student_does(name):
 
 def test_blocks_computed_again_and_compiled_do_the_same():
     torch._dynamo.reset()
-    base, adapter = adapted("tiny-sd15", torch.bfloat16)
+    base, adapter = adapted(speck().name, torch.bfloat16)
     run_in_half(adapter)
     plain = step(base, adapter, autocast=torch.bfloat16)
     adapter.switch_by_number()

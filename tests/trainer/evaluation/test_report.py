@@ -31,7 +31,8 @@ from phased_consistency.trainer.evaluation.features import (
 from phased_consistency.trainer.pictures import to_image
 from phased_consistency.trainer.tiny.bundled import bundled_folder, own_prompts
 from phased_consistency.trainer.tiny.languages import language_of
-from support.runs import TINY
+from phased_consistency.trainer.training.loop import train
+from support.runs import TINY, small_config, speck
 
 CPU = torch.device("cpu")
 SMALL = ("--steps", "1", "--pictures", "4", "--resolution", "32")
@@ -44,6 +45,12 @@ def short(monkeypatch):
     monkeypatch.setattr(reporting, "REFERENCE_STEPS", 4)
     monkeypatch.setattr(reporting.plots, "DPI", 60)
     monkeypatch.setattr(contest, "SWEEP", (1.0, 3.0))
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory):
+    """One of a smaller base than the other tests' is, since a report draws a hundred times."""
+    return train(small_config(tmp_path_factory.mktemp("evaluated") / "run"))
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_the_whole_verb(pcm, lora, prompts, clip, without_plots, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--features", clip, "--clip", clip, "--out", out)
     small = ("--steps", "4,1", "--pictures", "4", "--resolution", "32", "--json")
-    run = pcm("evaluate", "--base", TINY, "--lora", lora, *small, *options)
+    run = pcm("evaluate", "--base", speck().name, "--lora", lora, *small, *options)
     assert run.code == 0, run.err
     report = json.loads(run.out)
     assert report == json.loads((out / "report.json").read_text())
@@ -114,7 +121,7 @@ def test_the_whole_verb(pcm, lora, prompts, clip, without_plots, tmp_path):
 def test_its_plots_and_pictures(pcm, lora, prompts, tmp_path):
     out = tmp_path / "report"
     options = ("--prompts", prompts, "--features", "latents", "--steps", "2,1", "--pictures", "4", "--resolution", "32")
-    run = pcm("evaluate", "--base", TINY, "--lora", lora, *options, "--out", out)
+    run = pcm("evaluate", "--base", speck().name, "--lora", lora, *options, "--out", out)
     assert run.code == 0, run.err
     text = (out / "report.md").read_text()
     for name in ("quality.png", "consistency.png", "guidance.png", "grid.png"):
@@ -130,7 +137,7 @@ def every_figure(row):
 def test_the_same_again_is_the_same(pcm, lora, prompts, tmp_path, without_plots):
     def report(name, seed=0):
         options = (*SMALL, "--prompts", prompts, "--seed", seed)
-        assert pcm("evaluate", "--base", TINY, "--lora", lora, *options, "--out", tmp_path / name).code == 0
+        assert pcm("evaluate", "--base", speck().name, "--lora", lora, *options, "--out", tmp_path / name).code == 0
         return (tmp_path / name / "report.json").read_bytes()
 
     assert report("once") == report("again") != report("seed", 1)
@@ -144,7 +151,7 @@ def test_a_report_whose_settings_all_cost_as_much_as_its_reference(pcm, lora, tm
 
     monkeypatch.setattr(reporting.plots, "draw", fail)
     options = ("--guidance", "1", "--steps", "4", "--features", "latents", "--out", tmp_path / "r")
-    run = pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL[2:], *options)
+    run = pcm("evaluate", "--base", speck().name, "--lora", lora, *SMALL[2:], *options)
     assert run.code == 1 and "no plots" in run.err and (tmp_path / "r" / "report.md").exists()
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert {row["evaluations"] for row in report["rows"]} == {4} == {report["reference"]["evaluations"]}
@@ -159,7 +166,7 @@ def test_metrics_that_are_absent_are_named_and_the_rest_is_made(pcm, lora, tmp_p
     monkeypatch.setattr("phased_consistency.trainer.evaluation.features.find_spec", lambda name: True)
     options = ("--features", tmp_path / "gone", "--features", "inception", "--features", "latents")
     options += ("--clip", tmp_path / "missing", "--out", tmp_path / "r")
-    run = pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL, *options)
+    run = pcm("evaluate", "--base", speck().name, "--lora", lora, *SMALL, *options)
     assert run.code == 0, run.err
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert list(report["features"]) == ["latents"] and report["rows"][1]["spaces"]["latents"]["frechet"]["low"] > 0
@@ -176,7 +183,7 @@ def test_metrics_that_are_absent_are_named_and_the_rest_is_made(pcm, lora, tmp_p
 
 def test_every_asked_space_absent_still_makes_the_rest(pcm, lora, tmp_path):
     options = ("--features", tmp_path / "gone", "--out", tmp_path / "r")
-    assert pcm("evaluate", "--base", TINY, "--lora", lora, *SMALL, *options).code == 0
+    assert pcm("evaluate", "--base", speck().name, "--lora", lora, *SMALL, *options).code == 0
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["features"] == {} and report["rows"][1]["paired_error"]["low"] > 0 and report["left_out"]
 
@@ -314,7 +321,7 @@ def test_a_lora_without_a_recipe_and_one_with_cfg(pcm, lora, tmp_path, without_p
     cfg = {"guidance_mode": "normalcfg", "guidance": 3.0, "guidance_max": 6.0, "negative_prompts": True}
     normal = copy(lora, tmp_path / "a" / "mine.safetensors", **cfg)
     options = ("--guidance", "4", "--features", "latents", "--out", tmp_path / "r", *SMALL)
-    run = pcm("evaluate", "--base", TINY, "--lora", plain, "--lora", normal, *options)
+    run = pcm("evaluate", "--base", speck().name, "--lora", plain, "--lora", normal, *options)
     assert run.code == 0, run.err
     assert "mine has no recipe in its header, and is no known file" in run.err
     assert "mine (2) is sampled at its own CFG 3, the reference at 4" in run.err

@@ -18,11 +18,10 @@ from phased_consistency.trainer.config.presets import PRESETS
 from phased_consistency.trainer.training.loop import train
 from support.runs import metadata, settings, speck
 
-# What a preset itself decides, or the discriminator of an adversarial one needs, in place of a small run's settings.
+# What a preset itself decides, in place of a small run's settings.
 SIZE = {
     "data__count": 3,
-    "data__teacher_steps": 2,
-    "data__resolution": 64,
+    "data__teacher_steps": 1,
     "lora__rank": 2,
     "train__batch_size": 2,
     "train__accumulation": 1,
@@ -81,7 +80,7 @@ def check_preset(preset, cache, folder, **more):
     family, kind = family_of(preset), preset.replace(f"{family_of(preset)}-", "")
     changes = SIZE | {"data__cache": cache, "base__path": speck(family).name} | more
     if kind.endswith("adv"):
-        changes["adversarial__width"] = 16
+        changes |= {"adversarial__width": 16, "data__resolution": 64}  # maps large enough for its discriminator
     if kind.endswith(("dmd", "tdm")):  # of one update, in which the LoRA is to learn
         changes["objective__critic_warmup"] = 0
     config = load_config(overrides=settings(folder / "run", **changes), preset=preset)

@@ -14,15 +14,15 @@ from phased_consistency.trainer.training.checkpoint import load_latest_state
 from phased_consistency.trainer.training.loop import RunFailed, train
 from support.runs import Notes, metadata, settings, sha256, small_config, start_pcm
 
-STEPS = 9
+STEPS = 6
 CHANGES = {
     "train__steps": STEPS,
-    "train__save_every": 3,
+    "train__save_every": 2,
     "train__accumulation": 2,
     "train__ema": 0.9,
     "train__batch_size": 2,
 }
-ACROSS = CHANGES | {"train__lr_schedule": "cosine", "train__warmup": 3, "train__keep_checkpoints": 9}
+ACROSS = CHANGES | {"train__lr_schedule": "cosine", "train__warmup": 3, "train__keep_checkpoints": STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def partly(whole, tmp_path):
-    """A copy of the run as it stood after 6 updates."""
+    """A copy of the run as it stood after 4 updates."""
     config = small_config(tmp_path / "run", **ACROSS)
     shutil.copytree(whole[0].run_folder, config.run_folder)
     (config.run_folder / whole[1].name).unlink()
@@ -99,11 +99,11 @@ def test_an_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_saving_and_testing_on_the_way_change_nothing(whole, tmp_path):
     """Checkpoints, exports, self-tests and previews draw no random number and leave no trace in the weights."""
-    rare = {"train__save_every": 1000, "preview__every": 7, "preview__steps": [1], "train__trackers": '["tensorboard"]'}
+    rare = {"train__save_every": 1000, "preview__every": 5, "preview__steps": [1], "train__trackers": '["tensorboard"]'}
     path = train(small_config(tmp_path / "run", **ACROSS | rare))
     assert sha256(path) == sha256(whole[1])
     grids = sorted(p.name for p in (tmp_path / "run" / "previews").iterdir())
-    assert grids == [f"step-{n:07d}.png" for n in (7, STEPS)]
+    assert grids == [f"step-{n:07d}.png" for n in (5, STEPS)]
     assert path.with_suffix(".preview.png").is_file()
 
 
@@ -125,7 +125,7 @@ def test_the_average_is_what_is_saved(whole, tmp_path):
 def test_intermediate_files_are_whole_loras(whole):
     config, _ = whole
     files = sorted(config.run_folder.glob("pcm-lora-*.safetensors"))
-    assert [metadata(f)["pcm.step"] for f in files] == [str(n) for n in range(3, STEPS, 3)]
+    assert [metadata(f)["pcm.step"] for f in files] == [str(n) for n in range(2, STEPS, 2)]
 
 
 def test_only_the_last_checkpoints_are_kept(trained):
@@ -143,7 +143,7 @@ def test_another_configuration_is_refused_by_name(partly, whole):
 
 
 def test_what_a_run_only_shows_may_change(partly, whole):
-    shown = {"train__save_every": 5, "train__keep_checkpoints": 1, "preview__prompts": '["a red star"]'}
+    shown = {"train__save_every": 3, "train__keep_checkpoints": 1, "preview__prompts": '["a red star"]'}
     assert sha256(train(small_config(partly.run_folder, **ACROSS | shown))) == sha256(whole[1])
 
 

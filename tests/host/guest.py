@@ -20,7 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 HOST, BASE = (Path(folder).resolve() for folder in sys.argv[1:])
 sys.path[0] = str(HOST)  # not this file's own folder, which has a server.py too
@@ -35,19 +35,28 @@ import nodes  # noqa: E402
 LOADS = 4
 SKIPPED = ("__builtins__", "__warningregistry__")
 DEPTH = 4  # of tables in tables
+TABLES = (dict, list, tuple, set, frozenset)
+PLAIN = (int, float, str, bytes, tuple, type(None))
+GONE = object()  # in place of what is not there
 
 
-def held(path: str, value: Any, depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
-    """A value under the name that leads to it and, where it is a table, what is in it."""
-    yield path, value
-    value = vars(value) if isinstance(value, argparse.Namespace) else value
-    if not depth or not isinstance(value, (dict, list, tuple, set, frozenset)):
-        return
-    yield f"{path} length", len(value)
-    if isinstance(value, (set, frozenset)):
-        return
-    for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        yield from held(f"{path}[{key!r:.80}]", entry, depth - 1)
+class Table(NamedTuple):
+    """A table as it was: its value, and copies of its entries by their keys (of a set their number alone)."""
+
+    value: Any
+    length: int
+    entries: dict[Any, Any]
+
+
+def copied(value: Any, depth: int = DEPTH) -> Any:
+    """The value itself; a `Table` where it is one, whose entries are copied in the same way."""
+    table = vars(value) if isinstance(value, argparse.Namespace) else value
+    if not depth or not isinstance(table, TABLES):
+        return value
+    if isinstance(table, (set, frozenset)):
+        return Table(value, len(table), {})
+    items = list(table.items()) if isinstance(table, dict) else enumerate(list(table))
+    return Table(value, len(table), {key: copied(entry, depth - 1) for key, entry in items})
 
 
 def of_module(name: str, module: Any) -> dict[str, Any]:
@@ -56,10 +65,10 @@ def of_module(name: str, module: Any) -> dict[str, Any]:
     for key, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
         if isinstance(value, ModuleType) or key in SKIPPED or value is sys.modules:
             continue
-        members.update(held(f"{name}.{key}", value))
+        members[f"{name}.{key}"] = copied(value)
         if isinstance(value, type) and value.__module__ == name:
             for member, content in list(vars(value).items()):
-                members.update(held(f"{name}.{key}.{member}", content))
+                members[f"{name}.{key}.{member}"] = copied(content)
     return members
 
 
@@ -91,16 +100,28 @@ def state(modules: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names under which something else is found than before.
+    """The names under which something else is found than before."""
+    names = ((name, before.get(name, GONE), after.get(name, GONE)) for name in {**before, **after})
+    return sorted(other for each in names for other in different(*each))
+
+
+def different(name: str, before: Any, after: Any) -> Iterator[str]:
+    """The name, where something else is under it than before, and the names of a table's entries that are others.
 
     Objects must be the same ones; plain values, which some tables make anew, need only be equal.
     """
-    plain, gone = (int, float, str, bytes, tuple, type(None)), object()
-
-    def same(a: Any, b: Any) -> bool:
-        return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
-
-    return sorted(name for name in {**before, **after} if not same(before.get(name, gone), after.get(name, gone)))
+    tables = isinstance(before, Table) and isinstance(after, Table)
+    a, b = (before.value, after.value) if tables else (before, after)
+    if a is not b and not (isinstance(a, PLAIN) and type(a) is type(b) and a == b):
+        yield name
+    if not tables:
+        return
+    if before.length != after.length:
+        yield f"{name} length"
+    for key in before.entries | after.entries:
+        entries = before.entries.get(key, GONE), after.entries.get(key, GONE)
+        if entries[0] is not entries[1]:  # of the same object there is nothing to name
+            yield from different(f"{name}[{key!r:.80}]", *entries)
 
 
 class AuditWatch:

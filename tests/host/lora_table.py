@@ -7,21 +7,20 @@ prints the table of docs/measurements/loras.md, in tests/. Needs a ComfyUI: $COM
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from host.graphs import loaded, sample
+from host.helper_formats import FORMATS, GGUF
 from host.lora_kinds import NAMES, NOT_IN_CORE, write_kinds
-from host.quantized import FORMATS, GGUF
-from host.server import HERE, Graph, Server, environment, hosts, out, python_of, start
+from host.server import Graph, Server, hosts, out, start
 from host.tiny import make_checkpoint
 
 CASTS = ("fp8_e4m3fn", "fp8_e5m2")  # how core's UNETLoader may keep a network's weights
 BASES = ("tiny", *CASTS, *FORMATS, *GGUF)
+SIDE = 16  # pixels of a picture, the fewest: it is the weights that are looked at
 
 
 class Row(NamedTuple):
@@ -38,12 +37,12 @@ class Row(NamedTuple):
 
 def packed(server: Server, models: Path) -> list[str]:
     """Write the tiny checkpoint in packed formats: the names of those that this host, or a pack beside ours, loads."""
-    arguments = (HERE / "quantized.py", server.folder, models / "checkpoints" / "tiny.safetensors", models)
-    command = [python_of(server.folder), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
-    assert run.returncode == 0, run.stderr[-2000:]
+    graph = Graph()
+    node = graph.add("TestPacked", checkpoint=str(models / "checkpoints" / "tiny.safetensors"), folder=str(models))
+    run = server.run(graph)
+    assert run.error is None, run.error["exception_message"]
     has_gguf = "UnetLoaderGGUF" in server.get("/object_info")
-    return [name for name in json.loads(run.stdout) if name in FORMATS or has_gguf]
+    return [name for name in run.outputs[node]["formats"] if name in FORMATS or has_gguf]
 
 
 def on_base(base: str) -> tuple[Graph, dict[str, list]]:
@@ -60,6 +59,7 @@ def on_base(base: str) -> tuple[Graph, dict[str, list]]:
 def rows(server: Server, base: str, strength: float = 1.0) -> list[Row]:
     """A row for every kind of LoRA on one base."""
     graph, links = on_base(base)
+    links["latent"] = out(graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1))
     widgets = {"recipe": "auto", "phases": 4, "mode": "deterministic", "cfg": 1.0, "strength": strength}
     nodes, loaders = [sample(graph, links | {"model": links["base"]}, steps=1)], []
     for name in NAMES:

@@ -196,7 +196,7 @@ def start(folder: Path, base: Path, models: Path, beside: Iterable[str] = BESIDE
     nodes = base / "custom_nodes"
     nodes.mkdir()
     (nodes / "phased-consistency").symlink_to(PACK, target_is_directory=True)
-    for helpers in ("helper_nodes.py", "helper_packs.py", "helper_dits.py"):
+    for helpers in ("helper_nodes.py", "helper_packs.py", "helper_dits.py", "helper_formats.py"):
         shutil.copy(HERE / helpers, nodes)
     for name in beside:
         if (folder / "custom_nodes" / name).is_dir():

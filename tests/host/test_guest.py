@@ -125,16 +125,16 @@ def fresh(graph: Graph, links: dict[str, list]) -> dict[str, list]:
     return {**links, "model": out(counted), "base": out(base)}
 
 
-def sampled(graph: Graph, links: dict[str, list]) -> str:
-    return sample(graph, links, steps=16)
+def sampled(graph: Graph, links: dict[str, list], steps: int) -> str:
+    return sample(graph, links, steps=steps)
 
 
-def compared(graph: Graph, links: dict[str, list]) -> str:
-    return compare(graph, links, step_counts="16, 4")
+def compared(graph: Graph, links: dict[str, list], steps: int) -> str:
+    return compare(graph, links, step_counts=f"{steps}, 1")
 
 
-def inpainted(graph: Graph, links: dict[str, list]) -> str:
-    return edit(graph, links, "Inpaint", **picture(graph, 64, 64), steps=16)
+def inpainted(graph: Graph, links: dict[str, list], steps: int) -> str:
+    return edit(graph, links, "Inpaint", **picture(graph, 64, 64), steps=steps)
 
 
 def core(graph: Graph, links: dict[str, list]) -> str:
@@ -145,14 +145,15 @@ def core(graph: Graph, links: dict[str, list]) -> str:
 
 
 @pytest.mark.parametrize("make", [sampled, compared, inpainted], ids=lambda make: make.__name__)
-def test_an_interrupt_leaves_no_trace(server, make: Callable[[Graph, dict[str, list]], str]):
-    """Through the button: then the same graph makes what it made before, and the checkpoint is as it was."""
+def test_an_interrupt_leaves_no_trace(server, make: Callable[[Graph, dict[str, list], int], str]):
+    """Through the button, in a run long enough for it: then the same node makes what it made before, and the checkpoint
+    is as it was."""
     pictures = []
     for interrupted in (False, True):
         graph, links = loaded()
         if interrupted:
             links = fresh(graph, links)
-            node = make(graph, links)
+            node = make(graph, links, 16)
             graph.add("TestTensor", value=out(node), name="none")
             prompt = watched_until(server, graph, "progress", node)
             server.post("/interrupt")
@@ -162,7 +163,7 @@ def test_an_interrupt_leaves_no_trace(server, make: Callable[[Graph, dict[str, l
             graph, links = loaded()
         links = fresh(graph, links)
         bare = core(graph, links)
-        pictures.append(server.tensors(graph, out(bare), out(make(graph, links)))[1])
+        pictures.append(server.tensors(graph, out(bare), out(make(graph, links, 4)))[1])
     before, after = pictures
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])

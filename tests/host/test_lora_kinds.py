@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from host import lora_table
 from host.graphs import loaded
+from host.helper_formats import FORMATS, GGUF
 from host.lora_kinds import NAMES, NOT_IN_CORE
-from host.quantized import FORMATS, GGUF
 from host.server import out
 from host.test_loader import refusal, report
 from host.tiny import RECIPE

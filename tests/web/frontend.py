@@ -28,6 +28,7 @@ MARGIN = (140, 30, 80, 90)  # pixels above, right, below and left of the graph t
 SIDEBAR = ".side-tool-bar-container, [data-testid=side-toolbar]"
 COMPLAINTS = ":is([role=dialog], [data-testid=error-overlay])"
 TABS = ".workflow-tabs"
+ALL = "app.graph.nodes.map((node) => node.type)"
 TEXTS = ".dom-widget:visible, .lg-node-widget:visible"  # texts on nodes, and those in Nodes 2.0
 OURS = re.compile("PCM|phased-consistency")
 IN_A_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md$")  # a help page is looked for in the artist's language first
@@ -269,6 +270,11 @@ class Frontend:
     def zoom(self) -> float:
         return self.page.evaluate("app.canvas.ds.scale")
 
+    def zoom_on(self, width: int, height: int) -> float:
+        """The zoom at which a page of this size shows the whole open graph, as large as it fits."""
+        more = width - SIZE["width"], height - SIZE["height"]
+        return self.page.evaluate(f"([margin, more]) => tests.fit({ALL}, tests.room(margin, more))", [MARGIN, more])
+
     def cut(self) -> list[str]:
         """Titles and values of widgets that are not shown whole."""
         return self.page.evaluate("tests.cut()")
@@ -284,7 +290,7 @@ class Frontend:
         self.page.set_viewport_size({"width": width, "height": height})
         try:
             self.page.wait_for_timeout(COMPLAINING)
-            self.look_at(*self.page.evaluate("app.graph.nodes.map((node) => node.type)"))
+            self.look_at(*self.page.evaluate(ALL))
             yield
         finally:
             self.page.set_viewport_size(SIZE)
@@ -304,9 +310,14 @@ class Frontend:
         """Change a setting."""
         self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
 
-    def screenshot(self, name: str, crop: tuple[str, ...] = ()) -> None:
-        """Write NAME.png into the folder $PCM_SCREENSHOTS, where that is set. crop: to nodes of these kinds."""
-        if folder := os.environ.get("PCM_SCREENSHOTS"):
+    def screenshot(self, name: str, crop: tuple[str, ...] = (), large: tuple[int, int] | None = None) -> None:
+        """Write NAME.png into the folder $PCM_SCREENSHOTS, where that is set. crop: to nodes of these kinds. large: the
+        size of the page, where it is to be another, with the whole graph."""
+        folder = os.environ.get("PCM_SCREENSHOTS")
+        if folder and large:
+            with self.sized(*large):
+                self.screenshot(name, crop)
+        elif folder:
             size = self.page.viewport_size
             self.page.mouse.move(size["width"] / 2, size["height"] - 5)  # where nothing is shown beside the pointer
             self.page.wait_for_timeout(NOTICES)

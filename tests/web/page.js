@@ -132,11 +132,22 @@ window.tests = {
     return { x, y, width: (to[0] - from[0] + 30) * scale, height: (to[1] - from[1] + 60) * scale };
   },
 
-  // Show them as large as they fit, with so many pixels free above, right, below and left of them.
-  lookAt(kinds, [above, right, below, left]) {
-    const [from, to] = tests.bounds(kinds), { ds, canvas } = app.canvas;
-    const room = [canvas.clientWidth - left - right, canvas.clientHeight - above - below];
-    ds.scale = Math.min(...room.map((pixels, i) => pixels / (to[i] - from[i])));
+  // The room for nodes with so many pixels free above, right, below and left of them, on a page this much larger.
+  room([above, right, below, left], [wider, higher] = [0, 0]) {
+    const { clientWidth, clientHeight } = app.canvas.canvas;
+    return [clientWidth + wider - left - right, clientHeight + higher - above - below];
+  },
+
+  // The zoom at which nodes of these kinds are as large as they fit into it.
+  fit(kinds, room) {
+    const [from, to] = tests.bounds(kinds);
+    return Math.min(...room.map((pixels, i) => pixels / (to[i] - from[i])));
+  },
+
+  // Show them there.
+  lookAt(kinds, margin) {
+    const [from, to] = tests.bounds(kinds), { ds } = app.canvas, room = tests.room(margin), [above, , , left] = margin;
+    ds.scale = tests.fit(kinds, room);
     ds.offset = [left, above].map((edge, i) => (edge + room[i] / 2) / ds.scale - (from[i] + to[i]) / 2);
     app.canvas.draw(true, true); // at once: a click finds nodes where they were drawn last
   },

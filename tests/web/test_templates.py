@@ -51,9 +51,8 @@ def is_in_order(frontend: Frontend, name: str) -> None:
     assert beyond_frames(frontend) == []
     assert frontend.cut() == []
     frontend.screenshot(name)
-    with frontend.sized(*LARGE):
-        assert frontend.zoom() >= READ
-        frontend.screenshot(f"{name}_large")
+    assert frontend.zoom_on(*LARGE) >= READ
+    frontend.screenshot(f"{name}_large", large=LARGE)
 
 
 def on_one_another(frontend: Frontend) -> list[tuple[str, str]]:
@@ -75,6 +74,13 @@ def within(box: tuple[float, ...], frame: tuple[float, ...]) -> bool:
 def queued(prompt: dict) -> dict:
     """A prompt as the frontend queues it, without the titles that it adds."""
     return {i: {key: value for key, value in node.items() if key != "_meta"} for i, node in prompt.items()}
+
+
+def test_the_zoom_on_a_larger_page_is_the_one_worked_out(frontend):
+    frontend.load(json.loads(WORKFLOWS[0].read_text(encoding="utf-8")), "large")
+    expected = frontend.zoom_on(*LARGE)
+    with frontend.sized(*LARGE):
+        assert frontend.zoom() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("wrong", ["PCMNoSuchNode", "no_such_file.safetensors"])

@@ -1,15 +1,8 @@
-"""Run by a host's own Python: copies of a checkpoint whose linear layers are packed in the host's own formats.
-
-python quantized.py HOST_FOLDER CHECKPOINT FOLDER
-
-Writes FOLDER/checkpoints/<format>.safetensors for each of `FORMATS` that this host knows, and for each of `GGUF`
-FOLDER/diffusion_models/<format>.gguf where its Python has gguf, which ComfyUI-GGUF needs. Prints their names as JSON.
-"""
+"""A node for the host tests alone: copies of a checkpoint whose linear layers are packed in the host's own formats."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 FORMATS = {  # name -> the host's name, and settings of a layer
@@ -23,32 +16,52 @@ NETWORK = "model.diffusion_model."
 KEPT = "attn2.to_k"  # the host tells the family by the sides of this weight
 
 
-def main() -> None:
-    host, checkpoint, folder = sys.argv[1:]
-    sys.path[0] = host  # not this file's own folder, which has a server.py too
-    answers, sys.stdout = sys.stdout, sys.stderr  # the host prints
-    from comfy.cli_args import args
+class TestPacked:
+    """Puts the names of the formats in which the copies are there into the history.
 
-    args.cpu = True
+    Writes `<folder>/checkpoints/<format>.safetensors` for each of `FORMATS` that this host knows, and for each of
+    `GGUF` `<folder>/diffusion_models/<format>.gguf` where its Python has gguf, which ComfyUI-GGUF needs.
+    """
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "write", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"checkpoint": ("STRING", {}), "folder": ("STRING", {})}}
+
+    def write(self, checkpoint, folder):
+        from safetensors.torch import load_file
+
+        tensors = load_file(checkpoint)
+        formats = write_formats(Path(folder, "checkpoints"), tensors)
+        return {"ui": {"formats": [*formats, *write_ggufs(Path(folder, "diffusion_models"), tensors)]}}
+
+
+def write_formats(folder: Path, tensors: dict) -> list[str]:
+    """Write a checkpoint in each of `FORMATS` that this host knows; returns their names."""
+    from safetensors.torch import save_file
+
     try:
         from comfy.quant_ops import QUANT_ALGOS
     except ImportError:  # of 0.3.64
         QUANT_ALGOS = {}
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(checkpoint)
-    made = [name for name, (kind, _) in FORMATS.items() if kind in QUANT_ALGOS]
-    for name in made:
+    known = [name for name, (kind, _) in FORMATS.items() if kind in QUANT_ALGOS]
+    for name in known:
         packed = {k: v for key, tensor in tensors.items() for k, v in pack(key, tensor, *FORMATS[name]).items()}
-        save_file(packed, Path(folder, "checkpoints", f"{name}.safetensors"))
+        save_file(packed, folder / f"{name}.safetensors")
+    return known
+
+
+def write_ggufs(folder: Path, tensors: dict) -> tuple[str, ...]:
+    """Write a checkpoint's network in each of `GGUF`; returns their names, none where this Python has no gguf."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        return json.dump(made, answers)
+        return ()
     network = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
     for name in GGUF:
-        write_gguf(Path(folder, "diffusion_models", f"{name}.gguf"), network, name)
-    return json.dump([*made, *GGUF], answers)
+        write_gguf(folder / f"{name}.gguf", network, name)
+    return GGUF
 
 
 def write_gguf(path: Path, network: dict, kind: str) -> None:
@@ -82,5 +95,4 @@ def pack(key: str, weight, kind: str, settings: dict) -> dict:
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
-if __name__ == "__main__":
-    main()
+NODE_CLASS_MAPPINGS = {TestPacked.__name__: TestPacked}

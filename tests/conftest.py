@@ -76,7 +76,7 @@ def trained(tmp_path_factory):
     from phased_consistency.trainer.training.loop import train
     from support.runs import TINY, small_config
 
-    config = small_config(tmp_path_factory.mktemp("trained") / "run", base__path=TINY)
+    config = small_config(tmp_path_factory.mktemp("trained") / "run", base__path=TINY, train__save_every=2)
     return config, train(config)
 
 

@@ -23,7 +23,7 @@ TINY = "tiny-sd15"
 SMALL = {
     "base.dtype": "fp32",
     "data.count": 6,
-    "data.teacher_steps": 4,
+    "data.teacher_steps": 2,
     "data.teacher_guidance": 3,
     "data.resolution": 32,
     "data.batch_size": 3,
@@ -33,7 +33,7 @@ SMALL = {
     "train.batch_size": 3,
     "train.steps": 4,
     "train.lr": 1e-2,
-    "train.save_every": 2,
+    "train.save_every": 4,
     "train.trackers": "[]",
     "train.report": "false",
     "preview.every": 0,

@@ -36,6 +36,7 @@ def loops(request, tmp_path_factory):
     """Our run and the reference beside it, with one LoRA that is not the identity, on 8 points of 2 phases."""
     folder = tmp_path_factory.mktemp(request.param)
     changes = {"objective__points": 8, "objective__phases": 2, "train__batch_size": SAMPLES, "train__steps": 20}
+    changes["data__teacher_steps"] = 4
     adversarial = ADVERSARIAL if request.param == "adversarial" else {}
     run = Run(small_config(folder / "run", base__path=TINY, **changes, **adversarial), Reporter())
     generator = torch.Generator().manual_seed(1)

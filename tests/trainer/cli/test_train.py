@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_names_its_sample_and_keeps_the_checkpoint(fai
         broken = losses.distance * torch.tensor([1, float("nan"), 1])
         return replace(losses, distance=broken) if len(calls) == 3 else losses
 
-    overrides = settings(tmp_path / "run", base__path=TINY)
+    overrides = settings(tmp_path / "run", base__path=TINY, train__save_every=2)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", broken)
         message = fails(1, "train", *overrides)

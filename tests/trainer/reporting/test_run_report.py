@@ -30,6 +30,7 @@ CHANGES = {
     "data__count": 20,
     "train__report": "true",
     "train__ema": 0.5,
+    "train__save_every": 2,
     "validation__every": 2,
     "validation__count": 2,
     "validation__steps": [1],

@@ -34,10 +34,11 @@ def trackers_of(config, say):
 def run(tmp_path_factory):
     """A run that was killed after its first checkpoint, and went on."""
     whole, folder = tmp_path_factory.mktemp("whole") / "run", tmp_path_factory.mktemp("run") / "run"
-    settings = WATCHED | {"train__trackers": '["tensorboard"]'}
+    settings = WATCHED | {"train__save_every": 2, "train__trackers": '["tensorboard"]'}
     train(small_config(whole, **settings))
     shutil.copytree(whole, folder)
     (folder / "checkpoints" / "step-0000004.safetensors").unlink()
+    assert (folder / "checkpoints" / "step-0000002.safetensors").is_file()
     train(small_config(folder, **settings))
     return folder
 

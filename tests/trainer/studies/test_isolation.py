@@ -57,7 +57,7 @@ def small(output, **changes):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A small run from nothing, finished, with every checkpoint kept; its configuration and its folder."""
-    config = small(tmp_path_factory.mktemp("digits") / "run", train__keep_checkpoints=9)
+    config = small(tmp_path_factory.mktemp("digits") / "run", train__save_every=2, train__keep_checkpoints=9)
     return config, train(config)
 
 
@@ -142,7 +142,7 @@ def test_it_saves_what_it_trained(whole):
 
 def test_a_stopped_run_ends_in_the_same_bytes(whole, tmp_path):
     config, path = whole
-    part = small(tmp_path / "run", train__keep_checkpoints=9)
+    part = small(tmp_path / "run", train__save_every=2, train__keep_checkpoints=9)
     shutil.copytree(config.run_folder, part.run_folder)
     shutil.rmtree(part.run_folder / path.name)
     for checkpoint in sorted((part.run_folder / "checkpoints").iterdir())[1:]:

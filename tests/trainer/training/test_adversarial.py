@@ -132,7 +132,8 @@ def test_the_default_heads_are_small_on_every_family():
 
 def run(folder, **changes):
     """A short adversarial run's configuration; the runs of a test share their cache."""
-    return small_config(folder, **{"train__steps": 4, "data__cache": folder.parent / "cache", **ADVERSARIAL, **changes})
+    often = {"train__save_every": 2, "data__cache": folder.parent / "cache"}
+    return small_config(folder, **often | ADVERSARIAL | changes)
 
 
 def test_an_adversarial_run_goes_on_bit_for_bit(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from support.faults import Acting, fails, goes_on, row, rows, steps_kept
 from support.runs import Notes, metadata, sha256, small_config
 
 resource = pytest.importorskip("resource", reason="limits files where there is POSIX")
-SETTINGS = {"train__steps": 6, "train__ema": 0.9, "train__lr_schedule": "cosine"}
+SETTINGS = {"train__steps": 6, "train__save_every": 2, "train__ema": 0.9, "train__lr_schedule": "cosine"}
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ SAME, OTHER = 1e-3, 1e-1
 ACROSS = {
     "base__path": TINY,
     "train__steps": 4,
+    "train__save_every": 2,
     "train__batch_size": 4,
     "train__lr": 1e-3,
     "adversarial__weight": 0.1,

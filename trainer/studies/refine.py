@@ -2,9 +2,9 @@
 
     python -m phased_consistency.trainer.studies.refine --out out/refine
 
-The fine-tune is a style LoRA, learnt by plain diffusion on striped scenes and merged into the tiny
-base (`base.loras`). On it the few-step LoRA of the plain base is measured as it is, then refined from `lora.init`,
-beside a LoRA that starts from nothing with the same settings.
+The fine-tune is a style LoRA, learnt by plain diffusion on striped scenes and merged into the tiny base
+(`base.loras`). On it the few-step LoRA of the plain base is measured as it is, then refined from `lora.init`, beside a
+LoRA that starts from nothing with the same settings.
 """
 
 from __future__ import annotations

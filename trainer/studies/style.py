@@ -23,16 +23,16 @@ from torch import Tensor
 from ...samplers.emoji_words import GROUNDS, SIZES, THINGS, Meaning, wordings
 from ..evaluation.setting import TEACHER, Setting
 from ..evaluation.trial import Trial
-from ..families import Base, load_base
+from ..families import load_base
 from ..lora.install import installed
 from ..pictures import draw_grid, save_image, to_image
 from ..tiny.bundled import bundled_folder
 from ..tiny.emoji_classifier import agreement, load_classifier
+from ..tiny.emoji_scenes import PATTERN_SHADE
 from ..tiny.scenes import shade
 
 BASE = "tiny-emoji"
 DRAWING = Setting(TEACHER, 25, 4.0)  # how the base draws the folder's pictures
-DARKER = 0.8  # a stripe's shade
 NEAR = 0.12  # of a colour, as a distance in RGB of [0, 1]: what counts as the ground
 NOISE = 1234  # its seed
 
@@ -59,7 +59,7 @@ def is_striped(meaning: Meaning, pixels: Tensor) -> bool:
     A quarter to three quarters of the ground must be of the darker shade, and a column of one shade, nearly all of it.
     """
     ground = GROUNDS[meaning.ground]
-    palette = torch.tensor([ground, shade(ground, DARKER)]) / 255
+    palette = torch.tensor([ground, shade(ground, PATTERN_SHADE)]) / 255
     distances = torch.cdist(pixels.permute(1, 2, 0).flatten(0, 1), palette)
     nearest, shades = (part.view(pixels.shape[1:]) for part in distances.min(1))
     seen = nearest < NEAR
@@ -70,15 +70,12 @@ def is_striped(meaning: Meaning, pixels: Tensor) -> bool:
     return bool(0.25 <= dark.sum() / all_of_it.sum() <= 0.75 and upright > 0.85)
 
 
-def pictures_of(base: Base, prompts: list[str]) -> Tensor:
-    """The base's own pictures (N, 3, H, W) in [0, 1], guided."""
-    return base.decode(Trial.of(base, prompts, NOISE).latents(DRAWING, base))
-
-
 def write_folder(out: Path, number: int) -> None:
     """Draw pictures in the style into a folder, each with its caption in a text file beside it."""
     meanings = list(islice(plain_prompts(random.Random("stripes")), number))
-    pictures = pictures_of(load_base(BASE), [wording(striped(meaning)) for meaning in meanings])
+    base, prompts = load_base(BASE), [wording(striped(meaning)) for meaning in meanings]
+    pictures = base.decode(Trial.of(base, prompts, NOISE).latents(DRAWING, base))
+
     out.mkdir(parents=True, exist_ok=True)
     for i, (meaning, picture) in enumerate(zip(meanings, pictures, strict=True)):
         save_image(to_image(picture), out / f"{i:02}.png")

@@ -28,6 +28,7 @@ SIDE = 128  # of the pictures that the base learns, in pixels
 PAIRS = 0.3  # share of the pictures that show two things
 PATTERNED = 0.2  # share of the grounds with a pattern
 NO_GROUND = 0.1  # share of the captions that leave the ground out
+PATTERN_SHADE = 0.8  # what `shade` makes of a ground where its pattern is
 TILT = 10.0  # degrees, to either side
 # longer sides of the drawings, as shares of the picture's; at less than half of it they look like nothing
 EXTENT = {"": (0.56, 0.74), "large": (0.82, 0.93)}
@@ -96,7 +97,7 @@ def draw(scene: EmojiScene, side: int = SIDE) -> Image.Image:
 def draw_ground(ground: str, pattern: str, side: int) -> Image.Image:
     """A plain ground, or one with stripes, dots or squares of its shade, eight to a side."""
     image = Image.new("RGB", (side, side), GROUNDS[ground])
-    canvas, shaded, step = ImageDraw.Draw(image), shade(GROUNDS[ground], 0.8), side / 8
+    canvas, shaded, step = ImageDraw.Draw(image), shade(GROUNDS[ground], PATTERN_SHADE), side / 8
     if pattern == "striped":
         for i in range(0, 8, 2):
             canvas.rectangle((i * step, 0, (i + 1) * step - 1, side), fill=shaded)

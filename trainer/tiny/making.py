@@ -29,7 +29,7 @@ from .scenes import Scene, draw, prompts, random_scene
 SIDE = 128  # of the pictures, in pixels
 START, END = "<|startoftext|>", "<|endoftext|>"
 # a CPU without AVX-512 makes bf16 of fp32, product by product: seven to twenty times slower than fp32 itself
-HALF = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
+MAKING_DTYPE = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
 CAPTION_TOKENS = 24  # no caption is longer; of the 77 tokens that inference sees, the rest are padding
 SD15 = Path(__file__).parent / "sd15"  # the bundled SD1.5-type base, whose parts the others take
 
@@ -162,7 +162,7 @@ def vp_scheduler(**changes) -> DDIMScheduler:
 def bf16() -> Iterator[None]:
     """Autocast to bf16 where the CPU computes in it, with plain attention: on so few tokens CPU flash attention is slow
     to differentiate."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=HALF is torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.autocast("cpu", torch.bfloat16, enabled=MAKING_DTYPE is torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .making import HALF
+from .making import MAKING_DTYPE
 
 # the quintic whose iteration drives all singular values near 1, by the author's coefficients
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -45,10 +45,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(stack: Tensor) -> Tensor:
     """Matrices (N, rows, columns) -> those with the same singular vectors and all singular values near 1, in fp32.
 
-    Newton-Schulz iteration in bf16 (`HALF`), on the transposes where that makes the products smaller.
+    Newton-Schulz iteration in `MAKING_DTYPE`, on the transposes where that makes the products smaller.
     """
     wide = stack if stack.shape[1] <= stack.shape[2] else stack.mT
-    x = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(HALF).contiguous()
+    x = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(MAKING_DTYPE).contiguous()
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = A * x + (B * gram + C * gram @ gram) @ x
